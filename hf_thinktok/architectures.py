@@ -1,0 +1,90 @@
+"""What differs between architectures: the step from hidden states to logits, and the form of an attention mask."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Refuses what is not a decoder-only text model.
+
+    Raises:
+        ValueError: encoder-decoder models, vision and audio models, and models without a causal LM head.
+    """
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; thinking tokens need a decoder-only causal LM such as Llama, Qwen or GPT-2.")
+    if any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
+        raise ValueError(f"{name} reads images or audio; thinking tokens are trained on text alone: give the text model (`AutoModelForCausalLM`).")
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config.to_dict():
+        raise ValueError(f"{name} has no causal LM head in transformers (`AutoModelForCausalLM` does not know it).")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What an architecture does to `hidden @ weight.T` before the softmax: a scale (Cohere, Granite), then a soft cap (Gemma 2)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, config) -> "LogitTransform":
+        """Reads the scale and cap under the names that architectures give them. The self-check compares the result with the model's own logits."""
+        text = config.get_text_config()
+        scale = 1.0
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            if isinstance(value := getattr(text, name, None), (int, float)):
+                scale = float(value)
+                break
+        else:
+            if isinstance(value := getattr(text, "logits_scaling", None), (int, float)):
+                scale = value if text.model_type == "hyperclovax" else 1 / value
+        return cls(scale, getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale if self.scale != 1 else logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient before the transform, in place, from the gradient after it and the transformed `logits`."""
+        if self.softcap is not None:
+            grad.mul_(1 - (logits / self.softcap).square_())
+        return grad.mul_(self.scale) if self.scale != 1 else grad
+
+
+def attention_inputs(visible_BQC: Tensor, query_positions_BQ: Tensor, key_positions_BC: Tensor, config: PretrainedConfig, dtype: torch.dtype):
+    """The `attention_mask` argument that makes an architecture see exactly `visible_BQC`, within its own windows.
+
+    Args:
+        visible_BQC: bool, who sees whom.
+        query_positions_BQ, key_positions_BC: `position_ids` of queries and keys; windows are distances between them.
+        dtype: the model's type, for the additive form.
+
+    Returns:
+        A `[B, 1, Q, C]` mask, or a dict of them by layer type where layers differ. Bool for sdpa; additive for eager, which silently misreads bool.
+    """
+    text = config.get_text_config()
+    distance_BQC = query_positions_BQ[:, :, None] - key_positions_BC[:, None, :]
+
+    def form(mask_BQC: Tensor) -> Tensor:
+        mask = mask_BQC[:, None]
+        if text._attn_implementation != "eager":
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def layer_mask(layer_type: str) -> Tensor:
+        if layer_type == "sliding_attention":
+            return visible_BQC & (distance_BQC < text.sliding_window)
+        if layer_type == "chunked_attention":
+            chunk = text.attention_chunk_size
+            return visible_BQC & (query_positions_BQ[:, :, None] // chunk == key_positions_BC[:, None, :] // chunk)
+        return visible_BQC
+
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if kinds & {"sliding_attention", "chunked_attention"}:
+        return {kind: form(layer_mask(kind)) for kind in kinds}
+    windowed = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True) and not kinds
+    return form(layer_mask("sliding_attention") if windowed else visible_BQC)

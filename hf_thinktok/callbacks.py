@@ -1,0 +1,90 @@
+"""What happens around a step: skipping numbers that are not finite, and printing thoughts."""
+
+import logging
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+THOUGHT_STYLE, TEXT_STYLE = "cyan", "blue"
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Skips optimizer steps whose loss or rewards were not finite, counts them, and ends a run that does nothing else.
+
+    Args:
+        limit: steps in a row before training stops.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.total = self.in_a_row = 0
+        self.flagged = False
+
+    def flag(self) -> None:
+        """Marks the step under way; called on every rank alike."""
+        self.flagged = True
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.flagged and optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.flagged:
+            self.in_a_row = 0
+            return
+        self.flagged = False
+        self.total += 1
+        self.in_a_row += 1
+        logger.warning("Step %d was skipped: its loss or a reward was not finite (%d in a row, %d in all).", state.global_step, self.in_a_row, self.total)
+        if self.in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"{self.in_a_row} steps in a row had a loss or reward that was not finite: training stopped at step {state.global_step}. Lower the learning rate, "
+                "look at the reward functions, or raise max_nonfinite_steps."
+            )
+
+
+def print_thoughts(tokenizer, samples: list[dict], step: int, console: Console | None = None) -> None:
+    """A table of thoughts: the text before (blue), the thought's ids (cyan), the true next text, and what the thought brought.
+
+    Args:
+        samples: dicts with `before`, `thought`, `after` (lists of ids; thoughts as 0..N-1) and `gain` (bits per token).
+    """
+    table = Table(title=f"Thoughts at step {step}", show_lines=False)
+    for column, justify in (("text so far", "right"), ("thought", "left"), ("what followed", "left"), ("gain, bits", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for sample in samples:
+        table.add_row(
+            Text(_visible(tokenizer.decode(sample["before"])[-48:]), TEXT_STYLE),
+            Text(" ".join(map(str, sample["thought"])) or "-", THOUGHT_STYLE),
+            Text(_visible(tokenizer.decode(sample["after"])), TEXT_STYLE),
+            Text(f"{sample['gain']:+.2f}", "green" if sample["gain"] > 0 else "red"),
+        )
+    (console or Console()).print(table)
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎").replace("\t", "⇥")
+
+
+def sample_thoughts_to_print(tokens_BT: torch.Tensor, rollout, labels_BKH: torch.Tensor, gains_BKG: torch.Tensor, first_id: int, count: int) -> list[dict]:
+    """Evenly chosen forks of a batch, each with its first thought."""
+    there = (rollout.forks_BK >= 0).nonzero().tolist()
+    chosen = there[:: max(1, len(there) // count)][:count]
+    samples = []
+    for row, fork in chosen:
+        position = int(rollout.forks_BK[row, fork])
+        length = int(rollout.lengths_BKG[row, fork, 0])
+        samples.append(
+            {
+                "before": tokens_BT[row, max(0, position - 15) : position + 1].tolist(),
+                "thought": (rollout.thoughts_BKGL[row, fork, 0, :length] - first_id).tolist(),
+                "after": [i for i in labels_BKH[row, fork, :8].tolist() if i >= 0],
+                "gain": gains_BKG[row, fork, 0].item(),
+            }
+        )
+    return samples

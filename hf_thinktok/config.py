@@ -1,0 +1,256 @@
+"""Every option of thinking, in one place, checked before anything is loaded."""
+
+from dataclasses import MISSING, dataclass, field, fields
+
+from trl import SFTConfig
+
+from .losses import PolicyLoss
+from .rewards import resolve_rewards
+from .rollout import Sampling
+from .tree import Branching
+
+FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
+
+
+def option(default, help: str, choices: tuple[str, ...] | None = None):
+    """A dataclass field with a help text; the choices are checked here as well as on the command line."""
+    metadata = {"help": help + (f" One of: {', '.join(choices)}." if choices else ""), "allowed": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ThinkTokConfig(SFTConfig):
+    r"""
+    Configuration of [`ThinkTokTrainer`]: [`~trl.SFTConfig`] and everything about thinking.
+
+    `num_think_tokens=0` or `num_forks=0` switches thinking off and leaves plain continued pretraining, the control arm of the same recipe.
+    An option that would do nothing in the chosen mode is an error.
+
+    Parameters:
+        > The vocabulary
+
+        num_think_tokens (`int`, *optional*):
+            Thinking tokens N. `None`: as many as the model has, or 16.
+
+        > The tree
+
+        num_forks (`int`, defaults to `16`):
+            Places K in each row where the model may think.
+        fork_positions (`str`, defaults to `"random"`):
+            Where: `random`, `entropy` (the hardest next tokens, by the model without thinking), `stride` (evenly), `all`, or `markers` (after a text).
+        fork_markers (`list[str]`, *optional*):
+            The texts, for `fork_positions="markers"`.
+        num_generations (`int`, defaults to `4`):
+            Thoughts G at each fork, compared with each other.
+        max_think_length (`int`, defaults to `4`):
+            Thinking tokens L of a thought at most.
+        lookahead (`int` or `None`, defaults to `1`):
+            Following real tokens H that judge a thought; `None` (`null` in YAML): all that follow in the row.
+        stop (`str`, defaults to `"learned"`):
+            How thoughts end. `fixed`: all have L tokens. `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from the gate.
+        stop_smoothing (`float`, defaults to `0.5`):
+            With `stop="learned"`: part of the weight that content and speaker give to all lengths alike, so that thoughts are learned while the gate
+            is still nearly closed. The gate itself is always trained exactly. 0: everything exact.
+        memory (`str`, defaults to `"none"`):
+            `none`: a thought is forgotten once a real token follows. `persistent`: one thought per fork stays in the text, as in generation.
+        blind (`bool`, defaults to `False`):
+            The text is hidden from whoever predicts; all it knows is the thought.
+        engine (`str`, defaults to `"auto"`):
+            `tree` (one packed pass), `replicated` (each thought in a row of its own), or `auto`: the tree where a check on this very model finds it exact.
+
+        > Sampling
+
+        temperature (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`), top_p (`float`, defaults to `1.0`), min_p (`float`, *optional*):
+            How thinking tokens are drawn, among thinking tokens.
+
+        > Rewards
+
+        reward_funcs (`list[str]`, defaults to `["log_prob"]`):
+            `log_prob`, `accuracy`, `prob`, `information_gain`; functions are passed to the trainer.
+        reward_weights (`list[float]`, *optional*):
+            A weight for each reward; 1 by default.
+        objective (`str`, defaults to `"expected"`):
+            `expected`: the mean reward of the group (GRPO). `marginal`: the group's marginal likelihood, for speaker and thinker alike.
+        advantage (`str`, defaults to `"group"`):
+            `group` (minus the group's mean), `loo` (minus the others' mean), `token` (credit of each thinking token; one judged token).
+        scale_rewards (`str`, defaults to `"none"`):
+            Divide advantages by the rewards' standard deviation of the `group` or the `batch`.
+
+        > The loss
+
+        think_loss_type (`str`, defaults to `"dr_grpo"`):
+            `dr_grpo`, `grpo`, `bnpo`, `dapo` or `cispo`; see [`~hf_thinktok.losses.PolicyLoss`].
+        think_loss_weight (`float`, defaults to `1.0`):
+            Weight of the policy loss.
+        think_ce_weight (`float`, defaults to `1.0`):
+            Weight of the cross-entropy of real tokens after a thought.
+        think_cost (`float`, defaults to `0.0`):
+            Price of a thinking token, nats.
+        beta (`float`, defaults to `0.0`):
+            Weight of the KL divergence of thoughts from the initial model.
+        num_iterations (`int`, defaults to `1`):
+            Optimizer steps on each rollout.
+        epsilon (`float`, defaults to `0.2`), epsilon_high (`float`, *optional*), delta (`float`, *optional*):
+            Clipping of the importance ratio, which differs from 1 only with `num_iterations > 1`.
+        importance_sampling_level (`str`, defaults to `"token"`):
+            `token` or `sequence`.
+        disable_dropout (`bool`, defaults to `False`):
+            Set all dropout to 0, so that a rollout and its gradient pass agree.
+
+        > Logging and safety
+
+        log_completions (`bool`, defaults to `False`):
+            Print coloured sample thoughts at every log.
+        num_completions_to_print (`int`, defaults to `6`):
+            How many.
+        max_nonfinite_steps (`int`, defaults to `10`):
+            Steps in a row with a loss or reward that is not finite before training stops. Such steps are skipped and counted.
+    """
+
+    num_think_tokens: int | None = option(None, "Thinking tokens; as many as the model has, or 16, where not given. 0 switches thinking off.")
+
+    num_forks: int = option(16, "Places in each row where the model may think. 0 switches thinking off.")
+    fork_positions: str = option("random", "Where the model may think.", FORK_POSITIONS)
+    fork_markers: list[str] | None = option(None, "Texts after which the model may think, for fork_positions=markers.")
+    num_generations: int = option(4, "Thoughts at each fork, compared with each other.")
+    max_think_length: int = option(4, "Thinking tokens of a thought at most.")
+    lookahead: int | None = option(1, "Following real tokens that judge a thought; null in a config file means all that follow in the row.")
+    stop: str = option("learned", "How thoughts end.", ("fixed", "learned", "sampled"))
+    stop_smoothing: float = option(0.5, "With stop=learned: part of the weight that content and speaker give to all lengths alike (0 to 1).")
+    memory: str = option("none", "Whether a thought stays in the text.", ("none", "persistent"))
+    blind: bool = option(False, "Hide the text from whoever predicts; all it knows is the thought.")
+    engine: str = option("auto", "How the model runs a tree of thoughts.", ("auto", "tree", "replicated"))
+
+    temperature: float = option(1.0, "Temperature of thinking tokens.")
+    top_k: int = option(0, "Draw among the k most likely thinking tokens; 0 for all.")
+    top_p: float = option(1.0, "Draw among the most likely thinking tokens that make up this probability.")
+    min_p: float | None = option(None, "Draw among thinking tokens with at least this part of the largest probability.")
+
+    reward_funcs: list[str] = option(["log_prob"], "Rewards of a thought: log_prob, accuracy, prob, information_gain.")
+    reward_weights: list[float] | None = option(None, "A weight for each reward.")
+    objective: str = option("expected", "What speaker and thinker maximise.", ("expected", "marginal"))
+    advantage: str = option("group", "What a thought's reward is compared with.", ("group", "loo", "token"))
+    scale_rewards: str = option("none", "Divide advantages by the standard deviation of rewards.", ("none", "group", "batch"))
+
+    think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
+    think_loss_weight: float = option(1.0, "Weight of the policy loss.")
+    think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought.")
+    think_cost: float = option(0.0, "Price of a thinking token in nats.")
+    beta: float = option(0.0, "Weight of the KL divergence of thoughts from the initial model.")
+    num_iterations: int = option(1, "Optimizer steps on each rollout.")
+    epsilon: float = option(0.2, "Clipping of the importance ratio, below and above.")
+    epsilon_high: float | None = option(None, "Clipping above, where it differs.")
+    delta: float | None = option(None, "Upper bound of the ratio for negative advantages.")
+    importance_sampling_level: str = option("token", "One importance ratio per token or per thought.", ("token", "sequence"))
+    disable_dropout: bool = option(False, "Set all dropout to 0.")
+
+    log_completions: bool = option(False, "Print coloured sample thoughts at every log.")
+    num_completions_to_print: int = option(6, "How many thoughts to print.")
+    max_nonfinite_steps: int = option(10, "Steps in a row that are not finite before training stops.")
+
+    def __post_init__(self):
+        self._check_values()
+        if self.thinks:
+            self._check_fit()
+            self._check_effect()
+        super().__post_init__()
+
+    @property
+    def thinks(self) -> bool:
+        return self.num_think_tokens != 0 and self.num_forks != 0
+
+    def branching(self, trunk_length: int) -> Branching:
+        """The shape of a row's thoughts for rows of `trunk_length` tokens."""
+        lookahead = trunk_length - 1 if self.lookahead is None else self.lookahead
+        return Branching(self.num_generations, self.max_think_length, lookahead, self.blind, self.memory == "persistent")
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, draw_stops=self.stop == "sampled", min_length=int(self.blind))
+
+    def policy_loss(self) -> PolicyLoss:
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return PolicyLoss(self.think_loss_type, self.epsilon, high, self.delta, self.importance_sampling_level, self.beta)
+
+    def _check_values(self) -> None:
+        for entry in fields(self):
+            allowed = entry.metadata.get("allowed")
+            if allowed and (value := getattr(self, entry.name)) not in allowed:
+                raise ValueError(f"{entry.name}={value!r} is not known; it is one of {', '.join(allowed)}.")
+        least = {"num_forks": 0, "num_generations": 1, "max_think_length": 1, "num_iterations": 1, "top_k": 0, "max_nonfinite_steps": 1, "num_completions_to_print": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}.")
+        if self.num_think_tokens is not None and self.num_think_tokens < 0:
+            raise ValueError(f"num_think_tokens={self.num_think_tokens} must be 0 (no thinking) or more.")
+        if self.lookahead is not None and self.lookahead < 1:
+            raise ValueError(f"lookahead={self.lookahead} must be at least 1, or null for all tokens that follow.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0: thoughts are explored by sampling.")
+        for name in ("stop_smoothing", "top_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
+        for name in ("think_loss_weight", "think_ce_weight", "think_cost", "beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        resolve_rewards(self.reward_funcs)
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries and reward_funcs {len(self.reward_funcs)}: give one weight for each reward.")
+
+    def _check_fit(self) -> None:
+        """What cannot be done."""
+        refusals = {
+            "num_generations=1 leaves nothing to compare a thought with: set num_generations to 2 or more.": self.num_generations < 2,
+            f"lookahead={self.lookahead} is longer than the row (max_length={self.max_length}): lower lookahead or raise max_length.": (
+                self.max_length is not None and self.lookahead is not None and self.lookahead >= self.max_length
+            ),
+            f"num_forks={self.num_forks} do not fit a row of max_length={self.max_length}: lower num_forks, raise max_length, or set fork_positions=all.": (
+                self.fork_positions != "all" and self.max_length is not None and self.num_forks >= self.max_length
+            ),
+            "stop=learned sums the stopping time out exactly for one judged token: set lookahead=1, or stop=sampled.": self.stop == "learned" and self.lookahead != 1,
+            "advantage=token credits each thinking token by one judged token: set lookahead=1, or advantage=group.": self.advantage == "token" and self.lookahead != 1,
+            "advantage=token compares predictions after every thinking token, which stop=sampled does not make: set stop=learned or stop=fixed.": (
+                self.advantage == "token" and self.stop == "sampled"
+            ),
+            "blind hides the text from the speaker and memory=persistent puts thoughts into the text: choose one.": self.blind and self.memory == "persistent",
+            "blind leaves nothing to predict from before the first thinking token, so advantage=token has no start: set advantage=group or loo.": (
+                self.blind and self.advantage == "token"
+            ),
+            "fork_positions=markers needs fork_markers, the texts after which the model may think.": self.fork_positions == "markers" and not self.fork_markers,
+            "loss_type=dft is not supported with thinking: leave loss_type=nll.": self.loss_type == "dft",
+            "label_smoothing_factor is not supported with thinking: set it to 0.": self.label_smoothing_factor > 0,
+            "padding_free=True would lay a whole batch out as one row: set packing=True instead.": self.padding_free,
+            "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
+                self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations != 0
+            ),
+            "router_aux_loss_coef is not supported with thinking: leave it out.": bool(self.router_aux_loss_coef),
+        }
+        for sentence, refused in refusals.items():
+            if refused:
+                raise ValueError(sentence)
+
+    def _check_effect(self) -> None:
+        """What would do nothing."""
+        effects = {
+            "fork_markers": (self.fork_positions == "markers", "fork_positions=markers"),
+            "num_forks": (self.fork_positions != "all", "a fork_positions other than all"),
+            "stop_smoothing": (self.stop == "learned", "stop=learned"),
+            "think_cost": (self.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
+            "advantage": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
+            "scale_rewards": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
+            "reward_funcs": (self.objective == "expected" and self.advantage != "token", "objective=expected with advantage=group or loo (the others use log_prob)"),
+            "reward_weights": (self.objective == "expected" and self.advantage != "token", "objective=expected with advantage=group or loo (the others use log_prob)"),
+            "epsilon": (self.num_iterations > 1 and self.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)"),
+            "epsilon_high": (self.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
+            "delta": (self.num_iterations > 1 and self.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo"),
+            "num_completions_to_print": (self.log_completions, "log_completions=True"),
+        }
+        for name, (effective, needed) in effects.items():
+            if not effective and getattr(self, name) != _default(type(self), name):
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
+
+
+def _default(cls: type, name: str):
+    entry = next(f for f in fields(cls) if f.name == name)
+    return entry.default if entry.default is not MISSING else entry.default_factory()

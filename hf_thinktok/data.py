@@ -1,0 +1,56 @@
+"""Rows of text with their documents, and what a data set must have."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+from ._compat import DataCollatorForLanguageModeling
+
+# Columns that TRL can make a row from, beside the text column.
+READABLE_COLUMNS = ("input_ids", "messages", "conversations", "prompt")
+
+
+@dataclass
+class TreeCollator(DataCollatorForLanguageModeling):
+    """TRL's padding collator, and `documents`: which document of a packed row each token belongs to, -1 for padding."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch["documents"] = batch["attention_mask"] - 1
+        for row, example in enumerate(examples):
+            if (lengths := example.get("seq_lengths")) is not None:
+                lengths = torch.as_tensor(lengths)
+                batch["documents"][row, : int(lengths.sum())] = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return batch
+
+
+def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
+    """Refuses data that would fail later, or silently teach nothing.
+
+    Raises:
+        ValueError: no text column, empty rows, an unbounded stream.
+    """
+    if isinstance(dataset, IterableDataset):
+        if name == "train" and args.max_steps <= 0:
+            raise ValueError("A streaming data set has no length: set max_steps.")
+        head = list(dataset.take(8))
+    elif isinstance(dataset, Dataset):
+        if len(dataset) == 0:
+            raise ValueError(f"The {name} data set is empty.")
+        head = list(dataset.select(range(min(8, len(dataset)))))
+    else:
+        raise TypeError(f"The {name} data set is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`.")
+    if not head:
+        raise ValueError(f"The {name} data set is empty.")
+    columns = list(head[0])
+    text = args.dataset_text_field
+    if not has_formatter and text not in columns and not any(column in columns for column in READABLE_COLUMNS):
+        raise ValueError(f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func.")
+    if has_formatter or text not in columns:
+        return
+    rows = dataset[text] if isinstance(dataset, Dataset) else [row[text] for row in head]
+    empty = next((i for i, row in enumerate(rows) if not isinstance(row, str) or not row.strip()), None)
+    if empty is not None:
+        raise ValueError(f"Row {empty} of the {name} data set has no text in {text!r}: drop empty rows, for example with dataset.filter(lambda row: row[{text!r}].strip()).")

@@ -1,0 +1,244 @@
+"""Running a model on a ThoughtTree: all nodes in one packed pass where its attention allows, else every path as an ordinary row.
+
+Which of the two a model takes is measured, once, on the model itself (`choose_engine`). A model whose attention ignores a tree's mask (state-space
+layers, convolutions, alibi, some windows) leaks one thought into another without any error, so nothing is taken on trust.
+
+Shape suffixes as in tree.py; M scored nodes.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from .architectures import attention_inputs
+from .head import HeadInputs, HeadOutputs
+from .tokens import ThinkingVocabulary
+from .tree import Branching, ThoughtTree
+
+logger = logging.getLogger(__name__)
+
+# Differences in units of the logits' standard deviation, fp32. Measured over about 60 families: at most 3.3e-6 where a path is exact,
+# at least 2.9e-3 where it is not.
+TOLERANCE = 1e-4
+# A branch that looks ahead to the end of its row is checked on its first tokens.
+PROBE_LOOKAHEAD = 16
+
+
+class Decoder(Protocol):
+    """Scores nodes while the tree still grows. Every call may read the nodes of earlier calls."""
+
+    def __call__(self, tree: ThoughtTree, tokens_BS: Tensor, nodes_BQ: Tensor, real_BQ: Tensor, scored_BM: Tensor) -> HeadOutputs:
+        """Adds `nodes_BQ` (those marked in `real_BQ`; the rest is padding) and scores the nodes at the places `scored_BM` among them."""
+
+
+class TreeEngine:
+    """The packed tree: one pass over all nodes under a 4D mask, and lockstep decoding on one KV cache."""
+
+    name = "tree"
+
+    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: HeadInputs) -> HeadOutputs:
+        positions = tree.position_ids_BS
+        mask = attention_inputs(tree.visible(), positions, positions, _config(model), _dtype(model))
+        return model(input_ids=tokens_BS, attention_mask=mask, position_ids=positions, use_cache=False, head=head)
+
+    def decoder(self, model) -> Decoder:
+        cache = DynamicCache()
+        columns_BC = real_BC = None
+
+        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM) -> HeadOutputs:
+            nonlocal columns_BC, real_BC
+            columns_BC = nodes_BQ if columns_BC is None else torch.cat([columns_BC, nodes_BQ], 1)
+            real_BC = real_BQ if real_BC is None else torch.cat([real_BC, real_BQ], 1)
+            visible_BQC = tree.visible(nodes_BQ, columns_BC) & real_BC[:, None]
+            itself_Q = torch.arange(nodes_BQ.shape[1], device=nodes_BQ.device)
+            visible_BQC[:, itself_Q, columns_BC.shape[1] - nodes_BQ.shape[1] + itself_Q] = True
+            positions_BQ, positions_BC = (tree.position_ids_BS.gather(1, nodes) for nodes in (nodes_BQ, columns_BC))
+            return model(
+                input_ids=tokens_BS.gather(1, nodes_BQ),
+                attention_mask=attention_inputs(visible_BQC, positions_BQ, positions_BC, _config(model), _dtype(model)),
+                position_ids=positions_BQ,
+                past_key_values=cache,
+                use_cache=True,
+                head=_unjudged(scored_BM, nodes_BQ.shape[1]),
+            )
+
+        return decode
+
+
+class ReplicatedEngine:
+    """Every path of the tree as an ordinary row: exact for any causal model, at the cost of the prefix once per thought."""
+
+    name = "replicated"
+
+    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: HeadInputs) -> HeadOutputs:
+        rows_R, nodes_RP, where_BS = tree.paths()
+        tokens_RP = tokens_BS[rows_R[:, None], nodes_RP.clamp(min=0)]
+        return model(input_ids=tokens_RP, use_cache=False, head=replace(head, nodes_M=where_BS.flatten()[head.nodes_M]))
+
+    def decoder(self, model) -> Decoder:
+        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM) -> HeadOutputs:
+            return self(model, tree, tokens_BS, _unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes))
+
+        return decode
+
+
+Engine = TreeEngine | ReplicatedEngine
+
+
+def _unjudged(nodes_BM: Tensor, row_length: int) -> HeadInputs:
+    nodes_M = (nodes_BM + torch.arange(len(nodes_BM), device=nodes_BM.device)[:, None] * row_length).flatten()
+    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100))
+
+
+def _unwrapped(model):
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _config(model):
+    return _unwrapped(model).config
+
+
+def _dtype(model) -> torch.dtype:
+    device = _unwrapped(model).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else _unwrapped(model).dtype
+
+
+@contextlib.contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Eval mode and no gradients, for sampling and checks. In training mode gradient checkpointing would silently drop the cache."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def choose_engine(model: PreTrainedModel, vocabulary: ThinkingVocabulary, branching: Branching, trunk_length: int, num_forks: int, wanted: str = "auto") -> Engine:
+    """Finds out how this model can run a tree of this size, with about five forward passes.
+
+    Checked in fp32, at the lengths of the training run: the head gives the model's own log-probabilities; nodes that the last branch must
+    not see change nothing in it; the last branch equals the same tokens as an ordinary row; cached decoding equals the packed pass.
+
+    Args:
+        model: with `attach_head` applied, not yet wrapped by a launcher.
+        wanted: `auto`, or `tree` or `replicated` to insist.
+
+    Raises:
+        ValueError: the head does not fit the architecture, or `tree` is asked for and is not exact.
+    """
+    with evaluating(model), _in_fp32(model):
+        probe = _Probe(model, vocabulary, branching, trunk_length, num_forks)
+        if (gap := probe.head_gap()) > TOLERANCE:
+            raise ValueError(
+                f"{model.config.model_type} does more between its hidden states and its logits than scale, cap and bias: our scores differ from its own by {gap:.1e} standard "
+                "deviations. This architecture is not supported."
+            )
+        if wanted == "replicated":
+            return ReplicatedEngine()
+        try:
+            gaps = {"a hidden sibling changes it": probe.leak_gap, "it differs from an ordinary row": probe.path_gap, "cached decoding differs": probe.cache_gap}
+            reason = next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
+        except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    if reason is None:
+        return TreeEngine()
+    if wanted == "tree":
+        raise ValueError(
+            f"engine=tree is not exact for {model.config.model_type} with attn_implementation={model.config._attn_implementation}: {reason}. Use engine=auto, or another attn_implementation."
+        )
+    logger.warning("%s cannot run a packed tree (%s): taking the replicated path, which is exact and slower.", model.config.model_type, reason)
+    return ReplicatedEngine()
+
+
+class _Probe:
+    """A random tree on a model, and what must hold there."""
+
+    def __init__(self, model, vocabulary: ThinkingVocabulary, branching: Branching, trunk_length: int, num_forks: int):
+        self.model, self.vocabulary = model, vocabulary
+        device = model.device
+        generator = torch.Generator().manual_seed(0)
+        branching = replace(branching, lookahead=min(branching.lookahead, PROBE_LOOKAHEAD))
+        trunk_length = max(2, min(trunk_length, _longest(model) - branching.width))
+        num_forks = max(1, min(num_forks, trunk_length - 1))
+        forks = torch.linspace(0, trunk_length - 2, num_forks).long().unique()[None].to(device)
+        self.tree = ThoughtTree(torch.zeros(1, trunk_length, dtype=torch.long, device=device), forks, branching)
+        self.tokens_BT = torch.randint(vocabulary.num_real, (1, trunk_length), generator=generator).to(device)
+        shape = (1, forks.shape[1], branching.num_generations, branching.max_length)
+        self.thoughts_BKGL = (torch.randint(vocabulary.num_tokens, shape, generator=generator) + vocabulary.first_id).to(device)
+        self.tokens_BS = self.tree.tokens(self.tokens_BT, self.thoughts_BKGL)
+        self.last = torch.arange(self.tree.num_nodes - branching.width, self.tree.num_nodes, device=device)
+        self.targets = torch.randint(vocabulary.num_real, (branching.width,), generator=generator).to(device)
+
+    def _scores(self, engine: Engine, tokens_BS: Tensor) -> Tensor:
+        return self._columns(engine(self.model, self.tree, tokens_BS, HeadInputs(self.last, self.targets)))
+
+    @staticmethod
+    def _columns(out: HeadOutputs) -> Tensor:
+        return torch.cat([out.target_logps_M[:, None], out.gate_logit_M[:, None], out.think_logits_MN], 1)
+
+    def _gap(self, a: Tensor, b: Tensor) -> float:
+        return ((a - b).abs().max() / self.scale).item()
+
+    def head_gap(self) -> float:
+        """The head against the model's own logits, on the trunk."""
+        logits_TV = self.model(input_ids=self.tokens_BT, use_cache=False).logits[0].float()
+        self.scale = logits_TV.std().clamp_min(1e-6)
+        targets = self.targets[torch.arange(len(logits_TV), device=logits_TV.device) % len(self.targets)]
+        out = self.model(input_ids=self.tokens_BT, use_cache=False, head=HeadInputs(torch.arange(len(logits_TV), device=logits_TV.device), targets))
+        real, think = logits_TV[:, : self.vocabulary.num_real], logits_TV[:, self.vocabulary.first_id : self.vocabulary.guard_id]
+        expected = torch.cat([real.log_softmax(-1).gather(1, targets[:, None]), (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1)
+        return self._gap(self._columns(out), expected)
+
+    def leak_gap(self) -> float:
+        """Changes every token that the last branch must not see."""
+        hidden = ~self.tree.visible(self.last[None])[0].any(0)
+        other = torch.where(hidden, (self.tokens_BS + 1) % self.vocabulary.num_real, self.tokens_BS)
+        return self._gap(self._scores(TreeEngine(), self.tokens_BS), self._scores(TreeEngine(), other))
+
+    def path_gap(self) -> float:
+        """The last branch in the packed tree against the same tokens as ordinary rows."""
+        rows_R, nodes_RP, where_BS = self.tree.paths()
+        on_path = torch.isin(nodes_RP, self.last).any(1)
+        tokens_RP = self.tokens_BS[rows_R[on_path, None], nodes_RP[on_path].clamp(min=0)]
+        place = (on_path.cumsum(0) - 1)[where_BS[0, self.last] // nodes_RP.shape[1]] * nodes_RP.shape[1] + where_BS[0, self.last] % nodes_RP.shape[1]
+        plain = self._columns(self.model(input_ids=tokens_RP, use_cache=False, head=HeadInputs(place, self.targets)))
+        return self._gap(self._scores(TreeEngine(), self.tokens_BS), plain)
+
+    def cache_gap(self) -> float:
+        """Trunk first, then branch by depth on the cache, against the packed pass."""
+        decode, tree = TreeEngine().decoder(self.model), self.tree
+        steps = [torch.arange(tree.trunk_length), *(tree.branch_nodes(depth + 1) for depth in range(tree.branching.width))]
+        gathered = []
+        for nodes in steps:
+            nodes_BQ = nodes.to(self.last)[None]
+            out = decode(tree, self.tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), torch.tensor([[nodes_BQ.shape[1] - 1]], device=self.last.device))
+            gathered.append(torch.cat([out.gate_logit_M[:, None], out.think_logits_MN], 1))
+        return self._gap(torch.cat(gathered[1:]), self._scores(TreeEngine(), self.tokens_BS)[:, 1:])
+
+
+def _longest(model) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+@contextlib.contextmanager
+def _in_fp32(model) -> Iterator[None]:
+    """fp32 weights for a while: bf16's own noise (1e-2) would hide a leak. The way back is exact."""
+    dtype = model.dtype
+    if dtype == torch.float32 or getattr(model, "is_quantized", False):
+        yield
+        return
+    model.float()
+    try:
+        yield
+    finally:
+        model.to(dtype)

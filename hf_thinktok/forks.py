@@ -1,0 +1,55 @@
+"""Where in a text the model may think.
+
+Shape suffixes as in tree.py.
+"""
+
+import torch
+from torch import Tensor
+
+
+def eligible_forks(labels_BT: Tensor, documents_BT: Tensor) -> Tensor:
+    """Positions whose next token is in the same document and carries a label, `[B, T]` bool."""
+    follows_BT = (documents_BT[:, 1:] == documents_BT[:, :-1]) & (documents_BT[:, 1:] >= 0) & (labels_BT[:, 1:] >= 0)
+    return torch.cat([follows_BT, follows_BT.new_zeros(len(labels_BT), 1)], 1)
+
+
+def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch.Generator, entropy_BT: Tensor | None = None) -> Tensor:
+    """Picks up to K forks a row.
+
+    Args:
+        how: `random`: uniform, without repetition. `entropy`: where `entropy_BT` is largest. `stride`: evenly spaced. `all`: every one.
+
+    Returns:
+        forks_BK: ascending positions, then -1 for those that a row has no place for.
+    """
+    batch, trunk_length = eligible_BT.shape
+    if how == "all":
+        num_forks = trunk_length - 1
+    if how == "stride":
+        order_BT = eligible_BT.cumsum(1)
+        count_B1 = order_BT[:, -1:]
+        index_K = torch.arange(num_forks, device=eligible_BT.device)
+        rank_BK = torch.where(count_B1 >= num_forks, ((index_K + 0.5) * count_B1 / num_forks).floor().long(), index_K)
+        forks_BK = torch.searchsorted(order_BT, rank_BK + 1)
+        return torch.where(rank_BK < count_B1, forks_BK, -1)
+    if how == "entropy":
+        assert entropy_BT is not None
+        rank_BT = entropy_BT
+    else:
+        rank_BT = torch.rand(eligible_BT.shape, generator=generator, device=eligible_BT.device)
+    best = rank_BT.masked_fill(~eligible_BT, -torch.inf).topk(min(num_forks, trunk_length), dim=1)
+    forks_BK = torch.where(best.values > -torch.inf, best.indices, trunk_length).sort(1).values
+    return torch.where(forks_BK < trunk_length, forks_BK, -1)
+
+
+def ends_of(markers: list[list[int]], tokens_BT: Tensor) -> Tensor:
+    """Positions where one of the markers (token id sequences) ends, `[B, T]` bool."""
+    found_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    for marker in markers:
+        matches_BT = torch.ones_like(found_BT)
+        for back, token in enumerate(reversed(marker)):
+            here_BT = tokens_BT.roll(back, 1) == token
+            here_BT[:, :back] = False
+            matches_BT &= here_BT
+        found_BT |= matches_BT
+    return found_BT

@@ -1,0 +1,178 @@
+"""The part of the loss that is about thinking, from a tree's scores.
+
+    think_ce_weight * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
+
+Shape suffixes as in tree.py; P = L + 1 prefixes, A actions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .advantages import group_advantages, posterior, token_advantages
+from .config import ThinkTokConfig
+from .losses import expected_length, stop_actions, stopping_logps
+from .rewards import RewardFunction, masked_mean, total_reward
+from .rollout import Rollout
+from .scores import TreeScores
+
+
+@dataclass
+class Speech:
+    """How the real tokens fare after each thought, its length summed out where it is learned.
+
+    Attributes:
+        logps_BKGH: log p(judged token | text, thought), with the gradient of the speaker alone.
+        correct_BKGH: whether it is the most likely token, or how probably.
+        gate_logps_BKG: the same log-probability with the gradient of the gate alone (`stop: learned`).
+        lengths_BKG: (expected) thinking tokens, with the gate's gradient.
+        reach_BKGP: probability to think at least l tokens, as content and speaker are weighted.
+    """
+
+    logps_BKGH: Tensor
+    correct_BKGH: Tensor
+    gate_logps_BKG: Tensor | None
+    lengths_BKG: Tensor
+    reach_BKGP: Tensor
+
+
+def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, blind: bool) -> Speech:
+    """Sums out the stopping time: log p(y) = logsumexp_l(log w_l + log p(y | z_1..l)), exactly; the gradients of gate and speaker apart.
+
+    Args:
+        smoothing: part of the weight of speaker and content that goes to all lengths alike.
+    """
+    if stop != "learned":
+        lengths = rollout.lengths_BKG.float()
+        reach = torch.ones_like(scores.prefix_logps_BKGP)
+        return Speech(scores.logps_BKGH, scores.correct_BKGH, None, lengths, reach)
+    stop_logps_BKGP, _ = stopping_logps(scores.gate_logits_BKGL, must_think=blind)
+    even_P = torch.ones(stop_logps_BKGP.shape[-1], device=stop_logps_BKGP.device)
+    even_P[0] = 0.0 if blind else 1.0
+    weights_BKGP = (1 - smoothing) * stop_logps_BKGP.detach().exp() + smoothing * even_P / even_P.sum()
+    return Speech(
+        logps_BKGH=(weights_BKGP.log() + scores.prefix_logps_BKGP).logsumexp(-1, keepdim=True),
+        correct_BKGH=(weights_BKGP * scores.prefix_correct_BKGP).sum(-1, keepdim=True),
+        gate_logps_BKG=(stop_logps_BKGP + scores.prefix_logps_BKGP.detach()).logsumexp(-1),
+        lengths_BKG=expected_length(stop_logps_BKGP),
+        reach_BKGP=weights_BKGP.flip(-1).cumsum(-1).flip(-1),
+    )
+
+
+def actions(scores: TreeScores, rollout: Rollout, config: ThinkTokConfig) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of what was drawn, and which of it counts, each `[B, K, G, A]`: the thinking tokens and, where they are drawn, the stops."""
+    step_L = torch.arange(rollout.thoughts_BKGL.shape[-1], device=rollout.thoughts_BKGL.device)
+    valid = scores.valid_BK[:, :, None, None]
+    logps, mask = scores.thought_logps_BKGL, (step_L < rollout.lengths_BKG[..., None]) & valid
+    if config.stop == "sampled":
+        stop_logps, drawn = stop_actions(scores.gate_logits_BKGL, rollout.lengths_BKG, must_think=config.blind)
+        logps, mask = torch.cat([logps, stop_logps], -1), torch.cat([mask, drawn & valid], -1)
+    return logps, mask
+
+
+def credit(scores: TreeScores, speech: Speech, rollout: Rollout, labels_BKH: Tensor, config: ThinkTokConfig, rewards: list[RewardFunction], weights: list[float]):
+    """Rewards and what they mean for each thought.
+
+    Returns:
+        speaker_weights_BKG: how much each thought's real tokens train the speaker; sums to 1 over a group.
+        advantages_BKGL, rewards_BKG, and each reward function's value by itself `[F, B, K, G]`.
+    """
+    valid_BK, num_groups = scores.valid_BK, rollout.lengths_BKG.shape[-1]
+    length = rollout.thoughts_BKGL.shape[-1]
+    logps_BKGH = speech.logps_BKGH.detach()
+    rewards_BKG, each_FBKG = total_reward(
+        rewards,
+        weights,
+        logps=logps_BKGH,
+        correct=speech.correct_BKGH.float(),
+        baseline_logps=scores.baseline_logps_BKH,
+        mask=scores.mask_BKH,
+        thoughts=rollout.thoughts_BKGL,
+        lengths=rollout.lengths_BKG,
+        targets=labels_BKH,
+    )
+    if config.stop == "sampled":
+        rewards_BKG = rewards_BKG - config.think_cost * rollout.lengths_BKG
+    if config.objective == "marginal":
+        cost_BKG = config.think_cost * rollout.lengths_BKG if config.stop == "sampled" else 0.0
+        weights_BKG = posterior(torch.where(scores.mask_BKH[:, :, None], logps_BKGH, 0.0).sum(-1) - cost_BKG, valid_BK)
+        advantages_BKG = (weights_BKG - 1 / num_groups) * valid_BK[:, :, None]
+        # The policy loss is a mean over the group; the posterior's weights are its share of a sum.
+        return weights_BKG, (advantages_BKG * num_groups)[..., None].expand(-1, -1, -1, length), rewards_BKG, each_FBKG
+    even_BKG = valid_BK[:, :, None].expand_as(rewards_BKG) / num_groups
+    if config.advantage == "token":
+        reach_BKGP = speech.reach_BKGP.detach()
+        return even_BKG, token_advantages(scores.prefix_logps_BKGP.detach(), reach_BKGP, valid_BK, config.scale_rewards), rewards_BKG, each_FBKG
+    advantages_BKG = group_advantages(rewards_BKG, valid_BK, config.advantage, config.scale_rewards)
+    return even_BKG, advantages_BKG[..., None].expand(-1, -1, -1, length), rewards_BKG, each_FBKG
+
+
+def thinking_loss(
+    scores: TreeScores,
+    rollout: Rollout,
+    labels_BKH: Tensor,
+    config: ThinkTokConfig,
+    rewards: list[RewardFunction],
+    weights: list[float],
+    old_logps_BKGA: Tensor | None = None,
+    reference: TreeScores | None = None,
+    global_mean=None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The thinking part of the loss, a mean over forks, and its metrics.
+
+    Args:
+        labels_BKH: the judged tokens.
+        old_logps_BKGA: the actions' log-probabilities when they were drawn; `None` on the first pass, where they are the present ones.
+        reference: the same tree under the reference model, for `beta`.
+        global_mean: averages a tensor over all ranks, for losses that count actions globally.
+    """
+    speech = speak(scores, rollout, config.stop, config.stop_smoothing, config.blind)
+    speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights)
+    num_forks = max(scores.valid_BK.numel(), 1)
+
+    spoken_BKG = masked_mean(speech.logps_BKGH, scores.mask_BKH[:, :, None])
+    speaker_loss = -(speaker_weights_BKG * spoken_BKG).sum() / num_forks
+
+    logps_BKGA, mask_BKGA = actions(scores, rollout, config)
+    advantages_BKGA = torch.cat([advantages_BKGL] * (logps_BKGA.shape[-1] // advantages_BKGL.shape[-1]), -1)
+    counts_globally = config.think_loss_type in ("dapo", "cispo") and global_mean is not None
+    policy_loss, metrics = config.policy_loss()(
+        logps_BKGA,
+        logps_BKGA.detach() if old_logps_BKGA is None else old_logps_BKGA,
+        advantages_BKGA,
+        mask_BKGA,
+        config.max_think_length,
+        reference_logps_BKGA=None if reference is None else actions(reference, rollout, config)[0],
+        global_actions=global_mean(mask_BKGA.sum().float()) if counts_globally else None,
+    )
+    loss = config.think_ce_weight * speaker_loss + config.think_loss_weight * policy_loss
+    if config.stop == "learned":
+        gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
+        mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
+        loss = loss + gate_loss + config.think_cost * mean_length
+    return loss, metrics | _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards)
+
+
+@torch.no_grad()
+def _metrics(scores: TreeScores, speech: Speech, rollout: Rollout, rewards_BKG: Tensor, each_FBKG: Tensor, rewards: list[RewardFunction]) -> dict[str, Tensor]:
+    valid_BK = scores.valid_BK
+    valid = valid_BK[:, :, None]
+    logps = scores.think_logits_BKGLN.log_softmax(-1)
+    same_BKGG = (rollout.thoughts_BKGL[:, :, :, None] == rollout.thoughts_BKGL[:, :, None]).all(-1)
+    first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
+    spread_BK = rewards_BKG.std(-1)
+    gained_BKG = masked_mean(speech.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None])
+    metrics = {
+        "reward": masked_mean(rewards_BKG, valid, None),
+        "reward_std": masked_mean(spread_BK, valid_BK, None),
+        "frac_reward_zero_std": masked_mean((spread_BK < 1e-6).float(), valid_BK, None),
+        "gate": masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None),
+        "think_length": masked_mean(speech.lengths_BKG, valid, None),
+        "thought_entropy": masked_mean(-(logps.exp() * logps).sum(-1).mean(-1), valid, None),
+        "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
+        "think_gain": masked_mean(gained_BKG, valid, None) / torch.log(torch.tensor(2.0)),
+    }
+    for function, values_BKG in zip(rewards, each_FBKG, strict=True):
+        metrics[f"rewards/{getattr(function, '__name__', type(function).__name__)}"] = masked_mean(values_BKG, valid, None)
+    return metrics

@@ -1,0 +1,74 @@
+"""What a thought is worth: functions of how the real tokens after it fare.
+
+A reward function takes keyword arguments and returns `[B, K, G]`. Write your own with the arguments it needs and `**kwargs` for the rest:
+
+    def surprise(logps, mask, **kwargs):
+        return -(logps * mask[:, :, None]).amin(-1)
+
+Arguments, all without gradient (B rows, K forks, G thoughts, L thinking tokens, H judged real tokens):
+
+- `logps` `[B, K, G, H]`: log p(true token | text, thought), nats, fp32
+- `correct` `[B, K, G, H]`: is the true token the most likely one (with `stop=learned`, its expectation over the stopping time)
+- `baseline_logps` `[B, K, H]`: log p(true token | text), without the thought
+- `mask` `[B, K, H]`: which judged tokens exist
+- `thoughts` `[B, K, G, L]`, `lengths` `[B, K, G]`, `targets` `[B, K, H]`: ids
+"""
+
+import difflib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RewardFunction = Callable[..., Tensor]
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = -1) -> Tensor:
+    """Mean over the marked entries of `dim` (or of all); 0 where there are none."""
+    values = torch.where(mask, values, 0.0)
+    if dim is None:
+        return values.sum() / mask.expand_as(values).sum().clamp(min=1)
+    return values.sum(dim) / mask.expand_as(values).sum(dim).clamp(min=1)
+
+
+def log_prob(logps: Tensor, mask: Tensor, **kwargs) -> Tensor:
+    """Mean log-probability of the judged tokens, nats (likelihood rewards: https://huggingface.co/papers/2602.03979)."""
+    return masked_mean(logps, mask[:, :, None])
+
+
+def accuracy(correct: Tensor, mask: Tensor, **kwargs) -> Tensor:
+    """Part of the judged tokens that are the model's first choice."""
+    return masked_mean(correct.float(), mask[:, :, None])
+
+
+def prob(logps: Tensor, mask: Tensor, **kwargs) -> Tensor:
+    """Mean probability of the judged tokens."""
+    return masked_mean(logps.exp(), mask[:, :, None])
+
+
+def information_gain(logps: Tensor, baseline_logps: Tensor, mask: Tensor, **kwargs) -> Tensor:
+    """Mean log-probability gained over no thought, nats (RLP, https://huggingface.co/papers/2510.01265, eq. 3, with the model itself as the baseline)."""
+    return masked_mean(logps - baseline_logps[:, :, None], mask[:, :, None])
+
+
+REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (log_prob, accuracy, prob, information_gain)}
+
+
+def resolve_rewards(rewards: list[str | RewardFunction] | str | RewardFunction) -> list[RewardFunction]:
+    """Reward functions from names and callables.
+
+    Raises:
+        ValueError: an unknown name; the nearest known one is suggested.
+    """
+    rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    for name in rewards:
+        if isinstance(name, str) and name not in REWARDS:
+            near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"reward_funcs has the unknown name {name!r}; did you mean {near!r}? Known: {', '.join(REWARDS)}, or pass a function.")
+    return [REWARDS[r] if isinstance(r, str) else r for r in rewards]
+
+
+def total_reward(functions: list[RewardFunction], weights: list[float], **judgement: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum `[B, K, G]`, and each reward by itself `[F, B, K, G]`."""
+    rewards_FBKG = torch.stack([function(**judgement).float() for function in functions])
+    return torch.einsum("f,fbkg->bkg", torch.tensor(weights, device=rewards_FBKG.device), rewards_FBKG), rewards_FBKG

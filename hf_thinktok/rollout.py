@@ -1,0 +1,160 @@
+"""Sampling thoughts into a tree: the trunk once, then all branches in lockstep.
+
+Only the thinking rows are drawn from; whether to think at all is the gate's business. Every rank makes the same number of forward passes,
+whatever it draws.
+
+Shape suffixes as in tree.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .engine import Engine, evaluating
+from .head import HeadOutputs
+from .tokens import ThinkingVocabulary
+from .tree import Branching, ThoughtTree
+
+
+@dataclass
+class Rollout:
+    """Sampled thoughts.
+
+    Attributes:
+        forks_BK: where they were thought.
+        thoughts_BKGL: vocabulary ids.
+        lengths_BKG: thinking tokens of each thought before it stopped, 0 to L.
+        logps_BKGL: log p(z_l | its prefix, think) at the sampling temperature, in nats.
+    """
+
+    forks_BK: Tensor
+    thoughts_BKGL: Tensor
+    lengths_BKG: Tensor
+    logps_BKGL: Tensor
+
+    @classmethod
+    def empty(cls, forks_BK: Tensor, branching: Branching) -> "Rollout":
+        """Thoughts of length 0."""
+        shape = (*forks_BK.shape, branching.num_generations)
+        thoughts_BKGL = forks_BK.new_zeros(*shape, branching.max_length)
+        return cls(forks_BK, thoughts_BKGL, forks_BK.new_zeros(shape), torch.zeros(thoughts_BKGL.shape, device=forks_BK.device))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How thinking tokens are drawn; the names are those of `transformers.GenerationConfig`.
+
+    Args:
+        draw_stops: end each thought by its gate; else all have L tokens.
+        min_length: no stop before so many tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+    draw_stops: bool = False
+    min_length: int = 0
+
+    def warpers(self) -> LogitsProcessorList:
+        warpers = LogitsProcessorList()
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+
+def thought_logps(think_logits: Tensor, thoughts: Tensor, vocabulary: ThinkingVocabulary, temperature: float) -> Tensor:
+    """log p(z | c, think) of given thinking ids, from thinking logits `[..., N]`."""
+    choice = (thoughts - vocabulary.first_id).clamp(0, vocabulary.num_tokens - 1)
+    return (think_logits / temperature).log_softmax(-1).gather(-1, choice[..., None])[..., 0]
+
+
+def random_thoughts(forks_BK: Tensor, branching: Branching, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> Tensor:
+    """Uniformly random thinking ids, `[B, K, G, L]`: the control that says nothing."""
+    shape = (*forks_BK.shape, branching.num_generations, branching.max_length)
+    return vocabulary.first_id + torch.randint(vocabulary.num_tokens, shape, generator=generator, device=forks_BK.device)
+
+
+def sample_thoughts(
+    engine: Engine,
+    model,
+    tokens_BT: Tensor,
+    documents_BT: Tensor,
+    forks_BK: Tensor,
+    branching: Branching,
+    sampling: Sampling,
+    vocabulary: ThinkingVocabulary,
+    generator: torch.Generator,
+) -> Rollout:
+    """Thinks G thoughts after each fork.
+
+    With `memory: none` all forks are thought at once: one pass over the trunk, then L - 1 of `[B, K*G]`. With `persistent` a thought may depend on the
+    thoughts that stayed in the text before it, so forks are thought in order, each on the cache of what came before: K*(L + 1) smaller passes.
+
+    Args:
+        generator: on the tokens' device; its state decides the draw entirely.
+    """
+    batch, num_forks = forks_BK.shape
+    groups, length, device = branching.num_generations, branching.max_length, tokens_BT.device
+    rollout = Rollout.empty(forks_BK, branching)
+    if num_forks == 0:
+        return rollout
+    thoughts_BKGL, lengths_BKG, logps_BKGL = rollout.thoughts_BKGL, rollout.lengths_BKG, rollout.logps_BKGL
+    warpers = sampling.warpers()
+    branching = Branching(groups, length, 1, persistent=branching.persistent)  # what judges a thought comes later
+    turns = [slice(k, k + 1) for k in range(num_forks)] if branching.persistent else [slice(0, num_forks)]
+
+    with evaluating(model):
+        decode = engine.decoder(model)
+        done_B1 = torch.full((batch, 1), -1, device=device)
+        for turn in turns:
+            tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
+            tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
+            forks_BF = forks_BK[:, turn]
+            nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF)
+            done_B1 = torch.maximum(done_B1, forks_BF.amax(1, keepdim=True))
+            out = decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BF)
+            think_BFGN = out.think_logits_MN.view(batch, -1, 1, vocabulary.num_tokens).expand(-1, -1, groups, -1)
+            gate_BFG = out.gate_logit_M.view(batch, -1, 1).expand(-1, -1, groups)
+            thinking_BFG = torch.ones(gate_BFG.shape, dtype=torch.bool, device=device)
+            for depth in range(1, length + 1):
+                if sampling.draw_stops and depth > sampling.min_length:
+                    thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
+                lengths_BKG[:, turn] += thinking_BFG
+                logits_MN = think_BFGN.reshape(-1, vocabulary.num_tokens)
+                choice_M = torch.multinomial(warpers(None, logits_MN).softmax(-1), 1, generator=generator)[:, 0]
+                thoughts_BKGL[:, turn, :, depth - 1] = vocabulary.first_id + choice_M.view(gate_BFG.shape)
+                logps_BKGL[:, turn, :, depth - 1] = thought_logps(think_BFGN, thoughts_BKGL[:, turn, :, depth - 1], vocabulary, sampling.temperature)
+                # The last token is run only where later text will see it.
+                if depth == length and turn is turns[-1]:
+                    break
+                tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
+                tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
+                nodes_BQ = tree.branch_nodes(depth).view(num_forks, groups)[turn].reshape(1, -1).expand(batch, -1)
+                out = decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), torch.arange(nodes_BQ.shape[1], device=device).expand_as(nodes_BQ))
+                think_BFGN, gate_BFG = _by_branch(out, batch, groups)
+    return rollout
+
+
+def _by_branch(out: HeadOutputs, batch: int, groups: int) -> tuple[Tensor, Tensor]:
+    return out.think_logits_MN.view(batch, -1, groups, out.think_logits_MN.shape[-1]), out.gate_logit_M.view(batch, -1, groups)
+
+
+def _stretch(done_B1: Tensor, forks_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The trunk from behind what is done up to the last of the given forks, padded to the longest of the rows.
+
+    Returns:
+        nodes_BQ, real_BQ (not padding), and the place of each fork among them (0 for a fork that is not there).
+    """
+    last_B1 = forks_BF.amax(1, keepdim=True)
+    longest = max(int((last_B1 - done_B1).max()), 1)
+    nodes_BQ = done_B1 + 1 + torch.arange(longest, device=forks_BF.device)
+    return nodes_BQ.minimum(last_B1.clamp(min=0)), nodes_BQ <= last_B1, (forks_BF - done_B1 - 1).clamp(min=0)

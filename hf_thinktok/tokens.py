@@ -1,0 +1,290 @@
+"""Thinking tokens: vocabulary ids without text, on any causal LM and its tokenizer.
+
+The tokens are ordinary special tokens of an ordinary checkpoint. Two things are not left to the libraries' defaults:
+
+- **Initial rows.** `resize_token_embeddings` puts all new rows within 4e-6 of each other, so no thought could be told from another; and a
+  random row of ordinary norm makes the thinking logits of a context swing by several nats. See `initial_rows`.
+- **Injection.** Special tokens match literal text by default, so a user who types `<|think_0|>` would write into the model's thoughts. Here
+  the thinking tokens are matched on normalized text, after a *guard* token that matches their common beginning on raw text: whatever
+  a user types, the guard takes the beginning away before a thinking token can match. This is stored in `tokenizer.json` and so
+  holds in plain transformers, in chat templates and in inference servers.
+"""
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .architectures import LogitTransform
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = "<|think_{}|>"
+GUARD = "<|think_"
+# Rows are padded to a multiple of this: matrix units want it.
+ROW_MULTIPLE = 64
+# Part of a typical context's probability that starts on thinking. A few per cent: enough to be sampled, too little to harm text.
+THINK_MASS = 0.03
+# Standard deviation, in nats, that the thinking logits of one context start with: distinct thoughts, high entropy.
+LOGIT_SPREAD = 1.0
+
+# Ordinary prose, arithmetic and code, to calibrate the new rows where no text of the user's own is given.
+SAMPLE_TEXT = (
+    "The harbour was quiet before dawn. Two fishermen untied their boat, rowed past the lighthouse and waited for the tide to turn, "
+    "talking about the price of diesel and whether the bridge would ever be finished. By noon they had sold everything they caught.",
+    "A bakery sells 48 rolls in the morning and half as many in the afternoon. Each roll costs 3 dollars. In the morning it earns "
+    "48 * 3 = 144 dollars. In the afternoon it sells 48 / 2 = 24 rolls and earns 24 * 3 = 72 dollars. Together that is 144 + 72 = 216.",
+    "def running_mean(values, window):\n    total = 0.0\n    for i, value in enumerate(values):\n        total += value\n        if i >= window:\n"
+    "            total -= values[i - window]\n        yield total / min(i + 1, window)\n\n\nclass Counter:\n    def __init__(self):\n        self.n = 0\n",
+    "Water expands when it freezes, which is why ice floats. In most other liquids the solid sinks. The difference comes from the open "
+    "lattice that hydrogen bonds hold in place; under high pressure this structure collapses and denser forms of ice appear.",
+)
+
+
+@dataclass(frozen=True)
+class ThinkingVocabulary:
+    """Which ids of a model are thoughts.
+
+    Attributes:
+        first_id: the first thinking id. Real tokens are all ids below it.
+        num_tokens: how many thinking ids follow.
+        guard_id: the id of the guard token (see the module's text); never predicted, never a thought.
+    """
+
+    first_id: int
+    num_tokens: int
+    guard_id: int
+
+    @property
+    def num_real(self) -> int:
+        return self.first_id
+
+    @property
+    def ids(self) -> range:
+        return range(self.first_id, self.first_id + self.num_tokens)
+
+    @property
+    def tokens(self) -> list[str]:
+        return [TEMPLATE.format(i) for i in range(self.num_tokens)]
+
+    def is_thought(self, ids: Tensor) -> Tensor:
+        return (ids >= self.first_id) & (ids < self.first_id + self.num_tokens)
+
+    @classmethod
+    def from_config(cls, config) -> "ThinkingVocabulary | None":
+        """The vocabulary that a model config carries, or `None` for a model that does not think."""
+        if (entry := getattr(config, "thinktok", None)) is None:
+            return None
+        return cls(entry["first_id"], entry["num_tokens"], entry["guard_id"])
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs) -> "ThinkingVocabulary":
+        """Reads the vocabulary of a checkpoint folder or Hub repository from its `config.json` alone."""
+        vocabulary = cls.from_config(AutoConfig.from_pretrained(path, **kwargs))
+        if vocabulary is None:
+            raise ValueError(f"{path} has no thinking tokens: its config.json lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
+        return vocabulary
+
+
+def add_thinking_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_tokens: int | None = None,
+    sample_text: list[str] | tuple[str, ...] = SAMPLE_TEXT,
+    think_mass: float = THINK_MASS,
+    logit_spread: float = LOGIT_SPREAD,
+    seed: int = 0,
+) -> ThinkingVocabulary:
+    """Gives a causal LM and its tokenizer thinking tokens, in place.
+
+    A model that has them already keeps them. The vocabulary is never made smaller: free rows of a padded embedding are used first, and a
+    larger one is padded to a multiple of 64.
+
+    Args:
+        num_tokens: how many; `None` means as many as the model has, or 16.
+        sample_text: text like that of the training data; the new rows are calibrated on it.
+        think_mass: mean probability of thinking that a context of `sample_text` starts with.
+        logit_spread: standard deviation in nats between the thinking logits of one context at the start.
+        seed: for the rows' directions. It must be the same on every rank.
+
+    Returns:
+        `ThinkingVocabulary`: also written to `model.config.thinktok`.
+
+    Raises:
+        ValueError: the tokenizer and the model disagree, or the model has another number of thinking tokens.
+    """
+    existing = ThinkingVocabulary.from_config(model.config)
+    check_vocabulary(model.config, tokenizer, num_tokens, model.get_input_embeddings().weight.shape[0])
+    if existing is not None:
+        return existing
+    num_tokens = 16 if num_tokens is None else num_tokens
+
+    pieces = tokenizer(GUARD, add_special_tokens=False)["input_ids"]
+    tokenizer.add_tokens([AddedToken(TEMPLATE.format(i), special=True, normalized=True) for i in range(num_tokens)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(GUARD, special=False, normalized=False)])
+    ids = tokenizer.convert_tokens_to_ids([*(TEMPLATE.format(i) for i in range(num_tokens)), GUARD])
+    vocabulary = ThinkingVocabulary(ids[0], num_tokens, ids[-1])
+    if ids != list(range(ids[0], ids[0] + num_tokens + 1)) or ids[-1] + 1 != len(tokenizer):
+        raise ValueError(f"{type(tokenizer).__name__} gave the thinking tokens the ids {ids}, which do not follow its other ids; such a tokenizer is not supported.")
+    _refuse_injection(tokenizer, vocabulary)
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary.guard_id >= rows:
+        rows = math.ceil((vocabulary.guard_id + 1) / ROW_MULTIPLE) * ROW_MULTIPLE
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed)
+
+    model.config.thinktok = asdict(vocabulary)
+    # Rows that belong to no token stay out of plain sampling; the guard is only ever read.
+    unused = range(vocabulary.guard_id, rows)
+    model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or []), *unused})
+    return vocabulary
+
+
+def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None, num_rows: int | None = None) -> None:
+    """Refuses a model and a tokenizer that do not belong together, before anything is changed.
+
+    Args:
+        config: the model's config.
+        num_tokens: the thinking tokens asked for; `None` for whatever the model has.
+        num_rows: the embedding's rows, where they are known better than `config.vocab_size`.
+    """
+    existing = ThinkingVocabulary.from_config(config)
+    num_rows = config.get_text_config().vocab_size if num_rows is None else num_rows
+    in_tokenizer = TEMPLATE.format(0) in tokenizer.get_vocab()
+    if existing is None and in_tokenizer:
+        raise ValueError("The tokenizer has thinking tokens but the model has none: load both from the same checkpoint, or take the base model's own tokenizer.")
+    if existing is not None:
+        if tokenizer.convert_tokens_to_ids(TEMPLATE.format(0)) != existing.first_id or tokenizer.convert_tokens_to_ids(GUARD) != existing.guard_id:
+            raise ValueError(
+                f"The model thinks in the ids {existing.first_id} to {existing.ids[-1]}, the tokenizer does not know them: load both from the same checkpoint."
+            )
+        if num_tokens is not None and num_tokens != existing.num_tokens:
+            raise ValueError(
+                f"The model has {existing.num_tokens} thinking tokens and {num_tokens} are asked for: set num_think_tokens={existing.num_tokens} "
+                "(or leave it out) to train this checkpoint on, or start from its base model."
+            )
+    if (largest := max(tokenizer.get_vocab().values())) >= num_rows:
+        raise ValueError(f"The tokenizer has ids up to {largest} and the model {num_rows} embedding rows: they do not belong together.")
+
+
+def _refuse_injection(tokenizer, vocabulary) -> None:
+    for text in (*vocabulary.tokens, " " + vocabulary.tokens[0], "a" + vocabulary.tokens[-1] + "b", "\n".join(vocabulary.tokens)):
+        if any(i in vocabulary.ids for i in tokenizer(text)["input_ids"]):
+            raise ValueError(
+                f"{type(tokenizer).__name__} turns the literal text {text[:40]!r} into a thinking token, so anybody could write the model's thoughts. Use a fast "
+                "tokenizer (`AutoTokenizer.from_pretrained(..., use_fast=True)`)."
+            )
+
+
+@torch.no_grad()
+def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_mass, logit_spread, seed) -> None:
+    """Fills the thinking rows, the guard's and the padding rows of the input and the output embedding."""
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = inputs is outputs or inputs.data_ptr() == outputs.data_ptr()
+    first, last, num_real = vocabulary.first_id, vocabulary.guard_id, vocabulary.num_real
+    generator = torch.Generator().manual_seed(seed)
+
+    # Rows that no token may choose point away from what hidden states have in common.
+    hidden_MD = _sample_hidden(model, tokenizer, sample_text)
+    mean_D = hidden_MD.mean(0)
+    output_norm = _typical_norm(outputs[:num_real])
+    outputs[last:] = (-output_norm * mean_D / mean_D.norm().clamp_min(1e-12)).to(outputs.dtype)
+    outputs[first:last] = initial_rows(
+        hidden_MD,
+        outputs[:num_real],
+        getattr(model.get_output_embeddings(), "bias", None),
+        LogitTransform.from_config(model.config),
+        vocabulary.num_tokens,
+        norm=output_norm if tied else None,
+        think_mass=think_mass,
+        logit_spread=logit_spread,
+        generator=generator,
+    ).to(outputs.dtype)
+    if not tied:
+        directions = torch.randn(vocabulary.num_tokens, inputs.shape[1], generator=generator)
+        directions *= _typical_norm(inputs[:num_real]).cpu() / directions.norm(dim=-1, keepdim=True)
+        inputs[first:last] = directions.to(inputs)
+    inputs[last] = inputs[guard_pieces].float().mean(0).to(inputs.dtype)
+
+
+def initial_rows(hidden_MD: Tensor, real_VD: Tensor, bias_R: Tensor | None, transform, num_tokens: int, norm, think_mass: float, logit_spread: float, generator) -> Tensor:
+    """Output rows for thinking tokens: distinct directions, and about the same think mass in every context.
+
+    Each row is a shared part and a part of its own. The shared part is a ridge regression of log Z_real on the hidden state, so that the
+    thinking logits rise and fall with the real ones; without it SmolLM2's log Z (standard deviation 7 nats between contexts) makes the
+    think mass nearly 0 in one context and nearly 1 in the next. The own part is a random direction that avoids what hidden states vary in,
+    as much as it takes for the logits of one context to spread by `logit_spread`: a random direction of ordinary norm spreads them by 7 nats on
+    SmolLM2, which is a frozen choice of thought.
+
+    Args:
+        hidden_MD: hidden states of sample contexts at the LM head, fp32.
+        real_VD: real output rows.
+        norm: the norm that the rows get (tied embeddings: the rows are inputs too), or `None` for whatever the logits ask for.
+
+    Returns:
+        `[num_tokens, D]` rows in fp32.
+    """
+    num_samples, size = hidden_MD.shape
+    logits = [transform(h @ real_VD.float().T + (0 if bias_R is None else bias_R[: len(real_VD)].float())) for h in hidden_MD.split(256)]
+    log_z_M = torch.cat([tile.logsumexp(-1) for tile in logits])
+    covariance_DD = hidden_MD.T @ hidden_MD / num_samples
+    ridge = 0.1 * covariance_DD.diagonal().mean()
+    shared_D = torch.linalg.solve(covariance_DD + ridge * torch.eye(size).to(covariance_DD), hidden_MD.T @ log_z_M / num_samples)
+    shared_D = shared_D / transform.scale
+
+    noise_ND = torch.randn(num_tokens, size, generator=generator).to(hidden_MD)
+    values, basis_DD = torch.linalg.eigh(covariance_DD)
+    values = values.clamp_min(0)
+
+    def own_part(log_damping: float) -> Tensor:
+        rows = (noise_ND @ basis_DD * (values + values.mean() * 10**log_damping).rsqrt()) @ basis_DD.T
+        target = math.sqrt(max(norm**2 - shared_D.norm() ** 2, 0.25 * norm**2)) if norm is not None else 1.0
+        return rows / rows.norm(dim=-1, keepdim=True) * target
+
+    def spread(rows: Tensor) -> float:
+        return (hidden_MD @ rows.T * transform.scale).std(-1).mean().item()
+
+    if norm is None:
+        own_ND = own_part(8.0)
+        own_ND = own_ND * (logit_spread / max(spread(own_ND), 1e-6))
+    else:
+        own_ND = own_part(_bisect(lambda log_damping: spread(own_part(log_damping)) - logit_spread, -6.0, 8.0))
+
+    # What is left to set is the height: a step along the mean hidden state moves all logits alike.
+    step_D = hidden_MD.mean(0) / hidden_MD.mean(0).square().sum().clamp_min(1e-12)
+
+    def mass(height: float) -> float:
+        think = transform(hidden_MD @ (own_ND + shared_D + height * step_D).T).logsumexp(-1)
+        return torch.sigmoid(think - log_z_M).mean().item()
+
+    return own_ND + shared_D + _bisect(lambda height: mass(height) - think_mass, -60.0, 60.0) * step_D
+
+
+def _bisect(function, low: float, high: float) -> float:
+    """Where an increasing function crosses zero, or the nearer end."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if function(middle) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+def _typical_norm(rows: Tensor) -> Tensor:
+    return rows[:: max(1, len(rows) // 4096)].float().norm(dim=-1).median()
+
+
+def _sample_hidden(model, tokenizer, sample_text, max_tokens: int = 4096, window: int = 256) -> Tensor:
+    """Hidden states at the LM head over `sample_text`, without the first position of each window, `[M, D]` in fp32."""
+    ids = [i for text in sample_text for i in tokenizer(text)["input_ids"]][:max_tokens]
+    window = min(window, len(ids), getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
+    rows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window).to(model.device)
+    training = model.training
+    model.eval()
+    hidden = [model.base_model(row, use_cache=False).last_hidden_state[:, 1:].flatten(0, 1).float() for row in rows.split(4)]
+    model.train(training)
+    return torch.cat(hidden)
