@@ -66,7 +66,7 @@ def read_scores(out: HeadOutputs, tree: ThoughtTree, head: HeadInputs, labels_BT
 
     predictors, speakers, thinkers = tree.predictors(), tree.speakers(), tree.prefixes()[..., :-1]
     places_BKH, mask_BKH = tree.judged(labels_BT)
-    think_BKGLN = think_BSN.gather(1, thinkers.flatten(1)[..., None].expand(-1, -1, think_BSN.shape[-1])).view(*thinkers.shape, -1)
+    think_BKGLN = think_BSN.gather(1, thinkers.flatten(1)[..., None].expand(-1, -1, think_BSN.shape[-1])).view(*thinkers.shape, think_BSN.shape[-1])
     return TreeScores(
         trunk_logps_BT=logps_BS[:, : tree.trunk_length],
         trunk_mask_BT=head.targets_M.view(batch, num_nodes)[:, : tree.trunk_length] >= 0,

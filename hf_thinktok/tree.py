@@ -168,26 +168,33 @@ class ThoughtTree:
 
     def branch_nodes(self, depth: int) -> Tensor:
         """Node indices at one depth (from 1) of every branch, `[K*G]`."""
+        return self._branches() + depth - 1
+
+    def _branches(self) -> Tensor:
+        """The first node of every branch, `[K*G]`."""
         branches = torch.arange(self.num_forks * self.branching.num_generations, device=self.valid_BS.device)
-        return self.trunk_length + branches * self.branching.width + depth - 1
+        return self.trunk_length + branches * self.branching.width
 
     def prefixes(self) -> Tensor:
         """The node that ends each thought prefix z_1..z_l, `[B, K, G, L+1]`; l = 0 is the fork itself."""
-        branches_KGL = torch.stack([self.branch_nodes(depth) for depth in range(1, self.branching.max_length + 1)], -1)
-        branches_KGL = branches_KGL.view(1, self.num_forks, self.branching.num_generations, -1)
-        fork_BKG1 = self.forks_BK.clamp(min=0)[:, :, None, None].expand(-1, -1, self.branching.num_generations, 1)
+        groups, length = self.branching.num_generations, self.branching.max_length
+        fork_BKG1 = self.forks_BK.clamp(min=0)[:, :, None, None].expand(-1, -1, groups, 1)
+        branches_KGL = self._branches().view(1, self.num_forks, groups, 1) + torch.arange(length, device=fork_BKG1.device)
         return torch.cat([fork_BKG1, branches_KGL.expand(len(fork_BKG1), -1, -1, -1)], -1)
 
     def speakers(self) -> Tensor:
         """The node that would speak if the thought ended after l tokens, `[B, K, G, L+1]`. Under `blind` it is the rereading, and l = 0 does not exist."""
-        return self.prefixes() + (self.branching.max_length * (torch.arange(self.branching.max_length + 1, device=self.valid_BS.device) > 0) if self.branching.blind else 0)
+        prefixes = self.prefixes()
+        if self.branching.blind:
+            prefixes[..., 1:] += self.branching.max_length
+        return prefixes
 
     def predictors(self) -> Tensor:
         """The node that predicts each of the H judged tokens after each thought, `[B, K, G, H]`."""
         first_BKG1 = self.speakers().gather(3, self.lengths_BKG[..., None])
-        start = self.branching.max_length + (self.branching.max_length if self.branching.blind else 0)
-        ahead = [self.branch_nodes(start + h).view(1, self.num_forks, self.branching.num_generations, 1).expand_as(first_BKG1) for h in range(1, self.branching.lookahead)]
-        return torch.cat([first_BKG1, *ahead], -1)
+        groups, ahead = self.branching.num_generations, self.branching.lookahead - 1
+        lookahead_KGH = self._branches().view(1, self.num_forks, groups, 1) + self.branching.width - ahead + torch.arange(ahead, device=first_BKG1.device)
+        return torch.cat([first_BKG1, lookahead_KGH.expand(len(first_BKG1), -1, -1, -1)], -1)
 
     def judged(self, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The real tokens that judge each fork: trunk positions `[B, K, H]`, and which of them count.

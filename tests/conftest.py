@@ -1,0 +1,74 @@
+"""Shared fixtures. Every test makes its own tiny model; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import pytest
+import torch
+from datasets import Dataset
+from models import CORPUS, tiny_model, tiny_tokenizer
+
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
+from hf_thinktok.head import attach_head
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture()
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture()
+def thinker(tokenizer):
+    """A tiny Llama with four thinking tokens and the head attached: model, tokenizer, vocabulary."""
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    vocabulary = add_thinking_tokens(model, tokenizer, 4)
+    attach_head(model, vocabulary)
+    return model, tokenizer, vocabulary
+
+
+@pytest.fixture()
+def corpus():
+    return Dataset.from_dict({"text": CORPUS})
+
+
+@pytest.fixture()
+def make_trainer(tmp_path, corpus):
+    """Builds a trainer on a tiny model; keyword arguments are options of ThinkTokConfig, `model`, `family`, `peft_config`, `reward_funcs`, `train_dataset`."""
+
+    def make(family="llama", model=None, tokenizer=None, train_dataset=None, eval_dataset=None, trainer_class=ThinkTokTrainer, peft_config=None, reward_funcs=None, **options):
+        tokenizer = tokenizer or tiny_tokenizer()
+        model = tiny_model(family, vocab_size=len(tokenizer)) if model is None else model
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "bf16": False,
+            "use_cpu": True,
+            "max_length": 48,
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "num_think_tokens": 4,
+            "num_forks": 3,
+            "num_generations": 2,
+            "max_think_length": 2,
+        }
+        extra = {} if reward_funcs is None else {"reward_funcs": reward_funcs}
+        return trainer_class(
+            model,
+            args=ThinkTokConfig(**defaults | options),
+            train_dataset=corpus if train_dataset is None else train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            **extra,
+        )
+
+    return make
