@@ -48,11 +48,11 @@ class LogitTransform:
         logits = logits * self.scale if self.scale != 1 else logits
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """The gradient before the transform, in place, from the gradient after it and the transformed `logits`."""
+    def slope(self, logits: Tensor) -> Tensor | float | None:
+        """The derivative at transformed `logits`; `None` for 1."""
         if self.softcap is not None:
-            grad.mul_(1 - (logits / self.softcap).square_())
-        return grad.mul_(self.scale) if self.scale != 1 else grad
+            return (1 - (logits / self.softcap).square_()).mul_(self.scale)
+        return self.scale if self.scale != 1 else None
 
 
 def attention_inputs(visible_BQC: Tensor, query_positions_BQ: Tensor, key_positions_BC: Tensor, config: PretrainedConfig, dtype: torch.dtype):

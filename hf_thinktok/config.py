@@ -1,7 +1,9 @@
 """Every option of thinking, in one place, checked before anything is loaded."""
 
+import os
 from dataclasses import MISSING, dataclass, field, fields
 
+import torch
 from trl import SFTConfig
 
 from .losses import PolicyLoss
@@ -14,7 +16,7 @@ FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
     """A dataclass field with a help text; the choices are checked here as well as on the command line."""
-    metadata = {"help": help + (f" One of: {', '.join(choices)}." if choices else ""), "allowed": choices}
+    metadata = {"help": help} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -155,6 +157,8 @@ class ThinkTokConfig(SFTConfig):
         if self.thinks:
             self._check_fit()
             self._check_effect()
+        # Where there is nothing but a CPU, or the launcher asks for it, bf16 and devices follow without another option.
+        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
         super().__post_init__()
 
     @property
@@ -174,8 +178,8 @@ class ThinkTokConfig(SFTConfig):
         return PolicyLoss(self.think_loss_type, self.epsilon, high, self.delta, self.importance_sampling_level, self.beta)
 
     def _check_values(self) -> None:
-        for entry in fields(self):
-            allowed = entry.metadata.get("allowed")
+        for entry in fields(ThinkTokConfig):
+            allowed = entry.metadata.get("choices") if entry.name in ThinkTokConfig.__annotations__ else None
             if allowed and (value := getattr(self, entry.name)) not in allowed:
                 raise ValueError(f"{entry.name}={value!r} is not known; it is one of {', '.join(allowed)}.")
         least = {"num_forks": 0, "num_generations": 1, "max_think_length": 1, "num_iterations": 1, "top_k": 0, "max_nonfinite_steps": 1, "num_completions_to_print": 1}

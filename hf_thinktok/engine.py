@@ -33,8 +33,12 @@ PROBE_LOOKAHEAD = 16
 class Decoder(Protocol):
     """Scores nodes while the tree still grows. Every call may read the nodes of earlier calls."""
 
-    def __call__(self, tree: ThoughtTree, tokens_BS: Tensor, nodes_BQ: Tensor, real_BQ: Tensor, scored_BM: Tensor) -> HeadOutputs:
-        """Adds `nodes_BQ` (those marked in `real_BQ`; the rest is padding) and scores the nodes at the places `scored_BM` among them."""
+    def __call__(self, tree: ThoughtTree, tokens_BS: Tensor, nodes_BQ: Tensor, real_BQ: Tensor, scored_BM: Tensor, think_only: bool = False) -> HeadOutputs:
+        """Adds `nodes_BQ` (those marked in `real_BQ`; the rest is padding) and scores the nodes at the places `scored_BM` among them.
+
+        Args:
+            think_only: only the thinking logits are wanted.
+        """
 
 
 class TreeEngine:
@@ -51,7 +55,7 @@ class TreeEngine:
         cache = DynamicCache()
         columns_BC = real_BC = None
 
-        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM) -> HeadOutputs:
+        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False) -> HeadOutputs:
             nonlocal columns_BC, real_BC
             columns_BC = nodes_BQ if columns_BC is None else torch.cat([columns_BC, nodes_BQ], 1)
             real_BC = real_BQ if real_BC is None else torch.cat([real_BC, real_BQ], 1)
@@ -65,7 +69,7 @@ class TreeEngine:
                 position_ids=positions_BQ,
                 past_key_values=cache,
                 use_cache=True,
-                head=_unjudged(scored_BM, nodes_BQ.shape[1]),
+                head=_unjudged(scored_BM, nodes_BQ.shape[1], think_only),
             )
 
         return decode
@@ -82,8 +86,8 @@ class ReplicatedEngine:
         return model(input_ids=tokens_RP, use_cache=False, head=replace(head, nodes_M=where_BS.flatten()[head.nodes_M]))
 
     def decoder(self, model) -> Decoder:
-        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM) -> HeadOutputs:
-            return self(model, tree, tokens_BS, _unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes))
+        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False) -> HeadOutputs:
+            return self(model, tree, tokens_BS, _unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes, think_only))
 
         return decode
 
@@ -91,9 +95,9 @@ class ReplicatedEngine:
 Engine = TreeEngine | ReplicatedEngine
 
 
-def _unjudged(nodes_BM: Tensor, row_length: int) -> HeadInputs:
+def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool) -> HeadInputs:
     nodes_M = (nodes_BM + torch.arange(len(nodes_BM), device=nodes_BM.device)[:, None] * row_length).flatten()
-    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100))
+    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), think_only=think_only)
 
 
 def _unwrapped(model):

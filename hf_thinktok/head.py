@@ -39,11 +39,13 @@ class HeadInputs:
         nodes_M: flat indices into the `batch * nodes` hidden states.
         targets_M: the true next token of each, or -100 where only the gate or the thought is read.
         entropy: also give the entropy of the real prediction (fork positions by difficulty).
+        think_only: give the thinking logits alone, without a pass over the vocabulary; the rest is 0, and the gate is not known.
     """
 
     nodes_M: Tensor
     targets_M: Tensor
     entropy: bool = False
+    think_only: bool = False
 
 
 @dataclass
@@ -71,28 +73,37 @@ class HeadOutputs:
 
 
 @contextlib.contextmanager
-def _fp32_sums(dtype: torch.dtype) -> Iterator[None]:
-    """For low-precision inputs on CPU: their products are exact in fp32, so let the library multiply in bf16 and sum in fp32.
+def _fp32_sums(hidden_MD: Tensor) -> Iterator[torch.dtype]:
+    """Products of low-precision numbers with fp32 sums and fp32 results; gives the type to multiply in. Autocast is off meanwhile.
 
-    Measured on an AVX512-BF16 CPU, 1,024 x 576 @ 576 x 49,152: 0.175 s against 0.367 s in fp32, largest error 7e-6 against 3e-2 in bf16.
+    On CPU the matrices are made fp32 and the library may multiply in bf16, which loses nothing of low-precision inputs. Measured on an
+    AVX512-BF16 CPU, 1,024 x 576 @ 576 x 49,152: 0.175 s against 0.367 s in full fp32; largest error 7e-6 against 3e-2 for a bf16 result.
     """
+    low_precision = hidden_MD.dtype in (torch.bfloat16, torch.float16)
     matmul = torch.backends.mkldnn.matmul
-    if dtype not in (torch.bfloat16, torch.float16) or not hasattr(matmul, "fp32_precision"):
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    relaxed = low_precision and not hidden_MD.is_cuda and hasattr(matmul, "fp32_precision")
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        before = getattr(matmul, "fp32_precision", None)
+        try:
+            if relaxed:
+                matmul.fp32_precision = "bf16"
+            yield hidden_MD.dtype if low_precision and hidden_MD.is_cuda else torch.float32
+        finally:
+            if relaxed:
+                matmul.fp32_precision = before
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` with fp32 sums and an fp32 result, whatever the inputs' type."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    """`a @ b`, summed up in fp32 and given in fp32."""
+    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, in fp32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 class _VocabularyPass(torch.autograd.Function):
@@ -100,67 +111,67 @@ class _VocabularyPass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, want_entropy):
-        low_precision = hidden_MD.dtype in (torch.bfloat16, torch.float16)
-        compute = hidden_MD.dtype if low_precision else torch.promote_types(hidden_MD.dtype, weight_RD.dtype)
-        with torch.autocast(hidden_MD.device.type, enabled=False), _fp32_sums(compute):
-            rows_D, bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, compute)
-            hidden = hidden_MD.to(compute)
-            num_real, num_nodes = vocabulary.num_real, len(hidden_MD)
-            new = functools.partial(torch.empty, num_nodes, device=hidden_MD.device, dtype=torch.float32)
-            target_logits, log_z_real, entropy = new(), new(), new() if want_entropy else None
-            think_logits = hidden_MD.new_empty(num_nodes, len(rows_D) - num_real, dtype=torch.float32)
-            correct = torch.empty(num_nodes, device=hidden_MD.device, dtype=torch.bool)
+        num_real, num_nodes = vocabulary.num_real, len(hidden_MD)
+        new = functools.partial(torch.empty, num_nodes, device=hidden_MD.device, dtype=torch.float32)
+        target_logits, log_z_real, entropy = new(), new(), new() if want_entropy else None
+        think_logits = hidden_MD.new_empty(num_nodes, vocabulary.num_tokens, dtype=torch.float32)
+        correct = torch.empty(num_nodes, device=hidden_MD.device, dtype=torch.bool)
+        with _fp32_sums(hidden_MD) as dtype:
+            rows_D, bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype)
             for tile in _tiles(num_nodes, len(rows_D)):
-                logits = _logits(hidden[tile], rows_D, bias, transform)
-                real, targets = logits[:, :num_real], targets_M[tile].clamp(min=0)
-                torch.logsumexp(real, -1, out=log_z_real[tile])
-                target_logits[tile] = real.gather(1, targets[:, None])[:, 0]
-                correct[tile] = real.argmax(-1) == targets
+                logits = _logits(hidden_MD[tile].to(dtype), rows_D, bias, transform)
+                real = logits[:, :num_real]
                 think_logits[tile] = logits[:, num_real:]
-                if entropy is not None:
-                    logps = real - log_z_real[tile, None]
+                target = real.gather(1, targets_M[tile].clamp(min=0)[:, None])[:, 0]
+                largest = real.amax(-1)
+                if entropy is None:
+                    log_z = real.sub_(largest[:, None]).exp_().sum(-1).log_() + largest
+                else:
+                    log_z = real.logsumexp(-1)
+                    logps = real - log_z[:, None]
                     entropy[tile] = -(logps.exp() * logps).sum(-1)
+                target_logits[tile], log_z_real[tile], correct[tile] = target, log_z, target >= largest
         ctx.save_for_backward(hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, log_z_real)
-        ctx.vocabulary, ctx.transform, ctx.compute = vocabulary, transform, compute
+        ctx.vocabulary, ctx.transform = vocabulary, transform
         ctx.mark_non_differentiable(correct, *([] if entropy is None else [entropy]))
         return target_logits, log_z_real, think_logits, correct, entropy
 
     @staticmethod
     def backward(ctx, grad_target, grad_log_z, grad_think, *_):
         hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, log_z_real = ctx.saved_tensors
-        vocabulary, compute = ctx.vocabulary, ctx.compute
-        num_real = vocabulary.num_real
-        needs_rows = any(ctx.needs_input_grad[i] for i in (1, 2, 3))
-        with torch.autocast(hidden_MD.device.type, enabled=False), _fp32_sums(compute):
-            rows_D, bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, compute)
-            hidden = hidden_MD.to(compute)
-            grad_hidden = torch.zeros_like(hidden_MD, dtype=torch.float32)
-            grad_rows = torch.zeros_like(rows_D, dtype=torch.float32) if needs_rows else None
-            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-            for tile in _tiles(len(hidden), len(rows_D)):
-                logits = _logits(hidden[tile], rows_D, bias, ctx.transform)
-                grad = torch.empty_like(logits)
-                torch.sub(logits[:, :num_real], log_z_real[tile, None], out=grad[:, :num_real])
-                grad[:, :num_real].exp_().mul_(grad_log_z[tile, None])
-                grad.scatter_add_(1, targets_M[tile].clamp(min=0)[:, None], grad_target[tile, None])
-                grad[:, num_real:] = grad_think[tile]
-                grad = ctx.transform.backward_(grad, logits).to(compute)
-                grad_hidden[tile] = _product(grad, rows_D)
+        vocabulary, num_real = ctx.vocabulary, ctx.vocabulary.num_real
+        grad_hidden = torch.empty_like(hidden_MD)
+        with _fp32_sums(hidden_MD) as dtype:
+            rows_D, bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype)
+            # As long as the parameters, where rows that take no part get zero; beside a frozen weight, only thinking rows.
+            trained = slice(0 if ctx.needs_input_grad[1] else num_real, len(rows_D))
+            length = len(weight_RD) if think_weight_ND is None else trained.stop - trained.start
+            grad_rows = rows_D.new_zeros(length, rows_D.shape[1], dtype=torch.float32) if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None
+            grad_bias = bias.new_zeros(len(bias_R)) if bias is not None and ctx.needs_input_grad[2] else None
+            for tile in _tiles(len(hidden_MD), len(rows_D)):
+                hidden = hidden_MD[tile].to(dtype)
+                logits = _logits(hidden, rows_D, bias, ctx.transform)
+                slope = ctx.transform.slope(logits)
+                # In place: d loss / d logit is softmax times that of log Z, plus that of the target's logit.
+                logits[:, :num_real].sub_(log_z_real[tile, None]).exp_().mul_(grad_log_z[tile, None])
+                logits[:, num_real:] = grad_think[tile]
+                logits.scatter_add_(1, targets_M[tile].clamp(min=0)[:, None], grad_target[tile, None])
+                grad = (logits if slope is None else logits.mul_(slope)).to(dtype)
+                grad_hidden[tile] = _product(grad, rows_D).to(grad_hidden.dtype)
                 if grad_rows is not None:
-                    grad_rows += _product(grad.T, hidden[tile])
+                    _add_product(grad_rows[: trained.stop - trained.start], grad[:, trained].T, hidden)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0, dtype=torch.float32)
-        grad_weight = grad_think_weight = grad_bias_R = None
-        if grad_rows is not None and think_weight_ND is not None:
-            grad_think_weight = grad_rows[num_real:].to(think_weight_ND.dtype)
-        if grad_rows is not None and ctx.needs_input_grad[1]:
-            kept = grad_rows[:num_real] if think_weight_ND is not None else grad_rows
-            grad_weight = torch.zeros_like(weight_RD)
-            grad_weight[: len(kept)] = kept
-        if grad_bias is not None and ctx.needs_input_grad[2]:
-            grad_bias_R = torch.zeros_like(bias_R)
-            grad_bias_R[: len(grad_bias)] = grad_bias
-        return grad_hidden.to(hidden_MD.dtype), grad_weight, grad_bias_R, grad_think_weight, None, None, None, None
+                    grad_bias[: len(rows_D)] += grad.sum(0, dtype=torch.float32)
+
+        grad_weight = grad_think_weight = None
+        if grad_rows is not None and think_weight_ND is None:
+            grad_weight = grad_rows.to(weight_RD.dtype)
+        elif grad_rows is not None:
+            grad_think_weight = grad_rows[-vocabulary.num_tokens :].to(think_weight_ND.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = torch.zeros_like(weight_RD)
+                grad_weight[:num_real] = grad_rows[:num_real]
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias_R.dtype), grad_think_weight, None, None, None, None
 
 
 def _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype):
@@ -170,7 +181,7 @@ def _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype):
         rows = weight_RD[:last].to(dtype)
     else:
         rows = torch.cat([weight_RD[: vocabulary.num_real].to(dtype), think_weight_ND.to(dtype)])
-    return rows, None if bias_R is None else bias_R[: len(rows)].float()
+    return rows, None if bias_R is None else bias_R[:last].float()
 
 
 def _logits(hidden, rows, bias, transform):
@@ -191,9 +202,16 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
             log-probability is as large as a typical reward.
     """
     weight_RD, think_weight_ND = trainable_token_rows(lm_head)
-    targets_M = head.targets_M
+    targets_M, bias_R = head.targets_M, getattr(lm_head, "bias", None)
+    if head.think_only:
+        first, last = vocabulary.first_id, vocabulary.first_id + vocabulary.num_tokens
+        with _fp32_sums(hidden_MD) as dtype:
+            rows_ND = (weight_RD[first:last] if think_weight_ND is None else think_weight_ND).to(dtype)
+            think_logits = _logits(hidden_MD.to(dtype), rows_ND, None if bias_R is None else bias_R[first:last].float(), transform)
+        nothing = think_logits.new_zeros(len(hidden_MD))
+        return HeadOutputs(nothing, nothing, think_logits, nothing.bool())
     target_logits, log_z_real, think_logits, correct, entropy = _VocabularyPass.apply(
-        hidden_MD, weight_RD, getattr(lm_head, "bias", None), think_weight_ND, targets_M, vocabulary, transform, head.entropy
+        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, head.entropy
     )
     judged = targets_M >= 0
     return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, correct & judged, entropy)

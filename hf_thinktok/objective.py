@@ -162,7 +162,9 @@ def _metrics(scores: TreeScores, speech: Speech, rollout: Rollout, rewards_BKG: 
     same_BKGG = (rollout.thoughts_BKGL[:, :, :, None] == rollout.thoughts_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
     spread_BK = rewards_BKG.std(-1)
-    gained_BKG = masked_mean(speech.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None])
+    # The gain of what the model would really do: with a learned stop, its own lengths.
+    spoken_BKGH = speech.logps_BKGH if speech.gate_logps_BKG is None else speech.gate_logps_BKG[..., None]
+    gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None])
     metrics = {
         "reward": masked_mean(rewards_BKG, valid, None),
         "reward_std": masked_mean(spread_BK, valid_BK, None),

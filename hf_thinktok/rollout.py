@@ -121,7 +121,7 @@ def sample_thoughts(
             forks_BF = forks_BK[:, turn]
             nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF)
             done_B1 = torch.maximum(done_B1, forks_BF.amax(1, keepdim=True))
-            out = decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BF)
+            out = decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BF, think_only=not sampling.draw_stops)
             think_BFGN = out.think_logits_MN.view(batch, -1, 1, vocabulary.num_tokens).expand(-1, -1, groups, -1)
             gate_BFG = out.gate_logit_M.view(batch, -1, 1).expand(-1, -1, groups)
             thinking_BFG = torch.ones(gate_BFG.shape, dtype=torch.bool, device=device)
@@ -139,7 +139,8 @@ def sample_thoughts(
                 tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
                 tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
                 nodes_BQ = tree.branch_nodes(depth).view(num_forks, groups)[turn].reshape(1, -1).expand(batch, -1)
-                out = decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), torch.arange(nodes_BQ.shape[1], device=device).expand_as(nodes_BQ))
+                every_BQ = torch.arange(nodes_BQ.shape[1], device=device).expand_as(nodes_BQ)
+                out = decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), every_BQ, think_only=not sampling.draw_stops)
                 think_BFGN, gate_BFG = _by_branch(out, batch, groups)
     return rollout
 

@@ -81,6 +81,8 @@ class ThinkTokTrainer(SFTTrainer):
         self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
+        if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
+            raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group or loo (the others use log_prob).")
         model, tokenizer = _load(model, processing_class, args)
 
         self.vocabulary: ThinkingVocabulary | None = None

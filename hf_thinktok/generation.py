@@ -1,0 +1,200 @@
+"""Watching and steering a model that thinks, in plain `model.generate`.
+
+Neither is needed to think: thinking tokens are ordinary ids of an ordinary softmax, and vanilla `generate` draws them. `ThinkingStreamer` prints
+them as they come, `ThinkingBudget` bounds how many there are.
+
+    budget = ThinkingBudget(vocabulary, max_length=4)
+    model.generate(**inputs, do_sample=True, logits_processor=[budget], streamer=ThinkingStreamer(tokenizer))
+"""
+
+import math
+
+import torch
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from .callbacks import TEXT_STYLE, THOUGHT_STYLE
+from .tokens import GUARD, TEMPLATE, ThinkingVocabulary
+
+THOUGHTS = ("show", "hide")
+# What a byte-level tokenizer decodes the first bytes of an unfinished character to.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class ThinkingStreamer(BaseStreamer):
+    """Prints one sequence while `model.generate(streamer=...)` makes it: text in blue, thoughts in cyan, as in `The ‹3 0 7›answer`.
+
+    Thoughts are numbered 0 to N-1 within the thinking vocabulary. Text is exactly what decoding the real tokens in one go gives (without the
+    clean-up of spaces, which would take back what is printed already); other special tokens are not printed. It can be used for one
+    generation after another.
+
+    Args:
+        tokenizer: of the model.
+        vocabulary: which ids are thoughts; `None`: as the tokenizer has them, which may be none.
+        thoughts: `show` or `hide`.
+        skip_prompt: print only what the model adds.
+        console: a rich console to print on; `None`: standard output.
+
+    Raises:
+        ValueError: `thoughts` is neither `show` nor `hide`; or, while streaming, the batch has more than one sequence.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: ThinkingVocabulary | None = None,
+        thoughts: str = "show",
+        skip_prompt: bool = True,
+        console: Console | None = None,
+    ):
+        if thoughts not in THOUGHTS:
+            raise ValueError(f"thoughts must be one of {', '.join(THOUGHTS)}; got {thoughts!r}.")
+        self.tokenizer = tokenizer
+        self.vocabulary = _vocabulary_of(tokenizer) if vocabulary is None else vocabulary
+        self.thoughts = thoughts
+        self.skip_prompt = skip_prompt
+        self.console = Console(highlight=False) if console is None else console
+        self.silent_ids = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.at_prompt = True
+        self.in_thought = False
+        self.printed: list[int] = []
+        self.unprinted: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt, then each new token; called by `generate`."""
+        if value.ndim > 1 and value.shape[0] > 1:
+            raise ValueError(f"ThinkingStreamer prints one sequence at a time and got a batch of {value.shape[0]}.")
+        skip, self.at_prompt = self.at_prompt and self.skip_prompt, False
+        if skip:
+            return
+        for token in value.flatten().tolist():
+            if self.vocabulary is not None and token in self.vocabulary.ids:
+                self._put_thought(token - self.vocabulary.first_id)
+            elif token not in self.silent_ids:
+                self._put_real(token)
+
+    def _put_thought(self, number: int) -> None:
+        if self.thoughts == "show":
+            self._print(f" {number}" if self.in_thought else f"‹{number}", THOUGHT_STYLE)
+            self.in_thought = True
+
+    def _put_real(self, token: int) -> None:
+        self._close_thought()
+        self.unprinted.append(token)
+        # The tokens before are decoded along: some decoders drop the space that a text begins with, and the new piece is no beginning.
+        text = self._decode(self.printed + self.unprinted)
+        if not text.endswith(INCOMPLETE):
+            self._print(text[len(self._decode(self.printed)) :], TEXT_STYLE)
+            self.printed, self.unprinted = self.unprinted, []
+
+    def end(self) -> None:
+        """Prints what is left and a line break; called by `generate`."""
+        self._close_thought()
+        self._print(self._decode(self.printed + self.unprinted)[len(self._decode(self.printed)) :] + "\n", TEXT_STYLE)
+        self._begin()
+
+    def _close_thought(self) -> None:
+        if self.in_thought:
+            self._print("›", THOUGHT_STYLE)
+            self.in_thought = False
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _print(self, text: str, style: str) -> None:
+        # A bare segment: rich would wrap and crop each piece as if it began a line, and replace tabs.
+        self.console.print(Segments([Segment(text, Style.parse(style))]), end="", soft_wrap=True)
+
+
+def _vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> ThinkingVocabulary | None:
+    ids = tokenizer.get_vocab()
+    if TEMPLATE.format(0) not in ids:
+        return None
+    first, guard = ids[TEMPLATE.format(0)], ids[GUARD]
+    return ThinkingVocabulary(first, guard - first, guard)
+
+
+class ThinkingBudget(LogitsProcessor):
+    """How much a model may, must and tends to think, for `model.generate(logits_processor=[...])`. By default it changes nothing.
+
+    Lengths count thinking tokens in a row before a real token, those that the prompt ends with included; the end of the sequence is a real token
+    as well. Where `max_total` is used up, the model speaks, whatever `min_length` says. The bounds hold for each sequence of a batch or beam.
+
+    Args:
+        vocabulary: which ids are thoughts.
+        min_length: thinking tokens before every real token at least.
+        max_length: thinking tokens in a row at most; 0: never think; `None`: no bound.
+        max_total: thinking tokens in one generation at most, the prompt's not counted; `None`: no bound.
+        bias: nats added to every thinking logit, so that the odds of thinking change by `exp(bias)`.
+        prompt_length: tokens (padding included) of the prompt, for `max_total`. `None`: a generation is recognised by its prompts and by growing
+            one token at a time, so one object serves many `generate` calls. Give it for assisted decoding, which takes tokens back.
+
+    Raises:
+        ValueError: an argument is out of its range, or the bounds contradict each other.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        vocabulary: ThinkingVocabulary,
+        min_length: int = 0,
+        max_length: int | None = None,
+        max_total: int | None = None,
+        bias: float = 0.0,
+        prompt_length: int | None = None,
+    ):
+        if not isinstance(vocabulary, ThinkingVocabulary):
+            raise ValueError(f"vocabulary must be a ThinkingVocabulary, such as ThinkingVocabulary.from_config(model.config); got {vocabulary!r}.")
+        if not isinstance(min_length, int) or min_length < 0:
+            raise ValueError(f"min_length must be an integer, 0 or more; got {min_length!r}.")
+        for name, value in (("max_length", max_length), ("max_total", max_total), ("prompt_length", prompt_length)):
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name} must be None or an integer, 0 or more; got {value!r}.")
+        if max_length is not None and max_length < min_length:
+            raise ValueError(f"A thought cannot have at least {min_length} and at most {max_length} thinking tokens.")
+        if max_total is not None and max_total < min_length:
+            raise ValueError(f"A thought of at least {min_length} thinking tokens does not fit into {max_total} in all.")
+        if not math.isfinite(bias):
+            raise ValueError(f"bias must be a finite number of nats; got {bias!r}. To never think set max_length=0.")
+        self.vocabulary = vocabulary
+        self.min_length, self.max_length, self.max_total = min_length, max_length, max_total
+        self.bias = bias
+        self.prompt_length = prompt_length
+        self._prompts = torch.empty(0, 0, dtype=torch.long)
+        self._length = -1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        thinking_V = self.vocabulary.is_thought(torch.arange(scores.shape[-1], device=scores.device))
+        if self.bias:
+            scores = torch.where(thinking_V, scores + self.bias, scores)
+        run_B = self._run(input_ids)
+        full_B = torch.zeros_like(run_B, dtype=torch.bool)
+        if self.max_length is not None:
+            full_B |= run_B >= self.max_length
+        if self.max_total is not None:
+            full_B |= self.vocabulary.is_thought(input_ids[:, self._start(input_ids) :]).sum(-1) >= self.max_total
+        must_B = (run_B < self.min_length) & ~full_B
+        return scores.masked_fill(full_B[:, None] & thinking_V | must_B[:, None] & ~thinking_V, -math.inf)
+
+    def _run(self, input_ids: Tensor) -> Tensor:
+        """Thinking tokens that each sequence ends with, counted as far as the bounds need it."""
+        last = input_ids[:, -max(self.min_length, self.max_length or 0, 1) :]
+        return self.vocabulary.is_thought(last).flip(-1).int().cumprod(-1).sum(-1)
+
+    def _start(self, input_ids: Tensor) -> int:
+        """Where the generation under way began. Beams change places only under the same prompt, so the prompts tell one generation from another."""
+        if self.prompt_length is not None:
+            return self.prompt_length
+        goes_on = input_ids.shape == (len(self._prompts), self._length + 1)
+        if not goes_on or not torch.equal(input_ids[:, : self._prompts.shape[1]], self._prompts):
+            self._prompts = input_ids.clone()
+        self._length = input_ids.shape[1]
+        return self._prompts.shape[1]

@@ -1,0 +1,101 @@
+"""What a run writes down: its figures, and everything that it takes to get them again."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+LIBRARIES = ("hf-thinktok", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
+
+
+def environment() -> dict[str, Any]:
+    """Library versions, hardware and the commit of the code."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    hardware = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    return {"versions": versions, "hardware": hardware, "commit": _commit()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, marked where files differ from it; `None` outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("-changed" if changed else "")
+
+
+def training_results(before: dict[str, float], after: dict[str, float], training: dict[str, float], config: dict[str, Any]) -> dict[str, Any]:
+    """The results of one run.
+
+    Args:
+        before, after: what `ThinkTokTrainer.evaluate()` gave before and after training.
+        training: the metrics of `trainer.train()`.
+        config: the options that differ from their defaults.
+    """
+    return {
+        "bits_per_token": {
+            "base": before["eval_bits_no_think"],
+            "no_think": after["eval_bits_no_think"],
+            "think": after["eval_bits_think"],
+            "random_thought": after["eval_bits_random_thought"],
+        },
+        "gain": after["eval_gain"],
+        "gain_stderr": after["eval_gain_stderr"],
+        "gain_over_random": after["eval_gain_over_random"],
+        "gain_over_random_stderr": after["eval_gain_over_random_stderr"],
+        "mean_think_length": after["eval_mean_think_length"],
+        "steps_per_second": training["train_steps_per_second"],
+        "train_seconds": training["train_runtime"],
+        "documents": after["eval_documents"],
+        "judged_tokens": after["eval_judged_tokens"],
+        "config": config,
+        **environment(),
+    }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=2, sort_keys=True, default=str) + "\n")
+    os.replace(unfinished, path)
+
+
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
+    """The table that ends a run."""
+    table = Table(title=f"Held-out text, {results['judged_tokens']:.0f} tokens of {results['documents']:.0f} documents")
+    table.add_column("")
+    table.add_column("bits per token", justify="right")
+    labels = {"base": "before training", "no_think": "trained, without thinking", "think": "trained, thinking", "random_thought": "trained, a random thought"}
+    for arm, label in labels.items():
+        table.add_row(label, f"{results['bits_per_token'][arm]:.4f}")
+    table.add_section()
+    table.add_row("gain from thinking", f"{results['gain']:+.4f} ± {results['gain_stderr']:.4f}")
+    table.add_row("gain over a random thought", f"{results['gain_over_random']:+.4f} ± {results['gain_over_random_stderr']:.4f}")
+    table.add_row("mean thought length, tokens", f"{results['mean_think_length']:.3f}")
+    table.add_row("steps per second", f"{results['steps_per_second']:.3f}")
+    (console or Console()).print(table)

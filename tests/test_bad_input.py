@@ -1,0 +1,444 @@
+"""What cannot work is refused in one clear sentence, before a model is loaded."""
+
+import itertools
+import json
+import re
+
+import pytest
+from datasets import Dataset, IterableDataset
+from models import CORPUS, TINY, tiny_model, tiny_tokenizer
+from trl import SFTConfig
+
+import hf_thinktok.trainer as trainer_module
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
+
+NOWHERE = "no-such-folder/no-such-model"
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**options):
+        return ThinkTokConfig(str(tmp_path / "out"), **{"bf16": False, "use_cpu": True, "report_to": "none", "max_length": 48, "num_forks": 3} | options)
+
+    return make
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails as soon as weights would be loaded."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(trainer_module, "create_model_from_path", touched)
+
+
+@pytest.fixture
+def train(make_config, corpus, no_weights):
+    """Starts a trainer on a model that is not there: whatever it says, it says before a model is looked for."""
+
+    def start(model=NOWHERE, train_dataset=corpus, args=None, processing_class=None, options=None, **kwargs):
+        args = make_config(**{"max_steps": 1} | (options or {})) if args is None else args
+        return ThinkTokTrainer(model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
+
+    return start
+
+
+def one_sentence(error, *words):
+    """One line with an end, and the words that tell what to do."""
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    for word in words:
+        assert re.search(word, text), f"{word!r} is not in {text!r}"
+
+
+# ---------------------------------------------------------------- options
+
+
+BAD_VALUES = [
+    ({"num_generations": 1}, ["num_generations=1", "compare", "2 or more"]),
+    ({"num_generations": 0}, ["num_generations=0", "at least 1"]),
+    ({"max_think_length": 0}, ["max_think_length=0", "at least 1"]),
+    ({"num_forks": -1}, ["num_forks=-1", "at least 0"]),
+    ({"num_think_tokens": -4}, ["num_think_tokens=-4"]),
+    ({"num_iterations": 0}, ["num_iterations=0"]),
+    ({"top_k": -1}, ["top_k=-1"]),
+    ({"max_nonfinite_steps": 0}, ["max_nonfinite_steps=0"]),
+    ({"num_completions_to_print": 0, "log_completions": True}, ["num_completions_to_print=0"]),
+    ({"num_forks": 48}, ["num_forks=48", "max_length=48", "do not fit"]),
+    ({"num_forks": 500}, ["num_forks=500", "max_length=48", "lower num_forks"]),
+    ({"lookahead": 0}, ["lookahead=0", "at least 1", "null"]),
+    ({"lookahead": 48, "stop": "sampled"}, ["lookahead=48", "longer than the row", "max_length=48"]),
+    ({"temperature": 0.0}, ["temperature=0.0", "above 0"]),
+    ({"stop_smoothing": 1.5}, ["stop_smoothing=1.5", "between 0 and 1"]),
+    ({"top_p": -0.1}, ["top_p=-0.1", "between 0 and 1"]),
+    ({"min_p": 1.5}, ["min_p=1.5", "between 0 and 1"]),
+    *(({name: -0.5}, [f"{name}=-0.5", "negative"]) for name in ("think_loss_weight", "think_ce_weight", "think_cost", "beta")),
+    *(
+        ({name: "sometimes"}, [f"{name}='sometimes'", "one of", known])
+        for name, known in {
+            "fork_positions": "entropy",
+            "stop": "learned",
+            "memory": "persistent",
+            "engine": "replicated",
+            "objective": "marginal",
+            "advantage": "loo",
+            "scale_rewards": "batch",
+            "think_loss_type": "dr_grpo",
+            "importance_sampling_level": "sequence",
+        }.items()
+    ),
+    ({"reward_funcs": ["log_prob", "acuracy"]}, ["'acuracy'", "did you mean 'accuracy'", "information_gain"]),
+    ({"reward_funcs": ["log_prob", "prob"], "reward_weights": [1.0]}, ["reward_weights has 1", "reward_funcs 2"]),
+]
+# What cannot be done together.
+BAD_FITS = [
+    ({"lookahead": 2}, ["stop=learned", "one judged token", "lookahead=1"]),
+    ({"lookahead": None}, ["stop=learned", "one judged token"]),
+    ({"advantage": "token", "lookahead": 2, "stop": "fixed"}, ["advantage=token", "lookahead=1"]),
+    ({"advantage": "token", "stop": "sampled"}, ["advantage=token", "stop=sampled", "stop=learned or stop=fixed"]),
+    ({"blind": True, "memory": "persistent"}, ["blind", "memory=persistent", "choose one"]),
+    ({"blind": True, "advantage": "token"}, ["blind", "advantage=token", "group or loo"]),
+    ({"fork_positions": "markers"}, ["fork_positions=markers", "fork_markers"]),
+    ({"fork_positions": "markers", "fork_markers": ["A:", ""]}, ["fork_markers"]),
+    ({"loss_type": "dft"}, ["loss_type=dft", "not supported"]),
+    ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor", "not supported"]),
+    ({"padding_free": True}, ["padding_free", "packing=True"]),
+    ({"num_iterations": 2, "save_steps": 3}, ["save_steps", "multiple of num_iterations"]),
+    ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
+]
+NO_EFFECT = [
+    ({"fork_markers": ["A:"]}, ["fork_markers", "fork_positions=markers"]),
+    ({"fork_positions": "all", "num_forks": 3}, ["num_forks=3", "fork_positions other than all"]),
+    ({"stop": "fixed", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
+    ({"stop": "sampled", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
+    ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=0.1", "stop=learned or stop=sampled"]),
+    ({"objective": "marginal", "advantage": "loo"}, ["advantage='loo'", "objective=expected"]),
+    ({"objective": "marginal", "scale_rewards": "group"}, ["scale_rewards='group'", "objective=expected"]),
+    ({"objective": "marginal", "reward_funcs": ["prob"]}, ["reward_funcs=", "objective=expected"]),
+    ({"objective": "marginal", "reward_weights": [2.0]}, ["reward_weights=", "objective=expected"]),
+    ({"advantage": "token", "reward_funcs": ["accuracy"]}, ["reward_funcs=", "advantage=group or loo"]),
+    ({"advantage": "token", "reward_weights": [2.0]}, ["reward_weights=", "advantage=group or loo"]),
+    ({"epsilon": 0.1}, ["epsilon=0.1", "num_iterations > 1"]),
+    ({"epsilon": 0.1, "num_iterations": 2, "think_loss_type": "cispo"}, ["epsilon=0.1", "other than cispo"]),
+    ({"epsilon_high": 0.3}, ["epsilon_high=0.3", "num_iterations > 1"]),
+    ({"delta": 2.0}, ["delta=2.0", "num_iterations > 1"]),
+    ({"delta": 2.0, "num_iterations": 2, "think_loss_type": "cispo"}, ["delta=2.0", "other than cispo"]),
+    ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence'", "num_iterations > 1"]),
+    ({"num_completions_to_print": 3}, ["num_completions_to_print=3", "log_completions=True"]),
+]
+
+
+def named(options):
+    return "-".join(f"{k}={v}" for k, v in options.items()) if isinstance(options, dict) else ""
+
+
+@pytest.mark.parametrize(("options", "words"), [*BAD_VALUES, *BAD_FITS], ids=named)
+def test_options_that_cannot_be(make_config, options, words):
+    with pytest.raises(ValueError, match=words[0]) as error:
+        make_config(**options)
+    one_sentence(error, *words)
+
+
+@pytest.mark.parametrize(("options", "words"), NO_EFFECT, ids=named)
+def test_options_without_effect(make_config, options, words):
+    with pytest.raises(ValueError, match="has no effect here") as error:
+        make_config(**options)
+    one_sentence(error, *words, "Leave .* out or change that")
+
+
+@pytest.mark.parametrize("off", [{"num_think_tokens": 0}, {"num_forks": 0}], ids=named)
+def test_the_control_arm_takes_every_option(make_config, off):
+    """One recipe serves both arms: with thinking switched off nothing about thinking can be wrong together."""
+    assert not make_config(**{"stop": "fixed", "think_cost": 0.1, "epsilon": 0.1} | off).thinks
+    with pytest.raises(ValueError, match="stop='sometimes'"):
+        make_config(**{"stop": "sometimes"} | off)
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}], ids=named)
+def test_text_losses_that_a_model_with_thoughts_does_not_take(make_config, options):
+    """Also without forks: the loss of the text is the trainer's own as soon as there are thinking tokens."""
+    with pytest.raises(ValueError, match="not supported") as error:
+        make_config(num_forks=0, **options)
+    one_sentence(error)
+    assert make_config(num_think_tokens=0, **options)
+
+
+def refused(stop, objective, memory, blind, advantage):
+    """The combinations that the design rules out."""
+    token = advantage == "token" and (stop == "sampled" or blind)
+    return (blind and memory == "persistent") or token or (objective == "marginal" and advantage != "group")
+
+
+COMBINATIONS = list(
+    itertools.product(("fixed", "learned", "sampled"), ("expected", "marginal"), ("none", "persistent"), (False, True), ("group", "loo", "token"))
+)
+# Enough thoughts for a gate that is nearly closed to open for some.
+MANY = {"max_steps": 1, "max_length": 20, "num_forks": 8, "num_generations": 4, "per_device_train_batch_size": 4}
+ALLOWED = [c for c in COMBINATIONS if not refused(*c)]
+
+
+def test_combinations_that_are_refused(make_config):
+    for stop, objective, memory, blind, advantage in set(COMBINATIONS) - set(ALLOWED):
+        with pytest.raises(ValueError, match="blind|advantage"):
+            make_config(stop=stop, objective=objective, memory=memory, blind=blind, advantage=advantage)
+
+
+@pytest.mark.parametrize(("stop", "objective", "memory", "blind", "advantage"), ALLOWED)
+def test_combinations_that_are_allowed_train(make_trainer, stop, objective, memory, blind, advantage):
+    trainer = make_trainer(stop=stop, objective=objective, memory=memory, blind=blind, advantage=advantage, **MANY)
+    before = trainer.model.get_input_embeddings().weight.detach().clone()
+    assert trainer.train().training_loss > 0
+    after = trainer.model.get_input_embeddings().weight.detach()
+    assert after.isfinite().all()
+    assert not after[list(trainer.vocabulary.ids)].equal(before[list(trainer.vocabulary.ids)])
+    assert trainer.guard.total == 0
+
+
+VALID = [
+    {"lookahead": None, "stop": "sampled"},
+    {"lookahead": 47, "stop": "fixed"},
+    {"num_forks": 47},
+    {"num_forks": 2000, "max_length": None, "stop": "fixed", "lookahead": 9},
+    {"fork_positions": "all", "num_forks": 16, "max_length": 8},
+    {"fork_positions": "markers", "fork_markers": ["A:", "="]},
+    {"num_iterations": 2, "save_steps": 4, "epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0},
+    {"num_iterations": 2, "save_steps": 3, "save_strategy": "no"},
+    {"num_iterations": 2, "think_loss_type": "cispo", "epsilon_high": 0.3},
+    {"reward_funcs": ["accuracy", "prob"], "reward_weights": [1.0, 0.5], "scale_rewards": "batch"},
+    {"stop": "sampled", "think_cost": 0.1, "objective": "marginal"},
+    {"log_completions": True, "num_completions_to_print": 2},
+    {"beta": 0.1, "temperature": 0.7, "top_k": 2, "top_p": 0.9, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", VALID, ids=named)
+def test_options_that_fit(make_config, options):
+    config = make_config(**options)
+    assert config.thinks
+    assert all(getattr(config, name) == value for name, value in options.items())
+
+
+# ---------------------------------------------------------------- rewards given to the trainer
+
+
+def test_unknown_reward_of_the_trainer(train):
+    with pytest.raises(ValueError, match="'informaton_gain'; did you mean 'information_gain'") as error:
+        train(reward_funcs=["informaton_gain"])
+    one_sentence(error)
+
+
+def test_weights_of_the_trainers_rewards(train):
+    with pytest.raises(ValueError, match="reward_weights") as error:
+        train(reward_funcs=["log_prob", "prob"], options={"reward_weights": [1.0]})
+    one_sentence(error, "1 entries", "2 rewards")
+
+
+def test_functions_can_be_weighted(make_trainer):
+    """Reward functions are passed to the trainer and their weights stand in the config: the config alone cannot tell how many there are."""
+
+    def long_words(logps, mask, **kwargs):
+        return logps.sum(-1)
+
+    trainer = make_trainer(reward_funcs=["log_prob", long_words], reward_weights=[1.0, 0.5])
+    assert trainer.reward_weights == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("options", [{"objective": "marginal"}, {"advantage": "token"}], ids=named)
+def test_rewards_of_the_trainer_without_effect(train, options):
+    with pytest.raises(ValueError, match="reward_funcs.*no effect") as error:
+        train(reward_funcs=["accuracy"], options=options)
+    one_sentence(error)
+
+
+# ---------------------------------------------------------------- arguments and data
+
+
+@pytest.mark.parametrize(
+    "args", [lambda folder: SFTConfig(folder, bf16=False, use_cpu=True, report_to="none"), lambda folder: {"output_dir": folder}], ids=["SFTConfig", "dict"]
+)
+def test_wrong_arguments(train, tmp_path, args):
+    with pytest.raises(TypeError, match="needs a ThinkTokConfig") as error:
+        train(args=args(str(tmp_path)))
+    one_sentence(error, "args is a (SFTConfig|dict)")
+
+
+BAD_DATA = {
+    "missing": (lambda: None, {}, ["train_dataset is missing"]),
+    "list": (lambda: [{"text": "a"}], {}, ["is a list", "datasets.Dataset"]),
+    "no text column": (lambda: Dataset.from_dict({"body": CORPUS}), {}, ["columns", "'body'", "no 'text'", "dataset_text_field"]),
+    "other text column": (lambda: Dataset.from_dict({"text": CORPUS}), {"dataset_text_field": "body"}, ["no 'body'", "dataset_text_field"]),
+    "empty": (lambda: Dataset.from_dict({"text": []}), {}, ["train data set is empty"]),
+    "empty row": (lambda: Dataset.from_dict({"text": ["a b c"] * 20 + [""]}), {}, ["Row 20", "no text", "filter"]),
+    "blank row": (lambda: Dataset.from_dict({"text": ["a b c", " \n\t", "d"]}), {}, ["Row 1 ", "no text"]),
+    "row without": (lambda: Dataset.from_dict({"text": ["a b c", None]}), {}, ["Row 1 ", "no text"]),
+    "no strings": (lambda: Dataset.from_dict({"text": [1, 2]}), {}, ["Row 0 ", "no text"]),
+    "endless stream": (lambda: Dataset.from_dict({"text": CORPUS}).to_iterable_dataset(), {"max_steps": -1}, ["streaming", "set max_steps"]),
+    "empty stream": (lambda: IterableDataset.from_generator(lambda: iter(())), {}, ["train data set is empty"]),
+    "stream of empty rows": (lambda: Dataset.from_dict({"text": ["a", ""]}).to_iterable_dataset(), {}, ["Row 1 ", "no text"]),
+    "stream without text": (lambda: Dataset.from_dict({"body": CORPUS}).to_iterable_dataset(), {}, ["no 'text'", "dataset_text_field"]),
+    "stream that must repeat": (
+        lambda: Dataset.from_dict({"text": CORPUS}).to_iterable_dataset(),
+        {"num_iterations": 2},
+        ["num_iterations", "come again", "map-style"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_data_that_cannot_be_trained_on(train, case):
+    make, options, words = BAD_DATA[case]
+    with pytest.raises((ValueError, TypeError), match=re.compile(words[0], re.IGNORECASE)) as error:
+        train(train_dataset=make(), options=options)
+    one_sentence(error, *(f"(?i){word}" for word in words))
+
+
+def test_bad_held_out_data_is_named(train, corpus):
+    with pytest.raises(ValueError, match="Row 1 of the hard data set has no text"):
+        train(eval_dataset={"easy": corpus, "hard": Dataset.from_dict({"text": ["a b", ""]})})
+    with pytest.raises(ValueError, match="The eval data set has the columns"):
+        train(eval_dataset=Dataset.from_dict({"body": ["a b"]}))
+
+
+def test_data_that_can_be_trained_on(train, corpus):
+    """Conversations, and any columns with a formatting function, get as far as looking for the model."""
+    talk = Dataset.from_dict({"messages": [[{"role": "user", "content": "hello"}]]})
+    for dataset, formatter in [
+        (corpus, None),
+        (corpus.to_iterable_dataset(), None),
+        (talk, None),
+        (Dataset.from_dict({"body": ["x"]}), lambda row: row["body"]),
+    ]:
+        with pytest.raises(OSError, match="huggingface.co"):
+            train(train_dataset=dataset, formatting_func=formatter)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "data_collator"])
+def test_hooks_that_would_never_be_called(train, name):
+    with pytest.raises(ValueError, match=f"{name} is not supported with thinking") as error:
+        train(**{name: lambda *args: {}})
+    one_sentence(error, "Leave it out")
+
+
+def test_data_parallel(train, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(ThinkTokConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="nn.DataParallel") as error:
+        train()
+    one_sentence(error, "accelerate launch", "CUDA_VISIBLE_DEVICES")
+
+
+def test_context_parallel(train, make_config):
+    class Parallelism:
+        cp_enabled, sp_enabled = True, False
+
+    args = make_config(max_steps=1)
+    args.parallelism_config = Parallelism()
+    with pytest.raises(ValueError, match="cut rows apart") as error:
+        train(args=args)
+    one_sentence(error, "data parallelism, ZeRO or FSDP2")
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.fixture
+def config_folder(tmp_path):
+    """A folder with a tokenizer and a model's config.json, without weights."""
+
+    def make(**config):
+        folder = tmp_path / "model"
+        tiny_tokenizer().save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return make
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 320} | TINY["llama"]
+BAD_MODELS = {
+    "encoder-decoder": ({"model_type": "t5", "vocab_size": 320, "d_model": 32, "num_layers": 1}, ["t5 is an encoder-decoder", "decoder-only"]),
+    "vision": (
+        {"model_type": "llava", "text_config": LLAMA, "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "num_attention_heads": 4}},
+        ["llava reads images", "AutoModelForCausalLM"],
+    ),
+    "audio": (
+        {"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2"}, "audio_config": {"model_type": "qwen2_audio_encoder"}},
+        ["qwen2_audio reads images or audio"],
+    ),
+    "no LM head": ({"model_type": "vit"}, ["vit has no causal LM head"]),
+    "smaller vocabulary": (LLAMA | {"vocab_size": 100}, ["tokenizer has ids up to", "100 embedding rows", "do not belong together"]),
+    "thinking model, other tokenizer": (
+        LLAMA | {"vocab_size": 384, "thinktok": {"first_id": 320, "num_tokens": 4, "guard_id": 324}},
+        ["ids 320 to 323", "tokenizer does not know them"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_models_that_cannot_think(train, config_folder, case):
+    config, words = BAD_MODELS[case]
+    with pytest.raises(ValueError, match=words[0]) as error:
+        train(config_folder(**config))
+    one_sentence(error, *words)
+
+
+def test_thinking_tokenizer_on_a_plain_model(train, config_folder, thinker):
+    _, tokenizer, _ = thinker
+    with pytest.raises(ValueError, match="tokenizer has thinking tokens but the model has none") as error:
+        train(config_folder(**LLAMA), processing_class=tokenizer)
+    one_sentence(error, "same checkpoint")
+
+
+def test_another_number_of_thinking_tokens(train, config_folder, thinker):
+    model, tokenizer, _ = thinker
+    folder = config_folder(**LLAMA | {"vocab_size": model.config.vocab_size, "thinktok": model.config.thinktok})
+    with pytest.raises(ValueError, match="has 4 thinking tokens and 8 are asked for") as error:
+        train(folder, processing_class=tokenizer, options={"num_think_tokens": 8})
+    one_sentence(error, "num_think_tokens=4")
+
+
+def test_a_model_that_fits_is_loaded(train, config_folder):
+    """The refusals above do not come from the folder."""
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        train(config_folder(**LLAMA))
+
+
+def test_flash_attention(make_trainer):
+    model = tiny_model("llama", vocab_size=320)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2 cannot take a tree's mask") as error:
+        make_trainer(model=model)
+    one_sentence(error, "sdpa or eager")
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_flash_attention_by_name(train, config_folder, name):
+    with pytest.raises(ValueError, match="cannot take a tree's mask") as error:
+        train(config_folder(**LLAMA), options={"model_init_kwargs": {"attn_implementation": name}})
+    one_sentence(error, name, "sdpa or eager")
+
+
+def test_tree_where_attention_ignores_its_mask(make_trainer):
+    with pytest.raises(ValueError, match="engine=tree is not exact for bloom") as error:
+        make_trainer(family="bloom", engine="tree")
+    one_sentence(error, "engine=auto")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("saved", [8, None], ids=["other number", "none"])
+def test_checkpoint_with_another_thinking_vocabulary(make_trainer, tmp_path, saved):
+    model, tokenizer, folder = tiny_model("llama", vocab_size=320), tiny_tokenizer(), tmp_path / "checkpoint-1"
+    if saved:
+        add_thinking_tokens(model, tokenizer, saved)
+    model.save_pretrained(folder)
+    trainer = make_trainer()
+    before = trainer.model.get_input_embeddings().weight.detach().clone()
+    with pytest.raises(ValueError, match="has the thinking vocabulary") as error:
+        trainer.train(resume_from_checkpoint=str(folder))
+    one_sentence(error, "checkpoint-1", "num_think_tokens")
+    assert trainer.state.global_step == 0
+    assert trainer.model.get_input_embeddings().weight.equal(before)

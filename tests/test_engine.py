@@ -1,0 +1,375 @@
+"""Packed trees, cached sampling and ordinary rows give the same numbers, and a model that cannot run a packed tree is found out."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from models import TINY, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoConfig
+
+from hf_thinktok import add_thinking_tokens, engine
+from hf_thinktok.architectures import LogitTransform, check_supported
+from hf_thinktok.engine import ReplicatedEngine, TreeEngine, choose_engine
+from hf_thinktok.head import HeadInputs, HeadOutputs, attach_head
+from hf_thinktok.rollout import Sampling, sample_thoughts, thought_logps
+from hf_thinktok.tree import Branching, ThoughtTree
+
+T = 24
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+QWEN_MIXED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+# family, attention, changes: what must run as one packed tree.
+PACKABLE = [
+    *(
+        (family, attn, {})
+        for family in ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma3_text", "phi3", "olmo2", "opt", "granite", "cohere2")
+        for attn in ("sdpa", "eager")
+    ),
+    ("gemma2", "eager", {}),
+    ("gemma2", "eager", {"sliding_window": 8}),
+    *((family, attn, {"sliding_window": 8}) for family in ("mistral", "phi3", "gemma3_text", "cohere2") for attn in ("sdpa", "eager")),
+    *((family, "sdpa", MIXED) for family in ("gemma3_text", "cohere2")),
+    *((family, "sdpa", QWEN_MIXED) for family in ("qwen2", "qwen3")),
+]
+REPLICATED = [("bloom", "eager", {}), ("mamba", "eager", {})]
+# Position tables, rotary positions, windows that the cache must respect, eager's additive masks.
+DIVERSE = [("llama", "sdpa", {}), ("gpt2", "eager", {}), ("mistral", "sdpa", {"sliding_window": 8}), ("gemma2", "eager", {"sliding_window": 8})]
+
+
+def name(case) -> str:
+    return case if isinstance(case, str) else "-".join(str(v) for v in case.values()) if isinstance(case, dict) else None
+
+
+def thinker(family: str = "llama", attn: str = "sdpa", dtype: torch.dtype = torch.float32, **changes):
+    """A tiny model with so many thinking tokens, their rows like those of real ones, that it starts and stops thinking now and then."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(family, attn, scale=2.0, **changes)
+    vocabulary = add_thinking_tokens(model, tokenizer, 160)
+    with torch.no_grad():
+        for rows in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            rows[vocabulary.ids] = torch.randn(160, rows.shape[1], generator=torch.Generator().manual_seed(1)) * rows[: vocabulary.first_id].std()
+    model.to(dtype)
+    attach_head(model, vocabulary)
+    return model, vocabulary
+
+
+class Text:
+    """Two rows, forks on them (one is not there) and random thoughts of random lengths."""
+
+    def __init__(self, vocabulary, packed: bool, shape: Branching, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.shape = shape
+        self.documents_BT = torch.tensor([[0] * 10 + [1] * 9 + [-1] * 5, [0] * 4 + [1] * 20] if packed else [[0] * T, [0] * T])
+        self.tokens_BT = torch.randint(vocabulary.num_real, (2, T), generator=generator)
+        self.labels_BT = torch.where(self.documents_BT >= 0, self.tokens_BT, -100)
+        self.forks_BK = torch.tensor([[3, 9, 14], [0, 16, -1]])
+        shape_BKG = (2, 3, shape.num_generations)
+        self.lengths_BKG = torch.randint(shape.max_length + 1, shape_BKG, generator=generator)
+        self.thoughts_BKGL = vocabulary.first_id + torch.randint(vocabulary.num_tokens, (*shape_BKG, shape.max_length), generator=generator)
+
+    def tree(self) -> ThoughtTree:
+        return ThoughtTree(self.documents_BT, self.forks_BK, self.shape, self.lengths_BKG)
+
+    def scores(self, engine, model) -> HeadOutputs:
+        """An engine's outputs for all nodes."""
+        tree = self.tree()
+        targets_M = tree.targets(self.labels_BT).flatten()
+        return engine(model, tree, tree.tokens(self.tokens_BT, self.thoughts_BKGL), HeadInputs(torch.arange(len(targets_M)), targets_M, entropy=True))
+
+    def rows(self):
+        """Every document and every branch as an ordinary row: batch row, token ids, and the tree's nodes, `None` for those of another row."""
+        shape = self.shape
+        for b, (documents, tokens, forks) in enumerate(zip(self.documents_BT.tolist(), self.tokens_BT.tolist(), self.forks_BK.tolist())):
+            for document in {*documents} - {-1}:
+                ids, nodes = [], []
+                for t in [t for t in range(T) if documents[t] == document]:
+                    ids, nodes = [*ids, tokens[t]], [*nodes, t]
+                    if t not in forks:
+                        continue
+                    k = forks.index(t)
+                    stays = []
+                    for g in range(shape.num_generations):
+                        first = T + (k * shape.num_generations + g) * shape.width
+                        length = self.lengths_BKG[b, k, g].item()
+                        thought = self.thoughts_BKGL[b, k, g, :length].tolist()
+                        ahead = [t + h for h in range(1, shape.lookahead) if t + h < T and documents[t + h] == document]
+                        thought_nodes = list(range(first, first + length))
+                        read_nodes = list(range(first + shape.max_length, first + shape.max_length + length)) if shape.blind else []
+                        ahead_nodes = [first + shape.width - shape.lookahead + h for h in range(1, len(ahead) + 1)]
+                        ahead_ids = [tokens[place] for place in ahead]
+                        if shape.blind:
+                            yield b, ids + thought, [None] * len(ids) + thought_nodes
+                            if length:
+                                yield b, thought + ahead_ids, read_nodes + ahead_nodes
+                        else:
+                            yield b, ids + thought + ahead_ids, [None] * len(ids) + thought_nodes + ahead_nodes
+                        if g == 0 and shape.persistent:
+                            stays = thought
+                    ids, nodes = ids + stays, nodes + [None] * len(stays)
+                yield b, ids, nodes
+
+    def check(self, out: HeadOutputs, model, vocabulary, tolerance: float = 1e-4) -> None:
+        """Compares scores with a plain loop over `rows`, through the architecture's own forward and full logits."""
+        tree = self.tree()
+        num_nodes, targets_BS, seen = tree.num_nodes, tree.targets(self.labels_BT), set()
+        for b, ids, nodes in self.rows():
+            logits_PR = type(model).forward(model, input_ids=torch.tensor([ids])).logits[0].float()
+            here = [(place, node) for place, node in enumerate(nodes) if node is not None]
+            if not here:
+                continue
+            places, nodes = torch.tensor(here).T
+            real, think = logits_PR[places, : vocabulary.first_id], logits_PR[places, vocabulary.first_id : vocabulary.guard_id]
+            logps, targets, flat = real.log_softmax(-1), targets_BS[b, nodes], b * num_nodes + nodes
+            judged = targets >= 0
+            target_logps = torch.where(judged, logps.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0.0)
+            close(out.target_logps_M[flat], target_logps, tolerance)
+            close(out.log_z_real_M[flat], real.logsumexp(-1), tolerance)
+            close(out.think_logits_MN[flat], think, tolerance)
+            close(out.gate_logit_M[flat], think.logsumexp(-1) - real.logsumexp(-1), tolerance)
+            close(out.entropy_M[flat], -(logps.exp() * logps).sum(-1), tolerance)
+            assert torch.equal(out.correct_M[flat], judged & (logps.argmax(-1) == targets))
+            seen |= {(b, node) for node in nodes.tolist()}
+        assert seen == {tuple(place) for place in tree.valid_BS.nonzero().tolist()}
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0.0)
+
+
+@pytest.mark.parametrize(("family", "attn", "changes"), [*PACKABLE, *REPLICATED], ids=name)
+@torch.no_grad()
+def test_every_engine_equals_plain_rows(family, attn, changes):
+    model, vocabulary = thinker(family, attn, **changes)
+    shape = Branching(2, 3, 3)
+    chosen = choose_engine(model, vocabulary, shape, T, 3)
+    assert chosen.name == ("replicated" if family in ("bloom", "mamba") else "tree")
+    for packed in (False, True):
+        text = Text(vocabulary, packed, shape)
+        for each in {chosen.name: chosen, "replicated": ReplicatedEngine()}.values():
+            text.check(text.scores(each, model), model, vocabulary)
+
+
+@pytest.mark.parametrize("variant", [{"persistent": True}, {"blind": True}, {"blind": True, "persistent": True}], ids=lambda v: "-".join(v))
+@pytest.mark.parametrize(("family", "attn", "changes"), DIVERSE, ids=name)
+@torch.no_grad()
+def test_variants_equal_plain_rows(family, attn, changes, variant):
+    model, vocabulary = thinker(family, attn, **changes)
+    shape = Branching(2, 3, 3, **variant)
+    assert choose_engine(model, vocabulary, shape, T, 3).name == "tree"
+    for packed in (False, True):
+        text = Text(vocabulary, packed, shape)
+        for each in (TreeEngine(), ReplicatedEngine()):
+            text.check(text.scores(each, model), model, vocabulary)
+
+
+@pytest.mark.parametrize(("family", "attn", "changes"), DIVERSE, ids=name)
+def test_gradients_of_the_packed_tree_are_those_of_plain_rows(family, attn, changes):
+    model, vocabulary = thinker(family, attn, **changes)
+    text = Text(vocabulary, True, Branching(2, 2, 2))
+    valid_M = text.tree().valid_BS.flatten()
+    gradients = []
+    for each in (TreeEngine(), ReplicatedEngine()):
+        model.zero_grad()
+        out = text.scores(each, model)
+        (out.target_logps_M + out.gate_logit_M.sigmoid() + out.think_logits_MN.log_softmax(-1)[:, 1])[valid_M].mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_forks_at_the_end_of_a_position_table():
+    # The longest row that exists fits; lookahead nodes behind the end of the text do not exist and must not ask for more.
+    model, vocabulary = thinker("gpt2", n_positions=T + 2)
+    text = Text(vocabulary, False, Branching(2, 2, 4))
+    text.forks_BK[:] = torch.tensor([3, 9, T - 1])
+    text.check(text.scores(ReplicatedEngine(), model), model, vocabulary)
+    text.check(text.scores(TreeEngine(), model), model, vocabulary)
+
+
+def leak_siblings(original):
+    return lambda visible, *args: original(torch.ones_like(visible).tril(visible.shape[2] - visible.shape[1]), *args)
+
+
+def leak_in_cache(original):
+    return lambda visible, *args: original(visible if visible.shape[1] == visible.shape[2] else torch.ones_like(visible), *args)
+
+
+def ignore_windows(original):
+    def inputs(visible, queries, keys, config, dtype):
+        config = copy.deepcopy(config)
+        config.sliding_window = None
+        return original(visible, queries, keys, config, dtype)
+
+    return inputs
+
+
+@pytest.mark.parametrize("broken", [leak_siblings, leak_in_cache, ignore_windows])
+def test_a_model_whose_mask_leaks_is_not_given_the_tree(monkeypatch, caplog, broken):
+    model, vocabulary = thinker("mistral", sliding_window=8)
+    shape = Branching(2, 3, 2)
+    assert choose_engine(model, vocabulary, shape, T, 3).name == "tree"
+    monkeypatch.setattr(engine, "attention_inputs", broken(engine.attention_inputs))
+    with caplog.at_level(logging.WARNING):
+        assert choose_engine(model, vocabulary, shape, T, 3).name == "replicated"
+    assert "mistral cannot run a packed tree" in caplog.text
+    with pytest.raises(ValueError, match="engine=tree is not exact for mistral"):
+        choose_engine(model, vocabulary, shape, T, 3, "tree")
+
+
+def test_a_model_that_ignores_position_ids_is_not_given_the_tree(monkeypatch):
+    model, vocabulary = thinker("llama")
+    forward = model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs))
+    assert choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3).name == "replicated"
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
+    monkeypatch.setattr(LogitTransform, "from_config", classmethod(lambda cls, config: cls()))
+    model, vocabulary = thinker("granite")
+    with pytest.raises(ValueError, match="granite does more between its hidden states and its logits"):
+        choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3)
+
+
+def test_insisting_on_the_tree_where_it_cannot_run_is_an_error():
+    model, vocabulary = thinker("bloom", "eager")
+    with pytest.raises(ValueError, match="engine=tree is not exact for bloom") as error:
+        choose_engine(model, vocabulary, Branching(2, 2, 2), T, 3, "tree")
+    message = str(error.value)
+    assert "Use engine=auto" in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_insisting_is_obeyed_where_it_is_exact():
+    model, vocabulary = thinker("llama")
+    names = [choose_engine(model, vocabulary, Branching(2, 2, 2), T, 3, wanted).name for wanted in ("auto", "tree", "replicated")]
+    assert names == ["tree", "tree", "replicated"]
+
+
+def test_choosing_leaves_a_bf16_model_as_it_was():
+    model, vocabulary = thinker("llama", dtype=torch.bfloat16)
+    model.train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert choose_engine(model, vocabulary, Branching(2, 2, 2), T, 3).name == "tree"
+    assert model.training
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper", "llava", "gemma3", "qwen2_audio", "vit", "clip"])
+def test_what_is_not_a_text_decoder_is_refused(family):
+    with pytest.raises(ValueError, match=family):
+        check_supported(AutoConfig.for_model(family))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_text_decoders_are_supported(family):
+    check_supported(AutoConfig.for_model(family, **TINY[family]))
+
+
+def sample(each, model, vocabulary, text: Text, sampling: Sampling, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return sample_thoughts(each, model, text.tokens_BT, text.documents_BT, text.forks_BK, text.shape, sampling, vocabulary, generator)
+
+
+def thought_mask(text: Text, rollout) -> Tensor:
+    """Thinking tokens that were thought, `[B, K, G, L]`."""
+    return (torch.arange(text.shape.max_length) < rollout.lengths_BKG[..., None]) & (text.forks_BK >= 0)[:, :, None, None]
+
+
+@pytest.mark.parametrize("draw_stops", [False, True], ids=["fixed", "stops"])
+@pytest.mark.parametrize("persistent", [False, True], ids=["none", "persistent"])
+@pytest.mark.parametrize(("family", "attn", "changes"), [*DIVERSE, ("qwen3", "sdpa", QWEN_MIXED), *REPLICATED], ids=name)
+def test_rollout_logps_are_the_gradient_pass_logps(family, attn, changes, persistent, draw_stops):
+    model, vocabulary = thinker(family, attn, **changes)
+    for packed in (False, True):
+        text = Text(vocabulary, packed, Branching(3, 3, 2, persistent=persistent))
+        each = ReplicatedEngine() if family in ("bloom", "mamba") else TreeEngine()
+        rollout = sample(each, model, vocabulary, text, Sampling(temperature=0.7, draw_stops=draw_stops))
+        assert torch.isin(rollout.thoughts_BKGL, torch.tensor(vocabulary.ids)).all()
+        lengths = rollout.lengths_BKG[text.forks_BK >= 0]
+        assert len(lengths.unique()) >= 3 if draw_stops else (lengths == 3).all()
+        text.thoughts_BKGL, text.lengths_BKG = rollout.thoughts_BKGL, rollout.lengths_BKG
+        out = text.scores(each, model)
+        assert out.think_logits_MN.requires_grad
+        tree, thinkers_BKGL = text.tree(), text.tree().prefixes()[..., :-1]
+        think_BKGLN = out.think_logits_MN.view(2, tree.num_nodes, -1)[torch.arange(2)[:, None, None, None], thinkers_BKGL]
+        logps_BKGL = thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature=0.7)
+        mask_BKGL = thought_mask(text, rollout)
+        close(rollout.logps_BKGL[mask_BKGL], logps_BKGL.detach()[mask_BKGL], 1e-5)
+
+
+@pytest.mark.parametrize("draw_stops", [False, True], ids=["fixed", "stops"])
+@pytest.mark.parametrize("persistent", [False, True], ids=["none", "persistent"])
+@pytest.mark.parametrize(("family", "attn", "changes"), DIVERSE, ids=name)
+def test_both_engines_draw_the_same_thoughts(family, attn, changes, persistent, draw_stops):
+    model, vocabulary = thinker(family, attn, **changes)
+    text, sampling = Text(vocabulary, True, Branching(2, 3, 2, persistent=persistent)), Sampling(draw_stops=draw_stops)
+    tree, replicated = (sample(each, model, vocabulary, text, sampling) for each in (TreeEngine(), ReplicatedEngine()))
+    there_BK = text.forks_BK >= 0
+    assert torch.equal(tree.lengths_BKG[there_BK], replicated.lengths_BKG[there_BK])
+    mask_BKGL = thought_mask(text, tree)
+    assert torch.equal(tree.thoughts_BKGL[mask_BKGL], replicated.thoughts_BKGL[mask_BKGL])
+    close(tree.logps_BKGL[mask_BKGL], replicated.logps_BKGL[mask_BKGL], 1e-5)
+    other = sample(TreeEngine(), model, vocabulary, text, sampling, seed=1)
+    assert not torch.equal(tree.thoughts_BKGL[there_BK], other.thoughts_BKGL[there_BK])
+
+
+def test_sampling_in_training_mode_with_checkpointing_is_sampling():
+    model, vocabulary = thinker("llama")
+    text = Text(vocabulary, True, Branching(2, 3, 2))
+    expected = sample(TreeEngine(), model, vocabulary, text, Sampling())
+    model.train()
+    model.gradient_checkpointing_enable()
+    rollout = sample(TreeEngine(), model, vocabulary, text, Sampling())
+    assert model.training
+    assert torch.equal(rollout.thoughts_BKGL, expected.thoughts_BKGL)
+    assert torch.equal(rollout.logps_BKGL, expected.logps_BKGL)
+
+
+@torch.no_grad()
+def test_thoughts_are_drawn_as_often_as_they_are_probable():
+    model, vocabulary = thinker("llama")
+    out = (text := Text(vocabulary, False, Branching(1, 1, 1))).scores(ReplicatedEngine(), model)
+    nodes_BK = text.forks_BK + torch.tensor([[0], [text.tree().num_nodes]])
+    draws = 2000
+    text = Text(vocabulary, False, Branching(draws, 1, 1))
+    rollout = sample(TreeEngine(), model, vocabulary, text, Sampling(temperature=0.5, draw_stops=True))
+    greedy = sample(TreeEngine(), model, vocabulary, text, Sampling(top_k=1, min_length=1, draw_stops=True))
+    for b, k in (text.forks_BK >= 0).nonzero().tolist():
+        node = nodes_BK[b, k]
+        probs_N, think = (out.think_logits_MN[node] / 0.5).softmax(-1), out.gate_logit_M[node].sigmoid()
+        counts_N = torch.bincount(rollout.thoughts_BKGL[b, k, :, 0] - vocabulary.first_id, minlength=vocabulary.num_tokens)
+        assert ((counts_N / draws - probs_N).abs() < 5 * (probs_N / draws).sqrt() + 2 / draws).all()
+        assert (rollout.lengths_BKG[b, k].float().mean() - think).abs() < 5 * (think / draws).sqrt()
+        assert (greedy.thoughts_BKGL[b, k] == vocabulary.first_id + probs_N.argmax()).all()
+        assert (greedy.lengths_BKG[b, k] == 1).all()
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+@pytest.mark.parametrize("each", [TreeEngine(), ReplicatedEngine()], ids=lambda e: e.name)
+@torch.no_grad()
+def test_blind_reading_does_not_see_the_text(each, lookahead):
+    model, vocabulary = thinker("llama")
+    text = Text(vocabulary, True, Branching(2, 3, lookahead, blind=True))
+    before = text.scores(each, model)
+    # Every token of the text but those that the lookahead itself reads.
+    ahead_BT = torch.zeros_like(text.tokens_BT, dtype=torch.bool)
+    for b, k in (text.forks_BK >= 0).nonzero().tolist():
+        ahead_BT[b, text.forks_BK[b, k] + 1 : text.forks_BK[b, k] + lookahead] = True
+    text.tokens_BT = torch.where(ahead_BT, text.tokens_BT, (text.tokens_BT + 7) % vocabulary.num_real)
+    after, tree = text.scores(each, model), text.tree()
+    logits = lambda out: torch.cat([out.think_logits_MN, out.log_z_real_M[:, None]], 1).view(2, tree.num_nodes, -1)
+    difference_BS = (logits(before) - logits(after)).abs().amax(-1)
+    for depth in range(1, tree.branching.width + 1):
+        nodes = tree.branch_nodes(depth)
+        difference = difference_BS[:, nodes][tree.valid_BS[:, nodes]]
+        if depth <= 3:
+            assert (difference > 1e-3).all()  # the thinker does see it
+        else:
+            assert (difference < 1e-5).all()

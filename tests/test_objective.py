@@ -1,0 +1,432 @@
+"""The thinking loss against exact gradients: every thought and every stopping time written out, on ordinary rows with full logits."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from models import tiny_model
+
+from hf_thinktok import ThinkTokConfig
+from hf_thinktok.engine import TreeEngine
+from hf_thinktok.head import attach_head
+from hf_thinktok.losses import stopping_logps
+from hf_thinktok.objective import credit, speak, thinking_loss
+from hf_thinktok.rewards import resolve_rewards
+from hf_thinktok.rollout import Rollout, sample_thoughts
+from hf_thinktok.scores import head_inputs, read_scores
+from hf_thinktok.tokens import ThinkingVocabulary
+from hf_thinktok.tree import Branching, ThoughtTree
+
+REAL, N, L, G = 8, 3, 2, 2
+VOCABULARY = ThinkingVocabulary(first_id=REAL, num_tokens=N, guard_id=REAL + N)
+NAMES = {"ids": lambda value: "-".join(f"{k}={v}" for k, v in value.items()) or "defaults" if isinstance(value, dict) else None}
+TEXT = torch.tensor([[3, 1, 4, 1, 5, 2, 6]])
+FORK = 2
+THOUGHTS = list(itertools.product(range(N), repeat=L))
+PREFIXES = [prefix for length in range(L + 1) for prefix in itertools.product(range(N), repeat=length)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny Llama whose gate is half open and whose thoughts matter."""
+    size = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "head_dim": 8}
+    model = tiny_model("llama", vocab_size=REAL + N + 1, tie=False, scale=6.0, seed=3, **size)
+    attach_head(model, VOCABULARY)
+    return model
+
+
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("config"))
+
+    @functools.cache
+    def make(stop="fixed", **options):
+        defaults = {"num_generations": G, "max_think_length": L, "think_loss_weight": float(L)}  # the normaliser of dr_grpo divides by L
+        if stop == "learned":
+            defaults["stop_smoothing"] = 0.0
+        return ThinkTokConfig(folder, bf16=False, use_cpu=True, report_to="none", stop=stop, **defaults | options)
+
+    return make
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def explicit(model, fork=FORK, temperature=1.0, horizon=1, blind=False):
+    """For every thought prefix: log p(z | prefix, think), p(think), log p of each judged token. Ordinary rows, the model's own logits, no tree."""
+    before, ahead = TEXT[0, : fork + 1].tolist(), TEXT[0, fork + 1 : fork + 1 + horizon].tolist()
+    tables = {}
+    for prefix in PREFIXES:
+        ids = [REAL + z for z in prefix]
+        logits = model(input_ids=torch.tensor([before + ids]), use_cache=False).logits[0, -1]
+        think, real = logits[REAL : REAL + N], logits[:REAL]
+        thinks = torch.sigmoid(think.logsumexp(0) - real.logsumexp(0))
+        said = torch.full((horizon,), torch.nan)
+        if row := (ids if blind else before + ids):
+            spoken = model(input_ids=torch.tensor([row + ahead[:-1]]), use_cache=False).logits[0, -horizon:, :REAL].log_softmax(-1)
+            said = spoken[range(horizon), ahead]
+        if blind and not prefix:
+            thinks = torch.ones(())
+        tables[prefix] = ((think / temperature).log_softmax(-1), thinks if len(prefix) < L else torch.zeros(()), said)
+    return tables
+
+
+def thought_prob(tables, thought):
+    return torch.stack([tables[thought[:i]][0][z] for i, z in enumerate(thought)]).sum().exp()
+
+
+def stop_probs(tables, thought):
+    """w_l = s_l * prod_{j<l} (1 - s_j), the remainder on L."""
+    reach, weights = torch.ones(()), []
+    for length in range(L + 1):
+        thinks = tables[thought[:length]][1]
+        weights.append(reach * (1 - thinks))
+        reach = reach * thinks
+    return weights
+
+
+def fixed_value(tables, reward=None):
+    """E_z[log p(y|z)]; where the reward is another one, the thinker maximises that."""
+    total = 0.0
+    for thought in THOUGHTS:
+        prob, logp = thought_prob(tables, thought), tables[thought][2].mean()
+        total = total + prob * (logp if reward is None else reward(tables, thought)).detach() + prob.detach() * logp
+    return total
+
+
+def learned_value(tables, cost=0.0, content=None):
+    """E_z[log sum_l w_l p(y|z_1..l) - cost * sum_l l w_l]; `content`: what the thinker maximises, where it is another reward."""
+    total = 0.0
+    for thought in THOUGHTS:
+        weights = stop_probs(tables, thought)
+        likelihood = sum(w * tables[thought[:i]][2][0].exp() for i, w in enumerate(weights) if i or not w.eq(0))
+        gain = likelihood.log() - cost * sum(i * w for i, w in enumerate(weights))
+        prob = thought_prob(tables, thought)
+        total = total + prob * (gain if content is None else content(tables, thought)).detach() + prob.detach() * gain
+    return total
+
+
+def sampled_value(tables, cost=0.0, prefix=()):
+    """E over all thoughts and all their stops of log p(y|z_1..len) - cost * len."""
+    logps, thinks, said = tables[prefix]
+    here = 0.0 if thinks.eq(1) else (1 - thinks) * (said.mean() - cost * len(prefix))
+    if len(prefix) == L:
+        return here
+    return here + thinks * sum(logps[z].exp() * sampled_value(tables, cost, (*prefix, z)) for z in range(N))
+
+
+# ---------------------------------------------------------------- by the package
+
+
+def tree_scores(model, outcomes, config, fork=FORK):
+    """Scores of one fork with the given `(thought, length)` as its branches, from one packed pass."""
+    thoughts = torch.tensor([[[(*z, *[0] * (L - len(z))) for z, _ in outcomes]]]) + REAL
+    lengths = torch.tensor([[[length for _, length in outcomes]]])
+    forks, documents = torch.tensor([[fork]]), torch.zeros_like(TEXT)
+    tree = ThoughtTree(documents, forks, Branching(len(outcomes), L, config.lookahead, config.blind), lengths)
+    rollout = Rollout(forks, thoughts, lengths, torch.zeros(thoughts.shape))
+    head = head_inputs(tree, TEXT, every_prefix=config.stop == "learned" or config.advantage == "token")
+    out = TreeEngine()(model, tree, tree.tokens(TEXT, thoughts), head)
+    places, _ = tree.judged(TEXT)
+    return read_scores(out, tree, head, TEXT, rollout, VOCABULARY, config.temperature), rollout, TEXT.gather(1, places[0])[None]
+
+
+def pick(scores, rollout, members):
+    """The same fork with some of its branches."""
+    per_thought = [f.name for f in dataclasses.fields(scores) if "_BKG" in f.name]
+    scores = dataclasses.replace(scores, **{name: getattr(scores, name)[:, :, members] for name in per_thought})
+    return scores, dataclasses.replace(rollout, **{name: getattr(rollout, name)[:, :, members] for name in ("thoughts_BKGL", "lengths_BKG", "logps_BKGL")})
+
+
+def loss_of(scores, rollout, labels, config):
+    rewards = resolve_rewards(config.reward_funcs)
+    return thinking_loss(scores, rollout, labels, config, rewards, [1.0] * len(rewards))
+
+
+def expected_loss(model, tables, config):
+    """The mean of the loss over every pair of outcomes, by their probabilities."""
+    if config.stop == "sampled":
+        reach = {z: torch.stack([tables[z[:i]][1] for i in range(len(z))]).prod() if z else torch.ones(()) for z in PREFIXES}
+        probs = {z: (reach[z] * (1 - tables[z][1]) * (thought_prob(tables, z) if z else 1)).item() for z in PREFIXES}
+    else:
+        probs = {z: thought_prob(tables, z).item() for z in THOUGHTS}
+    probs = {z: p for z, p in probs.items() if p > 0}
+    assert sum(probs.values()) == pytest.approx(1, abs=1e-5)
+    scores, rollout, labels = tree_scores(model, [(z, len(z)) for z in probs], config)
+    pairs = itertools.product(enumerate(probs.values()), repeat=G)
+    return sum(p * q * loss_of(*pick(scores, rollout, [i, j]), labels, config)[0] for (i, p), (j, q) in pairs)
+
+
+def gradient(model, value):
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
+    return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)])
+
+
+def assert_same_gradient(model, loss, value, tolerance=2e-4):
+    """The gradient of `loss` is that of `-value`, over all parameters."""
+    got, expected = gradient(model, loss), -gradient(model, value)
+    assert expected.norm() > 1e-2
+    assert (got - expected).norm() < tolerance * expected.norm(), (
+        f"off by {((got - expected).norm() / expected.norm()).item():.2e}, length {(got.norm() / expected.norm()).item():.3f}"
+    )
+
+
+# ---------------------------------------------------------------- fixed length
+
+
+@pytest.mark.parametrize(
+    ("options", "reward"),
+    [
+        ({"advantage": "loo"}, None),
+        ({"advantage": "token"}, None),
+        ({"advantage": "group", "think_loss_weight": L * G / (G - 1)}, None),
+        ({"advantage": "loo", "lookahead": 3}, None),
+        ({"advantage": "group", "think_loss_weight": L * G / (G - 1), "lookahead": 3}, None),
+        ({"advantage": "loo", "temperature": 0.6}, None),
+        ({"advantage": "token", "temperature": 1.7}, None),
+        ({"advantage": "loo", "blind": True}, None),
+        ({"advantage": "loo", "blind": True, "lookahead": 3}, None),
+        ({"advantage": "loo", "reward_funcs": ("prob",), "lookahead": 3}, lambda tables, z: tables[z][2].exp().mean()),
+        ({"advantage": "loo", "reward_funcs": ("information_gain",), "lookahead": 3}, None),
+        *(({"advantage": "loo", "think_loss_type": kind}, None) for kind in ("grpo", "bnpo", "dapo", "cispo")),
+    ],
+    **NAMES,
+)
+def test_fixed_length_is_unbiased(model, make_config, options, reward):
+    config = make_config("fixed", **options)
+    config.reward_funcs = list(config.reward_funcs)
+    tables = explicit(model, temperature=config.temperature, horizon=config.lookahead, blind=config.blind)
+    assert_same_gradient(model, expected_loss(model, tables, config), fixed_value(tables, reward))
+
+
+def test_weights_of_speaker_and_thinker(model, make_config):
+    config = make_config("fixed", advantage="loo", think_ce_weight=0.25, think_loss_weight=3.0 * L)
+    tables, value = explicit(model), 0.0
+    for thought in THOUGHTS:
+        prob, logp = thought_prob(tables, thought), tables[thought][2][0]
+        value = value + 3.0 * prob * logp.detach() + 0.25 * prob.detach() * logp
+    assert_same_gradient(model, expected_loss(model, tables, config), value)
+
+
+# ---------------------------------------------------------------- stop: learned
+
+
+def mean_weighted_logp(tables, thought):
+    return sum(w * tables[thought[:i]][2][0] for i, w in enumerate(stop_probs(tables, thought)))
+
+
+@pytest.mark.parametrize(
+    ("options", "content"),
+    [
+        ({"advantage": "loo"}, None),
+        ({"advantage": "group", "think_loss_weight": L * G / (G - 1)}, None),
+        ({"advantage": "loo", "temperature": 0.6}, None),
+        ({"advantage": "loo", "blind": True}, None),
+        ({"advantage": "token"}, mean_weighted_logp),
+        # A thought is charged for the length that it leads to, as with stop=sampled.
+        ({"advantage": "loo", "think_cost": 0.5}, None),
+    ],
+    **NAMES,
+)
+def test_learned_stop_is_unbiased(model, make_config, options, content):
+    config = make_config("learned", **options)
+    tables = explicit(model, temperature=config.temperature, blind=config.blind)
+    assert_same_gradient(model, expected_loss(model, tables, config), learned_value(tables, config.think_cost, content))
+
+
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize(("smoothing", "cost"), [(0.0, 0.0), (0.0, 0.3), (0.5, 0.3), (1.0, 0.1)])
+def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, blind):
+    """Whatever was drawn, and however much content and speaker are smoothed: value, length and the gate's gradient, by a loop over stopping times."""
+    config = make_config("learned", stop_smoothing=smoothing, think_cost=cost, blind=blind, advantage="loo")
+    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    gate = scores.gate_logits_BKGL.detach().requires_grad_()
+    loss, metrics = loss_of(dataclasses.replace(scores, gate_logits_BKGL=gate), rollout, labels, config)
+
+    logits, logps = gate.detach()[0, 0].double().requires_grad_(), scores.prefix_logps_BKGP[0, 0].detach().double()
+    gate_loss, speaker_loss, length = 0.0, 0.0, 0.0
+    for g in range(G):
+        thinks = [torch.ones(()) if blind and i == 0 else logits[g, i].sigmoid() for i in range(L)]
+        weights = [1 - thinks[0], thinks[0] * (1 - thinks[1]), thinks[0] * thinks[1]]
+        lengths = [i for i in range(L + 1) if i or not blind]
+        gate_loss = gate_loss - sum(weights[i] * logps[g, i].exp() for i in lengths).log() / G
+        smooth = [(1 - smoothing) * weights[i].detach() + smoothing / len(lengths) for i in lengths]
+        speaker_loss = speaker_loss - sum(w * logps[g, i].exp() for w, i in zip(smooth, lengths)).log() / G
+        length = length + sum(i * w for i, w in enumerate(weights)) / G
+    expected = gate_loss + speaker_loss + cost * length
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert metrics["think_length"].item() == pytest.approx(length.item(), abs=1e-5)
+    got, wanted = torch.autograd.grad(loss, gate)[0][0, 0].double(), torch.autograd.grad(gate_loss + cost * length, logits)[0]
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- stop: sampled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"advantage": "loo"},
+        {"advantage": "loo", "think_cost": 0.5},
+        {"advantage": "group", "think_loss_weight": L * G / (G - 1), "think_cost": 0.5},
+        {"advantage": "loo", "lookahead": 3, "think_cost": 0.2},
+        {"advantage": "loo", "temperature": 0.6},
+        {"advantage": "loo", "blind": True, "think_cost": 0.5},
+    ],
+    **NAMES,
+)
+def test_sampled_stop_is_unbiased(model, make_config, options):
+    config = make_config("sampled", **options)
+    tables = explicit(model, temperature=config.temperature, horizon=config.lookahead, blind=config.blind)
+    assert_same_gradient(model, expected_loss(model, tables, config), sampled_value(tables, config.think_cost))
+
+
+# ---------------------------------------------------------------- drawn, not enumerated
+
+
+@pytest.mark.parametrize(
+    ("stop", "options", "draws"),
+    [("fixed", {"lookahead": 2}, 120), ("learned", {}, 100), ("sampled", {"think_cost": 0.3, "lookahead": 2}, 140)],
+    **NAMES,
+)
+def test_mean_of_drawn_gradients(model, make_config, stop, options, draws):
+    """Thoughts drawn by the package at two forks of a row: the mean gradient lies within 4 standard errors of the exact one, along 16 directions."""
+    config, forks, rows = make_config(stop, advantage="loo", **options), torch.tensor([[1, 4]]), 16
+    values = {"fixed": fixed_value, "learned": learned_value, "sampled": functools.partial(sampled_value, cost=config.think_cost)}
+    exact = -gradient(model, sum(values[stop](explicit(model, fork, horizon=config.lookahead)) for fork in forks[0].tolist()) / 2)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.cat([exact[:, None] / exact.norm(), torch.randn(len(exact), 15, generator=generator)], 1)
+    tokens, forks, documents = TEXT.expand(rows, -1), forks.expand(rows, -1), torch.zeros_like(TEXT).expand(rows, -1)
+    projections = []
+    for _ in range(draws):
+        rollout = sample_thoughts(TreeEngine(), model, tokens, documents, forks, config.branching(TEXT.shape[1]), config.sampling(), VOCABULARY, generator)
+        tree = ThoughtTree(documents, forks, config.branching(TEXT.shape[1]), rollout.lengths_BKG)
+        head = head_inputs(tree, tokens, every_prefix=stop == "learned")
+        out = TreeEngine()(model, tree, tree.tokens(tokens, rollout.thoughts_BKGL), head)
+        scores = read_scores(out, tree, head, tokens, rollout, VOCABULARY, 1.0)
+        places = tree.judged(tokens)[0]
+        labels = tokens.gather(1, places.flatten(1)).view_as(places)
+        projections.append(gradient(model, loss_of(scores, rollout, labels, config)[0]) @ directions)
+    projections = torch.stack(projections)
+    error = projections.std(0) / draws**0.5
+    assert error[0] < 0.05 * exact.norm()  # sharp enough to tell
+    off = (projections.mean(0) - exact @ directions).abs() / error
+    assert off.max() < 4, f"off by {off.max().item():.1f} standard errors"
+
+
+# ---------------------------------------------------------------- objective: marginal
+
+
+@pytest.mark.parametrize("stop", ["fixed", "learned"])
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_marginal_speaker_maximises_the_groups_mixture(model, make_config, stop, lookahead):
+    """For any group, speaker and gate follow the gradient of log (1/G) sum_g p(y|z_g); over H tokens, along it (their loss is a mean)."""
+    if stop == "learned" and lookahead > 1:
+        pytest.skip("learned stops are judged by one token")
+    config = make_config(stop, objective="marginal", think_loss_weight=0.0, lookahead=lookahead)
+    group = [(0, 2), (1, 1), (2, 0), (0, 0)]
+    tables = explicit(model, horizon=lookahead)
+    for table in tables.values():
+        table[0].detach_()
+    likelihoods = []
+    for thought in group:
+        weights = stop_probs(tables, thought) if stop == "learned" else [0.0] * L + [1.0]
+        likelihoods.append(sum(w * tables[thought[:i]][2].sum().exp() for i, w in enumerate(weights)))
+    scores, rollout, labels = tree_scores(model, [(z, L) for z in group], config)
+    loss, _ = loss_of(scores, rollout, labels, config)
+    assert_same_gradient(model, loss * lookahead, torch.stack(likelihoods).mean().log())
+
+
+@pytest.mark.parametrize("stop", ["fixed", "learned"])
+def test_marginal_over_all_thoughts_is_the_mixture(model, make_config, stop):
+    """With a thinker at uniform, all N^L thoughts once each are its distribution: the whole gradient is that of log sum_z p(z) p(y|z)."""
+    config = make_config(stop, objective="marginal")
+    rows = model.get_output_embeddings().weight
+    before = rows.detach().clone()
+    with torch.no_grad():
+        rows[REAL : REAL + N] = rows[REAL : REAL + N].mean(0)
+    try:
+        tables = explicit(model)
+        mixture = 0.0
+        for thought in THOUGHTS:
+            weights = stop_probs(tables, thought) if stop == "learned" else [0.0] * L + [1.0]
+            mixture = mixture + thought_prob(tables, thought) * sum(w * tables[thought[:i]][2][0].exp() for i, w in enumerate(weights))
+        scores, rollout, labels = tree_scores(model, [(z, L) for z in THOUGHTS], config)
+        assert_same_gradient(model, loss_of(scores, rollout, labels, config)[0], mixture.log())
+    finally:
+        with torch.no_grad():
+            rows.copy_(before)
+
+
+@pytest.mark.parametrize(("stop", "cost"), [("fixed", 0.0), ("sampled", 0.0), ("sampled", 0.4), ("learned", 0.4)])
+def test_marginal_weights_are_the_posterior(model, make_config, stop, cost):
+    """The speaker's weights are the posterior of the group's thoughts, a thinking token counting as `think_cost` nats; the advantages are w - 1/G."""
+    config = make_config(stop, objective="marginal", think_cost=cost)
+    outcomes = [((0,), 1), ((1, 1), 2), ((), 0)] if stop == "sampled" else [((0, 0), L), ((1, 1), L), ((2, 1), L)]
+    scores, rollout, labels = tree_scores(model, outcomes, config)
+    speech = speak(scores, rollout, stop, config.stop_smoothing, False)
+    weights, advantages, _, _ = credit(scores, speech, rollout, labels, config, resolve_rewards("log_prob"), [1.0])
+    tables, joint = explicit(model), []
+    for thought, length in outcomes:
+        stops = stop_probs(tables, thought) if stop == "learned" else [0.0] * length + [1.0]
+        lengths = sum(i * float(w.detach() if torch.is_tensor(w) else w) for i, w in enumerate(stops))
+        likelihood = sum(w * tables[thought[:i]][2][0].exp() for i, w in enumerate(stops))
+        joint.append((likelihood * math.exp(-cost * lengths)).detach())
+    posterior = torch.stack(joint) / sum(joint)
+    torch.testing.assert_close(weights[0, 0], posterior, atol=1e-5, rtol=1e-4)
+    # The policy loss is a mean over the group, so the advantages come multiplied by its size.
+    torch.testing.assert_close(advantages[0, 0] / len(outcomes), (posterior - 1 / len(outcomes))[:, None].expand(-1, L), atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- blind, and forks that are not there
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_blind_never_speaks_without_a_thought(model, make_config, smoothing):
+    config = make_config("learned", blind=True, stop_smoothing=smoothing, advantage="loo", think_cost=0.1)
+    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    stops, reach = stopping_logps(scores.gate_logits_BKGL, must_think=True)
+    assert (stops[..., 0].exp() == 0).all()
+    assert (reach[..., 1].exp() == 1).all()
+    assert (speak(scores, rollout, "learned", smoothing, True).lengths_BKG >= 1).all()
+    loss, _ = loss_of(scores, rollout, labels, config)
+    other = scores.prefix_logps_BKGP.clone()
+    other[..., 0] -= 5.0
+    changed, _ = loss_of(dataclasses.replace(scores, prefix_logps_BKGP=other), rollout, labels, config)
+    assert torch.equal(changed, loss)
+    assert gradient(model, loss).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stop": "fixed"}, {"stop": "learned", "think_cost": 0.2}, {"stop": "sampled", "think_cost": 0.2}, {"stop": "fixed", "objective": "marginal"}],
+    **NAMES,
+)
+def test_absent_fork_adds_nothing(model, make_config, options):
+    """A row with one place to think and one fork too many: half the mean over forks, and no gradient from the absent one."""
+    config = make_config(**options)
+    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 1 if config.stop == "sampled" else 2)], config)
+    alone, _ = loss_of(scores, rollout, labels, config)
+
+    def double(values, absent):
+        return torch.cat([values, torch.full_like(values, absent)], 1)
+
+    per_fork = {f.name: double(getattr(scores, f.name), 0.0) for f in dataclasses.fields(scores) if "_BK" in f.name}
+    both, _ = loss_of(
+        dataclasses.replace(scores, **per_fork),
+        Rollout(
+            double(rollout.forks_BK, -1),
+            double(rollout.thoughts_BKGL, REAL),
+            double(rollout.lengths_BKG, 0 if config.stop == "sampled" else L),
+            double(rollout.logps_BKGL, 0.0),
+        ),
+        double(labels, -100),
+        config,
+    )
+    assert_same_gradient(model, both * 2, -alone, tolerance=1e-6)
+    assert (both * 2).item() == pytest.approx(alone.item(), abs=1e-6)

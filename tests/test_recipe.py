@@ -1,0 +1,104 @@
+"""The recipe as a user starts it: a real `accelerate launch`, every option in --help, every YAML file readable."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from models import CORPUS, tiny_model, tiny_tokenizer
+
+from hf_thinktok import ThinkTokConfig
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "pretrain_think.py"
+
+
+def run(*command, **kwargs):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, cwd=ROOT, **kwargs)
+
+
+@pytest.fixture()
+def tiny_folder(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"question": f"{i} + {i}", "answer": f"{2 * i}. {CORPUS[i % 4]}"} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "data.txt").write_text("\n\n".join(CORPUS))
+    return tmp_path
+
+
+TINY_OPTIONS = (
+    "--max_length 48 --max_steps 2 --num_forks 3 --num_generations 2 --max_think_length 2 --per_device_train_batch_size 2 --held_out_documents 6 "
+    "--bf16 false --gradient_checkpointing false --logging_steps 1 --report_to none --log_completions false"
+).split()
+
+
+@pytest.mark.parametrize("config", ["quickstart", "gsm8k"])
+def test_accelerate_launch_trains_evaluates_and_saves(tiny_folder, config):
+    done = run(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml", RECIPE),
+        *("--config", ROOT / "recipes" / "smollm2-135m" / f"{config}.yaml", "--model_name_or_path", tiny_folder / "model"),
+        *("--data_files", tiny_folder / "data.jsonl", "--dataset_name", "", "--text_template", "Q: {question} A: {answer}"),
+        *("--output_dir", tiny_folder / "out", *TINY_OPTIONS),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tiny_folder / "out" / "results.json").read_text())
+    assert set(results["bits_per_token"]) == {"base", "no_think", "think", "random_thought"}
+    assert {"gain", "gain_stderr", "mean_think_length", "steps_per_second", "config", "versions", "hardware", "commit"} <= set(results)
+    assert results["config"]["max_steps"] == 2
+    assert "bits per token" in done.stdout
+    reload = (
+        "import sys; sys.modules['hf_thinktok'] = None; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"m, t = M.from_pretrained({str(tiny_folder / 'out')!r}), T.from_pretrained({str(tiny_folder / 'out')!r}); "
+        "m.generate(**t('a', return_tensors='pt'), max_new_tokens=8)"
+    )
+    assert run(sys.executable, "-c", reload).returncode == 0
+
+
+def test_text_files_and_streams(tiny_folder):
+    done = run(
+        *(sys.executable, RECIPE, "--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.txt", "--dataset_streaming", "--stop", "fixed"),
+        *("--output_dir", tiny_folder / "out", *TINY_OPTIONS),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tiny_folder / "out" / "results.json").exists()
+
+
+def test_help_names_every_option():
+    done = run(sys.executable, RECIPE, "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = [f.name for f in fields(ThinkTokConfig) if f.name in ThinkTokConfig.__annotations__]
+    assert len(ours) > 30
+    for name in (*ours, "data_files", "text_template", "held_out_documents", "model_name_or_path", "use_peft"):
+        assert f"--{name}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--num_generations", "1"], "error: num_generations=1"),
+        (["--text_template", "{qestion}"], "names the column"),
+        ([], "make it with text_template"),
+        (["--held_out_documents", "1000", "--text_template", "{question}"], "leaves nothing to train on"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
+    done = run(
+        *(sys.executable, RECIPE, "--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl"),
+        *("--output_dir", tiny_folder / "out", *TINY_OPTIONS, *options),
+    )
+    assert done.returncode != 0
+    assert sentence in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_file_is_read_as_it_stands(path):
+    program = f"import sys; sys.argv = ['x', '--config', {str(path)!r}]; sys.path.insert(0, {str(RECIPE.parent)!r}); import pretrain_think as p; from trl import TrlParser; "
+    program += "a = TrlParser((p.TextArguments, p.ThinkTokConfig, p.ModelConfig)).parse_args_and_config(fail_with_unknown_args=True); print(a[1].num_forks)"
+    done = run(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr[-2000:]

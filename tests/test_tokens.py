@@ -1,0 +1,435 @@
+"""Thinking tokens on a model and its tokenizer: rows, calibration, plain reloading, and text that tries to write thoughts."""
+
+import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from models import tiny_model, tiny_tokenizer, tokenizer_of_kind
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
+from hf_thinktok.tokens import GUARD, LOGIT_SPREAD, SAMPLE_TEXT, THINK_MASS
+
+EXAMPLES = settings(deadline=None, max_examples=150)
+
+
+def state(model) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("rows", "num_tokens", "expected"),
+    [(320, 4, 384), (320, 63, 384), (320, 64, 448), (333, 16, 384), (384, 16, 384), (384, 63, 384), (384, 64, 448), (1000, 16, 1000)],
+)
+def test_the_vocabulary_grows_to_a_multiple_of_64_and_never_shrinks(rows, num_tokens, expected, tie):
+    model, tokenizer = tiny_model(vocab_size=rows, tie=tie), tiny_tokenizer()
+    inputs, outputs = (layer.weight.clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    vocabulary = add_thinking_tokens(model, tokenizer, num_tokens)
+    # Free rows come first: the first new id is the tokenizer's next one, whatever the model has.
+    assert vocabulary == ThinkingVocabulary(320, num_tokens, 320 + num_tokens)
+    assert list(vocabulary.ids) == tokenizer.convert_tokens_to_ids(vocabulary.tokens) == list(range(320, 320 + num_tokens))
+    assert tokenizer.convert_tokens_to_ids(GUARD) == vocabulary.guard_id
+    assert model.config.vocab_size == expected
+    for layer, before in ((model.get_input_embeddings(), inputs), (model.get_output_embeddings(), outputs)):
+        assert layer.weight.shape == (expected, 32)
+        assert torch.equal(layer.weight[:320], before[:320])
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tie
+    assert model(input_ids=torch.tensor([[1, vocabulary.ids[-1], vocabulary.guard_id]])).logits.isfinite().all()
+
+
+def test_sixteen_tokens_unless_told():
+    assert add_thinking_tokens(tiny_model(), tiny_tokenizer()).num_tokens == 16
+
+
+def test_a_model_that_thinks_keeps_its_tokens():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    vocabulary = add_thinking_tokens(model, tokenizer, 4)
+    before, config, generation = state(model), model.config.to_dict(), model.generation_config.to_dict()
+    for num_tokens, seed in ((None, 0), (4, 1)):
+        assert add_thinking_tokens(model, tokenizer, num_tokens, seed=seed) == vocabulary
+        assert same(state(model), before)
+        assert len(tokenizer) == 325
+        assert model.config.to_dict() == config
+        assert model.generation_config.to_dict() == generation
+
+
+def test_another_number_of_tokens_is_refused():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    add_thinking_tokens(model, tokenizer, 4)
+    before = state(model)
+    with pytest.raises(ValueError, match="has 4 thinking tokens and 8 are asked for"):
+        add_thinking_tokens(model, tokenizer, 8)
+    assert same(state(model), before)
+    assert len(tokenizer) == 325
+
+
+def shifted() -> tuple:
+    """A model that thinks, and the tokenizer of another one whose thoughts have other ids."""
+    model, other = tiny_model(), tiny_tokenizer()
+    add_thinking_tokens(model, tiny_tokenizer(), 4)
+    other.add_tokens(["moonlight"])
+    add_thinking_tokens(tiny_model(vocab_size=400), other, 4)
+    return model, other
+
+
+def mismatched(kind: str) -> tuple:
+    thinking, tokenizer = tiny_model(), tiny_tokenizer()
+    add_thinking_tokens(thinking, tokenizer, 4)
+    return {
+        "model without": (tiny_model(vocab_size=384), tokenizer),
+        "tokenizer without": (thinking, tiny_tokenizer()),
+        "other ids": shifted(),
+        "small model": (tiny_model(vocab_size=300), tiny_tokenizer()),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("model without", "tokenizer has thinking tokens but the model has none"),
+        ("tokenizer without", "the tokenizer does not know them"),
+        ("other ids", "the tokenizer does not know them"),
+        ("small model", "ids up to 319 and the model 300 embedding rows"),
+    ],
+)
+def test_a_model_and_a_tokenizer_that_do_not_belong_together_are_refused_untouched(kind, message):
+    model, tokenizer = mismatched(kind)
+    before, known = state(model), tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=message):
+        add_thinking_tokens(model, tokenizer, 4)
+    assert same(state(model), before)
+    assert tokenizer.get_vocab() == known
+
+
+def lifelike(family: str = "llama", **options) -> torch.nn.Module:
+    """A tiny model whose hidden states have a common direction, as those of trained models do."""
+    size = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64}
+    model = tiny_model(family, "eager", **size, **options)
+    rows = model.get_input_embeddings().weight
+    with torch.no_grad():
+        rows += 2.0 * rows.std() * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def cosine(rows_ND: Tensor) -> float:
+    """The largest between two different rows."""
+    cosine_NN = torch.nn.functional.cosine_similarity(rows_ND[:, None], rows_ND, dim=-1)
+    return cosine_NN.fill_diagonal_(-1.0).max().item()
+
+
+def norm_ratio(weight_RD: Tensor, vocabulary) -> Tensor:
+    return weight_RD[list(vocabulary.ids)].norm(dim=-1) / weight_RD[: vocabulary.first_id].norm(dim=-1).median()
+
+
+@torch.no_grad()
+def think_logits(model, tokenizer, vocabulary, texts=SAMPLE_TEXT) -> tuple[Tensor, Tensor]:
+    """Over contexts of some text: the probability to think, and the spread of the thinking logits."""
+    windows = torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]]).split(128)[:-1]
+    logits_MR = model(input_ids=torch.stack(windows)).logits[:, 1:].flatten(0, 1).float()[:, : vocabulary.guard_id]
+    return logits_MR.softmax(-1)[:, vocabulary.first_id :].sum(-1), logits_MR[:, vocabulary.first_id :].std(-1)
+
+
+FAMILIES = [
+    ("llama", {"tie": True}),
+    ("llama", {"tie": False}),
+    ("gpt2", {}),
+    ("gemma2", {"tie": True}),
+    ("gemma2", {"tie": False}),
+    ("granite", {"tie": False}),
+    ("opt", {}),
+]
+
+
+@pytest.mark.parametrize("num_tokens", [4, 16])
+@pytest.mark.parametrize(("family", "options"), FAMILIES, ids=str)
+def test_new_rows_are_distinct_thoughts_of_ordinary_size(family, options, num_tokens):
+    model = lifelike(family, **options)
+    vocabulary = add_thinking_tokens(model, tokenizer := tiny_tokenizer(), num_tokens)
+    inputs, outputs = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+    for rows_RD in (inputs, outputs):
+        assert cosine(rows_RD[list(vocabulary.ids)]) < 0.9
+    if inputs is outputs or inputs.data_ptr() == outputs.data_ptr():
+        assert ((norm_ratio(inputs, vocabulary) > 0.5) & (norm_ratio(inputs, vocabulary) < 2.0)).all()
+    else:
+        torch.testing.assert_close(norm_ratio(inputs, vocabulary), torch.ones(num_tokens), atol=0.05, rtol=0.0)
+    mass_M, spread_M = think_logits(model, tokenizer, vocabulary)
+    assert THINK_MASS / 2 < mass_M.mean() < THINK_MASS * 2
+    assert mass_M.max() < 0.5  # nowhere does the model only think
+    assert LOGIT_SPREAD / 4 < spread_M.mean() < LOGIT_SPREAD * 2
+
+
+@pytest.mark.parametrize("think_mass", [0.005, 0.2])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_the_think_mass_is_the_one_asked_for(tie, think_mass):
+    model, tokenizer = lifelike(tie=tie), tiny_tokenizer()
+    vocabulary = add_thinking_tokens(model, tokenizer, 8, think_mass=think_mass)
+    assert think_mass / 2 < think_logits(model, tokenizer, vocabulary)[0].mean() < think_mass * 2
+
+
+def test_the_think_mass_is_calibrated_on_the_given_text():
+    masses = {}
+    for name, sample in (("prose", SAMPLE_TEXT), ("sums", ["3 + 4 = 7, and 7 + 5 = 12; " * 60])):
+        model, tokenizer = tiny_model(scale=3.0), tiny_tokenizer()
+        vocabulary = add_thinking_tokens(model, tokenizer, 8, sample_text=sample)
+        masses[name] = think_logits(model, tokenizer, vocabulary, sample)[0].mean()
+        assert THINK_MASS / 2 < masses[name] < THINK_MASS * 2
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 1.0], ids=["initial", "larger"])
+def test_rows_of_an_untrained_tied_model_are_distinct_and_of_ordinary_size(scale):
+    # A model trained from scratch starts here: hidden states without a common direction and flat logits.
+    model = tiny_model(scale=scale, tie=True)
+    vocabulary = add_thinking_tokens(model, tiny_tokenizer(), 4)
+    rows_RD = model.get_input_embeddings().weight.detach()
+    assert norm_ratio(rows_RD, vocabulary).max() < 3.0
+    assert cosine(rows_RD[list(vocabulary.ids)]) < 0.9
+
+
+def test_a_bias_of_free_rows_does_not_spoil_the_think_mass():
+    # Phi-2 and GPT-J: a padded vocabulary, and an LM head whose bias has learned that its free rows never occur.
+    model, tokenizer = lifelike("phi", vocab_size=384), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.bias[:320].normal_(generator=torch.Generator().manual_seed(0))
+        model.lm_head.bias[320:] = -8.0
+    vocabulary = add_thinking_tokens(model, tokenizer, 8)
+    assert THINK_MASS / 2 < think_logits(model, tokenizer, vocabulary)[0].mean() < THINK_MASS * 2
+
+
+def test_the_seed_decides_the_rows():
+    def rows(seed):
+        model = tiny_model(tie=False)
+        ids = list(add_thinking_tokens(model, tiny_tokenizer(), 4, seed=seed).ids)
+        return torch.stack([model.get_input_embeddings().weight[ids], model.get_output_embeddings().weight[ids]])
+
+    assert torch.equal(rows(0), rows(0))
+    assert (rows(0) - rows(1)).abs().amax((1, 2)).min() > 1e-2
+
+
+def test_a_bf16_model_in_training_stays_one():
+    model = tiny_model().bfloat16().train()
+    add_thinking_tokens(model, tiny_tokenizer(), 4)
+    assert model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(parameter.isfinite().all() and parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sample", [[], [""], ["a"]], ids=["nothing", "empty", "one token"])
+def test_too_little_sample_text_never_gives_rows_of_nan(sample):
+    model = tiny_model()
+    try:
+        add_thinking_tokens(model, tiny_tokenizer(), 4, sample_text=sample)
+    except ValueError as error:
+        assert "sample_text" in str(error)
+    assert model.get_output_embeddings().weight.isfinite().all()
+
+
+def test_what_the_model_already_suppressed_stays_suppressed():
+    model = tiny_model()
+    model.generation_config.suppress_tokens = [7]
+    vocabulary = add_thinking_tokens(model, tiny_tokenizer(), 4)
+    assert model.generation_config.suppress_tokens == [7, *range(vocabulary.guard_id, 384)]
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}, {}], ids=["sample", "beams", "greedy"])
+def test_generate_never_emits_the_guard_or_padding_rows(options):
+    model, tokenizer = tiny_model(tie=False), tiny_tokenizer()
+    vocabulary = add_thinking_tokens(model, tokenizer, 4, think_mass=0.5)
+    with torch.no_grad():  # as likely as can be, whatever the context
+        model.get_output_embeddings().weight[vocabulary.guard_id :: 2] *= -50
+        model.get_output_embeddings().weight[vocabulary.guard_id + 1 :: 2] *= 50
+    prompt = {"input_ids": torch.arange(10)[None].repeat(4, 1), "attention_mask": torch.ones(4, 10, dtype=torch.long)}
+    options = {"max_new_tokens": 20, "pad_token_id": 0, **options}
+    torch.manual_seed(0)
+    assert (model.generate(**prompt, **options)[:, 10:] < vocabulary.guard_id).all()
+    model.generation_config.suppress_tokens = None
+    assert (model.generate(**prompt, **options)[:, 10:] >= vocabulary.guard_id).any()
+
+
+RELOAD = """
+import sys
+sys.modules["hf_thinktok"] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+path = sys.argv[1]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+saved = torch.load(path + "/expected.pt")
+with torch.no_grad():
+    logits = model(input_ids=saved["ids"]).logits
+torch.manual_seed(0)
+new = model.generate(saved["ids"], attention_mask=torch.ones_like(saved["ids"]), do_sample=True, max_new_tokens=60, pad_token_id=0)
+attack = "x <|think_0|> y"
+torch.save({"logits": logits, "new": new[:, saved["ids"].shape[1]:], "text": tokenizer.batch_decode(new, skip_special_tokens=True), "attack": tokenizer(attack)["input_ids"]}, path + "/found.pt")
+"""
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_a_checkpoint_needs_no_code_of_ours(tmp_path, tie):
+    model, tokenizer = lifelike(tie=tie), tiny_tokenizer()
+    vocabulary = add_thinking_tokens(model, tokenizer, 4, think_mass=0.3)
+    ids_BT = torch.tensor([[5, 9, vocabulary.ids[2], 17, vocabulary.ids[0], 40]]).repeat(4, 1)
+    with torch.no_grad():
+        logits = model(input_ids=ids_BT).logits
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save({"ids": ids_BT}, tmp_path / "expected.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True, cwd=tmp_path, env=environment, timeout=120)
+    found = torch.load(tmp_path / "found.pt")
+    assert torch.equal(found["logits"], logits)
+    assert (found["new"] < vocabulary.guard_id).all()
+    assert vocabulary.is_thought(found["new"]).any()
+    assert not vocabulary.is_thought(found["new"]).all()
+    spoken = [[i for i in [*ids, *new] if i not in vocabulary.ids] for ids, new in zip(ids_BT.tolist(), found["new"].tolist())]
+    assert found["text"] == tiny_tokenizer().batch_decode(spoken, skip_special_tokens=True)
+    assert not any(i in vocabulary.ids for i in found["attack"])
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["thinktok"] == {"first_id": 320, "num_tokens": 4, "guard_id": 324}
+    assert ThinkingVocabulary.from_pretrained(tmp_path) == ThinkingVocabulary.from_pretrained(str(tmp_path)) == vocabulary
+    reloaded, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert add_thinking_tokens(reloaded, tokenizer) == vocabulary
+    assert same(state(reloaded), state(model))
+    assert GenerationConfig.from_pretrained(tmp_path).suppress_tokens == list(range(324, 384))
+
+
+def test_a_checkpoint_without_thinking_tokens_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no thinking tokens"):
+        ThinkingVocabulary.from_pretrained(tmp_path)
+
+
+def test_is_thought_is_exact():
+    vocabulary = ThinkingVocabulary(10, 3, 13)
+    assert vocabulary.is_thought(torch.arange(8, 15)).tolist() == [False, False, True, True, True, False, False]
+    assert list(vocabulary.ids) == [10, 11, 12]
+
+
+@functools.cache
+def tokenizers(kind: str, reloaded: bool = False) -> tuple:
+    """The tokenizer as it was, with thinking tokens, and its vocabulary. The second one may have been saved and loaded."""
+    before = tokenizer_of_kind(kind)
+    model, after = tiny_model(vocab_size=len(before)), tokenizer_of_kind(kind)
+    vocabulary = add_thinking_tokens(model, after, 12)
+    if reloaded:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.config.save_pretrained(folder)
+            after.save_pretrained(folder)
+            after = AutoTokenizer.from_pretrained(folder)
+    return before, after, vocabulary
+
+
+def test_skip_special_tokens_hides_thoughts_and_nothing_else():
+    _, tokenizer, vocabulary = tokenizers("bytes")
+    text = "the cat <|think_0|> sat\n on <|think_ the mat"
+    ids = tokenizer(text)["input_ids"]
+    with_thoughts = [vocabulary.ids[3], *ids[:4], *vocabulary.ids, *ids[4:], vocabulary.ids[0]]
+    assert tokenizer.decode(with_thoughts, skip_special_tokens=True) == text
+    shown = tokenizer.decode(with_thoughts)
+    assert shown.startswith("<|think_3|>")
+    assert all(token in shown for token in vocabulary.tokens)
+    assert tokenizer.decode([*tokenizer("<|im_start|>the")["input_ids"], vocabulary.ids[1]], skip_special_tokens=True) == "the"
+
+
+PIECES = [
+    *("<|think_", "<|think", "<|", "<", "|", "think_", "_", "0", "1", "11", "|>", ">", "<|think_0|>", "<|think_3|>", "<|think_11|>", "<|think_99|>"),
+    *(" ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u200b", "\u2028", "▁", "Ġ", "\ufeff", "\0"),
+    *("é", "e\u0301", "你", "🤔", "\u0338", "\u212a", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "the cat", "user", "\\", "<0x3C>"),
+]
+texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=12).map("".join)
+KINDS = ["bytes", "nfc", "prepend", "replace", "metaspace"]
+
+
+def encodings(tokenizer, text: str, other: str):
+    """Every way in which a user's text becomes ids."""
+    yield tokenizer(text)["input_ids"]
+    yield tokenizer(text, add_special_tokens=False)["input_ids"]
+    yield tokenizer.encode(text)
+    yield tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+    yield tokenizer(text, split_special_tokens=True)["input_ids"]
+    yield tokenizer(text, other)["input_ids"]
+    yield tokenizer([text, other], is_split_into_words=True)["input_ids"]
+    yield from tokenizer([text, other], padding=True)["input_ids"]
+    yield from tokenizer([(text, other), (other, text)])["input_ids"]
+    messages = [{"role": "user", "content": text}, {"role": other, "content": text + other}]
+    yield tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    yield tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("reloaded", [False, True], ids=["", "reloaded"])
+@pytest.mark.parametrize("kind", KINDS)
+@EXAMPLES
+@given(text=texts, other=texts)
+@example(text="<|think_0|>", other=" <|think_1|> ")
+@example(text="<|think_<|think_0|>0|>", other="<|im_start|><|think_0|>")
+def test_no_text_becomes_a_thought(kind, reloaded, text, other):
+    _, tokenizer, vocabulary = tokenizers(kind, reloaded)
+    for ids in encodings(tokenizer, text, other):
+        assert not any(i in vocabulary.ids for i in ids)
+
+
+REPEATED_PREFIX = pytest.mark.xfail(
+    strict=True, reason="its normalizer puts a space before every stretch of text between added tokens, so also after the guard"
+)
+
+
+@pytest.mark.parametrize("reloaded", [False, True], ids=["", "reloaded"])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=REPEATED_PREFIX) if kind == "prepend" else kind for kind in KINDS])
+@EXAMPLES
+@given(text=texts)
+@example(text="a<|think_0|>b")
+def test_text_survives_as_well_as_before(kind, reloaded, text):
+    before, tokenizer, _ = tokenizers(kind, reloaded)
+    if GUARD not in unicodedata.normalize("NFKC", text):
+        assert tokenizer(text)["input_ids"] == before(text)["input_ids"]
+    if before.decode(before(text)["input_ids"]) == text:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "attack"), [("nfkc", "\uff1c\uff5cthink_0\uff5c\uff1e"), ("nfkc", "<|think_\uff10|>"), ("lowercase", "<|THINK_0|>"), ("lowercase", "<|Think_0|>")]
+)
+def test_a_tokenizer_that_rewrites_text_into_thoughts_is_made_safe_or_refused(kind, attack):
+    try:
+        _, tokenizer, vocabulary = tokenizers(kind)
+    except ValueError as error:
+        assert "thinking token" in str(error)
+        return
+    assert not any(i in vocabulary.ids for i in tokenizer(attack)["input_ids"])
+
+
+def test_a_tokenizer_that_turns_literal_text_into_thoughts_is_refused(monkeypatch):
+    class Raw(AddedToken):
+        def __new__(cls, content, **options):
+            return AddedToken.__new__(cls, content, **options | {"normalized": False})
+
+    monkeypatch.setattr("hf_thinktok.tokens.AddedToken", Raw)
+    monkeypatch.setattr("hf_thinktok.tokens.GUARD", "<|never|>")
+    with pytest.raises(ValueError, match="anybody could write the model's thoughts"):
+        add_thinking_tokens(tiny_model(), tiny_tokenizer(), 4)
+
+
+def test_other_special_tokens_keep_their_meaning():
+    before, after, vocabulary = tokenizers("bytes")
+    after = copy.deepcopy(after)
+    assert (after.eos_token_id, after.pad_token_id, after.chat_template) == (before.eos_token_id, before.pad_token_id, before.chat_template)
+    assert after("<|im_start|>the<|im_end|>")["input_ids"] == before("<|im_start|>the<|im_end|>")["input_ids"]
+    # A thought is written by its id alone.
+    assert after.decode([vocabulary.ids[5]]) == "<|think_5|>"

@@ -1,0 +1,270 @@
+"""The trainer as a whole: what it reduces to, what it learns, how it resumes, what it writes."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from models import CORPUS, tiny_model, tiny_tokenizer
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
+
+
+def losses(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+@pytest.fixture()
+def sft(tmp_path, corpus):
+    """Plain SFT with the same options."""
+
+    def make(**options):
+        tokenizer = tiny_tokenizer()
+        args = SFTConfig(
+            **{
+                "output_dir": str(tmp_path / "sft"),
+                "bf16": False,
+                "use_cpu": True,
+                "max_length": 48,
+                "max_steps": 3,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 1e-3,
+                "report_to": "none",
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "logging_steps": 1,
+            }
+            | options
+        )
+        return SFTTrainer(tiny_model("llama", vocab_size=len(tokenizer)), args=args, train_dataset=corpus, processing_class=tokenizer)
+
+    return make
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_thinking_tokens_is_plain_sft_bit_for_bit(make_trainer, sft, accumulation):
+    ours, theirs = make_trainer(num_think_tokens=0, max_steps=3, gradient_accumulation_steps=accumulation), sft(gradient_accumulation_steps=accumulation)
+    ours.train(), theirs.train()
+    assert losses(ours) == losses(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours).values(), weights(theirs).values(), strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_forks_is_plain_sft_on_real_rows(make_trainer, sft, accumulation):
+    ours, theirs = make_trainer(num_forks=0, max_steps=3, gradient_accumulation_steps=accumulation), sft(gradient_accumulation_steps=accumulation)
+    start = weights(ours)["model.embed_tokens.weight"]
+    ours.train(), theirs.train()
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
+    for (name, a), b in zip(weights(ours).items(), weights(theirs).values(), strict=True):
+        torch.testing.assert_close(a[: len(b)], b, atol=2e-5, rtol=0, msg=name)
+    rows = slice(ours.vocabulary.first_id, None)
+    assert torch.equal(weights(ours)["model.embed_tokens.weight"][rows], start[rows]), "nothing may train thinking rows where nothing is thought"
+
+
+def test_packed_documents_do_not_see_each_other(make_trainer):
+    rows = Dataset.from_dict({"text": CORPUS[:4]})
+    packed = make_trainer(num_forks=0, packing=True, max_length=64, per_device_eval_batch_size=4, eval_dataset=rows, train_dataset=rows)
+    plain = make_trainer(num_forks=0, max_length=64, per_device_eval_batch_size=4, eval_dataset=rows, train_dataset=rows)
+    assert len(packed.eval_dataset) < len(plain.eval_dataset)
+    assert packed.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dr_grpo", "grpo", "bnpo", "dapo", "cispo"])
+def test_a_rewarded_thought_becomes_likely(make_trainer, kind):
+    def prefers_two(thoughts, **kwargs):
+        return (thoughts[..., 0] == vocabulary.first_id + 2).float()
+
+    trainer = make_trainer(
+        reward_funcs=prefers_two, think_loss_type=kind, stop="fixed", num_generations=8, max_steps=60, max_think_length=1, think_ce_weight=0.0, learning_rate=3e-3
+    )
+    vocabulary = trainer.vocabulary
+    trainer.train()
+    rewards = losses(trainer, "reward")
+    assert sum(rewards[:10]) / 10 < 0.5 < 0.8 < sum(rewards[-10:]) / 10
+
+
+@pytest.mark.parametrize("stop", ["learned", "sampled"])
+def test_a_price_closes_the_gate(make_trainer, stop):
+    def mean_length(cost):
+        options = {"think_cost": cost, "max_steps": 40, "learning_rate": 3e-3, "stop": stop, "think_ce_weight": 0.0, "num_forks": 8}
+        trainer = make_trainer(**options, reward_funcs=None if stop == "learned" else lambda lengths, **kwargs: 0.0 * lengths)
+        trainer.train()
+        return sum(losses(trainer, "gate")[-10:]) / 10
+
+    assert mean_length(3.0) < 0.5 * mean_length(0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stop": "sampled", "lookahead": 3, "memory": "persistent", "packing": True},
+        {"num_iterations": 2, "save_steps": 2, "max_steps": 4},
+        {"beta": 0.1, "fork_positions": "entropy", "gradient_accumulation_steps": 2},
+    ],
+    ids=["learned", "persistent", "iterations", "entropy"],
+)
+def test_resumed_equals_never_interrupted_bit_for_bit(make_trainer, tmp_path, options):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"} | options
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    again = make_trainer(output_dir=str(tmp_path / "again"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(again).values(), strict=True))
+    assert losses(whole)[2:] == losses(again)[2:]
+    assert losses(whole, "reward")[2:] == losses(again, "reward")[2:]
+
+
+def test_seeds_differ_and_repeat(make_trainer):
+    def run(seed):
+        trainer = make_trainer(seed=seed, max_steps=1)
+        trainer.train()
+        return losses(trainer, "reward")
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_evaluation_at_every_position_is_the_loss(make_trainer, corpus):
+    trainer = make_trainer(fork_positions="all", num_forks=16, eval_dataset=corpus.select(range(6)), per_device_eval_batch_size=8)
+    result = trainer.evaluate()
+    assert result["eval_bits_no_think"] * math.log(2) == pytest.approx(result["eval_loss"], rel=1e-4)
+    assert result["eval_documents"] == 6
+
+
+def test_evaluation_repeats_and_compares_the_same_places(make_trainer, corpus):
+    trainer = make_trainer(eval_dataset=corpus.select(range(6)), max_steps=3, fork_positions="entropy")
+    first, second = trainer.evaluate(), trainer.evaluate()
+    names = ["eval_bits_no_think", "eval_bits_think", "eval_bits_random_thought", "eval_gain", "eval_gain_stderr", "eval_mean_think_length"]
+    assert [first[name] for name in names] == [second[name] for name in names]
+    assert first["eval_gain"] == pytest.approx(first["eval_bits_no_think"] - first["eval_bits_think"], abs=1e-9)
+    trainer.train()
+    assert trainer.evaluate()["eval_judged_tokens"] == first["eval_judged_tokens"]
+
+
+def test_a_thought_that_tells_the_answer_shows_up_as_gain(make_trainer, corpus):
+    """A model that is trained on the thinking path alone must end with think < no_think: evaluation measures what thoughts do."""
+    trainer = make_trainer(eval_dataset=corpus.select(range(6)), max_steps=60, stop="fixed", learning_rate=3e-3, max_think_length=1)
+    trainer.train()
+    result = trainer.evaluate()
+    assert result["eval_mean_think_length"] == 1.0
+    assert result["eval_bits_think"] < 0.9 * math.log2(320)
+
+
+def test_logs_what_a_user_needs(make_trainer, capsys):
+    trainer = make_trainer(log_completions=True, num_completions_to_print=2)
+    trainer.train()
+    wanted = {"reward", "reward_std", "frac_reward_zero_std", "gate", "think_length", "thought_entropy", "distinct_thoughts", "think_gain", "tokens_per_second", "num_tokens"}
+    assert wanted <= set(trainer.state.log_history[0])
+    assert "Thoughts at step 1" in capsys.readouterr().out
+
+
+def test_streams_and_accepts_names(make_trainer, tmp_path, corpus):
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = make_trainer(model=str(tmp_path / "model"), train_dataset=corpus.to_iterable_dataset(), max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_adapter_trains_itself_and_the_thinking_rows_only(make_trainer, tie):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), tie=tie)
+    trainer = make_trainer(model=model, tokenizer=tokenizer, peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), max_steps=3)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in changed)
+    rows = [name for name in changed if "trainable_tokens_delta" in name]
+    assert len(rows) == (1 if tie else 2)
+    assert all(len(before[name]) == trainer.vocabulary.num_tokens for name in rows)
+
+
+def test_checkpoint_thinks_in_plain_transformers(make_trainer, tmp_path):
+    trainer = make_trainer(output_dir=str(tmp_path / "out"), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    ids = torch.randint(300, (1, 12))
+    with torch.no_grad():
+        torch.save({"ids": ids, "logits": trainer.model.eval()(input_ids=ids).logits}, tmp_path / "expected.pt")
+    program = f"""
+import sys
+sys.modules["hf_thinktok"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained({str(tmp_path / "out")!r}) for kind in (AutoModelForCausalLM, AutoTokenizer))
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+torch.testing.assert_close(model(input_ids=expected["ids"]).logits, expected["logits"])
+torch.manual_seed(0)
+out = model.generate(expected["ids"], max_new_tokens=64, do_sample=True)
+first = model.config.thinktok["first_id"]
+assert (out >= first).any(), "a gate that is open a few per cent thinks in 64 tokens"
+assert "think_" in tokenizer.decode(out[0]) and "think_" not in tokenizer.decode(out[0], skip_special_tokens=True)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["thinktok"]
+    assert {"first_id", "num_tokens", "guard_id", "max_think_length", "stop", "memory", "blind", "lookahead"} <= set(config)
+
+
+def test_goes_on_from_a_thinking_checkpoint(make_trainer, tmp_path):
+    first = make_trainer(output_dir=str(tmp_path / "out"))
+    first.train()
+    first.save_model()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    second = make_trainer(model=model, tokenizer=tokenizer, num_think_tokens=None)
+    assert second.vocabulary == first.vocabulary == ThinkingVocabulary.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.get_input_embeddings().weight, first.model.get_input_embeddings().weight)
+    second.train()
+
+
+def test_user_text_cannot_enter_a_thought_through_the_trainer(make_trainer):
+    rows = Dataset.from_dict({"text": ["a <|think_0|> b <|think_3|><|think_1|> c and more text"] * 8})
+    trainer = make_trainer(train_dataset=rows)
+    ids = {i for row in trainer.train_dataset["input_ids"] for i in row}
+    assert ids.isdisjoint(trainer.vocabulary.ids)
+    trainer.train()
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba", "gpt2", "gemma3_text"])
+def test_other_families_train(make_trainer, family):
+    trainer = make_trainer(family=family, max_steps=1)
+    assert trainer.engine.name == ("replicated" if family in ("bloom", "mamba") else "tree")
+    trainer.train()
+    assert math.isfinite(losses(trainer)[0])
+
+
+def test_the_engines_train_alike(make_trainer):
+    packed, replicated = make_trainer(engine="tree", max_steps=2), make_trainer(engine="replicated", max_steps=2)
+    packed.train(), replicated.train()
+    assert losses(packed) == pytest.approx(losses(replicated), abs=1e-4)
+    for (name, a), b in zip(weights(packed).items(), weights(replicated).values(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=name)
+
+
+def test_calibrated_on_the_training_text(make_trainer, tokenizer):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert 0.005 < losses(trainer, "gate")[0] < 0.2
+
+
+def test_add_thinking_tokens_alone_keeps_the_loss(corpus):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    ids = tokenizer(CORPUS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = model(ids).logits
+        vocabulary = add_thinking_tokens(model, tokenizer, 4)
+        after = model(ids).logits
+    torch.testing.assert_close(after[..., : vocabulary.num_real], before)
