@@ -1,8 +1,29 @@
 """Teaches pretrained language models to think in tokens of their own."""
 
-from .config import ThinkTokConfig
-from .tokens import ThinkingVocabulary, add_thinking_tokens
-from .trainer import ThinkTokTrainer
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import ThinkTokConfig
+    from .generation import ThinkingBudget, ThinkingStreamer
+    from .tokens import ThinkingVocabulary, add_thinking_tokens
+    from .trainer import ThinkTokTrainer
 
 __version__ = "0.1.0"
-__all__ = ["ThinkTokConfig", "ThinkTokTrainer", "ThinkingVocabulary", "__version__", "add_thinking_tokens"]
+__all__ = ["ThinkTokConfig", "ThinkTokTrainer", "ThinkingBudget", "ThinkingStreamer", "ThinkingVocabulary", "__version__", "add_thinking_tokens"]
+
+_HOMES = {
+    "ThinkTokConfig": "config",
+    "ThinkTokTrainer": "trainer",
+    "ThinkingBudget": "generation",
+    "ThinkingStreamer": "generation",
+    "ThinkingVocabulary": "tokens",
+    "add_thinking_tokens": "tokens",
+}
+
+
+def __getattr__(name: str):
+    """Loads a public name at its first use: whoever only generates need not wait for the trainer's libraries."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,6 +1,7 @@
 """Every import of a private or semi-public name of TRL, PEFT or transformers, and nothing else of them elsewhere."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model
@@ -14,7 +15,7 @@ __all__ = [
 ]
 
 
-def trainable_token_rows(lm_head: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
+def trainable_token_rows(lm_head: Any) -> tuple[Tensor, Tensor | None]:
     """The LM head's weight, and the rows that PEFT trains beside it (`trainable_token_indices`), if any.
 
     PEFT keeps trained rows as a small parameter of their own; the large weight stays frozen and is read as it is.

@@ -43,8 +43,8 @@ class NonFiniteGuard(TrainerCallback):
         logger.warning("Step %d was skipped: its loss or a reward was not finite (%d in a row, %d in all).", state.global_step, self.in_a_row, self.total)
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row had a loss or reward that was not finite: training stopped at step {state.global_step}. Lower the learning rate, "
-                "look at the reward functions, or raise max_nonfinite_steps."
+                f"{self.in_a_row} steps in a row had a loss or reward that was not finite: training stopped at step {state.global_step}. Lower the "
+                "learning rate, look at the reward functions, or raise max_nonfinite_steps."
             )
 
 

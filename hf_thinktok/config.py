@@ -51,7 +51,8 @@ class ThinkTokConfig(SFTConfig):
         lookahead (`int` or `None`, defaults to `1`):
             Following real tokens H that judge a thought; `None` (`null` in YAML): all that follow in the row.
         stop (`str`, defaults to `"learned"`):
-            How thoughts end. `fixed`: all have L tokens. `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from the gate.
+            How thoughts end. `fixed`: all have L tokens. `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from
+            the gate.
         stop_smoothing (`float`, defaults to `0.5`):
             With `stop="learned"`: part of the weight that content and speaker give to all lengths alike, so that thoughts are learned while the gate
             is still nearly closed. The gate itself is always trained exactly. 0: everything exact.
@@ -158,7 +159,7 @@ class ThinkTokConfig(SFTConfig):
             self._check_fit()
             self._check_effect()
         # Where there is nothing but a CPU, or the launcher asks for it, bf16 and devices follow without another option.
-        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
+        self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
         super().__post_init__()
 
     @property
@@ -182,7 +183,15 @@ class ThinkTokConfig(SFTConfig):
             allowed = entry.metadata.get("choices") if entry.name in ThinkTokConfig.__annotations__ else None
             if allowed and (value := getattr(self, entry.name)) not in allowed:
                 raise ValueError(f"{entry.name}={value!r} is not known; it is one of {', '.join(allowed)}.")
-        least = {"num_forks": 0, "num_generations": 1, "max_think_length": 1, "num_iterations": 1, "top_k": 0, "max_nonfinite_steps": 1, "num_completions_to_print": 1}
+        least = {
+            "num_forks": 0,
+            "num_generations": 1,
+            "max_think_length": 1,
+            "num_iterations": 1,
+            "top_k": 0,
+            "max_nonfinite_steps": 1,
+            "num_completions_to_print": 1,
+        }
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}.")
@@ -200,7 +209,9 @@ class ThinkTokConfig(SFTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         resolve_rewards(self.reward_funcs)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries and reward_funcs {len(self.reward_funcs)}: give one weight for each reward.")
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} entries and reward_funcs {len(self.reward_funcs)}: give one weight for each reward."
+            )
 
     def _check_fit(self) -> None:
         """What cannot be done."""
@@ -212,8 +223,10 @@ class ThinkTokConfig(SFTConfig):
             f"num_forks={self.num_forks} do not fit a row of max_length={self.max_length}: lower num_forks, raise max_length, or set fork_positions=all.": (
                 self.fork_positions != "all" and self.max_length is not None and self.num_forks >= self.max_length
             ),
-            "stop=learned sums the stopping time out exactly for one judged token: set lookahead=1, or stop=sampled.": self.stop == "learned" and self.lookahead != 1,
-            "advantage=token credits each thinking token by one judged token: set lookahead=1, or advantage=group.": self.advantage == "token" and self.lookahead != 1,
+            "stop=learned sums the stopping time out exactly for one judged token: set lookahead=1, or stop=sampled.": self.stop == "learned"
+            and self.lookahead != 1,
+            "advantage=token credits each thinking token by one judged token: set lookahead=1, or advantage=group.": self.advantage == "token"
+            and self.lookahead != 1,
             "advantage=token compares predictions after every thinking token, which stop=sampled does not make: set stop=learned or stop=fixed.": (
                 self.advantage == "token" and self.stop == "sampled"
             ),
@@ -243,9 +256,18 @@ class ThinkTokConfig(SFTConfig):
             "think_cost": (self.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
             "advantage": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
             "scale_rewards": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
-            "reward_funcs": (self.objective == "expected" and self.advantage != "token", "objective=expected with advantage=group or loo (the others use log_prob)"),
-            "reward_weights": (self.objective == "expected" and self.advantage != "token", "objective=expected with advantage=group or loo (the others use log_prob)"),
-            "epsilon": (self.num_iterations > 1 and self.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)"),
+            "reward_funcs": (
+                self.objective == "expected" and self.advantage != "token",
+                "objective=expected with advantage=group or loo (the others use log_prob)",
+            ),
+            "reward_weights": (
+                self.objective == "expected" and self.advantage != "token",
+                "objective=expected with advantage=group or loo (the others use log_prob)",
+            ),
+            "epsilon": (
+                self.num_iterations > 1 and self.think_loss_type != "cispo",
+                "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)",
+            ),
             "epsilon_high": (self.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
             "delta": (self.num_iterations > 1 and self.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo"),
             "num_completions_to_print": (self.log_completions, "log_completions=True"),
@@ -257,4 +279,4 @@ class ThinkTokConfig(SFTConfig):
 
 def _default(cls: type, name: str):
     entry = next(f for f in fields(cls) if f.name == name)
-    return entry.default if entry.default is not MISSING else entry.default_factory()
+    return entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[operator]

@@ -47,10 +47,14 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
     columns = list(head[0])
     text = args.dataset_text_field
     if not has_formatter and text not in columns and not any(column in columns for column in READABLE_COLUMNS):
-        raise ValueError(f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func.")
+        raise ValueError(
+            f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
+        )
     if has_formatter or text not in columns:
         return
     rows = dataset[text] if isinstance(dataset, Dataset) else [row[text] for row in head]
     empty = next((i for i, row in enumerate(rows) if not isinstance(row, str) or not row.strip()), None)
     if empty is not None:
-        raise ValueError(f"Row {empty} of the {name} data set has no text in {text!r}: drop empty rows, for example with dataset.filter(lambda row: row[{text!r}].strip()).")
+        raise ValueError(
+            f"Row {empty} of the {name} data set has no text in {text!r}: drop empty rows, for example with dataset.filter(lambda row: row[{text!r}].strip())."
+        )

@@ -127,7 +127,9 @@ def evaluating(model) -> Iterator[None]:
         model.train(training)
 
 
-def choose_engine(model: PreTrainedModel, vocabulary: ThinkingVocabulary, branching: Branching, trunk_length: int, num_forks: int, wanted: str = "auto") -> Engine:
+def choose_engine(
+    model: PreTrainedModel, vocabulary: ThinkingVocabulary, branching: Branching, trunk_length: int, num_forks: int, wanted: str = "auto"
+) -> Engine:
     """Finds out how this model can run a tree of this size, with about five forward passes.
 
     Checked in fp32, at the lengths of the training run: the head gives the model's own log-probabilities; nodes that the last branch must
@@ -144,13 +146,17 @@ def choose_engine(model: PreTrainedModel, vocabulary: ThinkingVocabulary, branch
         probe = _Probe(model, vocabulary, branching, trunk_length, num_forks)
         if (gap := probe.head_gap()) > TOLERANCE:
             raise ValueError(
-                f"{model.config.model_type} does more between its hidden states and its logits than scale, cap and bias: our scores differ from its own by {gap:.1e} standard "
-                "deviations. This architecture is not supported."
+                f"{model.config.model_type} does more between its hidden states and its logits than scale, cap and bias: our scores differ "
+                f"from its own by {gap:.1e} standard deviations. This architecture is not supported."
             )
         if wanted == "replicated":
             return ReplicatedEngine()
         try:
-            gaps = {"a hidden sibling changes it": probe.leak_gap, "it differs from an ordinary row": probe.path_gap, "cached decoding differs": probe.cache_gap}
+            gaps = {
+                "a hidden sibling changes it": probe.leak_gap,
+                "it differs from an ordinary row": probe.path_gap,
+                "cached decoding differs": probe.cache_gap,
+            }
             reason = next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
         except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
@@ -158,7 +164,8 @@ def choose_engine(model: PreTrainedModel, vocabulary: ThinkingVocabulary, branch
         return TreeEngine()
     if wanted == "tree":
         raise ValueError(
-            f"engine=tree is not exact for {model.config.model_type} with attn_implementation={model.config._attn_implementation}: {reason}. Use engine=auto, or another attn_implementation."
+            f"engine=tree is not exact for {model.config.model_type} with attn_implementation={model.config._attn_implementation}: {reason}. "
+            "Use engine=auto, or another attn_implementation."
         )
     logger.warning("%s cannot run a packed tree (%s): taking the replicated path, which is exact and slower.", model.config.model_type, reason)
     return ReplicatedEngine()
@@ -225,7 +232,9 @@ class _Probe:
         gathered = []
         for nodes in steps:
             nodes_BQ = nodes.to(self.last)[None]
-            out = decode(tree, self.tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), torch.tensor([[nodes_BQ.shape[1] - 1]], device=self.last.device))
+            out = decode(
+                tree, self.tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), torch.tensor([[nodes_BQ.shape[1] - 1]], device=self.last.device)
+            )
             gathered.append(torch.cat([out.gate_logit_M[:, None], out.think_logits_MN], 1))
         return self._gap(torch.cat(gathered[1:]), self._scores(TreeEngine(), self.tokens_BS)[:, 1:])
 

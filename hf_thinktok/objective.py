@@ -71,7 +71,9 @@ def actions(scores: TreeScores, rollout: Rollout, config: ThinkTokConfig) -> tup
     return logps, mask
 
 
-def credit(scores: TreeScores, speech: Speech, rollout: Rollout, labels_BKH: Tensor, config: ThinkTokConfig, rewards: list[RewardFunction], weights: list[float]):
+def credit(
+    scores: TreeScores, speech: Speech, rollout: Rollout, labels_BKH: Tensor, config: ThinkTokConfig, rewards: list[RewardFunction], weights: list[float]
+):
     """Rewards and what they mean for each thought.
 
     Returns:

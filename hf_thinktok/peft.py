@@ -23,6 +23,8 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
     given = peft_config.trainable_token_indices or []
     given = set(given if isinstance(given, list) else (i for rows in given.values() for i in rows))
     if given - set(ids):
-        raise ValueError(f"trainable_token_indices names other tokens ({sorted(given - set(ids))[:5]}): only thinking tokens can be trained beside an adapter. Leave it out.")
+        raise ValueError(
+            f"trainable_token_indices names other tokens ({sorted(given - set(ids))[:5]}): only thinking tokens can be trained beside an adapter. Leave it out."
+        )
     peft_config.trainable_token_indices = wanted
     return peft_config

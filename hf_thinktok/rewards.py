@@ -15,7 +15,7 @@ Arguments, all without gradient (B rows, K forks, G thoughts, L thinking tokens,
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,18 +54,18 @@ def information_gain(logps: Tensor, baseline_logps: Tensor, mask: Tensor, **kwar
 REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (log_prob, accuracy, prob, information_gain)}
 
 
-def resolve_rewards(rewards: list[str | RewardFunction] | str | RewardFunction) -> list[RewardFunction]:
+def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFunction) -> list[RewardFunction]:
     """Reward functions from names and callables.
 
     Raises:
         ValueError: an unknown name; the nearest known one is suggested.
     """
-    rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
-    for name in rewards:
+    names = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    for name in names:
         if isinstance(name, str) and name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"reward_funcs has the unknown name {name!r}; did you mean {near!r}? Known: {', '.join(REWARDS)}, or pass a function.")
-    return [REWARDS[r] if isinstance(r, str) else r for r in rewards]
+    return [REWARDS[r] if isinstance(r, str) else r for r in names]
 
 
 def total_reward(functions: list[RewardFunction], weights: list[float], **judgement: Tensor) -> tuple[Tensor, Tensor]:

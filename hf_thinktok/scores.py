@@ -55,7 +55,9 @@ def head_inputs(tree: ThoughtTree, labels_BT: Tensor, every_prefix: bool) -> Hea
     return HeadInputs(torch.arange(targets_BS.numel(), device=targets_BS.device), targets_BS.flatten())
 
 
-def read_scores(out: HeadOutputs, tree: ThoughtTree, head: HeadInputs, labels_BT: Tensor, rollout: Rollout, vocabulary: ThinkingVocabulary, temperature: float) -> TreeScores:
+def read_scores(
+    out: HeadOutputs, tree: ThoughtTree, head: HeadInputs, labels_BT: Tensor, rollout: Rollout, vocabulary: ThinkingVocabulary, temperature: float
+) -> TreeScores:
     """Gathers a head's outputs over all nodes (`head_inputs`) by fork and thought."""
     batch, num_nodes = len(labels_BT), tree.num_nodes
     logps_BS, correct_BS, gate_BS = (values.view(batch, num_nodes) for values in (out.target_logps_M, out.correct_M, out.gate_logit_M))

@@ -33,6 +33,9 @@ THINK_MASS = 0.03
 # Standard deviation, in nats, that the thinking logits of one context start with: distinct thoughts, high entropy.
 LOGIT_SPREAD = 1.0
 
+# One position in so many of the sample holds a thought.
+THOUGHTS_EVERY = 4
+
 # Ordinary prose, arithmetic and code, to calibrate the new rows where no text of the user's own is given.
 SAMPLE_TEXT = (
     "The harbour was quiet before dawn. Two fishermen untied their boat, rowed past the lighthouse and waited for the tide to turn, "
@@ -130,7 +133,9 @@ def add_thinking_tokens(
     ids = tokenizer.convert_tokens_to_ids([*(TEMPLATE.format(i) for i in range(num_tokens)), GUARD])
     vocabulary = ThinkingVocabulary(ids[0], num_tokens, ids[-1])
     if ids != list(range(ids[0], ids[0] + num_tokens + 1)) or ids[-1] + 1 != len(tokenizer):
-        raise ValueError(f"{type(tokenizer).__name__} gave the thinking tokens the ids {ids}, which do not follow its other ids; such a tokenizer is not supported.")
+        raise ValueError(
+            f"{type(tokenizer).__name__} gave the thinking tokens the ids {ids}, which do not follow its other ids; such a tokenizer is not supported."
+        )
     _refuse_injection(tokenizer, vocabulary)
 
     rows = model.get_input_embeddings().weight.shape[0]
@@ -158,7 +163,9 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
     num_rows = config.get_text_config().vocab_size if num_rows is None else num_rows
     in_tokenizer = TEMPLATE.format(0) in tokenizer.get_vocab()
     if existing is None and in_tokenizer:
-        raise ValueError("The tokenizer has thinking tokens but the model has none: load both from the same checkpoint, or take the base model's own tokenizer.")
+        raise ValueError(
+            "The tokenizer has thinking tokens but the model has none: load both from the same checkpoint, or take the base model's own tokenizer."
+        )
     if existing is not None:
         if tokenizer.convert_tokens_to_ids(TEMPLATE.format(0)) != existing.first_id or tokenizer.convert_tokens_to_ids(GUARD) != existing.guard_id:
             raise ValueError(
@@ -177,8 +184,8 @@ def _refuse_injection(tokenizer, vocabulary) -> None:
     for text in (*vocabulary.tokens, " " + vocabulary.tokens[0], "a" + vocabulary.tokens[-1] + "b", "\n".join(vocabulary.tokens)):
         if any(i in vocabulary.ids for i in tokenizer(text)["input_ids"]):
             raise ValueError(
-                f"{type(tokenizer).__name__} turns the literal text {text[:40]!r} into a thinking token, so anybody could write the model's thoughts. Use a fast "
-                "tokenizer (`AutoTokenizer.from_pretrained(..., use_fast=True)`)."
+                f"{type(tokenizer).__name__} turns the literal text {text[:40]!r} into a thinking token, so anybody could write the model's thoughts. "
+                "Use a fast tokenizer (`AutoTokenizer.from_pretrained(..., use_fast=True)`)."
             )
 
 
@@ -188,32 +195,32 @@ def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_m
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = inputs is outputs or inputs.data_ptr() == outputs.data_ptr()
     first, last, num_real = vocabulary.first_id, vocabulary.guard_id, vocabulary.num_real
-    generator = torch.Generator().manual_seed(seed)
-
-    # Rows that no token may choose point away from what hidden states have in common.
-    hidden_MD = _sample_hidden(model, tokenizer, sample_text)
-    mean_D = hidden_MD.mean(0)
     output_norm = _typical_norm(outputs[:num_real])
-    outputs[last:] = (-output_norm * mean_D / mean_D.norm().clamp_min(1e-12)).to(outputs.dtype)
-    outputs[first:last] = initial_rows(
-        hidden_MD,
-        outputs[:num_real],
-        getattr(model.get_output_embeddings(), "bias", None),
-        LogitTransform.from_config(model.config),
-        vocabulary.num_tokens,
-        norm=output_norm if tied else None,
-        think_mass=think_mass,
-        logit_spread=logit_spread,
-        generator=generator,
-    ).to(outputs.dtype)
+    directions_ND = torch.randn(vocabulary.num_tokens, inputs.shape[1], generator=torch.Generator().manual_seed(seed))
     if not tied:
-        directions = torch.randn(vocabulary.num_tokens, inputs.shape[1], generator=generator)
-        directions *= _typical_norm(inputs[:num_real]).cpu() / directions.norm(dim=-1, keepdim=True)
-        inputs[first:last] = directions.to(inputs)
+        inputs[first:last] = (directions_ND * (_typical_norm(inputs[:num_real]).cpu() / directions_ND.norm(dim=-1, keepdim=True))).to(inputs)
     inputs[last] = inputs[guard_pieces].float().mean(0).to(inputs.dtype)
+    # Calibrated on text first, then also on contexts that end in a thought: those decide whether thinking goes on, and depend on the rows themselves.
+    for thoughts_every in (None, THOUGHTS_EVERY):
+        hidden_MD = _sample_hidden(model, tokenizer, sample_text, vocabulary, thoughts_every)
+        outputs[first:last] = initial_rows(
+            hidden_MD,
+            outputs[:num_real],
+            getattr(model.get_output_embeddings(), "bias", None),
+            LogitTransform.from_config(model.config),
+            directions_ND,
+            norm=output_norm if tied else None,
+            think_mass=think_mass,
+            logit_spread=logit_spread,
+        ).to(outputs.dtype)
+    # Rows that no token may choose point away from what hidden states have in common.
+    mean_D = hidden_MD.mean(0)
+    outputs[last:] = (-output_norm * mean_D / mean_D.norm().clamp_min(1e-12)).to(outputs.dtype)
 
 
-def initial_rows(hidden_MD: Tensor, real_VD: Tensor, bias_R: Tensor | None, transform, num_tokens: int, norm, think_mass: float, logit_spread: float, generator) -> Tensor:
+def initial_rows(
+    hidden_MD: Tensor, real_VD: Tensor, bias_R: Tensor | None, transform, noise_ND: Tensor, norm, think_mass: float, logit_spread: float
+) -> Tensor:
     """Output rows for thinking tokens: distinct directions, and about the same think mass in every context.
 
     Each row is a shared part and a part of its own. The shared part is a ridge regression of log Z_real on the hidden state, so that the
@@ -225,10 +232,11 @@ def initial_rows(hidden_MD: Tensor, real_VD: Tensor, bias_R: Tensor | None, tran
     Args:
         hidden_MD: hidden states of sample contexts at the LM head, fp32.
         real_VD: real output rows.
+        noise_ND: a random direction for each row.
         norm: the norm that the rows get (tied embeddings: the rows are inputs too), or `None` for whatever the logits ask for.
 
     Returns:
-        `[num_tokens, D]` rows in fp32.
+        `[N, D]` rows in fp32.
     """
     num_samples, size = hidden_MD.shape
     logits = [transform(h @ real_VD.float().T + (0 if bias_R is None else bias_R[: len(real_VD)].float())) for h in hidden_MD.split(256)]
@@ -238,7 +246,7 @@ def initial_rows(hidden_MD: Tensor, real_VD: Tensor, bias_R: Tensor | None, tran
     shared_D = torch.linalg.solve(covariance_DD + ridge * torch.eye(size).to(covariance_DD), hidden_MD.T @ log_z_M / num_samples)
     shared_D = shared_D / transform.scale
 
-    noise_ND = torch.randn(num_tokens, size, generator=generator).to(hidden_MD)
+    noise_ND = noise_ND.to(hidden_MD)
     values, basis_DD = torch.linalg.eigh(covariance_DD)
     values = values.clamp_min(0)
 
@@ -278,11 +286,22 @@ def _typical_norm(rows: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // 4096)].float().norm(dim=-1).median()
 
 
-def _sample_hidden(model, tokenizer, sample_text, max_tokens: int = 4096, window: int = 256) -> Tensor:
-    """Hidden states at the LM head over `sample_text`, without the first position of each window, `[M, D]` in fp32."""
+def _sample_hidden(
+    model, tokenizer, sample_text, vocabulary: ThinkingVocabulary, thoughts_every: int | None, max_tokens: int = 4096, window: int = 256
+) -> Tensor:
+    """Hidden states at the LM head over `sample_text`, without the first position of each window, `[M, D]` in fp32.
+
+    Args:
+        thoughts_every: put a random thought in the place of one token in so many; `None` for text alone.
+    """
     ids = [i for text in sample_text for i in tokenizer(text)["input_ids"]][:max_tokens]
     window = min(window, len(ids), getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
-    rows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window).to(model.device)
+    rows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    if thoughts_every is not None:
+        generator = torch.Generator().manual_seed(0)
+        thoughts = vocabulary.first_id + torch.randint(vocabulary.num_tokens, rows.shape, generator=generator)
+        rows = torch.where(torch.rand(rows.shape, generator=generator) < 1 / thoughts_every, thoughts, rows)
+    rows = rows.to(model.device)
     training = model.training
     model.eval()
     hidden = [model.base_model(row, use_cache=False).last_hidden_state[:, 1:].flatten(0, 1).float() for row in rows.split(4)]

@@ -62,6 +62,7 @@ class ThinkTokTrainer(SFTTrainer):
 
     _tag_names = ["trl", "thinktok"]
     _name = "ThinkTok"
+    vocabulary: ThinkingVocabulary  # where num_think_tokens is not 0
 
     def __init__(
         self,
@@ -85,8 +86,8 @@ class ThinkTokTrainer(SFTTrainer):
             raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group or loo (the others use log_prob).")
         model, tokenizer = _load(model, processing_class, args)
 
-        self.vocabulary: ThinkingVocabulary | None = None
-        if args.num_think_tokens != 0:
+        self.plain = args.num_think_tokens == 0
+        if not self.plain:
             sample_text = _sample_text(train_dataset, args.dataset_text_field)
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, sample_text, seed=args.seed)
             model.config.thinktok |= {name: getattr(args, name) for name in ("max_think_length", "stop", "memory", "blind", "lookahead")}
@@ -104,16 +105,16 @@ class ThinkTokTrainer(SFTTrainer):
             **kwargs,
         )
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
-        if self.vocabulary is not None:
-            self._prepare_to_think(self.vocabulary)
+        if not self.plain:
+            self._prepare_to_think()
 
-    def _prepare_to_think(self, vocabulary: ThinkingVocabulary) -> None:
+    def _prepare_to_think(self) -> None:
         args, base = self.args, self.model.get_base_model() if is_peft_model(self.model) else self.model
-        attach_head(base, vocabulary)
+        attach_head(base, self.vocabulary)
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id)
         self.markers = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.fork_markers or ()]
         longest = args.max_length or 1024
-        self.engine = choose_engine(base, vocabulary, args.branching(min(longest, 1024)), longest, max(args.num_forks, 1), args.engine)
+        self.engine = choose_engine(base, self.vocabulary, args.branching(min(longest, 1024)), longest, max(args.num_forks, 1), args.engine)
         self.reference = self._reference_model() if args.beta > 0 else None
         self.add_callback(self.guard)
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
@@ -126,7 +127,7 @@ class ThinkTokTrainer(SFTTrainer):
     # ---------------------------------------------------------------- the algorithm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.vocabulary is None:
+        if self.plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ValueError("ThinkTokTrainer makes no logits: leave compute_metrics and preprocess_logits_for_metrics out.")
@@ -139,7 +140,7 @@ class ThinkTokTrainer(SFTTrainer):
         tree = ThoughtTree(documents_BT, rollout.forks_BK, args.branching(tokens_BT.shape[1]), rollout.lengths_BKG)
         scores = self._score(model, tree, tokens_BT, labels_BT, rollout)
         loss = _text_loss(scores, num_items_in_batch, self._ranks_to_average(num_items_in_batch))
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         if tree.num_forks:
             reference = self._reference_scores(tree, tokens_BT, labels_BT, rollout)
             thinking, metrics = thinking_loss(
@@ -239,6 +240,7 @@ class ThinkTokTrainer(SFTTrainer):
         nodes_M = torch.arange(tokens_BT.numel(), device=tokens_BT.device)
         with evaluating(model):
             out = self.engine(model, tree, tokens_BT, HeadInputs(nodes_M, torch.full_like(nodes_M, -100), entropy=True))
+        assert out.entropy_M is not None
         return out.entropy_M.view_as(tokens_BT)
 
     def _reference_model(self) -> PreTrainedModel | None:
@@ -264,7 +266,9 @@ class ThinkTokTrainer(SFTTrainer):
     def _global_mean(self, value: Tensor) -> Tensor:
         return self.accelerator.gather(value.detach()[None]).mean()
 
-    def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout, scores: TreeScores) -> None:
+    def _record(
+        self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout, scores: TreeScores
+    ) -> None:
         """Averages the metrics over ranks and flags a step that is not finite: one synchronisation for all."""
         real_tokens = (tree.documents_BT >= 0).sum()
         values = torch.stack([loss.detach().float(), real_tokens.float(), *(value.detach().float() for value in metrics.values())])
@@ -286,7 +290,7 @@ class ThinkTokTrainer(SFTTrainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.vocabulary is not None and self.model.training and self._tokens_since:
+        if not self.plain and self.model.training and self._tokens_since:
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens_since / (now - self._clock)
             logs["nodes_per_second"] = self._nodes_since / (now - self._clock)
@@ -294,7 +298,7 @@ class ThinkTokTrainer(SFTTrainer):
             self._clock, self._nodes_since, self._tokens_since = now, 0, 0
             if self._printable and self.is_world_process_zero():
                 print_thoughts(self._tokenizer, self._printable, self.state.global_step)
-        if self.vocabulary is not None and not self.model.training and self._gains.rows:
+        if not self.plain and not self.model.training and self._gains.rows:
             logs.update({f"eval_{name}": value for name, value in self._gains.summary().items()})
             self._gains, self._clock = GainByDocument(), time.perf_counter()
         super().log(logs, start_time)
@@ -302,13 +306,13 @@ class ThinkTokTrainer(SFTTrainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Held-out text: `eval_loss` without thoughts, bits per token without thinking, with it and with a random thought, and the gain with its
         standard error over documents."""
-        if self.vocabulary is not None:
+        if not self.plain:
             self._gains, self._micro_step = GainByDocument(), (-1, -1)
         return super().evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if folder and not is_peft_model(self.model):
+        if folder and not self.plain and not is_peft_model(self.model):
             found = ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))
             if found != self.vocabulary:
                 raise ValueError(f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was.")
@@ -316,7 +320,7 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _get_train_sampler(self, dataset=None):
         """With `num_iterations` every batch of an optimizer step comes again, in the same order, as often."""
-        if self.vocabulary is None or self.args.num_iterations == 1:
+        if self.plain or self.args.num_iterations == 1:
             return super()._get_train_sampler(dataset)
         dataset = self.train_dataset if dataset is None else dataset
         batch = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
@@ -351,7 +355,10 @@ def _check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs:
     if args.num_think_tokens != 0 and kwargs.get("data_collator") is not None:
         raise ValueError("data_collator is not supported with thinking: the tree needs each row's documents. Leave it out.")
     if torch.cuda.device_count() > 1 and args.n_gpu > 1:
-        raise ValueError("Several GPUs in one process would use nn.DataParallel, which is not supported: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU.")
+        raise ValueError(
+            "Several GPUs in one process would use nn.DataParallel, which is not supported: start with `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES to one GPU."
+        )
     if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
         raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
 

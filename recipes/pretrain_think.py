@@ -36,7 +36,9 @@ class TextArguments(ScriptArguments):
     data_files: list[str] | None = field(default=None, metadata={"help": "Local .jsonl, .json or .txt files, in place of dataset_name."})
     text_template: str | None = field(default=None, metadata={"help": "Makes a row's text from its columns, for example '{question}\\n{answer}'."})
     sample_by: str = field(default="line", metadata={"help": "What one document of a .txt file is.", "choices": ["line", "paragraph", "document"]})
-    held_out_documents: int = field(default=64, metadata={"help": "Documents kept from training to evaluate on, drawn with seed data_split_seed. 0: no evaluation."})
+    held_out_documents: int = field(
+        default=64, metadata={"help": "Documents kept from training to evaluate on, drawn with seed data_split_seed. 0: no evaluation."}
+    )
     data_split_seed: int = field(default=0, metadata={"help": "Seed of the held-out part; the same for all runs that are compared."})
 
 
@@ -59,7 +61,9 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
         except KeyError as missing:
             raise ValueError(f"text_template={script.text_template!r} names the column {missing}, and the data has {columns}.") from None
     if text.column_names is not None and "text" not in text.column_names:
-        raise ValueError(f"The data has the columns {text.column_names} and no 'text': make it with text_template, for example --text_template '{{{text.column_names[0]}}}'.")
+        raise ValueError(
+            f"The data has the columns {text.column_names} and no 'text': make it with text_template, for example --text_template '{{{text.column_names[0]}}}'."
+        )
     return text.filter(lambda row: bool(row["text"].strip()))
 
 

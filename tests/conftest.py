@@ -17,12 +17,12 @@ from hf_thinktok.head import attach_head
 torch.set_num_threads(1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.fixture()
+@pytest.fixture
 def thinker(tokenizer):
     """A tiny Llama with four thinking tokens and the head attached: model, tokenizer, vocabulary."""
     model = tiny_model("llama", vocab_size=len(tokenizer))
@@ -31,16 +31,26 @@ def thinker(tokenizer):
     return model, tokenizer, vocabulary
 
 
-@pytest.fixture()
+@pytest.fixture
 def corpus():
     return Dataset.from_dict({"text": CORPUS})
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_trainer(tmp_path, corpus):
     """Builds a trainer on a tiny model; keyword arguments are options of ThinkTokConfig, `model`, `family`, `peft_config`, `reward_funcs`, `train_dataset`."""
 
-    def make(family="llama", model=None, tokenizer=None, train_dataset=None, eval_dataset=None, trainer_class=ThinkTokTrainer, peft_config=None, reward_funcs=None, **options):
+    def make(
+        family="llama",
+        model=None,
+        tokenizer=None,
+        train_dataset=None,
+        eval_dataset=None,
+        trainer_class=ThinkTokTrainer,
+        peft_config=None,
+        reward_funcs=None,
+        **options,
+    ):
         tokenizer = tokenizer or tiny_tokenizer()
         model = tiny_model(family, vocab_size=len(tokenizer)) if model is None else model
         defaults = {

@@ -26,7 +26,15 @@ TINY: dict[str, dict] = {
     "gemma3_text": BASE | {"head_dim": 8, "sliding_window": 256, "query_pre_attn_scalar": 8},
     "phi3": BASE | {"pad_token_id": 0},
     "olmo2": BASE,
-    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "max_position_embeddings": 256, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+        "max_position_embeddings": 256,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.0,
+    },
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "granite": BASE | {"logits_scaling": 4.0},
@@ -41,12 +49,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    )
     template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=template)
 
 
-def tiny_model(family: str = "llama", attn: str = "sdpa", tie: bool = True, vocab_size: int = 320, seed: int = 0, scale: float = 1.0, **changes) -> torch.nn.Module:
+def tiny_model(
+    family: str = "llama", attn: str = "sdpa", tie: bool = True, vocab_size: int = 320, seed: int = 0, scale: float = 1.0, **changes
+) -> torch.nn.Module:
     """A random model in fp32. Weights are scaled up so that attention matters."""
     options = TINY[family] | {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0} | changes
     if family not in ("bloom", "mamba", "opt", "gpt2"):
@@ -64,10 +76,18 @@ def tiny_model(family: str = "llama", attn: str = "sdpa", tie: bool = True, voca
 
 def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
     """Tokenizers that treat text differently before it is split: byte-level BPE under a normalizer, or SentencePiece-like BPE with byte fallback."""
-    if kind in ("bytes", "nfc", "nfkc", "lowercase"):
+    rewriting = {
+        "bytes": None,
+        "nfc": normalizers.NFC(),
+        "nfkc": normalizers.NFKC(),
+        "lowercase": normalizers.Lowercase(),
+        "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+        "bert": normalizers.BertNormalizer(),
+    }
+    if kind in rewriting:
         tokenizer = tiny_tokenizer()
         if kind != "bytes":
-            tokenizer.backend_tokenizer.normalizer = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC, "lowercase": normalizers.Lowercase}[kind]()
+            tokenizer.backend_tokenizer.normalizer = rewriting[kind]
         return tokenizer
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     space = normalizers.Replace(" ", "▁")

@@ -141,26 +141,38 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> None:
 @torch.no_grad()
 def test_every_engine_equals_plain_rows(family, attn, changes):
     model, vocabulary = thinker(family, attn, **changes)
-    shape = Branching(2, 3, 3)
-    chosen = choose_engine(model, vocabulary, shape, T, 3)
-    assert chosen.name == ("replicated" if family in ("bloom", "mamba") else "tree")
     for packed in (False, True):
-        text = Text(vocabulary, packed, shape)
-        for each in {chosen.name: chosen, "replicated": ReplicatedEngine()}.values():
+        text = Text(vocabulary, packed, Branching(2, 3, 3))
+        for each in (ReplicatedEngine(),) if family in ("bloom", "mamba") else (ReplicatedEngine(), TreeEngine()):
             text.check(text.scores(each, model), model, vocabulary)
 
 
-@pytest.mark.parametrize("variant", [{"persistent": True}, {"blind": True}, {"blind": True, "persistent": True}], ids=lambda v: "-".join(v))
+VARIANTS = [{"persistent": True}, {"blind": True}, {"blind": True, "persistent": True}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 @pytest.mark.parametrize(("family", "attn", "changes"), DIVERSE, ids=name)
 @torch.no_grad()
 def test_variants_equal_plain_rows(family, attn, changes, variant):
     model, vocabulary = thinker(family, attn, **changes)
-    shape = Branching(2, 3, 3, **variant)
-    assert choose_engine(model, vocabulary, shape, T, 3).name == "tree"
     for packed in (False, True):
-        text = Text(vocabulary, packed, shape)
+        text = Text(vocabulary, packed, Branching(2, 3, 3, **variant))
         for each in (TreeEngine(), ReplicatedEngine()):
             text.check(text.scores(each, model), model, vocabulary)
+
+
+@pytest.mark.parametrize(("family", "attn", "changes"), [*PACKABLE, *REPLICATED], ids=name)
+def test_every_model_gets_the_fastest_engine_that_is_exact(family, attn, changes):
+    model, vocabulary = thinker(family, attn, **changes)
+    assert choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3).name == ("replicated" if family in ("bloom", "mamba") else "tree")
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 5, T])
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids="-".join)
+def test_no_variant_or_lookahead_costs_a_model_the_tree(variant, lookahead):
+    model, vocabulary = thinker("llama")
+    for num_forks in (1, 3, T):
+        assert choose_engine(model, vocabulary, Branching(2, 3, lookahead, **variant), T, num_forks).name == "tree"
 
 
 @pytest.mark.parametrize(("family", "attn", "changes"), DIVERSE, ids=name)

@@ -171,9 +171,8 @@ def test_suppressed_rows_stay_suppressed(parts):
     """The guard's and the padding rows have -inf from the generation config; neither bias nor masks may bring them back."""
     model, tokenizer, vocabulary = parts
     budget = ThinkingBudget(vocabulary, min_length=1, bias=5.0)
-    output = model.generate(
-        **encode(tokenizer, ["the"]), logits_processor=[budget], max_new_tokens=4, do_sample=True, output_scores=True, return_dict_in_generate=True
-    )
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
+    output = model.generate(**encode(tokenizer, ["the"]), logits_processor=[budget], **options)
     assert torch.stack(output.scores)[..., vocabulary.guard_id :].eq(-math.inf).all()
 
 

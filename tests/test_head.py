@@ -21,8 +21,8 @@ TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(softc
 
 
 def layer(bias: bool, dtype: torch.dtype = torch.float32, gain: float = 1.0) -> torch.nn.Linear:
-    torch.manual_seed(0)
     linear = torch.nn.Linear(SIZE, ROWS, bias=bias, dtype=dtype)
+    torch.manual_seed(0)
     with torch.no_grad():
         linear.weight.copy_(torch.randn(ROWS, SIZE) * gain)
         if bias:
@@ -34,7 +34,9 @@ def nodes() -> tuple[Tensor, HeadInputs]:
     generator = torch.Generator().manual_seed(1)
     targets_M = torch.randint(VOCABULARY.num_real, (NODES,), generator=generator)
     targets_M[::4] = -100
-    return torch.randn(NODES, SIZE, generator=generator), HeadInputs(torch.arange(NODES), targets_M, entropy=True)
+    hidden_MD = torch.randn(NODES, SIZE, generator=generator)
+    hidden_MD[::4] = layer(False).weight[0].detach() / 2  # without a target, and the prediction is token 0
+    return hidden_MD, HeadInputs(torch.arange(NODES), targets_M, entropy=True)
 
 
 def naive(logits_MR: Tensor, targets_M: Tensor, vocabulary: ThinkingVocabulary) -> HeadOutputs:
@@ -208,8 +210,8 @@ def test_a_model_with_the_head_scores_like_its_own_logits(monkeypatch, family, o
         )
 
 
-@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_rows_that_an_adapter_trains_score_like_its_logits(tie):
+@pytest.mark.parametrize(("tie", "frozen"), [(True, True), (False, True), (False, False)], ids=["tied", "untied", "with the other rows"])
+def test_rows_that_an_adapter_trains_score_like_its_logits(tie, frozen):
     model, vocabulary = thinker("llama", tie=tie)
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, add_thinking_rows(config, model, vocabulary))
@@ -217,6 +219,7 @@ def test_rows_that_an_adapter_trains_score_like_its_logits(tie):
         for name, parameter in peft_model.named_parameters():
             if "trainable_tokens_delta" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    peft_model.get_base_model().get_output_embeddings().token_adapter.get_base_layer().weight.requires_grad_(not frozen)
     ids_BT, inputs = text(model, vocabulary)
     ids_BT[:, 5] = vocabulary.first_id + 2
     out = peft_model(input_ids=ids_BT, head=inputs)
@@ -304,11 +307,15 @@ def test_autocast_does_not_round_the_scores():
 
 
 def test_scoring_leaves_the_matmul_precision_as_it_was():
-    precision = torch.backends.mkldnn.matmul.fp32_precision
-    hidden_MD, inputs, linear = low_precision()
-    hidden = hidden_MD.clone().requires_grad_()
-    scalar(score(hidden, linear, inputs, VOCABULARY, TRANSFORMS[0])).backward()
-    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        hidden_MD, inputs, linear = low_precision()
+        hidden = hidden_MD.clone().requires_grad_()
+        scalar(score(hidden, linear, inputs, VOCABULARY, TRANSFORMS[0])).backward()
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_without_head_the_forward_is_the_model_s_own():

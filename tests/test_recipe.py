@@ -1,5 +1,6 @@
 """The recipe as a user starts it: a real `accelerate launch`, every option in --help, every YAML file readable."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from models import CORPUS, tiny_model, tiny_tokenizer
+from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
 
@@ -21,7 +23,7 @@ def run(*command, **kwargs):
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, cwd=ROOT, **kwargs)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_folder(tmp_path):
     tokenizer = tiny_tokenizer()
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
@@ -62,7 +64,17 @@ def test_accelerate_launch_trains_evaluates_and_saves(tiny_folder, config):
 
 def test_text_files_and_streams(tiny_folder):
     done = run(
-        *(sys.executable, RECIPE, "--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.txt", "--dataset_streaming", "--stop", "fixed"),
+        *(
+            sys.executable,
+            RECIPE,
+            "--model_name_or_path",
+            tiny_folder / "model",
+            "--data_files",
+            tiny_folder / "data.txt",
+            "--dataset_streaming",
+            "--stop",
+            "fixed",
+        ),
         *("--output_dir", tiny_folder / "out", *TINY_OPTIONS),
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -97,8 +109,11 @@ def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_yaml_file_is_read_as_it_stands(path):
-    program = f"import sys; sys.argv = ['x', '--config', {str(path)!r}]; sys.path.insert(0, {str(RECIPE.parent)!r}); import pretrain_think as p; from trl import TrlParser; "
-    program += "a = TrlParser((p.TextArguments, p.ThinkTokConfig, p.ModelConfig)).parse_args_and_config(fail_with_unknown_args=True); print(a[1].num_forks)"
-    done = run(sys.executable, "-c", program)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_every_yaml_file_is_read_as_it_stands(path, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPE.parent)
+    recipe = importlib.import_module("pretrain_think")
+    parser = TrlParser((recipe.TextArguments, ThinkTokConfig, ModelConfig))
+    script, args, model = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
+    assert args.thinks
+    assert script.dataset_name
+    assert model.model_name_or_path

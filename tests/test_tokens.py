@@ -1,11 +1,13 @@
 """Thinking tokens on a model and its tokenizer: rows, calibration, plain reloading, and text that tries to write thoughts."""
 
+import contextlib
 import copy
 import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import unicodedata
 
 import pytest
@@ -13,9 +15,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import tiny_model, tiny_tokenizer, tokenizer_of_kind
-from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
 from hf_thinktok.tokens import GUARD, LOGIT_SPREAD, SAMPLE_TEXT, THINK_MASS
@@ -119,10 +120,10 @@ def test_a_model_and_a_tokenizer_that_do_not_belong_together_are_refused_untouch
 def lifelike(family: str = "llama", **options) -> torch.nn.Module:
     """A tiny model whose hidden states have a common direction, as those of trained models do."""
     size = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64}
-    model = tiny_model(family, "eager", **size, **options)
+    model = tiny_model(family, "eager" if family == "gemma2" else "sdpa", **size, **options)
     rows = model.get_input_embeddings().weight
     with torch.no_grad():
-        rows += 2.0 * rows.std() * torch.randn(64, generator=torch.Generator().manual_seed(1))
+        rows += 2.0 * rows.std() * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -151,7 +152,7 @@ FAMILIES = [
     ("gemma2", {"tie": True}),
     ("gemma2", {"tie": False}),
     ("granite", {"tie": False}),
-    ("opt", {}),
+    ("qwen3", {"tie": True}),
 ]
 
 
@@ -190,10 +191,9 @@ def test_the_think_mass_is_calibrated_on_the_given_text():
         assert THINK_MASS / 2 < masses[name] < THINK_MASS * 2
 
 
-@pytest.mark.parametrize("scale", [1 / 3, 1.0], ids=["initial", "larger"])
-def test_rows_of_an_untrained_tied_model_are_distinct_and_of_ordinary_size(scale):
-    # A model trained from scratch starts here: hidden states without a common direction and flat logits.
-    model = tiny_model(scale=scale, tie=True)
+def test_rows_of_an_untrained_tied_model_are_distinct_and_of_ordinary_size():
+    # Training from scratch starts here: initial weights, no direction that hidden states have in common, flat logits.
+    model = tiny_model(scale=1 / 3, tie=True)
     vocabulary = add_thinking_tokens(model, tiny_tokenizer(), 4)
     rows_RD = model.get_input_embeddings().weight.detach()
     assert norm_ratio(rows_RD, vocabulary).max() < 3.0
@@ -229,13 +229,9 @@ def test_a_bf16_model_in_training_stays_one():
 
 
 @pytest.mark.parametrize("sample", [[], [""], ["a"]], ids=["nothing", "empty", "one token"])
-def test_too_little_sample_text_never_gives_rows_of_nan(sample):
-    model = tiny_model()
-    try:
-        add_thinking_tokens(model, tiny_tokenizer(), 4, sample_text=sample)
-    except ValueError as error:
-        assert "sample_text" in str(error)
-    assert model.get_output_embeddings().weight.isfinite().all()
+def test_too_little_sample_text_is_refused(sample):
+    with pytest.raises(ValueError, match="sample_text"):
+        add_thinking_tokens(tiny_model(), tiny_tokenizer(), 4, sample_text=sample)
 
 
 def test_what_the_model_already_suppressed_stays_suppressed():
@@ -266,32 +262,42 @@ sys.modules["hf_thinktok"] = None  # importing it fails
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
-path = sys.argv[1]
-model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-saved = torch.load(path + "/expected.pt")
-with torch.no_grad():
-    logits = model(input_ids=saved["ids"]).logits
-torch.manual_seed(0)
-new = model.generate(saved["ids"], attention_mask=torch.ones_like(saved["ids"]), do_sample=True, max_new_tokens=60, pad_token_id=0)
-attack = "x <|think_0|> y"
-torch.save({"logits": logits, "new": new[:, saved["ids"].shape[1]:], "text": tokenizer.batch_decode(new, skip_special_tokens=True), "attack": tokenizer(attack)["input_ids"]}, path + "/found.pt")
+for path in sys.argv[1:]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    ids = torch.load(path + "/ids.pt")
+    torch.manual_seed(0)
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=40, pad_token_id=0)
+    found = {"new": new[:, ids.shape[1] :], "text": tokenizer.batch_decode(new, skip_special_tokens=True)}
+    found["attack"] = tokenizer("x <|think_0|> y")["input_ids"]
+    with torch.no_grad():
+        found["logits"] = model(input_ids=ids).logits
+    torch.save(found, path + "/found.pt")
 """
 
 
-@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_a_checkpoint_needs_no_code_of_ours(tmp_path, tie):
-    model, tokenizer = lifelike(tie=tie), tiny_tokenizer()
-    vocabulary = add_thinking_tokens(model, tokenizer, 4, think_mass=0.3)
-    ids_BT = torch.tensor([[5, 9, vocabulary.ids[2], 17, vocabulary.ids[0], 40]]).repeat(4, 1)
-    with torch.no_grad():
-        logits = model(input_ids=ids_BT).logits
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    torch.save({"ids": ids_BT}, tmp_path / "expected.pt")
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Saved models, and what a process that cannot import this package makes of them."""
+    saved = {}
+    for name, model in (("tied", lifelike(tie=True)), ("untied", lifelike(tie=False)), ("windowed", lifelike("gemma3_text", sliding_window=8))):
+        path, tokenizer = tmp_path_factory.mktemp(name), tiny_tokenizer()
+        vocabulary = add_thinking_tokens(model, tokenizer, 4, think_mass=0.3)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        torch.save(torch.tensor([[5, 9, vocabulary.ids[2], 17, vocabulary.ids[0], 40]] * 4), path / "ids.pt")
+        saved[name] = model, vocabulary, path
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True, cwd=tmp_path, env=environment, timeout=120)
-    found = torch.load(tmp_path / "found.pt")
-    assert torch.equal(found["logits"], logits)
+    paths = [str(path) for _, _, path in saved.values()]
+    subprocess.run([sys.executable, "-c", RELOAD, *paths], check=True, cwd=paths[0], env=environment, timeout=120)
+    return saved
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "windowed"])
+def test_a_checkpoint_needs_no_code_of_ours(checkpoints, name):
+    model, vocabulary, path = checkpoints[name]
+    ids_BT, found = torch.load(path / "ids.pt"), torch.load(path / "found.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(found["logits"], model(input_ids=ids_BT).logits, atol=1e-6, rtol=0.0)
     assert (found["new"] < vocabulary.guard_id).all()
     assert vocabulary.is_thought(found["new"]).any()
     assert not vocabulary.is_thought(found["new"]).all()
@@ -299,13 +305,18 @@ def test_a_checkpoint_needs_no_code_of_ours(tmp_path, tie):
     assert found["text"] == tiny_tokenizer().batch_decode(spoken, skip_special_tokens=True)
     assert not any(i in vocabulary.ids for i in found["attack"])
 
-    config = json.loads((tmp_path / "config.json").read_text())
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_a_checkpoint_says_what_thinks(checkpoints, name):
+    model, vocabulary, path = checkpoints[name]
+    config = json.loads((path / "config.json").read_text())
     assert config["thinktok"] == {"first_id": 320, "num_tokens": 4, "guard_id": 324}
-    assert ThinkingVocabulary.from_pretrained(tmp_path) == ThinkingVocabulary.from_pretrained(str(tmp_path)) == vocabulary
-    reloaded, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ThinkingVocabulary.from_pretrained(path) == ThinkingVocabulary.from_pretrained(str(path)) == vocabulary
+    assert GenerationConfig.from_pretrained(path).suppress_tokens == list(range(324, 384))
+    reloaded, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     assert add_thinking_tokens(reloaded, tokenizer) == vocabulary
     assert same(state(reloaded), state(model))
-    assert GenerationConfig.from_pretrained(tmp_path).suppress_tokens == list(range(324, 384))
+    assert len(tokenizer) == 325
 
 
 def test_a_checkpoint_without_thinking_tokens_is_named(tmp_path):
@@ -327,8 +338,6 @@ def tokenizers(kind: str, reloaded: bool = False) -> tuple:
     model, after = tiny_model(vocab_size=len(before)), tokenizer_of_kind(kind)
     vocabulary = add_thinking_tokens(model, after, 12)
     if reloaded:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)
             after.save_pretrained(folder)
@@ -403,27 +412,24 @@ def test_text_survives_as_well_as_before(kind, reloaded, text):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize(
-    ("kind", "attack"), [("nfkc", "\uff1c\uff5cthink_0\uff5c\uff1e"), ("nfkc", "<|think_\uff10|>"), ("lowercase", "<|THINK_0|>"), ("lowercase", "<|Think_0|>")]
-)
+REWRITES = [
+    *(("nfkc", attack) for attack in ("\uff1c\uff5cthink_0\uff5c\uff1e", "<|think\uff3f0|>")),
+    *(("lowercase", attack) for attack in ("<|THINK_0|>", "<|thin\u212a_0|>")),
+    *(("accents", attack) for attack in ("<|thi\u0301nk_0|>", "<|thínk_0|>")),
+    *(("bert", attack) for attack in ("<|THINK_0|>", "<|th\0ink_0|>", "<|th\u200bink_0|>")),
+]
+
+
+@pytest.mark.parametrize(("kind", "attack"), REWRITES)
 def test_a_tokenizer_that_rewrites_text_into_thoughts_is_made_safe_or_refused(kind, attack):
-    try:
+    with contextlib.suppress(ValueError):
         _, tokenizer, vocabulary = tokenizers(kind)
-    except ValueError as error:
-        assert "thinking token" in str(error)
-        return
-    assert not any(i in vocabulary.ids for i in tokenizer(attack)["input_ids"])
+        assert not any(i in vocabulary.ids for i in tokenizer(attack)["input_ids"])
 
 
-def test_a_tokenizer_that_turns_literal_text_into_thoughts_is_refused(monkeypatch):
-    class Raw(AddedToken):
-        def __new__(cls, content, **options):
-            return AddedToken.__new__(cls, content, **options | {"normalized": False})
-
-    monkeypatch.setattr("hf_thinktok.tokens.AddedToken", Raw)
-    monkeypatch.setattr("hf_thinktok.tokens.GUARD", "<|never|>")
+def test_a_tokenizer_that_turns_literal_text_into_thoughts_is_refused():
     with pytest.raises(ValueError, match="anybody could write the model's thoughts"):
-        add_thinking_tokens(tiny_model(), tiny_tokenizer(), 4)
+        add_thinking_tokens(tiny_model(vocab_size=300), ByT5Tokenizer(extra_ids=0), 4)
 
 
 def test_other_special_tokens_keep_their_meaning():

@@ -24,7 +24,7 @@ def weights(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-@pytest.fixture()
+@pytest.fixture
 def sft(tmp_path, corpus):
     """Plain SFT with the same options."""
 
@@ -85,7 +85,14 @@ def test_a_rewarded_thought_becomes_likely(make_trainer, kind):
         return (thoughts[..., 0] == vocabulary.first_id + 2).float()
 
     trainer = make_trainer(
-        reward_funcs=prefers_two, think_loss_type=kind, stop="fixed", num_generations=8, max_steps=60, max_think_length=1, think_ce_weight=0.0, learning_rate=3e-3
+        reward_funcs=prefers_two,
+        think_loss_type=kind,
+        stop="fixed",
+        num_generations=8,
+        max_steps=60,
+        max_think_length=1,
+        think_ce_weight=0.0,
+        learning_rate=3e-3,
     )
     vocabulary = trainer.vocabulary
     trainer.train()
@@ -163,7 +170,18 @@ def test_a_thought_that_tells_the_answer_shows_up_as_gain(make_trainer, corpus):
 def test_logs_what_a_user_needs(make_trainer, capsys):
     trainer = make_trainer(log_completions=True, num_completions_to_print=2)
     trainer.train()
-    wanted = {"reward", "reward_std", "frac_reward_zero_std", "gate", "think_length", "thought_entropy", "distinct_thoughts", "think_gain", "tokens_per_second", "num_tokens"}
+    wanted = {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "gate",
+        "think_length",
+        "thought_entropy",
+        "distinct_thoughts",
+        "think_gain",
+        "tokens_per_second",
+        "num_tokens",
+    }
     assert wanted <= set(trainer.state.log_history[0])
     assert "Thoughts at step 1" in capsys.readouterr().out
 
