@@ -14,7 +14,7 @@ THOUGHT_STYLE, TEXT_STYLE = "cyan", "blue"
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Skips optimizer steps whose loss or rewards were not finite, counts them, and ends a run that does nothing else.
+    """Skips optimizer steps whose loss, gradient or rewards were not finite, counts them, and ends a run that does nothing else.
 
     Args:
         limit: steps in a row before training stops.
@@ -29,8 +29,13 @@ class NonFiniteGuard(TrainerCallback):
         """Marks the step under way; called on every rank alike."""
         self.flagged = True
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if self.flagged and optimizer is not None:
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if optimizer is None:
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None] if model is not None else []
+        # A finite loss can have a gradient that is not; it is the same on all ranks.
+        if self.flagged or (gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+            self.flag()
             optimizer.zero_grad(set_to_none=True)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -40,10 +45,12 @@ class NonFiniteGuard(TrainerCallback):
         self.flagged = False
         self.total += 1
         self.in_a_row += 1
-        logger.warning("Step %d was skipped: its loss or a reward was not finite (%d in a row, %d in all).", state.global_step, self.in_a_row, self.total)
+        logger.warning(
+            "Step %d was skipped: its loss, gradient or a reward was not finite (%d in a row, %d in all).", state.global_step, self.in_a_row, self.total
+        )
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row had a loss or reward that was not finite: training stopped at step {state.global_step}. Lower the "
+                f"{self.in_a_row} steps in a row had a loss, gradient or reward that was not finite: training stopped at step {state.global_step}. Lower the "
                 "learning rate, look at the reward functions, or raise max_nonfinite_steps."
             )
 

@@ -96,7 +96,7 @@ class ThinkTokConfig(SFTConfig):
         num_iterations (`int`, defaults to `1`):
             Optimizer steps on each rollout.
         epsilon (`float`, defaults to `0.2`), epsilon_high (`float`, *optional*), delta (`float`, *optional*):
-            Clipping of the importance ratio, which differs from 1 only with `num_iterations > 1`.
+            Clipping of the importance ratio, which differs from 1 only with `num_iterations > 1`. For `cispo`, `epsilon_high` is the ratio's bound itself (5).
         importance_sampling_level (`str`, defaults to `"token"`):
             `token` or `sequence`.
         disable_dropout (`bool`, defaults to `False`):
@@ -144,7 +144,7 @@ class ThinkTokConfig(SFTConfig):
     beta: float = option(0.0, "Weight of the KL divergence of thoughts from the initial model.")
     num_iterations: int = option(1, "Optimizer steps on each rollout.")
     epsilon: float = option(0.2, "Clipping of the importance ratio, below and above.")
-    epsilon_high: float | None = option(None, "Clipping above, where it differs.")
+    epsilon_high: float | None = option(None, "Clipping above, where it differs; for cispo the bound of the ratio itself (5).")
     delta: float | None = option(None, "Upper bound of the ratio for negative advantages.")
     importance_sampling_level: str = option("token", "One importance ratio per token or per thought.", ("token", "sequence"))
     disable_dropout: bool = option(False, "Set all dropout to 0.")
@@ -155,6 +155,8 @@ class ThinkTokConfig(SFTConfig):
 
     def __post_init__(self):
         self._check_values()
+        if self.num_think_tokens != 0:
+            self._check_text()
         if self.thinks:
             self._check_fit()
             self._check_effect()
@@ -175,7 +177,8 @@ class ThinkTokConfig(SFTConfig):
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, draw_stops=self.stop == "sampled", min_length=int(self.blind))
 
     def policy_loss(self) -> PolicyLoss:
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        # As in TRL, cispo's bound is absolute; 5 is its paper's. The others' is counted from 1.
+        high = self.epsilon_high if self.epsilon_high is not None else 5.0 if self.think_loss_type == "cispo" else self.epsilon
         return PolicyLoss(self.think_loss_type, self.epsilon, high, self.delta, self.importance_sampling_level, self.beta)
 
     def _check_values(self) -> None:
@@ -201,17 +204,28 @@ class ThinkTokConfig(SFTConfig):
             raise ValueError(f"lookahead={self.lookahead} must be at least 1, or null for all tokens that follow.")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0: thoughts are explored by sampling.")
-        for name in ("stop_smoothing", "top_p"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("stop_smoothing", "top_p", "min_p"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
         for name in ("think_loss_weight", "think_ce_weight", "think_cost", "beta"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         resolve_rewards(self.reward_funcs)
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+        # Functions are passed to the trainer, which counts them.
+        if self.reward_weights is not None and self.reward_funcs != _default(type(self), "reward_funcs") and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} entries and reward_funcs {len(self.reward_funcs)}: give one weight for each reward."
             )
+
+    def _check_text(self) -> None:
+        """What the text's own loss cannot do on a model with thinking tokens, whether it thinks in this run or not."""
+        refusals = {
+            "loss_type=dft is not supported with thinking tokens: leave loss_type=nll.": self.loss_type == "dft",
+            "label_smoothing_factor is not supported with thinking tokens: set it to 0.": self.label_smoothing_factor > 0,
+            "padding_free=True would lay a whole batch out as one row: set packing=True instead.": self.padding_free,
+            "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(self.router_aux_loss_coef),
+        }
+        _refuse(refusals)
 
     def _check_fit(self) -> None:
         """What cannot be done."""
@@ -234,18 +248,14 @@ class ThinkTokConfig(SFTConfig):
             "blind leaves nothing to predict from before the first thinking token, so advantage=token has no start: set advantage=group or loo.": (
                 self.blind and self.advantage == "token"
             ),
-            "fork_positions=markers needs fork_markers, the texts after which the model may think.": self.fork_positions == "markers" and not self.fork_markers,
-            "loss_type=dft is not supported with thinking: leave loss_type=nll.": self.loss_type == "dft",
-            "label_smoothing_factor is not supported with thinking: set it to 0.": self.label_smoothing_factor > 0,
-            "padding_free=True would lay a whole batch out as one row: set packing=True instead.": self.padding_free,
+            "fork_positions=markers needs fork_markers, the texts after which the model may think.": (
+                self.fork_positions == "markers" and not (self.fork_markers and all(self.fork_markers))
+            ),
             "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
                 self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations != 0
             ),
-            "router_aux_loss_coef is not supported with thinking: leave it out.": bool(self.router_aux_loss_coef),
         }
-        for sentence, refused in refusals.items():
-            if refused:
-                raise ValueError(sentence)
+        _refuse(refusals)
 
     def _check_effect(self) -> None:
         """What would do nothing."""
@@ -270,11 +280,18 @@ class ThinkTokConfig(SFTConfig):
             ),
             "epsilon_high": (self.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
             "delta": (self.num_iterations > 1 and self.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo"),
+            "importance_sampling_level": (self.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
             "num_completions_to_print": (self.log_completions, "log_completions=True"),
         }
         for name, (effective, needed) in effects.items():
             if not effective and getattr(self, name) != _default(type(self), name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
+
+
+def _refuse(refusals: dict[str, bool]) -> None:
+    for sentence, refused in refusals.items():
+        if refused:
+            raise ValueError(sentence)
 
 
 def _default(cls: type, name: str):

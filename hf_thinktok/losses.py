@@ -21,7 +21,7 @@ class PolicyLoss:
             `max_length`; equal on all ranks. `grpo` (https://huggingface.co/papers/2402.03300): mean of each thought, then of thoughts.
             `bnpo`: over the actions of this micro-batch. `dapo` (https://huggingface.co/papers/2503.14476): over the actions of all ranks. `cispo`
             (https://huggingface.co/papers/2506.13585): the clipped ratio as a weight without gradient, summed as `dapo`.
-        epsilon, epsilon_high: the ratio is clipped to `[1 - epsilon, 1 + epsilon_high]`.
+        epsilon, epsilon_high: the ratio is clipped to `[1 - epsilon, 1 + epsilon_high]`; for `cispo` to at most `epsilon_high`.
         delta: upper bound of the ratio where the advantage is negative (two-sided clipping, https://huggingface.co/papers/2505.07291).
         importance_sampling_level: one ratio per `token`, or their geometric mean per `sequence` (GSPO, https://huggingface.co/papers/2507.18071).
         beta: weight of the KL divergence to a reference model (the k3 estimate, GRPO eq. 4).
@@ -55,8 +55,8 @@ class PolicyLoss:
             log_ratio = masked_mean(log_ratio, mask_BKGA)[..., None].expand_as(log_ratio)
         ratio = log_ratio.exp()
         if self.kind == "cispo":
-            clipped = ratio > 1 + self.epsilon_high
-            terms = -ratio.clamp(max=1 + self.epsilon_high).detach() * advantages_BKGA * logps_BKGA
+            clipped = ratio > self.epsilon_high
+            terms = -ratio.clamp(max=self.epsilon_high).detach() * advantages_BKGA * logps_BKGA
         else:
             bounded = ratio.clamp(1 - self.epsilon, 1 + self.epsilon_high)
             first = (ratio if self.delta is None else ratio.clamp(max=self.delta)) * advantages_BKGA

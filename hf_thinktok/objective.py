@@ -94,10 +94,9 @@ def credit(
         lengths=rollout.lengths_BKG,
         targets=labels_BKH,
     )
-    if config.stop == "sampled":
-        rewards_BKG = rewards_BKG - config.think_cost * rollout.lengths_BKG
+    cost_BKG = config.think_cost * speech.lengths_BKG.detach()
+    rewards_BKG = rewards_BKG - cost_BKG
     if config.objective == "marginal":
-        cost_BKG = config.think_cost * rollout.lengths_BKG if config.stop == "sampled" else 0.0
         weights_BKG = posterior(torch.where(scores.mask_BKH[:, :, None], logps_BKGH, 0.0).sum(-1) - cost_BKG, valid_BK)
         advantages_BKG = (weights_BKG - 1 / num_groups) * valid_BK[:, :, None]
         # The policy loss is a mean over the group; the posterior's weights are its share of a sum.
@@ -105,7 +104,8 @@ def credit(
     even_BKG = valid_BK[:, :, None].expand_as(rewards_BKG) / num_groups
     if config.advantage == "token":
         reach_BKGP = speech.reach_BKGP.detach()
-        return even_BKG, token_advantages(scores.prefix_logps_BKGP.detach(), reach_BKGP, valid_BK, config.scale_rewards), rewards_BKG, each_FBKG
+        charged_BKGP = scores.prefix_logps_BKGP.detach() - config.think_cost * torch.arange(length + 1, device=reach_BKGP.device)
+        return even_BKG, token_advantages(charged_BKGP, reach_BKGP, valid_BK, config.scale_rewards), rewards_BKG, each_FBKG
     advantages_BKG = group_advantages(rewards_BKG, valid_BK, config.advantage, config.scale_rewards)
     return even_BKG, advantages_BKG[..., None].expand(-1, -1, -1, length), rewards_BKG, each_FBKG
 
@@ -161,7 +161,9 @@ def _metrics(scores: TreeScores, speech: Speech, rollout: Rollout, rewards_BKG: 
     valid_BK = scores.valid_BK
     valid = valid_BK[:, :, None]
     logps = scores.think_logits_BKGLN.log_softmax(-1)
-    same_BKGG = (rollout.thoughts_BKGL[:, :, :, None] == rollout.thoughts_BKGL[:, :, None]).all(-1)
+    step_L = torch.arange(rollout.thoughts_BKGL.shape[-1], device=valid.device)
+    thought_BKGL = torch.where(step_L < rollout.lengths_BKG[..., None], rollout.thoughts_BKGL, -1)
+    same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
     spread_BK = rewards_BKG.std(-1)
     # The gain of what the model would really do: with a learned stop, its own lengths.

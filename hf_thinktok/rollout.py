@@ -130,7 +130,8 @@ def sample_thoughts(
                     thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
                 lengths_BKG[:, turn] += thinking_BFG
                 logits_MN = think_BFGN.reshape(-1, vocabulary.num_tokens)
-                choice_M = torch.multinomial(warpers(None, logits_MN).softmax(-1), 1, generator=generator)[:, 0]
+                # Logits that are not finite draw anything: the loss shows them, and the step is skipped on all ranks alike.
+                choice_M = torch.multinomial(warpers(None, logits_MN).softmax(-1).nan_to_num(1.0), 1, generator=generator)[:, 0]
                 thoughts_BKGL[:, turn, :, depth - 1] = vocabulary.first_id + choice_M.view(gate_BFG.shape)
                 logps_BKGL[:, turn, :, depth - 1] = thought_logps(think_BFGN, thoughts_BKGL[:, turn, :, depth - 1], vocabulary, sampling.temperature)
                 # The last token is run only where later text will see it.

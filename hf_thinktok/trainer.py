@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -164,7 +165,8 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _sample(self, model, tokens_BT: Tensor, documents_BT: Tensor, forks_BK: Tensor, generator: torch.Generator) -> Rollout:
         branching = self.args.branching(tokens_BT.shape[1])
-        return sample_thoughts(self.engine, model, tokens_BT, documents_BT, forks_BK, branching, self.args.sampling(), self.vocabulary, generator)
+        with self.accelerator.autocast():  # around all passes, so that weights are cast once and not at every token
+            return sample_thoughts(self.engine, model, tokens_BT, documents_BT, forks_BK, branching, self.args.sampling(), self.vocabulary, generator)
 
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
         args, entropy_BT = self.args, None
@@ -277,7 +279,8 @@ class ThinkTokTrainer(SFTTrainer):
             self.guard.flag()
         _, tokens, *means = gathered.mean(0).tolist()
         for name, value in zip(metrics, means, strict=True):
-            self._metrics["train"][name].append(value)
+            if math.isfinite(value):  # one skipped step must not blank the average of a log
+                self._metrics["train"][name].append(value)
         ranks = len(gathered)
         self._total_train_tokens += int(tokens * ranks)
         self._tokens_since += tokens * ranks
@@ -375,10 +378,11 @@ def _load(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     if args.num_think_tokens != 0:
         rows = None if isinstance(model, str) else model.get_input_embeddings().weight.shape[0]
         check_vocabulary(config, tokenizer, args.num_think_tokens, rows)
+    attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
+    if args.num_think_tokens != 0 and "flash" in (attention or ""):
+        raise ValueError(f"attn_implementation={attention} cannot take a tree's mask: use sdpa or eager.")
     if isinstance(model, str):
         model = create_model_from_path(model, **options)
-    if args.num_think_tokens != 0 and "flash" in (model.config._attn_implementation or ""):
-        raise ValueError(f"attn_implementation={model.config._attn_implementation} cannot take a tree's mask: use sdpa or eager.")
     return model, tokenizer
 
 

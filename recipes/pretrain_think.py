@@ -36,6 +36,7 @@ class TextArguments(ScriptArguments):
     data_files: list[str] | None = field(default=None, metadata={"help": "Local .jsonl, .json or .txt files, in place of dataset_name."})
     text_template: str | None = field(default=None, metadata={"help": "Makes a row's text from its columns, for example '{question}\\n{answer}'."})
     sample_by: str = field(default="line", metadata={"help": "What one document of a .txt file is.", "choices": ["line", "paragraph", "document"]})
+    max_documents: int | None = field(default=None, metadata={"help": "Use only so many documents, drawn with seed data_split_seed (a stream: the first)."})
     held_out_documents: int = field(
         default=64, metadata={"help": "Documents kept from training to evaluate on, drawn with seed data_split_seed. 0: no evaluation."}
     )
@@ -67,8 +68,10 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
     return text.filter(lambda row: bool(row["text"].strip()))
 
 
-def split(text: Dataset | IterableDataset, held_out: int, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Training documents, and held-out ones."""
+def split(text: Dataset | IterableDataset, limit: int | None, held_out: int, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """Training documents, and held-out ones, `limit` in all."""
+    if limit is not None:
+        text = text.take(limit) if isinstance(text, IterableDataset) else text.shuffle(seed=seed).select(range(min(limit, len(text))))
     if held_out == 0:
         return text, None
     if isinstance(text, IterableDataset):
@@ -82,7 +85,7 @@ def split(text: Dataset | IterableDataset, held_out: int, seed: int) -> tuple[Da
 def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config: dict) -> None:
     if not model.model_name_or_path:
         raise ValueError("There is no model: give model_name_or_path.")
-    train, held_out = split(load_text(script), script.held_out_documents, script.data_split_seed)
+    train, held_out = split(load_text(script), script.max_documents, script.held_out_documents, script.data_split_seed)
     loading = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     args.model_init_kwargs = {name: value for name, value in loading.items() if value is not None} | (args.model_init_kwargs or {})
     trainer = ThinkTokTrainer(
