@@ -7,6 +7,7 @@ Shape suffixes as in tree.py; M scored nodes.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 # Differences in units of the logits' standard deviation, fp32. Measured over about 60 families: at most 3.3e-6 where a path is exact,
 # at least 2.9e-3 where it is not.
 TOLERANCE = 1e-4
-# A branch that looks ahead to the end of its row is checked on its first tokens.
+# The check's rows are as long as the run's, with fewer branches: what matters is distance, and who must not be seen.
+PROBE_FORKS = 4
 PROBE_LOOKAHEAD = 16
 
 
@@ -178,9 +180,9 @@ class _Probe:
         self.model, self.vocabulary = model, vocabulary
         device = model.device
         generator = torch.Generator().manual_seed(0)
-        branching = replace(branching, lookahead=min(branching.lookahead, PROBE_LOOKAHEAD))
+        branching = replace(branching, num_generations=2, lookahead=min(branching.lookahead, PROBE_LOOKAHEAD))
         trunk_length = max(2, min(trunk_length, _longest(model) - branching.width))
-        num_forks = max(1, min(num_forks, trunk_length - 1))
+        num_forks = max(1, min(num_forks, PROBE_FORKS, trunk_length - 1))
         forks = torch.linspace(0, trunk_length - 2, num_forks).long().unique()[None].to(device)
         self.tree = ThoughtTree(torch.zeros(1, trunk_length, dtype=torch.long, device=device), forks, branching)
         self.tokens_BT = torch.randint(vocabulary.num_real, (1, trunk_length), generator=generator).to(device)
@@ -190,8 +192,13 @@ class _Probe:
         self.last = torch.arange(self.tree.num_nodes - branching.width, self.tree.num_nodes, device=device)
         self.targets = torch.randint(vocabulary.num_real, (branching.width,), generator=generator).to(device)
 
-    def _scores(self, engine: Engine, tokens_BS: Tensor) -> Tensor:
-        return self._columns(engine(self.model, self.tree, tokens_BS, HeadInputs(self.last, self.targets)))
+    def _scores(self, tokens_BS: Tensor) -> Tensor:
+        """The last branch in the packed tree."""
+        return self._columns(TreeEngine()(self.model, self.tree, tokens_BS, HeadInputs(self.last, self.targets)))
+
+    @functools.cached_property
+    def _packed(self) -> Tensor:
+        return self._scores(self.tokens_BS)
 
     @staticmethod
     def _columns(out: HeadOutputs) -> Tensor:
@@ -214,7 +221,7 @@ class _Probe:
         """Changes every token that the last branch must not see."""
         hidden = ~self.tree.visible(self.last[None])[0].any(0)
         other = torch.where(hidden, (self.tokens_BS + 1) % self.vocabulary.num_real, self.tokens_BS)
-        return self._gap(self._scores(TreeEngine(), self.tokens_BS), self._scores(TreeEngine(), other))
+        return self._gap(self._packed, self._scores(other))
 
     def path_gap(self) -> float:
         """The last branch in the packed tree against the same tokens as ordinary rows."""
@@ -223,7 +230,7 @@ class _Probe:
         tokens_RP = self.tokens_BS[rows_R[on_path, None], nodes_RP[on_path].clamp(min=0)]
         place = (on_path.cumsum(0) - 1)[where_BS[0, self.last] // nodes_RP.shape[1]] * nodes_RP.shape[1] + where_BS[0, self.last] % nodes_RP.shape[1]
         plain = self._columns(self.model(input_ids=tokens_RP, use_cache=False, head=HeadInputs(place, self.targets)))
-        return self._gap(self._scores(TreeEngine(), self.tokens_BS), plain)
+        return self._gap(self._packed, plain)
 
     def cache_gap(self) -> float:
         """Trunk first, then branch by depth on the cache, against the packed pass."""
@@ -236,7 +243,7 @@ class _Probe:
                 tree, self.tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), torch.tensor([[nodes_BQ.shape[1] - 1]], device=self.last.device)
             )
             gathered.append(torch.cat([out.gate_logit_M[:, None], out.think_logits_MN], 1))
-        return self._gap(torch.cat(gathered[1:]), self._scores(TreeEngine(), self.tokens_BS)[:, 1:])
+        return self._gap(torch.cat(gathered[1:]), self._packed[:, 1:])
 
 
 def _longest(model) -> int:

@@ -286,15 +286,14 @@ def _typical_norm(rows: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // 4096)].float().norm(dim=-1).median()
 
 
-def _sample_hidden(
-    model, tokenizer, sample_text, vocabulary: ThinkingVocabulary, thoughts_every: int | None, max_tokens: int = 4096, window: int = 256
-) -> Tensor:
+def _sample_hidden(model, tokenizer, sample_text, vocabulary: ThinkingVocabulary, thoughts_every: int | None, window: int = 256) -> Tensor:
     """Hidden states at the LM head over `sample_text`, without the first position of each window, `[M, D]` in fp32.
 
     Args:
+        sample_text: as much of it is read as makes four contexts for every hidden dimension.
         thoughts_every: put a random thought in the place of one token in so many; `None` for text alone.
     """
-    ids = [i for text in sample_text for i in tokenizer(text)["input_ids"]][:max_tokens]
+    ids = [i for text in sample_text for i in tokenizer(text)["input_ids"]][: 4 * model.get_output_embeddings().weight.shape[1]]
     window = min(window, len(ids), getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     rows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
     if thoughts_every is not None:

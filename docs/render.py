@@ -1,0 +1,39 @@
+"""Renders the figures in README.md from the results files that runs wrote: `python docs/render.py`, or `--check` to say whether they agree.
+
+Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it.
+"""
+
+import json
+import re
+import sys
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+
+from hf_thinktok.results import print_results
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(file: str) -> str:
+    results = json.loads((ROOT / file).read_text())
+    console = Console(file=StringIO(), width=72)
+    print_results(results, console)
+    hardware, versions = results["hardware"], results["versions"]
+    where = f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}"
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return "```text\n" + "\n".join(lines) + f"\n{where}; commit {results['commit'][:12]}\n```\n"
+
+
+def rendered(text: str) -> str:
+    return BLOCK.sub(lambda match: match[1] + table(match["file"]) + match[3], text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text = rendered(readme.read_text())
+    if "--check" in sys.argv:
+        sys.exit(0 if text == readme.read_text() else "README.md does not agree with the results files: run python docs/render.py")
+    readme.write_text(text)
