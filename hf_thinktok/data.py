@@ -1,5 +1,6 @@
 """Rows of text with their documents, and what a data set must have."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from datasets import Dataset, IterableDataset
 
 from ._compat import DataCollatorForLanguageModeling
 
+# Rows looked at for missing text; more would make a large corpus wait.
+CHECKED_ROWS = 100_000
 # Columns that TRL can make a row from, beside the text column.
 READABLE_COLUMNS = ("input_ids", "messages", "conversations", "prompt")
 
@@ -52,7 +55,7 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
         )
     if has_formatter or text not in columns:
         return
-    rows = dataset[text] if isinstance(dataset, Dataset) else [row[text] for row in head]
+    rows = itertools.islice(dataset[text], CHECKED_ROWS) if isinstance(dataset, Dataset) else [row[text] for row in head]
     empty = next((i for i, row in enumerate(rows) if not isinstance(row, str) or not row.strip()), None)
     if empty is not None:
         raise ValueError(

@@ -121,7 +121,7 @@ class ThinkTokTrainer(SFTTrainer):
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._old_logps: list[Tensor | None] = []
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
-        self._gains = GainByDocument()
+        self._gains, self._prefix = GainByDocument(), "eval"
         self._printable: list[dict] = []
         self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
 
@@ -302,16 +302,16 @@ class ThinkTokTrainer(SFTTrainer):
             if self._printable and self.is_world_process_zero():
                 print_thoughts(self._tokenizer, self._printable, self.state.global_step)
         if not self.plain and not self.model.training and self._gains.rows:
-            logs.update({f"eval_{name}": value for name, value in self._gains.summary().items()})
+            logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
             self._gains, self._clock = GainByDocument(), time.perf_counter()
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Held-out text: `eval_loss` without thoughts, bits per token without thinking, with it and with a random thought, and the gain with its
         standard error over documents."""
         if not self.plain:
-            self._gains, self._micro_step = GainByDocument(), (-1, -1)
-        return super().evaluate(*args, **kwargs)
+            self._gains, self._micro_step, self._prefix = GainByDocument(), (-1, -1), metric_key_prefix
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint

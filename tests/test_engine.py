@@ -312,6 +312,7 @@ def test_rollout_logps_are_the_gradient_pass_logps(family, attn, changes, persis
         tree, thinkers_BKGL = text.tree(), text.tree().prefixes()[..., :-1]
         think_BKGLN = out.think_logits_MN.view(2, tree.num_nodes, -1)[torch.arange(2)[:, None, None, None], thinkers_BKGL]
         logps_BKGL = thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature=0.7)
+        assert torch.equal(logps_BKGL, (think_BKGLN / 0.7).log_softmax(-1).gather(-1, rollout.thoughts_BKGL[..., None] - vocabulary.first_id)[..., 0])
         mask_BKGL = thought_mask(text, rollout)
         close(rollout.logps_BKGL[mask_BKGL], logps_BKGL.detach()[mask_BKGL], 1e-5)
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
-from hf_thinktok.tokens import GUARD, LOGIT_SPREAD, SAMPLE_TEXT, THINK_MASS
+from hf_thinktok.tokens import GUARD, LOGIT_SPREAD, SAMPLE_TEXT, THINK_MASS, THOUGHTS_EVERY
 
 EXAMPLES = settings(deadline=None, max_examples=150)
 
@@ -79,23 +80,25 @@ def test_another_number_of_tokens_is_refused():
     assert len(tokenizer) == 325
 
 
-def shifted() -> tuple:
-    """A model that thinks, and the tokenizer of another one whose thoughts have other ids."""
-    model, other = tiny_model(), tiny_tokenizer()
-    add_thinking_tokens(model, tiny_tokenizer(), 4)
-    other.add_tokens(["moonlight"])
-    add_thinking_tokens(tiny_model(vocab_size=400), other, 4)
-    return model, other
+def tokenizer_with(num_thoughts: int, *others: str):
+    """A tokenizer that thinks, with some tokens of its own before."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(others))
+    if num_thoughts:
+        add_thinking_tokens(tiny_model(vocab_size=384), tokenizer, num_thoughts)
+    return tokenizer
 
 
 def mismatched(kind: str) -> tuple:
-    thinking, tokenizer = tiny_model(), tiny_tokenizer()
-    add_thinking_tokens(thinking, tokenizer, 4)
+    thinking = tiny_model()
+    add_thinking_tokens(thinking, tiny_tokenizer(), 4)
     return {
-        "model without": (tiny_model(vocab_size=384), tokenizer),
-        "tokenizer without": (thinking, tiny_tokenizer()),
-        "other ids": shifted(),
-        "small model": (tiny_model(vocab_size=300), tiny_tokenizer()),
+        "model without": (tiny_model(vocab_size=384), tokenizer_with(4)),
+        "tokenizer without": (thinking, tokenizer_with(0)),
+        "other ids": (thinking, tokenizer_with(4, "moonlight")),
+        "other first": (thinking, tokenizer_with(3, "moonlight")),
+        "other number": (thinking, tokenizer_with(8)),
+        "small model": (tiny_model(vocab_size=300), tokenizer_with(0)),
     }[kind]
 
 
@@ -105,6 +108,8 @@ def mismatched(kind: str) -> tuple:
         ("model without", "tokenizer has thinking tokens but the model has none"),
         ("tokenizer without", "the tokenizer does not know them"),
         ("other ids", "the tokenizer does not know them"),
+        ("other first", "the tokenizer does not know them"),
+        ("other number", "the tokenizer does not know them"),
         ("small model", "ids up to 319 and the model 300 embedding rows"),
     ],
 )
@@ -123,7 +128,7 @@ def lifelike(family: str = "llama", **options) -> torch.nn.Module:
     model = tiny_model(family, "eager" if family == "gemma2" else "sdpa", **size, **options)
     rows = model.get_input_embeddings().weight
     with torch.no_grad():
-        rows += 2.0 * rows.std() * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(1))
+        rows += rows.std() * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -138,11 +143,19 @@ def norm_ratio(weight_RD: Tensor, vocabulary) -> Tensor:
 
 
 @torch.no_grad()
-def think_logits(model, tokenizer, vocabulary, texts=SAMPLE_TEXT) -> tuple[Tensor, Tensor]:
-    """Over contexts of some text: the probability to think, and the spread of the thinking logits."""
-    windows = torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]]).split(128)[:-1]
-    logits_MR = model(input_ids=torch.stack(windows)).logits[:, 1:].flatten(0, 1).float()[:, : vocabulary.guard_id]
-    return logits_MR.softmax(-1)[:, vocabulary.first_id :].sum(-1), logits_MR[:, vocabulary.first_id :].std(-1)
+def scores(model, tokenizer, vocabulary, texts=SAMPLE_TEXT, thoughts_every: int | None = None) -> tuple[Tensor, Tensor]:
+    """Over contexts of some text, with a random thought in the place of one token in so many: log Z of the real logits, and the thinking logits."""
+    windows_BT = torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]][:256]).view(-1, 64)
+    if thoughts_every is not None:
+        generator = torch.Generator().manual_seed(9)
+        thoughts_BT = vocabulary.first_id + torch.randint(vocabulary.num_tokens, windows_BT.shape, generator=generator)
+        windows_BT = torch.where(torch.rand(windows_BT.shape, generator=generator) < 1 / thoughts_every, thoughts_BT, windows_BT)
+    logits_MR = model(input_ids=windows_BT).logits[:, 1:].flatten(0, 1).float()
+    return logits_MR[:, : vocabulary.first_id].logsumexp(-1), logits_MR[:, vocabulary.first_id : vocabulary.guard_id]
+
+
+def think_mass_of(log_z_M: Tensor, think_MN: Tensor) -> Tensor:
+    return (think_MN.logsumexp(-1) - log_z_M).sigmoid()
 
 
 FAMILIES = [
@@ -168,10 +181,24 @@ def test_new_rows_are_distinct_thoughts_of_ordinary_size(family, options, num_to
         assert ((norm_ratio(inputs, vocabulary) > 0.5) & (norm_ratio(inputs, vocabulary) < 2.0)).all()
     else:
         torch.testing.assert_close(norm_ratio(inputs, vocabulary), torch.ones(num_tokens), atol=0.05, rtol=0.0)
-    mass_M, spread_M = think_logits(model, tokenizer, vocabulary)
-    assert THINK_MASS / 2 < mass_M.mean() < THINK_MASS * 2
+    log_z_M, think_MN = scores(model, tokenizer, vocabulary)
+    assert LOGIT_SPREAD / 4 < think_MN.std(-1).mean() < LOGIT_SPREAD * 2
+    mass_M = think_mass_of(log_z_M, think_MN)
+    assert THINK_MASS / 3 < mass_M.mean() < THINK_MASS * 3
     assert mass_M.max() < 0.5  # nowhere does the model only think
-    assert LOGIT_SPREAD / 4 < spread_M.mean() < LOGIT_SPREAD * 2
+    # Calibrated on contexts some of which end in a thought.
+    assert THINK_MASS / 2 < think_mass_of(*scores(model, tokenizer, vocabulary, thoughts_every=THOUGHTS_EVERY)).mean() < THINK_MASS * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "cohere2"])
+def test_thinking_rises_and_falls_with_the_real_logits(family):
+    # Real rows with much in common: log Z swings between contexts, and so would the probability to think.
+    model, tokenizer = lifelike(family, tie=False), tiny_tokenizer()
+    with torch.no_grad():
+        model.get_output_embeddings().weight += 2.0 * torch.randn(64, generator=torch.Generator().manual_seed(4))
+    log_z_M, think_MN = scores(model, tokenizer, add_thinking_tokens(model, tokenizer, 8))
+    assert log_z_M.std() > 0.7
+    assert (think_MN.logsumexp(-1) - log_z_M).std() < 0.75 * log_z_M.std()
 
 
 @pytest.mark.parametrize("think_mass", [0.005, 0.2])
@@ -179,16 +206,19 @@ def test_new_rows_are_distinct_thoughts_of_ordinary_size(family, options, num_to
 def test_the_think_mass_is_the_one_asked_for(tie, think_mass):
     model, tokenizer = lifelike(tie=tie), tiny_tokenizer()
     vocabulary = add_thinking_tokens(model, tokenizer, 8, think_mass=think_mass)
-    assert think_mass / 2 < think_logits(model, tokenizer, vocabulary)[0].mean() < think_mass * 2
+    mass_M = think_mass_of(*scores(model, tokenizer, vocabulary, thoughts_every=THOUGHTS_EVERY))
+    assert think_mass / 2 < mass_M.mean() < think_mass * 2
 
 
-def test_the_think_mass_is_calibrated_on_the_given_text():
-    masses = {}
-    for name, sample in (("prose", SAMPLE_TEXT), ("sums", ["3 + 4 = 7, and 7 + 5 = 12; " * 60])):
-        model, tokenizer = tiny_model(scale=3.0), tiny_tokenizer()
+def test_rows_are_calibrated_on_the_given_text():
+    rows = []
+    for sample in (SAMPLE_TEXT, ["3 + 4 = 7, and 7 + 5 = 12; so 3 + 4 + 5 = 12. " * 60]):
+        model, tokenizer = lifelike(tie=False), tiny_tokenizer()
         vocabulary = add_thinking_tokens(model, tokenizer, 8, sample_text=sample)
-        masses[name] = think_logits(model, tokenizer, vocabulary, sample)[0].mean()
-        assert THINK_MASS / 2 < masses[name] < THINK_MASS * 2
+        mass_M = think_mass_of(*scores(model, tokenizer, vocabulary, sample, THOUGHTS_EVERY))
+        assert THINK_MASS / 2 < mass_M.mean() < THINK_MASS * 2
+        rows.append(model.get_output_embeddings().weight[list(vocabulary.ids)])
+    assert not torch.allclose(*rows, atol=1e-2)
 
 
 def test_rows_of_an_untrained_tied_model_are_distinct_and_of_ordinary_size():
@@ -207,7 +237,7 @@ def test_a_bias_of_free_rows_does_not_spoil_the_think_mass():
         model.lm_head.bias[:320].normal_(generator=torch.Generator().manual_seed(0))
         model.lm_head.bias[320:] = -8.0
     vocabulary = add_thinking_tokens(model, tokenizer, 8)
-    assert THINK_MASS / 2 < think_logits(model, tokenizer, vocabulary)[0].mean() < THINK_MASS * 2
+    assert THINK_MASS / 3 < think_mass_of(*scores(model, tokenizer, vocabulary)).mean() < THINK_MASS * 3
 
 
 def test_the_seed_decides_the_rows():

@@ -286,3 +286,10 @@ def test_add_thinking_tokens_alone_keeps_the_loss(corpus):
         vocabulary = add_thinking_tokens(model, tokenizer, 4)
         after = model(ids).logits
     torch.testing.assert_close(after[..., : vocabulary.num_real], before)
+
+
+def test_several_evaluation_sets_keep_their_names(make_trainer, corpus):
+    trainer = make_trainer(eval_dataset={"short": corpus.select(range(4)), "long": corpus.select(range(12))})
+    result = trainer.evaluate()
+    assert (result["eval_short_documents"], result["eval_long_documents"]) == (4, 12)
+    assert "eval_long_gain" in result
