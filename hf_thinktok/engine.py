@@ -190,7 +190,8 @@ class _Probe:
         self.thoughts_BKGL = (torch.randint(vocabulary.num_tokens, shape, generator=generator) + vocabulary.first_id).to(device)
         self.tokens_BS = self.tree.tokens(self.tokens_BT, self.thoughts_BKGL)
         self.last = torch.arange(self.tree.num_nodes - branching.width, self.tree.num_nodes, device=device)
-        self.targets = torch.randint(vocabulary.num_real, (branching.width,), generator=generator).to(device)
+        self.last = self.last[self.tree.valid_BS[0, self.last]]  # a row that ends soon after its last fork cuts the lookahead short
+        self.targets = torch.randint(vocabulary.num_real, (len(self.last),), generator=generator).to(device)
 
     def _scores(self, tokens_BS: Tensor) -> Tensor:
         """The last branch in the packed tree."""
@@ -233,17 +234,23 @@ class _Probe:
         return self._gap(self._packed, plain)
 
     def cache_gap(self) -> float:
-        """Trunk first, then branch by depth on the cache, against the packed pass."""
-        decode, tree = TreeEngine().decoder(self.model), self.tree
-        steps = [torch.arange(tree.trunk_length), *(tree.branch_nodes(depth + 1) for depth in range(tree.branching.width))]
-        gathered = []
-        for nodes in steps:
-            nodes_BQ = nodes.to(self.last)[None]
-            out = decode(
-                tree, self.tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), torch.tensor([[nodes_BQ.shape[1] - 1]], device=self.last.device)
-            )
-            gathered.append(torch.cat([out.gate_logit_M[:, None], out.think_logits_MN], 1))
-        return self._gap(torch.cat(gathered[1:]), self._packed[:, 1:])
+        """The text first, then branches by depth on its cache, against the packed pass. Fork by fork where text sees the thoughts that stayed in it."""
+        decode, tree, length = TreeEngine().decoder(self.model), self.tree, self.tree.branching.max_length
+        turns = tree.forks_BK.T if tree.branching.persistent else tree.forks_BK[:, -1:]
+        gathered: list[Tensor] = []
+        done = -1
+        for turn, end in enumerate(turns[:, 0].tolist()):
+            last = turn == len(turns) - 1
+            branches = slice(turn, turn + 1) if tree.branching.persistent else slice(None)
+            depths = range(1, 1 + (len(self.last) if last else length))
+            in_branches = [tree.branch_nodes(depth).view(tree.num_forks, -1)[branches].flatten() for depth in depths]
+            for nodes in [torch.arange(done + 1, end + 1), *in_branches]:
+                nodes_BQ = nodes.to(self.last)[None]
+                scored_BM = torch.tensor([[nodes_BQ.shape[1] - 1]], device=self.last.device)
+                out = decode(tree, self.tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), scored_BM)
+                gathered.append(torch.cat([out.gate_logit_M[:, None], out.think_logits_MN], 1))
+            done = end
+        return self._gap(torch.cat(gathered[-len(self.last) :]), self._packed[:, 1:])
 
 
 def _longest(model) -> int:

@@ -226,13 +226,13 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     Args:
         model: a causal LM whose backbone is `model.base_model`, before it is wrapped by a launcher.
     """
-    original = model.forward
+    original = model.forward.__func__  # unbound: a copy of the model must run itself
     transform = LogitTransform.from_config(model.config)
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, head: HeadInputs | None = None, **kwargs):
         if head is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         outputs = self.base_model(*args, **kwargs)
         hidden_MD = outputs.last_hidden_state.flatten(0, 1)[head.nodes_M]
         return score(hidden_MD, self.get_output_embeddings(), head, vocabulary, transform)

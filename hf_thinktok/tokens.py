@@ -181,6 +181,16 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 
 
 def _refuse_injection(tokenizer, vocabulary) -> None:
+    """The guard holds as long as the tokenizer's normalizer makes none of its characters from another one (as lowercasing and NFKC do), and drops none."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is not None:
+        forged = {"x", *("x" + character for character in GUARD)}
+        for point in (*range(0xD800), *range(0xE000, 0x30000)):
+            if chr(point) not in GUARD and normalizer.normalize_str("x" + chr(point)).removeprefix("▁") in forged:
+                raise ValueError(
+                    f"{type(tokenizer).__name__} rewrites {chr(point)!r} before it matches tokens, so a text could be made into a thinking token. "
+                    "Thinking tokens need a tokenizer that does not lowercase, strip or fold characters."
+                )
     for text in (*vocabulary.tokens, " " + vocabulary.tokens[0], "a" + vocabulary.tokens[-1] + "b", "\n".join(vocabulary.tokens)):
         if any(i in vocabulary.ids for i in tokenizer(text)["input_ids"]):
             raise ValueError(
@@ -195,6 +205,8 @@ def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_m
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = inputs is outputs or inputs.data_ptr() == outputs.data_ptr()
     first, last, num_real = vocabulary.first_id, vocabulary.guard_id, vocabulary.num_real
+    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
+        bias[first:] = 0.0
     output_norm = _typical_norm(outputs[:num_real])
     directions_ND = torch.randn(vocabulary.num_tokens, inputs.shape[1], generator=torch.Generator().manual_seed(seed))
     if not tied:
@@ -271,7 +283,11 @@ def initial_rows(
         think = transform(hidden_MD @ (own_ND + shared_D + height * step_D).T).logsumexp(-1)
         return torch.sigmoid(think - log_z_M).mean().item()
 
-    return own_ND + shared_D + _bisect(lambda height: mass(height) - think_mass, -60.0, 60.0) * step_D
+    common_D = shared_D + _bisect(lambda height: mass(height) - think_mass, -60.0, 60.0) * step_D
+    if norm is not None:  # an untrained model may ask for rows of any size; as inputs they keep to an ordinary one
+        room = math.sqrt(max((1.2 * norm) ** 2 - own_ND.norm(dim=-1).mean().item() ** 2, 0.0))
+        common_D = common_D * min(1.0, room / max(common_D.norm().item(), 1e-12))
+    return own_ND + common_D
 
 
 def _bisect(function, low: float, high: float) -> float:
@@ -294,6 +310,8 @@ def _sample_hidden(model, tokenizer, sample_text, vocabulary: ThinkingVocabulary
         thoughts_every: put a random thought in the place of one token in so many; `None` for text alone.
     """
     ids = [i for text in sample_text for i in tokenizer(text)["input_ids"]][: 4 * model.get_output_embeddings().weight.shape[1]]
+    if len(ids) < 2:
+        raise ValueError("sample_text has no context to calibrate thinking tokens on: give a few sentences like those of the training data, or leave it out.")
     window = min(window, len(ids), getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     rows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
     if thoughts_every is not None:

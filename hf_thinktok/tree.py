@@ -122,7 +122,7 @@ class ThoughtTree:
         none = torch.zeros((), dtype=torch.long, device=device)
         branch_KG = torch.arange(num_forks * groups, device=device).view(1, num_forks, groups, 1)
         stays_KG = (torch.arange(groups, device=device) == 0).view(1, 1, groups, 1) & shape.persistent
-        self.position_ids_BS = nodes(trunk_positions_BT, positions_BKGW.clamp(min=0))
+        self.position_ids_BS = nodes(trunk_positions_BT, torch.where(alive_BKGW, positions_BKGW, 0))
         # The tables behind the predicate. `anchor` is how far along the trunk a node sees; -1 is not at all.
         self._document_BS = nodes(documents_BT, document_BK[:, :, None, None])
         self._anchor_BS = nodes(time_T, torch.where(thinking_W | (not shape.blind), fork_BK1[:, :, None, None], TRUNK))

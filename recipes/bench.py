@@ -79,11 +79,12 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
         for _ in range(bench.rounds):
             for trainer in arms.values():
                 trainer.train()
+        steps = {arm: list(watch.seconds) for arm, watch in watches.items()}
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             ours.train()
 
-    seconds = {arm: statistics.median(watch.seconds) for arm, watch in watches.items()}
-    ratios = [s / o for o, s in zip(watches["ours"].seconds, watches["sft"].seconds, strict=True)]
+    seconds = {arm: statistics.median(measured) for arm, measured in steps.items()}
+    ratios = [s / o for o, s in zip(steps["ours"], steps["sft"], strict=True)]
     places: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         places[event.key] += event.self_cpu_time_total / 1e6

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
