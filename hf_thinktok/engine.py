@@ -181,7 +181,7 @@ class _Probe:
         device = model.device
         generator = torch.Generator().manual_seed(0)
         branching = replace(branching, num_generations=2, lookahead=min(branching.lookahead, PROBE_LOOKAHEAD))
-        trunk_length = max(2, min(trunk_length, _longest(model) - branching.width))
+        trunk_length = max(2, min(trunk_length, longest_row(model) - branching.width))
         num_forks = max(1, min(num_forks, PROBE_FORKS, trunk_length - 1))
         forks = torch.linspace(0, trunk_length - 2, num_forks).long().unique()[None].to(device)
         self.tree = ThoughtTree(torch.zeros(1, trunk_length, dtype=torch.long, device=device), forks, branching)
@@ -253,7 +253,8 @@ class _Probe:
         return self._gap(torch.cat(gathered[-len(self.last) :]), self._packed[:, 1:])
 
 
-def _longest(model) -> int:
+def longest_row(model) -> int:
+    """How many positions a model has, or a very large number where nothing limits them."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 

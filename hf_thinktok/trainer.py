@@ -21,7 +21,7 @@ from .architectures import check_supported
 from .callbacks import NonFiniteGuard, print_thoughts, sample_thoughts_to_print
 from .config import ThinkTokConfig
 from .data import TreeCollator, check_dataset
-from .engine import choose_engine, evaluating
+from .engine import choose_engine, evaluating, longest_row
 from .evaluation import GainByDocument
 from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
@@ -115,7 +115,15 @@ class ThinkTokTrainer(SFTTrainer):
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id)
         self.markers = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.fork_markers or ()]
         longest = args.max_length or 1024
-        self.engine = choose_engine(base, self.vocabulary, args.branching(min(longest, 1024)), longest, max(args.num_forks, 1), args.engine)
+        branching = args.branching(min(longest, 1024))
+        if branching.persistent and longest + args.num_forks * args.max_think_length > longest_row(base):
+            raise ValueError(
+                f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's "
+                f"{longest_row(base)} positions: lower max_length or num_forks."
+            )
+        # A thought near the end of the model's context would run out of positions.
+        self._last_fork = longest_row(base) - branching.width - 1
+        self.engine = choose_engine(base, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine)
         self.reference = self._reference_model() if args.beta > 0 else None
         self.add_callback(self.guard)
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
@@ -171,6 +179,7 @@ class ThinkTokTrainer(SFTTrainer):
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
         args, entropy_BT = self.args, None
         eligible_BT = eligible_forks(labels_BT, documents_BT)
+        eligible_BT[:, max(self._last_fork + 1, 0) :] = False
         if how == "markers":
             eligible_BT &= ends_of(self.markers, tokens_BT)
         elif how == "entropy":
