@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def resolve_model(name: str) -> str:
     if not (folder / "config.json").exists():
         logger.warning("Converting %s to safetensors, once, into %s", gguf.name, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        from transformers import GgufConfig  # only here: no other model needs it
+
         # Written aside and renamed, so that an interrupted conversion is never taken for a model.
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
             tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)

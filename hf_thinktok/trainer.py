@@ -95,6 +95,7 @@ class ThinkTokTrainer(SFTTrainer):
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary)
         if args.disable_dropout:
             disable_dropout_in_model(model)
+        loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
         super().__init__(
             model=model,
             args=args,
@@ -105,6 +106,7 @@ class ThinkTokTrainer(SFTTrainer):
             formatting_func=formatting_func,
             **kwargs,
         )
+        args.model_init_kwargs = loading
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
         if not self.plain:
             self._prepare_to_think()
@@ -122,7 +124,12 @@ class ThinkTokTrainer(SFTTrainer):
                 f"{longest_row(base)} positions: lower max_length or num_forks."
             )
         # A thought near the end of the model's context would run out of positions.
-        self._last_fork = longest_row(base) - branching.width - 1
+        room, ahead = longest_row(base) - args.max_think_length, longest if args.lookahead is None else args.lookahead
+        self._last_fork = longest if longest <= room else room - ahead
+        if self._last_fork < 0:
+            raise ValueError(
+                f"max_length={longest} and a thought with its lookahead exceed the model's {longest_row(base)} positions: lower max_length or lookahead."
+            )
         self.engine = choose_engine(base, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine)
         self.reference = self._reference_model() if args.beta > 0 else None
         self.add_callback(self.guard)
