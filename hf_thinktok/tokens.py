@@ -225,9 +225,9 @@ def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_m
             think_mass=think_mass,
             logit_spread=logit_spread,
         ).to(outputs.dtype)
-    # Rows that no token may choose point away from what hidden states have in common.
+    # Output rows that nothing may choose point away from what hidden states have in common; a tied guard is read and keeps its input row.
     mean_D = hidden_MD.mean(0)
-    outputs[last:] = (-output_norm * mean_D / mean_D.norm().clamp_min(1e-12)).to(outputs.dtype)
+    outputs[last + tied :] = (-output_norm * mean_D / mean_D.norm().clamp_min(1e-12)).to(outputs.dtype)
 
 
 def initial_rows(
