@@ -14,7 +14,7 @@ demo: $(VENV)/demo  ## SmolLM2-135M learns to think on real text: two CPU cores,
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain_think.py --config recipes/smollm2-135m/quickstart.yaml
 
 test: $(VENV)/dev  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 style: $(VENV)/dev  ## ruff: format and lint
 	$(BIN)/ruff format --check .

@@ -87,8 +87,20 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
+def verdict(results: dict[str, Any]) -> str:
+    """What the figures of a run carry, at two standard errors over documents."""
+    gain, over_random = results["gain"] / results["gain_stderr"], results["gain_over_random"] / results["gain_over_random_stderr"]
+    if gain > 2 and over_random > 2:
+        return "Thinking helps, and what is thought matters."
+    if gain > 2:
+        return "Thinking helps, but a random thought helps as much: what is thought does not matter."
+    if gain < -2:
+        return "Thinking hurts."
+    return "No gain from thinking that can be told from zero."
+
+
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
-    """The table that ends a run."""
+    """The table that ends a run, and its verdict."""
     table = Table(title=f"Held-out text, {results['judged_tokens']:.0f} tokens of {results['documents']:.0f} documents")
     table.add_column("")
     table.add_column("bits per token", justify="right")
@@ -100,4 +112,6 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     table.add_row("gain over a random thought", f"{results['gain_over_random']:+.4f} ± {results['gain_over_random_stderr']:.4f}")
     table.add_row("mean thought length, tokens", f"{results['mean_think_length']:.3f}")
     table.add_row("steps per second", f"{results['steps_per_second']:.3f}")
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    console.print(verdict(results))

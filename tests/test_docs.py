@@ -1,0 +1,47 @@
+"""What the documents say is what the results files and the code say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_thinktok import ThinkTokConfig
+from hf_thinktok.results import verdict
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_is_rendered_from_results_files():
+    done = subprocess.run([sys.executable, ROOT / "docs" / "render.py", "--check"], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_results_say_where_they_come_from():
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        results = json.loads(path.read_text())
+        assert {"versions", "hardware", "commit"} <= set(results), path
+        assert not results["commit"].endswith("-changed"), path
+
+
+@pytest.mark.parametrize(
+    ("gain", "over_random", "words"),
+    [(0.1, 0.1, "matters"), (0.1, 0.01, "does not matter"), (-0.1, 0.1, "hurts"), (0.01, 0.1, "told from zero"), (0.01, 0.0, "told from zero")],
+)
+def test_verdict_needs_two_standard_errors(gain, over_random, words):
+    assert words in verdict({"gain": gain, "gain_stderr": 0.02, "gain_over_random": over_random, "gain_over_random_stderr": 0.02})
+
+
+def test_links_and_images_exist():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_options_in_the_docs_exist():
+    text = "".join(page.read_text() for page in [ROOT / "README.md", ROOT / "docs" / "concepts.md"])
+    options = set(re.findall(r"`(\w+_\w+)(?:=[^`]*)?`", text)) & set(re.findall(r"`((?:think|stop|num|max|fork)_\w+)", text))
+    assert options
+    assert all(hasattr(ThinkTokConfig, name) or name in ThinkTokConfig.__dataclass_fields__ for name in options), options
