@@ -23,10 +23,10 @@ from hf_thinktok.generation import ThinkingBudget, ThinkingStreamer
 ALWAYS = 1e4  # a bias in nats that decides alone
 
 
-def make_model(think_mass: float = 0.03):
+def make_model(think_mass: float = 0.6):
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = "left"
-    model = tiny_model("llama", vocab_size=len(tokenizer))
+    model = tiny_model("llama", vocab_size=len(tokenizer), tie=False, seed=1)
     return model, tokenizer, add_thinking_tokens(model, tokenizer, 4, think_mass=think_mass)
 
 
