@@ -387,7 +387,10 @@ def _load(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     options = dict(args.model_init_kwargs or {})
     options.setdefault("trust_remote_code", args.trust_remote_code)
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
-    config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
+    try:
+        config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
+    except OSError as error:
+        raise ValueError(f"There is no model at {model!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
     check_supported(config)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **where)

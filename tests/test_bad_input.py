@@ -442,3 +442,8 @@ def test_checkpoint_with_another_thinking_vocabulary(make_trainer, tmp_path, sav
     one_sentence(error, "checkpoint-1", "num_think_tokens")
     assert trainer.state.global_step == 0
     assert trainer.model.get_input_embeddings().weight.equal(before)
+
+
+def test_a_model_that_is_not_there(corpus):
+    with pytest.raises(ValueError, match="There is no model at"):
+        ThinkTokTrainer("/nowhere/model", ThinkTokConfig("out", bf16=False), train_dataset=corpus)
