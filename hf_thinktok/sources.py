@@ -49,13 +49,17 @@ def resolve_model(name: str) -> str:
         from transformers import GgufConfig  # only here: no other model needs it
 
         # Written aside and renamed, so that an interrupted conversion is never taken for a model.
-        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True))
-            for part in (model, tokenizer):
-                part.save_pretrained(unfinished)
-            shutil.copytree(unfinished, f"{unfinished}-whole")
-        os.replace(f"{unfinished}-whole", folder)
+        unfinished = tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-")
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True))
+        for part in (model, tokenizer):
+            part.save_pretrained(unfinished)
+        try:
+            os.replace(unfinished, folder)
+        except OSError:  # another process of the same launch was first
+            shutil.rmtree(unfinished)
+            if not (folder / "config.json").exists():
+                raise
     return str(folder)
 
 
