@@ -160,7 +160,7 @@ class ThinkTokTrainer(SFTTrainer):
         if tree.num_forks:
             reference = self._reference_scores(tree, tokens_BT, labels_BT, rollout)
             thinking, metrics = thinking_loss(
-                scores, rollout, _judged_labels(tree, labels_BT), args, self.rewards, self.reward_weights, self._old_logps[turn], reference, self._global_mean
+                scores, rollout, tree.judged_labels(labels_BT), args, self.rewards, self.reward_weights, self._old_logps[turn], reference, self._global_mean
             )
             self._old_logps[turn] = actions(scores, rollout, args)[0].detach() if self._old_logps[turn] is None else self._old_logps[turn]
             # `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
@@ -305,7 +305,7 @@ class ThinkTokTrainer(SFTTrainer):
         if self.args.log_completions and tree.num_forks:
             gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None]).detach() / np.log(2)
             self._printable = sample_thoughts_to_print(
-                tokens_BT, rollout, _judged_labels(tree, labels_BT), gains_BKG, self.vocabulary.first_id, self.args.num_completions_to_print
+                tokens_BT, rollout, tree.judged_labels(labels_BT), gains_BKG, self.vocabulary.first_id, self.args.num_completions_to_print
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -350,11 +350,6 @@ def _text_loss(scores: TreeScores, num_items_in_batch: Tensor | int | None, rank
     """Cross-entropy of the text itself over real rows; the normaliser is TRL's."""
     count = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
     return -scores.trunk_logps_BT.sum() / torch.as_tensor(count).clamp(min=1) * ranks
-
-
-def _judged_labels(tree: ThoughtTree, labels_BT: Tensor) -> Tensor:
-    places_BKH, mask_BKH = tree.judged(labels_BT)
-    return torch.where(mask_BKH, labels_BT.gather(1, places_BKH.flatten(1)).view_as(places_BKH), -100)
 
 
 def _check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: dict[str, Any]) -> None:

@@ -110,8 +110,6 @@ class ThoughtTree:
         same_BKW = documents_BT.gather(1, ahead_BKW.clamp(0, trunk_length - 1).flatten(1)).view_as(ahead_BKW) == document_BK[:, :, None]
         looks_ahead_W = ~thinking_W & ~rereads_W
         alive_BKGW = alive_BKGW & (~looks_ahead_W | (in_row_BKW & same_BKW))[:, :, None] & self.fork_valid_BK[:, :, None, None]
-        if shape.blind:
-            alive_BKGW = alive_BKGW & ((self.lengths_BKG[..., None] > 0) | thinking_W)
 
         def spread(branch_BKGW: Tensor) -> Tensor:
             return branch_BKGW.expand(batch, num_forks, groups, width).flatten(1)
@@ -210,6 +208,11 @@ class ThoughtTree:
         labelled_BKH = labels_BT.gather(1, flat).view_as(places_BKH) >= 0
         return places_BKH, inside_BKH & same_BKH & labelled_BKH & self.fork_valid_BK[:, :, None]
 
+    def judged_labels(self, labels_BT: Tensor) -> Tensor:
+        """The real tokens that judge each fork, `[B, K, H]`, -100 where there is none."""
+        places_BKH, judged_BKH = self.judged(labels_BT)
+        return torch.where(judged_BKH, labels_BT.gather(1, places_BKH.flatten(1)).view_as(places_BKH), -100)
+
     def targets(self, labels_BT: Tensor, every_prefix: bool = False) -> Tensor:
         """The true next token of every node, `[B, S]`, -100 where there is none.
 
@@ -220,8 +223,7 @@ class ThoughtTree:
         next_BT = torch.where(ends_BT | (self.documents_BT < 0), -100, labels_BT.roll(-1, 1))
         targets_BS = torch.full_like(self.position_ids_BS, -100)
         targets_BS[:, : self.trunk_length] = next_BT
-        places_BKH, judged_BKH = self.judged(labels_BT)
-        targets_BKH = torch.where(judged_BKH, labels_BT.gather(1, places_BKH.flatten(1)).view_as(places_BKH), -100)
+        targets_BKH = self.judged_labels(labels_BT)
 
         def judge(nodes_BKGX: Tensor, targets_BKX: Tensor) -> None:
             # A fork that is not there points at node 0, and a thought of length 0 at its fork: the trunk's own targets stand.
