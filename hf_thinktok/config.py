@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 import torch
 from trl import SFTConfig
 
+from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import resolve_rewards
 from .rollout import Sampling
@@ -51,7 +52,8 @@ class ThinkTokConfig(SFTConfig):
         lookahead (`int` or `None`, defaults to `1`):
             Following real tokens H that judge a thought; `None` (`null` in YAML): all that follow in the row.
         stop (`str`, defaults to `"learned"`):
-            How thoughts end. `fixed`: all have L tokens. `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from
+            How thoughts end. `fixed`: all have L tokens, or as many as the data's column `think_length` says.
+            `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from
             the gate.
         stop_smoothing (`float`, defaults to `0.5`):
             With `stop="learned"`: part of the weight that content and speaker give to all lengths alike, so that thoughts are learned while the gate
@@ -62,6 +64,48 @@ class ThinkTokConfig(SFTConfig):
             The text is hidden from whoever predicts; all it knows is the thought.
         engine (`str`, defaults to `"auto"`):
             `tree` (one packed pass), `replicated` (each thought in a row of its own), or `auto`: the tree where a check on this very model finds it exact.
+
+        > Who thinks and who speaks
+
+        policies (`str`, defaults to `"shared"`):
+            `shared`: one model. `split`: a second model (the trainer's `speaker`) predicts real tokens after thoughts, the first one thinks.
+        freeze (`str`, defaults to `"none"`):
+            `thinker`: thoughts get no gradient. `speaker`: predictions after thoughts get none.
+        thoughts (`str`, defaults to `"discrete"`):
+            `discrete`: drawn from the thinking vocabulary. `filler`: always the first thinking token, the control that computes without saying anything.
+        supply_thoughts (`bool`, defaults to `False`):
+            The first thought of each group is the data's (columns `thoughts`), and the speaker learns from it alone; the others are sampled and rewarded.
+        thought_ce_weight (`float`, defaults to `0.0`):
+            Weight of the cross-entropy of supplied thoughts.
+        alternate (`list[int]`, *optional*):
+            `[n, m]`: n steps of prediction, then m steps of thinking, and so on.
+
+        > Finding a language
+
+        A schedule is one number, or start, end and the steps between them; with a curriculum its clock starts again at each level.
+
+        search (`int`, defaults to `0`):
+            One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that.
+        search_random (`float`, defaults to `0.5`):
+            Part of the candidates that are uniformly random; the others are the policy's.
+        search_until (`int`, *optional*):
+            Last step of the search.
+        epsilon_greedy (schedule, defaults to `[0.0]`):
+            Probability that a thinking token is drawn uniformly.
+        coverage_coef (schedule, defaults to `[0.0]`):
+            Bonus of a thought for being rare: times -log of its frequency, nats.
+        coverage_decay (`float`, defaults to `0.8`):
+            What remains of the running frequencies at each step.
+        balance_coef (schedule, defaults to `[0.0]`):
+            Weight of the entropy of the batch's mean choice.
+        balance_given (`str`, defaults to `"position"`):
+            The mean is taken for each `position` of a thought, or for each position and `token` before it.
+        thought_entropy_target (schedule, *optional*):
+            Entropy of the next thinking token that a two-sided servo holds, as a part of ln N.
+        curriculum_threshold (`float`, *optional*):
+            Running accuracy at which the next `level` of the data begins; `None`: all rows from the start.
+        curriculum_replay (`float`, defaults to `0.4`):
+            Part of the steps that goes to all reached levels alike.
 
         > Sampling
 
@@ -76,6 +120,10 @@ class ThinkTokConfig(SFTConfig):
             A weight for each reward; 1 by default.
         objective (`str`, defaults to `"expected"`):
             `expected`: the mean reward of the group (GRPO). `marginal`: the group's marginal likelihood, for speaker and thinker alike.
+        posterior_temperature (`float`, defaults to `1.0`):
+            With `objective="marginal"`: log-likelihoods are divided by it before they weight the group. Below 1: winners take more.
+        posterior_smoothing (`float`, defaults to `0.0`):
+            With `objective="marginal"`: part of the speaker's weight that goes to all thoughts alike.
         advantage (`str`, defaults to `"group"`):
             `group` (minus the group's mean), `loo` (minus the others' mean), `token` (credit of each thinking token; one judged token).
         scale_rewards (`str`, defaults to `"none"`):
@@ -89,6 +137,10 @@ class ThinkTokConfig(SFTConfig):
             Weight of the policy loss.
         think_ce_weight (`float`, defaults to `1.0`):
             Weight of the cross-entropy of real tokens after a thought.
+        text_ce_weight (`float`, defaults to `1.0`):
+            Weight of the cross-entropy of the text itself, without thoughts.
+        speaker_learning_rate (`float`, *optional*):
+            Learning rate of the speaker, where it differs.
         think_cost (`float`, defaults to `0.0`):
             Price of a thinking token, nats.
         beta (`float`, defaults to `0.0`):
@@ -126,6 +178,25 @@ class ThinkTokConfig(SFTConfig):
     blind: bool = option(False, "Hide the text from whoever predicts; all it knows is the thought.")
     engine: str = option("auto", "How the model runs a tree of thoughts.", ("auto", "tree", "replicated"))
 
+    policies: str = option("shared", "One model, or a second one that speaks.", ("shared", "split"))
+    freeze: str = option("none", "Which of the two gets no gradient from thinking.", ("none", "thinker", "speaker"))
+    thoughts: str = option("discrete", "What a thought is made of.", ("discrete", "filler"))
+    supply_thoughts: bool = option(False, "The speaker learns from the data's own thoughts (column `thoughts`).")
+    thought_ce_weight: float = option(0.0, "Weight of the cross-entropy of supplied thoughts.")
+    alternate: list[int] | None = option(None, "n steps of prediction, then m steps of thinking.")
+
+    search: int = option(0, "One thought of each group is the best of so many candidates.")
+    search_random: float = option(0.5, "Part of the candidates that are uniformly random.")
+    search_until: int | None = option(None, "Last step of the search.")
+    epsilon_greedy: list[float] = option([0.0], "Probability that a thinking token is drawn uniformly: a value, or start, end and steps.")
+    coverage_coef: list[float] = option([0.0], "Bonus for rare thoughts: a value, or start, end and steps.")
+    coverage_decay: float = option(0.8, "What remains of the running frequencies at each step.")
+    balance_coef: list[float] = option([0.0], "Weight of the entropy of the batch's mean choice: a value, or start, end and steps.")
+    balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))
+    thought_entropy_target: list[float] | None = option(None, "Entropy that a servo holds, in parts of ln N: a value, or start, end and steps.")
+    curriculum_threshold: float | None = option(None, "Running accuracy at which the next level of the data begins.")
+    curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
+
     temperature: float = option(1.0, "Temperature of thinking tokens.")
     top_k: int = option(0, "Draw among the k most likely thinking tokens; 0 for all.")
     top_p: float = option(1.0, "Draw among the most likely thinking tokens that make up this probability.")
@@ -134,12 +205,16 @@ class ThinkTokConfig(SFTConfig):
     reward_funcs: list[str] = option(["log_prob"], "Rewards of a thought: log_prob, accuracy, prob, information_gain.")
     reward_weights: list[float] | None = option(None, "A weight for each reward.")
     objective: str = option("expected", "What speaker and thinker maximise.", ("expected", "marginal"))
+    posterior_temperature: float = option(1.0, "With objective=marginal: divides log-likelihoods before they weight the group.")
+    posterior_smoothing: float = option(0.0, "With objective=marginal: part of the speaker's weight that goes to all thoughts alike.")
     advantage: str = option("group", "What a thought's reward is compared with.", ("group", "loo", "token"))
     scale_rewards: str = option("none", "Divide advantages by the standard deviation of rewards.", ("none", "group", "batch"))
 
     think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
     think_loss_weight: float = option(1.0, "Weight of the policy loss.")
     think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought.")
+    text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
+    speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")
     think_cost: float = option(0.0, "Price of a thinking token in nats.")
     beta: float = option(0.0, "Weight of the KL divergence of thoughts from the initial model.")
     num_iterations: int = option(1, "Optimizer steps on each rollout.")
@@ -168,13 +243,30 @@ class ThinkTokConfig(SFTConfig):
     def thinks(self) -> bool:
         return self.num_think_tokens != 0 and self.num_forks != 0
 
-    def branching(self, trunk_length: int) -> Branching:
-        """The shape of a row's thoughts for rows of `trunk_length` tokens."""
+    def branching(self, trunk_length: int, length: int | None = None) -> Branching:
+        """The shape of a row's thoughts for rows of `trunk_length` tokens, with thoughts of up to `length` tokens where that is known."""
         lookahead = trunk_length - 1 if self.lookahead is None else self.lookahead
-        return Branching(self.num_generations, self.max_think_length, lookahead, self.blind, self.memory == "persistent")
+        return Branching(self.num_generations, length or self.max_think_length, lookahead, self.blind, self.memory == "persistent")
 
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, draw_stops=self.stop == "sampled", min_length=int(self.blind))
+    def sampling(self, step: int = 0) -> Sampling:
+        return Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            draw_stops=self.stop == "sampled",
+            min_length=int(self.blind),
+            epsilon=scheduled(self.epsilon_greedy, step),
+            filler=self.thoughts == "filler",
+        )
+
+    @property
+    def needs_gate(self) -> bool:
+        return self.stop != "fixed"
+
+    @property
+    def needs_every_prefix(self) -> bool:
+        return self.stop == "learned" or self.advantage == "token"
 
     def policy_loss(self) -> PolicyLoss:
         # As in TRL, cispo's bound is absolute; 5 is its paper's. The others' is counted from 1.
@@ -191,6 +283,7 @@ class ThinkTokConfig(SFTConfig):
             "num_generations": 1,
             "max_think_length": 1,
             "num_iterations": 1,
+            "search": 0,
             "top_k": 0,
             "max_nonfinite_steps": 1,
             "num_completions_to_print": 1,
@@ -204,10 +297,18 @@ class ThinkTokConfig(SFTConfig):
             raise ValueError(f"lookahead={self.lookahead} must be at least 1, or null for all tokens that follow.")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0: thoughts are explored by sampling.")
-        for name in ("stop_smoothing", "top_p", "min_p"):
+        for name in ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
-        for name in ("think_loss_weight", "think_ce_weight", "think_cost", "beta"):
+        for name in ("epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target"):
+            schedule = getattr(self, name)
+            if schedule is not None and (len(schedule) not in (1, 3) or min(schedule) < 0 or schedule[2:] == [0]):
+                raise ValueError(f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them, none negative.")
+        if self.alternate is not None and (len(self.alternate) != 2 or min(self.alternate) < 1):
+            raise ValueError(f"alternate={self.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
+        if self.posterior_temperature <= 0:
+            raise ValueError(f"posterior_temperature={self.posterior_temperature} must be above 0.")
+        for name in ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "think_cost", "beta"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         resolve_rewards(self.reward_funcs)
@@ -230,7 +331,18 @@ class ThinkTokConfig(SFTConfig):
     def _check_fit(self) -> None:
         """What cannot be done."""
         refusals = {
-            "num_generations=1 leaves nothing to compare a thought with: set num_generations to 2 or more.": self.num_generations < 2,
+            "num_generations=1 leaves nothing to compare a thought with: set num_generations to 2 or more.": (
+                self.num_generations < (3 if self.supply_thoughts else 2) and self.thoughts != "filler"
+            ),
+            "search with blind scores whole thoughts by one judged token: set lookahead=1.": bool(self.search and self.blind and self.lookahead != 1),
+            "search compares thoughts of one length: set stop=fixed.": bool(self.search and self.stop != "fixed"),
+            "supply_thoughts has thoughts of given lengths: set stop=fixed.": self.supply_thoughts and self.stop != "fixed",
+            "supply_thoughts gives one thought for each row: set num_forks=1.": self.supply_thoughts and self.num_forks != 1,
+            "supply_thoughts and search both fill the first thought of a group: choose one.": self.supply_thoughts and self.search > 0,
+            "policies=split with memory=persistent is not supported: set memory=none.": self.policies == "split" and self.memory == "persistent",
+            "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
+                self.blind and self.thoughts == "filler"
+            ),
             f"lookahead={self.lookahead} is longer than the row (max_length={self.max_length}): lower lookahead or raise max_length.": (
                 self.max_length is not None and self.lookahead is not None and self.lookahead >= self.max_length
             ),
@@ -265,6 +377,19 @@ class ThinkTokConfig(SFTConfig):
             "stop_smoothing": (self.stop == "learned", "stop=learned"),
             "think_cost": (self.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
             "advantage": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
+            "posterior_temperature": (self.objective == "marginal", "objective=marginal"),
+            "posterior_smoothing": (self.objective == "marginal", "objective=marginal"),
+            "thought_ce_weight": (self.supply_thoughts, "supply_thoughts=True"),
+            "speaker_learning_rate": (self.policies == "split", "policies=split"),
+            "search_random": (self.search > 0, "search"),
+            "search_until": (self.search > 0, "search"),
+            "coverage_decay": (any(self.coverage_coef[:2]), "coverage_coef"),
+            "balance_given": (any(self.balance_coef[:2]), "balance_coef"),
+            "curriculum_replay": (self.curriculum_threshold is not None, "curriculum_threshold"),
+            **dict.fromkeys(
+                ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "alternate", "beta"),
+                (self.thoughts != "filler", "thoughts=discrete (a filler is not drawn)"),
+            ),
             "scale_rewards": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
             "reward_funcs": (
                 self.objective == "expected" and self.advantage != "token",

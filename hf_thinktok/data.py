@@ -13,14 +13,25 @@ from ._compat import DataCollatorForLanguageModeling
 CHECKED_ROWS = 100_000
 # Columns that TRL can make a row from, beside the text column.
 READABLE_COLUMNS = ("input_ids", "messages", "conversations", "prompt")
+# What a data set may say about thinking: how hard a row is, how many thinking tokens it gets, and a thought of its own (numbers from 0).
+TASK_COLUMNS = ("level", "think_length", "thoughts")
 
 
 @dataclass
 class TreeCollator(DataCollatorForLanguageModeling):
-    """TRL's padding collator, and `documents`: which document of a packed row each token belongs to, -1 for padding."""
+    """TRL's padding collator, and `documents`: which document of a packed row each token belongs to, -1 for padding.
+
+    The columns of `TASK_COLUMNS` come along where the data has them; a row's `thoughts` are padded with -1.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
+        for column in TASK_COLUMNS:
+            if column in examples[0] and column != "thoughts":
+                batch[column] = torch.tensor([example[column] for example in examples])
+        if "thoughts" in examples[0]:
+            thoughts = [torch.tensor(example["thoughts"], dtype=torch.long) for example in examples]
+            batch["thoughts"] = torch.nn.utils.rnn.pad_sequence(thoughts, batch_first=True, padding_value=-1)
         batch["documents"] = batch["attention_mask"] - 1
         for row, example in enumerate(examples):
             if (lengths := example.get("seq_lengths")) is not None:
@@ -61,3 +72,16 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
         raise ValueError(
             f"Row {empty} of the {name} data set has no text in {text!r}: drop empty rows, for example with dataset.filter(lambda row: row[{text!r}].strip())."
         )
+
+
+def levels_of(dataset) -> list[int]:
+    """The levels of a data set with a column `level`, ascending.
+
+    Raises:
+        ValueError: a stream, or no such column.
+    """
+    if not isinstance(dataset, Dataset) or "level" not in dataset.column_names:
+        raise ValueError(
+            "curriculum_threshold needs a map-style data set with a column `level` (whole numbers, harder rows higher): add it, or leave the option out."
+        )
+    return sorted(set(dataset["level"]))

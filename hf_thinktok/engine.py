@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
 logger = logging.getLogger(__name__)
+
+Head = HeadInputs | list[HeadInputs]
 
 # Differences in units of the logits' standard deviation, fp32. Measured over about 60 families: at most 3.3e-6 where a path is exact,
 # at least 2.9e-3 where it is not.
@@ -48,10 +50,25 @@ class TreeEngine:
 
     name = "tree"
 
-    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: HeadInputs) -> HeadOutputs:
-        positions = tree.position_ids_BS
-        mask = attention_inputs(tree.visible(), positions, positions, _config(model), _dtype(model))
-        return model(input_ids=tokens_BS, attention_mask=mask, position_ids=positions, use_cache=False, head=head)
+    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: Head, nodes_Q: Tensor | None = None, speaks: bool = False) -> Any:
+        """Scores nodes of a tree.
+
+        Args:
+            head: what to score, in flat indices of `[B, S]`; for a list a list comes back.
+            nodes_Q: run only these nodes, ascending. With each of them come all its ancestors.
+            speaks: run the second model of `policies: split`.
+        """
+        positions, visible, heads = tree.position_ids_BS, tree.visible(), head
+        if nodes_Q is not None:
+            rows = torch.arange(len(tokens_BS), device=nodes_Q.device)[:, None]
+            place_S = torch.zeros(tree.num_nodes, dtype=torch.long, device=nodes_Q.device).scatter_(
+                0, nodes_Q, torch.arange(len(nodes_Q), device=nodes_Q.device)
+            )
+            heads = _moved(head, (rows * len(nodes_Q) + place_S).flatten())
+            nodes_BQ = nodes_Q.expand(len(tokens_BS), -1)
+            tokens_BS, positions, visible = tokens_BS[:, nodes_Q], positions[:, nodes_Q], tree.visible(nodes_BQ, nodes_BQ)
+        mask = attention_inputs(visible, positions, positions, _config(model, speaks), _dtype(model))
+        return model(input_ids=tokens_BS, attention_mask=mask, position_ids=positions, use_cache=False, head=heads, **_as_speaker(speaks))
 
     def decoder(self, model) -> Decoder:
         cache = DynamicCache()
@@ -82,10 +99,11 @@ class ReplicatedEngine:
 
     name = "replicated"
 
-    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: HeadInputs) -> HeadOutputs:
+    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: Head, nodes_Q: Tensor | None = None, speaks: bool = False) -> Any:
+        """As `TreeEngine`; all nodes are run whatever `nodes_Q`."""
         rows_R, nodes_RP, where_BS = tree.paths()
         tokens_RP = tokens_BS[rows_R[:, None], nodes_RP.clamp(min=0)]
-        return model(input_ids=tokens_RP, use_cache=False, head=replace(head, nodes_M=where_BS.flatten()[head.nodes_M]))
+        return model(input_ids=tokens_RP, use_cache=False, head=_moved(head, where_BS.flatten()), **_as_speaker(speaks))
 
     def decoder(self, model) -> Decoder:
         def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False) -> HeadOutputs:
@@ -102,14 +120,26 @@ def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool) -> HeadInputs
     return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), think_only=think_only)
 
 
+def _moved(head: Head, places: Tensor) -> Head:
+    """The same nodes at their places in another layout."""
+    if isinstance(head, HeadInputs):
+        return replace(head, nodes_M=places[head.nodes_M])
+    return [replace(one, nodes_M=places[one.nodes_M]) for one in head]
+
+
+def _as_speaker(speaks: bool) -> dict[str, bool]:
+    return {"speaks": True} if speaks else {}
+
+
 def _unwrapped(model):
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _config(model):
-    return _unwrapped(model).config
+def _config(model, speaks: bool = False):
+    model = _unwrapped(model)
+    return (model.speaker if speaks else model).config
 
 
 def _dtype(model) -> torch.dtype:

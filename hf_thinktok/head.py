@@ -218,8 +218,9 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
 
 
 def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
-    """Lets `model(..., head=HeadInputs)` return `HeadOutputs` in place of logits.
+    """Lets `model(..., head=HeadInputs)` return `HeadOutputs` in place of logits, for a list of them a list.
 
+    With `speaks=True` the call goes to `model.speaker`, the second model of `policies: split`.
     Without `head` the forward is the original one. The head lives inside the forward because DDP, DeepSpeed and FSDP gather
     parameters there. The backbone and the LM head are looked up at each call: PEFT and FSDP replace them later.
 
@@ -230,11 +231,14 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     transform = LogitTransform.from_config(model.config)
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, head: HeadInputs | None = None, **kwargs):
+    def forward(self, *args, head: HeadInputs | list[HeadInputs] | None = None, speaks: bool = False, **kwargs):
+        if speaks:
+            return self.speaker(*args, head=head, **kwargs)
         if head is None:
             return original(self, *args, **kwargs)
-        outputs = self.base_model(*args, **kwargs)
-        hidden_MD = outputs.last_hidden_state.flatten(0, 1)[head.nodes_M]
-        return score(hidden_MD, self.get_output_embeddings(), head, vocabulary, transform)
+        hidden_BSD = self.base_model(*args, **kwargs).last_hidden_state
+        if isinstance(head, HeadInputs):
+            return score(hidden_BSD.flatten(0, 1)[head.nodes_M], self.get_output_embeddings(), head, vocabulary, transform)
+        return [score(hidden_BSD.flatten(0, 1)[one.nodes_M], self.get_output_embeddings(), one, vocabulary, transform) for one in head]
 
     model.forward = types.MethodType(forward, model)

@@ -1,6 +1,7 @@
 """The part of the loss that is about thinking, from a tree's scores.
 
     think_ce_weight * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
+    - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
 
 Shape suffixes as in tree.py; P = L + 1 prefixes, A actions.
 """
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .advantages import group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
+from .exploration import entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
 from .rewards import RewardFunction, masked_mean, total_reward
 from .rollout import Rollout
@@ -72,7 +74,14 @@ def actions(scores: TreeScores, rollout: Rollout, config: ThinkTokConfig) -> tup
 
 
 def credit(
-    scores: TreeScores, speech: Speech, rollout: Rollout, labels_BKH: Tensor, config: ThinkTokConfig, rewards: list[RewardFunction], weights: list[float]
+    scores: TreeScores,
+    speech: Speech,
+    rollout: Rollout,
+    labels_BKH: Tensor,
+    config: ThinkTokConfig,
+    rewards: list[RewardFunction],
+    weights: list[float],
+    step: int = 0,
 ):
     """Rewards and what they mean for each thought.
 
@@ -80,8 +89,7 @@ def credit(
         speaker_weights_BKG: how much each thought's real tokens train the speaker; sums to 1 over a group.
         advantages_BKGL, rewards_BKG, and each reward function's value by itself `[F, B, K, G]`.
     """
-    valid_BK, num_groups = scores.valid_BK, rollout.lengths_BKG.shape[-1]
-    length = rollout.thoughts_BKGL.shape[-1]
+    valid_BK, length = scores.valid_BK, rollout.thoughts_BKGL.shape[-1]
     logps_BKGH = speech.logps_BKGH.detach()
     rewards_BKG, each_FBKG = total_reward(
         rewards,
@@ -93,21 +101,35 @@ def credit(
         thoughts=rollout.thoughts_BKGL,
         lengths=rollout.lengths_BKG,
         targets=labels_BKH,
+        supplied=rollout.thoughts_BKGL[:, :, 0] if rollout.supplied else None,
     )
-    cost_BKG = config.think_cost * speech.lengths_BKG.detach()
-    rewards_BKG = rewards_BKG - cost_BKG
+    extra_BKG = -config.think_cost * speech.lengths_BKG.detach()
+    if rollout.rarity_BKG is not None:
+        extra_BKG = extra_BKG + scheduled(config.coverage_coef, step) * rollout.rarity_BKG
+    rewards_BKG = rewards_BKG + extra_BKG
+    # A supplied thought was not drawn: it is no part of the comparison, and alone teaches the speaker.
+    drawn = slice(1, None) if rollout.supplied else slice(None)
+    num_groups = rewards_BKG[..., drawn].shape[-1]
+    speaker_weights_BKG = valid_BK[:, :, None].expand(*valid_BK.shape, num_groups) / num_groups
     if config.objective == "marginal":
-        weights_BKG = posterior(torch.where(scores.mask_BKH[:, :, None], logps_BKGH, 0.0).sum(-1) - cost_BKG, valid_BK)
-        advantages_BKG = (weights_BKG - 1 / num_groups) * valid_BK[:, :, None]
+        likelihoods_BKG = torch.where(scores.mask_BKH[:, :, None], logps_BKGH, 0.0).sum(-1) + extra_BKG
+        posterior_BKG = posterior(likelihoods_BKG[..., drawn] / config.posterior_temperature, valid_BK)
         # The policy loss is a mean over the group; the posterior's weights are its share of a sum.
-        return weights_BKG, (advantages_BKG * num_groups)[..., None].expand(-1, -1, -1, length), rewards_BKG, each_FBKG
-    even_BKG = valid_BK[:, :, None].expand_as(rewards_BKG) / num_groups
-    if config.advantage == "token":
+        advantages_BKG = (posterior_BKG - 1 / num_groups) * valid_BK[:, :, None] * num_groups
+        speaker_weights_BKG = (1 - config.posterior_smoothing) * posterior_BKG + config.posterior_smoothing * speaker_weights_BKG
+        advantages_BKGL = advantages_BKG[..., None].expand(-1, -1, -1, length)
+    elif config.advantage == "token":
         reach_BKGP = speech.reach_BKGP.detach()
         charged_BKGP = scores.prefix_logps_BKGP.detach() - config.think_cost * torch.arange(length + 1, device=reach_BKGP.device)
-        return even_BKG, token_advantages(charged_BKGP, reach_BKGP, valid_BK, config.scale_rewards), rewards_BKG, each_FBKG
-    advantages_BKG = group_advantages(rewards_BKG, valid_BK, config.advantage, config.scale_rewards)
-    return even_BKG, advantages_BKG[..., None].expand(-1, -1, -1, length), rewards_BKG, each_FBKG
+        advantages_BKGL = token_advantages(charged_BKGP[:, :, drawn], reach_BKGP[:, :, drawn], valid_BK, config.scale_rewards)
+    else:
+        advantages_BKG = group_advantages(rewards_BKG[..., drawn], valid_BK, config.advantage, config.scale_rewards)
+        advantages_BKGL = advantages_BKG[..., None].expand(-1, -1, -1, length)
+    if rollout.supplied:
+        advantages_BKGL = torch.cat([torch.zeros_like(advantages_BKGL[:, :, :1]), advantages_BKGL], 2)
+        speaker_weights_BKG = torch.zeros_like(rewards_BKG)
+        speaker_weights_BKG[..., 0] = valid_BK.float()
+    return speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG
 
 
 def thinking_loss(
@@ -120,6 +142,8 @@ def thinking_loss(
     old_logps_BKGA: Tensor | None = None,
     reference: TreeScores | None = None,
     global_mean=None,
+    step: int = 0,
+    first_id: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The thinking part of the loss, a mean over forks, and its metrics.
 
@@ -128,18 +152,28 @@ def thinking_loss(
         old_logps_BKGA: the actions' log-probabilities when they were drawn; `None` on the first pass, where they are the present ones.
         reference: the same tree under the reference model, for `beta`.
         global_mean: averages a tensor over all ranks, for losses that count actions globally.
+        step: the clock of the schedules.
+        first_id: the first thinking id.
     """
     speech = speak(scores, rollout, config.stop, config.stop_smoothing, config.blind)
-    speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights)
+    speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights, step)
     num_forks = max(scores.valid_BK.numel(), 1)
+    speaks, thinks = _turns(config, step)
 
     spoken_BKG = masked_mean(speech.logps_BKGH, scores.mask_BKH[:, :, None])
-    speaker_loss = -(speaker_weights_BKG * spoken_BKG).sum() / num_forks
+    loss = speaks * config.think_ce_weight * -(speaker_weights_BKG * spoken_BKG).sum() / num_forks
+    if config.stop == "learned":
+        gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
+        mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
+        loss = loss + thinks * (gate_loss + config.think_cost * mean_length)
+    metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
+    if config.thoughts == "filler":
+        return loss, metrics
 
     logps_BKGA, mask_BKGA = actions(scores, rollout, config)
     advantages_BKGA = torch.cat([advantages_BKGL] * (logps_BKGA.shape[-1] // advantages_BKGL.shape[-1]), -1)
     counts_globally = config.think_loss_type in ("dapo", "cispo") and global_mean is not None
-    policy_loss, metrics = config.policy_loss()(
+    policy_loss, policy_metrics = config.policy_loss()(
         logps_BKGA,
         logps_BKGA.detach() if old_logps_BKGA is None else old_logps_BKGA,
         advantages_BKGA,
@@ -148,16 +182,52 @@ def thinking_loss(
         reference_logps_BKGA=None if reference is None else actions(reference, rollout, config)[0],
         global_actions=global_mean(mask_BKGA.sum().float()) if counts_globally else None,
     )
-    loss = config.think_ce_weight * speaker_loss + config.think_loss_weight * policy_loss
-    if config.stop == "learned":
-        gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
-        mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
-        loss = loss + gate_loss + config.think_cost * mean_length
-    return loss, metrics | _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards)
+    loss = loss + thinks * config.think_loss_weight * policy_loss
+    diversity_loss, diversity_metrics = _diversity(scores, rollout, mask_BKGA[..., : rollout.thoughts_BKGL.shape[-1]], config, step, first_id)
+    loss = loss + thinks * diversity_loss
+    if rollout.supplied and config.thought_ce_weight:
+        supplied_BK = masked_mean(scores.thought_logps_BKGL[:, :, 0], mask_BKGA[:, :, 0, : rollout.thoughts_BKGL.shape[-1]])
+        loss = loss - thinks * config.thought_ce_weight * supplied_BK.sum() / num_forks
+    return loss, metrics | policy_metrics | diversity_metrics
+
+
+def _turns(config: ThinkTokConfig, step: int) -> tuple[float, float]:
+    """Whether speaker and thinker learn at this step."""
+    speaks = thinks = True
+    if config.alternate is not None:
+        predicting, thinking = config.alternate
+        speaks = step % (predicting + thinking) < predicting
+        thinks = not speaks
+    return float(speaks and config.freeze != "speaker"), float(thinks and config.freeze != "thinker")
+
+
+def _diversity(scores: TreeScores, rollout: Rollout, mask_BKGL: Tensor, config: ThinkTokConfig, step: int, first_id: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Varied thoughts over the batch (balance), and as much doubt about each as the schedule asks for (servo)."""
+    loss, metrics = scores.trunk_logps_BT.new_zeros(()), {}
+    unit = entropy_unit(scores.think_logits_BKGLN.shape[-1])
+    if any(config.balance_coef[:2]):
+        choices_BKGL = (rollout.thoughts_BKGL - first_id).clamp(min=0) if config.balance_given == "token" else None
+        entropy = marginal_entropy(scores.think_logits_BKGLN, mask_BKGL, choices_BKGL)
+        loss = loss - scheduled(config.balance_coef, step) * entropy
+        metrics["mean_choice_entropy"] = entropy.detach()
+    if config.thought_entropy_target is not None:
+        entropy = thought_entropy(scores.think_logits_BKGLN, mask_BKGL)
+        weight = entropy_servo(entropy, scheduled(config.thought_entropy_target, step) * unit)
+        loss = loss - weight * entropy
+        metrics["entropy_weight"] = weight
+    return loss, metrics
 
 
 @torch.no_grad()
-def _metrics(scores: TreeScores, speech: Speech, rollout: Rollout, rewards_BKG: Tensor, each_FBKG: Tensor, rewards: list[RewardFunction]) -> dict[str, Tensor]:
+def _metrics(
+    scores: TreeScores,
+    speech: Speech,
+    rollout: Rollout,
+    rewards_BKG: Tensor,
+    each_FBKG: Tensor,
+    rewards: list[RewardFunction],
+    config: ThinkTokConfig,
+) -> dict[str, Tensor]:
     valid_BK = scores.valid_BK
     valid = valid_BK[:, :, None]
     logps = scores.think_logits_BKGLN.log_softmax(-1)
@@ -165,7 +235,7 @@ def _metrics(scores: TreeScores, speech: Speech, rollout: Rollout, rewards_BKG: 
     thought_BKGL = torch.where(step_L < rollout.lengths_BKG[..., None], rollout.thoughts_BKGL, -1)
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
-    spread_BK = rewards_BKG.std(-1)
+    spread_BK = rewards_BKG.std(-1) if rewards_BKG.shape[-1] > 1 else torch.zeros_like(rewards_BKG[..., 0])
     # The gain of what the model would really do: with a learned stop, its own lengths.
     spoken_BKGH = speech.logps_BKGH if speech.gate_logps_BKG is None else speech.gate_logps_BKG[..., None]
     gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None])
@@ -173,12 +243,14 @@ def _metrics(scores: TreeScores, speech: Speech, rollout: Rollout, rewards_BKG: 
         "reward": masked_mean(rewards_BKG, valid, None),
         "reward_std": masked_mean(spread_BK, valid_BK, None),
         "frac_reward_zero_std": masked_mean((spread_BK < 1e-6).float(), valid_BK, None),
-        "gate": masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None),
         "think_length": masked_mean(speech.lengths_BKG, valid, None),
+        "accuracy": masked_mean(speech.correct_BKGH.float(), scores.mask_BKH[:, :, None], None),
         "thought_entropy": masked_mean(-(logps.exp() * logps).sum(-1).mean(-1), valid, None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
         "think_gain": masked_mean(gained_BKG, valid, None) / torch.log(torch.tensor(2.0)),
     }
+    if config.needs_gate:
+        metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None)
     for function, values_BKG in zip(rewards, each_FBKG, strict=True):
         metrics[f"rewards/{getattr(function, '__name__', type(function).__name__)}"] = masked_mean(values_BKG, valid, None)
     return metrics

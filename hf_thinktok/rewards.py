@@ -12,6 +12,7 @@ Arguments, all without gradient (B rows, K forks, G thoughts, L thinking tokens,
 - `baseline_logps` `[B, K, H]`: log p(true token | text), without the thought
 - `mask` `[B, K, H]`: which judged tokens exist
 - `thoughts` `[B, K, G, L]`, `lengths` `[B, K, G]`, `targets` `[B, K, H]`: ids
+- `supplied` `[B, K, L]`: the data's own thoughts, `None` where it has none
 """
 
 import difflib
@@ -51,7 +52,15 @@ def information_gain(logps: Tensor, baseline_logps: Tensor, mask: Tensor, **kwar
     return masked_mean(logps - baseline_logps[:, :, None], mask[:, :, None])
 
 
-REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (log_prob, accuracy, prob, information_gain)}
+def exact(thoughts: Tensor, lengths: Tensor, supplied: Tensor | None = None, **kwargs) -> Tensor:
+    """1 for a thought that is the data's own, else 0: a hand-made signal, for experiments that take the reward's noise away."""
+    if supplied is None:
+        raise ValueError("The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.")
+    there = torch.arange(thoughts.shape[-1], device=thoughts.device) < lengths[..., None]
+    return ((thoughts == supplied[:, :, None]) | ~there).all(-1).float()
+
+
+REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (log_prob, accuracy, prob, information_gain, exact)}
 
 
 def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFunction) -> list[RewardFunction]:
@@ -68,7 +77,7 @@ def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFuncti
     return [REWARDS[r] if isinstance(r, str) else r for r in names]
 
 
-def total_reward(functions: list[RewardFunction], weights: list[float], **judgement: Tensor) -> tuple[Tensor, Tensor]:
+def total_reward(functions: list[RewardFunction], weights: list[float], **judgement: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weighted sum `[B, K, G]`, and each reward by itself `[F, B, K, G]`."""
     rewards_FBKG = torch.stack([function(**judgement).float() for function in functions])
     return torch.einsum("f,fbkg->bkg", torch.tensor(weights, device=rewards_FBKG.device), rewards_FBKG), rewards_FBKG

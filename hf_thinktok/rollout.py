@@ -6,7 +6,7 @@ whatever it draws.
 Shape suffixes as in tree.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,16 @@ class Rollout:
         thoughts_BKGL: vocabulary ids.
         lengths_BKG: thinking tokens of each thought before it stopped, 0 to L.
         logps_BKGL: log p(z_l | its prefix, think) at the sampling temperature, in nats.
+        rarity_BKG: -log of each thought's running frequency, nats, where there is a bonus for it.
+        supplied: whether the first thought of each group is the data's own.
     """
 
     forks_BK: Tensor
     thoughts_BKGL: Tensor
     lengths_BKG: Tensor
     logps_BKGL: Tensor
+    rarity_BKG: Tensor | None = None
+    supplied: bool = False
 
     @classmethod
     def empty(cls, forks_BK: Tensor, branching: Branching) -> "Rollout":
@@ -49,6 +53,8 @@ class Sampling:
     Args:
         draw_stops: end each thought by its gate; else all have L tokens.
         min_length: no stop before so many tokens.
+        epsilon: probability that a token is drawn uniformly.
+        filler: nothing is drawn; every token is the first of the vocabulary.
     """
 
     temperature: float = 1.0
@@ -57,6 +63,8 @@ class Sampling:
     min_p: float | None = None
     draw_stops: bool = False
     min_length: int = 0
+    epsilon: float = 0.0
+    filler: bool = False
 
     def warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
@@ -93,6 +101,7 @@ def sample_thoughts(
     sampling: Sampling,
     vocabulary: ThinkingVocabulary,
     generator: torch.Generator,
+    given_B: Tensor | None = None,
 ) -> Rollout:
     """Thinks G thoughts after each fork.
 
@@ -101,12 +110,16 @@ def sample_thoughts(
 
     Args:
         generator: on the tokens' device; its state decides the draw entirely.
+        given_B: thinking tokens of each row's thoughts, where the data says so.
     """
     batch, num_forks = forks_BK.shape
     groups, length, device = branching.num_generations, branching.max_length, tokens_BT.device
     rollout = Rollout.empty(forks_BK, branching)
     if num_forks == 0:
         return rollout
+    longest_BKG = torch.full_like(rollout.lengths_BKG, length) if given_B is None else given_B[:, None, None].expand_as(rollout.lengths_BKG)
+    if sampling.filler:
+        return replace(rollout, thoughts_BKGL=torch.full_like(rollout.thoughts_BKGL, vocabulary.first_id), lengths_BKG=longest_BKG.clone())
     thoughts_BKGL, lengths_BKG, logps_BKGL = rollout.thoughts_BKGL, rollout.lengths_BKG, rollout.logps_BKGL
     warpers = sampling.warpers()
     branching = Branching(groups, length, 1, persistent=branching.persistent)  # what judges a thought comes later
@@ -125,13 +138,17 @@ def sample_thoughts(
             think_BFGN = out.think_logits_MN.view(batch, -1, 1, vocabulary.num_tokens).expand(-1, -1, groups, -1)
             gate_BFG = out.gate_logit_M.view(batch, -1, 1).expand(-1, -1, groups)
             thinking_BFG = torch.ones(gate_BFG.shape, dtype=torch.bool, device=device)
+            longest_BFG = longest_BKG[:, turn]
             for depth in range(1, length + 1):
                 if sampling.draw_stops and depth > sampling.min_length:
                     thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
-                lengths_BKG[:, turn] += thinking_BFG
+                lengths_BKG[:, turn] += thinking_BFG & (depth <= longest_BFG)
                 logits_MN = think_BFGN.reshape(-1, vocabulary.num_tokens)
                 # Logits that are not finite draw anything: the loss shows them, and the step is skipped on all ranks alike.
-                choice_M = torch.multinomial(warpers(None, logits_MN).softmax(-1).nan_to_num(1.0), 1, generator=generator)[:, 0]
+                probabilities_MN = warpers(None, logits_MN).softmax(-1).nan_to_num(1.0)
+                if sampling.epsilon:
+                    probabilities_MN = (1 - sampling.epsilon) * probabilities_MN + sampling.epsilon / vocabulary.num_tokens
+                choice_M = torch.multinomial(probabilities_MN, 1, generator=generator)[:, 0]
                 thoughts_BKGL[:, turn, :, depth - 1] = vocabulary.first_id + choice_M.view(gate_BFG.shape)
                 logps_BKGL[:, turn, :, depth - 1] = thought_logps(think_BFGN, thoughts_BKGL[:, turn, :, depth - 1], vocabulary, sampling.temperature)
                 # The last token is run only where later text will see it.

@@ -1,17 +1,21 @@
-"""From a forward pass over nodes to what the objective speaks of: forks, thoughts, prefixes, judged tokens.
+"""From forward passes over nodes to what the objective speaks of: forks, thoughts, prefixes, judged tokens.
 
 Shape suffixes as in tree.py; P = L + 1 prefixes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .head import HeadInputs, HeadOutputs
+from .head import HeadInputs
 from .rollout import Rollout, thought_logps
 from .tokens import ThinkingVocabulary
 from .tree import ThoughtTree
+
+# (what to score, nodes to run or `None` for all, whether the speaker of `policies: split` runs) -> what they say
+Run = Callable[[list[HeadInputs], Tensor | None, bool], list]
 
 
 @dataclass
@@ -26,7 +30,7 @@ class TreeScores:
         baseline_logps_BKH: log p(judged token) along the text, without the thought (no gradient).
         mask_BKH: which judged tokens exist.
         prefix_logps_BKGP, prefix_correct_BKGP: the first judged token if the thought ended after l tokens; read only where every prefix was judged.
-        gate_logits_BKGL: log p(think) - log p(speak) before each thinking token.
+        gate_logits_BKGL: log p(think) - log p(speak) before each thinking token; 0 where nobody asked for the gate.
         think_logits_BKGLN: the thinking logits there.
         thought_logps_BKGL: log p(z_l | prefix, think) at the sampling temperature.
     """
@@ -49,36 +53,71 @@ class TreeScores:
         return self.mask_BKH.any(-1)
 
 
-def head_inputs(tree: ThoughtTree, labels_BT: Tensor, every_prefix: bool) -> HeadInputs:
-    """All nodes of a tree with their true next tokens."""
-    targets_BS = tree.targets(labels_BT, every_prefix)
-    return HeadInputs(torch.arange(targets_BS.numel(), device=targets_BS.device), targets_BS.flatten())
-
-
-def read_scores(
-    out: HeadOutputs, tree: ThoughtTree, head: HeadInputs, labels_BT: Tensor, rollout: Rollout, vocabulary: ThinkingVocabulary, temperature: float
+def score_tree(
+    run: Run,
+    tree: ThoughtTree,
+    labels_BT: Tensor,
+    rollout: Rollout,
+    vocabulary: ThinkingVocabulary,
+    temperature: float = 1.0,
+    every_prefix: bool = False,
+    gate: bool = True,
+    split: bool = False,
 ) -> TreeScores:
-    """Gathers a head's outputs over all nodes (`head_inputs`) by fork and thought."""
-    batch, num_nodes = len(labels_BT), tree.num_nodes
-    logps_BS, correct_BS, gate_BS = (values.view(batch, num_nodes) for values in (out.target_logps_M, out.correct_M, out.gate_logit_M))
-    think_BSN = out.think_logits_MN.view(batch, num_nodes, -1)
+    """Runs a model, or under `split` a thinker and a speaker, over a tree, and gathers what they say by fork and thought.
 
-    def at(values_BS: Tensor, nodes: Tensor) -> Tensor:
-        return values_BS.gather(1, nodes.flatten(1)).view(nodes.shape)
+    Only nodes with a target, and where the gate is asked for those that may think, meet the real vocabulary.
 
-    predictors, speakers, thinkers = tree.predictors(), tree.speakers(), tree.prefixes()[..., :-1]
+    Args:
+        every_prefix: also judge what would be said if the thought ended early.
+        split: the speaker predicts wherever it sees what it needs: everywhere, or under `blind` in the rereading alone. The thinker does the rest.
+    """
+    targets_BS, thinks_BS = tree.targets(labels_BT, every_prefix), _marked(tree, tree.prefixes()[..., :-1])
+    judged_BS, thinkers = targets_BS >= 0, tree.prefixes()[..., :-1]
+    logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
+    think = torch.zeros(targets_BS.numel(), vocabulary.num_tokens, device=targets_BS.device)
+
+    speaks_S = tree.speaks_S if split else torch.zeros_like(tree.speaks_S)
+    own_BS = judged_BS & ~speaks_S
+    full_M = (own_BS | thinks_BS if gate else own_BS).flatten().nonzero()[:, 0]
+    think_M = thinks_BS.flatten().nonzero()[:, 0]
+    heads = [HeadInputs(full_M, targets_BS.flatten()[full_M].where(own_BS.flatten()[full_M], -100))]
+    if not gate:
+        heads.append(HeadInputs(think_M, torch.full_like(think_M, -100), think_only=True))
+    out = run(heads, tree.thinker_nodes if split else None, False)
+    logps, correct = logps.index_put((full_M,), out[0].target_logps_M), correct.index_put((full_M,), out[0].correct_M.float())
+    think = think.index_put((full_M,) if gate else (think_M,), out[-1].think_logits_MN)
+    if gate:
+        gates = gates.index_put((full_M,), out[0].gate_logit_M)
+    if split:
+        spoken_M = (judged_BS & speaks_S).flatten().nonzero()[:, 0]
+        (said,) = run([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, True)
+        logps, correct = logps.index_put((spoken_M,), said.target_logps_M), correct.index_put((spoken_M,), said.correct_M.float())
+
+    def at(values: Tensor, nodes: Tensor) -> Tensor:
+        return values.view(targets_BS.shape).gather(1, nodes.flatten(1)).view(nodes.shape)
+
+    predictors, speakers = tree.predictors(), tree.speakers()
     places_BKH, mask_BKH = tree.judged(labels_BT)
-    think_BKGLN = think_BSN.gather(1, thinkers.flatten(1)[..., None].expand(-1, -1, think_BSN.shape[-1])).view(*thinkers.shape, think_BSN.shape[-1])
+    num_tokens = vocabulary.num_tokens
+    think_BKGLN = think.view(*targets_BS.shape, num_tokens).gather(1, thinkers.flatten(1)[..., None].expand(-1, -1, num_tokens))
+    think_BKGLN = think_BKGLN.view(*thinkers.shape, num_tokens)
     return TreeScores(
-        trunk_logps_BT=logps_BS[:, : tree.trunk_length],
-        trunk_mask_BT=head.targets_M.view(batch, num_nodes)[:, : tree.trunk_length] >= 0,
-        logps_BKGH=at(logps_BS, predictors),
-        correct_BKGH=at(correct_BS, predictors),
-        baseline_logps_BKH=at(logps_BS, places_BKH - 1).detach(),
+        trunk_logps_BT=logps.view(targets_BS.shape)[:, : tree.trunk_length],
+        trunk_mask_BT=judged_BS[:, : tree.trunk_length],
+        logps_BKGH=at(logps, predictors),
+        correct_BKGH=at(correct, predictors),
+        baseline_logps_BKH=at(logps, places_BKH - 1).detach(),
         mask_BKH=mask_BKH,
-        prefix_logps_BKGP=at(logps_BS, speakers),
-        prefix_correct_BKGP=at(correct_BS, speakers),
-        gate_logits_BKGL=at(gate_BS, thinkers),
+        prefix_logps_BKGP=at(logps, speakers),
+        prefix_correct_BKGP=at(correct, speakers),
+        gate_logits_BKGL=at(gates, thinkers),
         think_logits_BKGLN=think_BKGLN,
         thought_logps_BKGL=thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature),
     )
+
+
+def _marked(tree: ThoughtTree, nodes: Tensor) -> Tensor:
+    """Which nodes are among the given ones, `[B, S]` bool."""
+    marked_BS = torch.zeros_like(tree.position_ids_BS, dtype=torch.bool)
+    return marked_BS.scatter_(1, nodes.flatten(1), True)

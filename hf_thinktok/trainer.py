@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,26 +14,30 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
-from ._compat import RepeatSampler, create_model_from_path, disable_dropout_in_model
-from .architectures import check_supported
+from ._compat import RepeatSampler, disable_dropout_in_model
 from .callbacks import NonFiniteGuard, print_thoughts, sample_thoughts_to_print
 from .config import ThinkTokConfig
-from .data import TreeCollator, check_dataset
+from .curriculum import Curriculum, LevelSampler
+from .data import TASK_COLUMNS, TreeCollator, levels_of
 from .engine import choose_engine, evaluating, longest_row
 from .evaluation import GainByDocument
 from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
+from .loading import check_arguments, load_model, sample_text
 from .objective import actions, speak, thinking_loss
 from .peft import add_thinking_rows
 from .rewards import RewardFunction, masked_mean, resolve_rewards
-from .rollout import Rollout, random_thoughts, sample_thoughts
-from .scores import TreeScores, head_inputs, read_scores
-from .tokens import SAMPLE_TEXT, ThinkingVocabulary, add_thinking_tokens, check_vocabulary
-from .tree import ThoughtTree
+from .rollout import Rollout, Sampling, random_thoughts, sample_thoughts
+from .scores import TreeScores, score_tree
+from .search import Explorer
+from .tokens import ThinkingVocabulary, add_thinking_tokens
+from .tree import Branching, ThoughtTree
+
+STATE_FILE = "thinktok_state.pt"
 
 
 class ThinkTokTrainer(SFTTrainer):
@@ -50,6 +56,8 @@ class ThinkTokTrainer(SFTTrainer):
             Text, in any form that [`~trl.SFTTrainer`] takes.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; the model's own where not given.
+        speaker ([`~transformers.PreTrainedModel`], *optional*):
+            The second model of `policies="split"`, with the same vocabulary; a copy of the first where not given.
         reward_funcs (names, functions or a list of both, *optional*):
             In place of `args.reward_funcs`; see `hf_thinktok.rewards`.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -74,23 +82,32 @@ class ThinkTokTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_funcs: RewardFunction | str | list[RewardFunction | str] | None = None,
         peft_config: Any = None,
+        speaker: PreTrainedModel | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         **kwargs: Any,
     ):
         args = ThinkTokConfig("thinktok-output") if args is None else args
-        _check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs)
+        check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs)
         self.rewards = resolve_rewards(args.reward_funcs if reward_funcs is None else reward_funcs)
         self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
             raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group or loo (the others use log_prob).")
-        model, tokenizer = _load(model, processing_class, args)
+        if args.policies == "split" and peft_config is not None:
+            raise ValueError("policies=split trains two whole models and cannot be combined with an adapter: leave peft_config out, or set policies=shared.")
+        if speaker is not None and args.policies != "split":
+            raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
+        model, tokenizer = load_model(model, processing_class, args)
 
         self.plain = args.num_think_tokens == 0
         if not self.plain:
-            sample_text = _sample_text(train_dataset, args.dataset_text_field)
-            self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, sample_text, seed=args.seed)
+            text = sample_text(train_dataset, args.dataset_text_field, tokenizer)
+            if speaker is not None:  # each model gets its own rows; the tokenizer learns the tokens once
+                add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
+            self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
+            if args.policies == "split":
+                model.speaker = copy.deepcopy(model) if speaker is None else speaker
             model.config.thinktok |= {name: getattr(args, name) for name in ("max_think_length", "stop", "memory", "blind", "lookahead")}
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary)
         if args.disable_dropout:
@@ -114,6 +131,8 @@ class ThinkTokTrainer(SFTTrainer):
     def _prepare_to_think(self) -> None:
         args, base = self.args, self.model.get_base_model() if is_peft_model(self.model) else self.model
         attach_head(base, self.vocabulary)
+        if args.policies == "split":
+            attach_head(base.speaker, self.vocabulary)
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id)
         self.markers = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.fork_markers or ()]
         longest = args.max_length or 1024
@@ -133,6 +152,10 @@ class ThinkTokTrainer(SFTTrainer):
         self.engine = choose_engine(base, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine)
         self.reference = self._reference_model() if args.beta > 0 else None
         self.add_callback(self.guard)
+        self.explore = Explorer(self)
+        self.curriculum = None
+        if args.curriculum_threshold is not None:
+            self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._old_logps: list[Tensor | None] = []
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
@@ -149,39 +172,67 @@ class ThinkTokTrainer(SFTTrainer):
             raise ValueError("ThinkTokTrainer makes no logits: leave compute_metrics and preprocess_logits_for_metrics out.")
         tokens_BT, documents_BT, labels_BT = inputs["input_ids"], inputs["documents"], self._labels(inputs)
         if not self.model.training:
-            return self._evaluate_batch(model, tokens_BT, documents_BT, labels_BT)
+            return self._evaluate_batch(model, inputs, labels_BT)
         args, turn = self.args, self._next_micro_step()
 
-        rollout = self._rollout(model, tokens_BT, documents_BT, labels_BT, turn)
-        tree = ThoughtTree(documents_BT, rollout.forks_BK, args.branching(tokens_BT.shape[1]), rollout.lengths_BKG)
+        rollout = self._rollout(model, inputs, labels_BT, turn)
+        tree = ThoughtTree(documents_BT, rollout.forks_BK, self._branching(tokens_BT, rollout), rollout.lengths_BKG)
         scores = self._score(model, tree, tokens_BT, labels_BT, rollout)
-        loss = _text_loss(scores, num_items_in_batch, self._ranks_to_average(num_items_in_batch))
+        loss = args.text_ce_weight * _text_loss(scores, num_items_in_batch, self._ranks_to_average(num_items_in_batch))
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
-            reference = self._reference_scores(tree, tokens_BT, labels_BT, rollout)
             thinking, metrics = thinking_loss(
-                scores, rollout, tree.judged_labels(labels_BT), args, self.rewards, self.reward_weights, self._old_logps[turn], reference, self._global_mean
+                scores,
+                rollout,
+                tree.judged_labels(labels_BT),
+                args,
+                self.rewards,
+                self.reward_weights,
+                old_logps_BKGA=self._old_logps[turn],
+                reference=self._reference_scores(tree, tokens_BT, labels_BT, rollout),
+                global_mean=self._global_mean,
+                step=self.schedule_step,
+                first_id=self.vocabulary.first_id,
             )
             self._old_logps[turn] = actions(scores, rollout, args)[0].detach() if self._old_logps[turn] is None else self._old_logps[turn]
             # `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
             loss = loss + thinking / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
-        self._record(loss, metrics, tree, tokens_BT, labels_BT, rollout, scores)
+        self._record(loss, metrics, tree, inputs, labels_BT, rollout, scores)
         return loss
 
-    def _rollout(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, turn: int) -> Rollout:
+    @property
+    def schedule_step(self) -> int:
+        """The clock of all schedules: optimizer steps, with a curriculum those of the present level."""
+        return self.state.global_step if self.curriculum is None else self.curriculum.stage_step(self.state.global_step)
+
+    def _rollout(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, turn: int) -> Rollout:
         """Thoughts for this batch: new ones, or with `num_iterations` those of the iteration before."""
         if self.state.global_step % self.args.num_iterations == 0 or turn >= len(self._rollouts):
             del self._rollouts[turn:], self._old_logps[turn:]
             generator = self._generator(0, self.state.global_step, turn)
-            forks_BK = self._forks(model, tokens_BT, documents_BT, labels_BT, generator, self.args.fork_positions)
-            self._rollouts.append(self._sample(model, tokens_BT, documents_BT, forks_BK, generator))
+            forks_BK = self._forks(model, inputs["input_ids"], inputs["documents"], labels_BT, generator, self.args.fork_positions)
+            sampling = self.args.sampling(self.schedule_step)
+            rollout = self._sample(model, inputs, forks_BK, generator, sampling)
+            self._rollouts.append(self.explore(model, inputs, labels_BT, rollout, generator, sampling))
             self._old_logps.append(None)
         return self._rollouts[turn]
 
-    def _sample(self, model, tokens_BT: Tensor, documents_BT: Tensor, forks_BK: Tensor, generator: torch.Generator) -> Rollout:
-        branching = self.args.branching(tokens_BT.shape[1])
+    def _sample(
+        self, model, inputs: dict[str, Tensor], forks_BK: Tensor, generator: torch.Generator, sampling: Sampling, num_generations: int | None = None
+    ) -> Rollout:
+        given_B = inputs.get("think_length") if self.args.stop == "fixed" else None
+        length = None if given_B is None else max(int(given_B.max()), 1)
+        branching = self.args.branching(inputs["input_ids"].shape[1], length)
+        branching = dataclasses.replace(branching, num_generations=num_generations or branching.num_generations)
         with self.accelerator.autocast():  # around all passes, so that weights are cast once and not at every token
-            return sample_thoughts(self.engine, model, tokens_BT, documents_BT, forks_BK, branching, self.args.sampling(), self.vocabulary, generator)
+            return sample_thoughts(
+                self.engine, model, inputs["input_ids"], inputs["documents"], forks_BK, branching, sampling, self.vocabulary, generator, given_B
+            )
+
+    def _branching(self, tokens_BT: Tensor, rollout: Rollout) -> Branching:
+        """The shape of a rollout's tree."""
+        num_generations, length = rollout.thoughts_BKGL.shape[2:]
+        return dataclasses.replace(self.args.branching(tokens_BT.shape[1], length), num_generations=num_generations)
 
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
         args, entropy_BT = self.args, None
@@ -194,20 +245,22 @@ class ThinkTokTrainer(SFTTrainer):
         return choose_forks(eligible_BT, args.num_forks, how, generator, entropy_BT)
 
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:
-        head = head_inputs(tree, labels_BT, every_prefix=self.args.stop == "learned" or self.args.advantage == "token")
-        out = self.engine(model, tree, tree.tokens(tokens_BT, rollout.thoughts_BKGL), head)
-        return read_scores(out, tree, head, labels_BT, rollout, self.vocabulary, self.args.temperature)
+        args, tokens_BS = self.args, tree.tokens(tokens_BT, rollout.thoughts_BKGL)
+        run = functools.partial(self.engine, model, tree, tokens_BS)
+        return score_tree(
+            run, tree, labels_BT, rollout, self.vocabulary, args.temperature, args.needs_every_prefix, args.needs_gate, split=args.policies == "split"
+        )
 
     # ---------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def _evaluate_batch(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def _evaluate_batch(self, model, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
         """Adds this batch to the held-out gains; returns the loss of the text without thoughts.
 
         Half of the branches hold sampled thoughts and half uniformly random ones of the same lengths, in one tree. The places and draws depend on the
         batch alone, so that evaluations of different models can be compared text by text.
         """
-        args, turn = self.args, self._next_micro_step()
+        args, turn, tokens_BT, documents_BT = self.args, self._next_micro_step(), inputs["input_ids"], inputs["documents"]
         plain_tree = ThoughtTree(documents_BT, tokens_BT.new_zeros(len(tokens_BT), 0), args.branching(tokens_BT.shape[1]))
         plain = self._score(model, plain_tree, tokens_BT, labels_BT, Rollout.empty(plain_tree.forks_BK, plain_tree.branching))
         loss = -plain.trunk_logps_BT.sum() / plain.trunk_mask_BT.sum().clamp(min=1)
@@ -216,10 +269,12 @@ class ThinkTokTrainer(SFTTrainer):
         generator = self._generator(1, turn)
         how = "random" if args.fork_positions == "entropy" else args.fork_positions
         forks_BK = self._forks(model, tokens_BT, documents_BT, labels_BT, generator, how)
-        rollout = self._sample(model, tokens_BT, documents_BT, forks_BK, generator)
-        branching = args.branching(tokens_BT.shape[1])
+        rollout = self._sample(model, inputs, forks_BK, generator, dataclasses.replace(args.sampling(), epsilon=0.0))
+        branching = self._branching(tokens_BT, rollout)
         control = random_thoughts(forks_BK, branching, self.vocabulary, generator)
-        both = Rollout(forks_BK, *(torch.cat(pair, 2) for pair in ((rollout.thoughts_BKGL, control), (rollout.lengths_BKG,) * 2, (rollout.logps_BKGL,) * 2)))
+        both = Rollout(
+            forks_BK, torch.cat([rollout.thoughts_BKGL, control], 2), torch.cat([rollout.lengths_BKG] * 2, 2), torch.cat([rollout.logps_BKGL] * 2, 2)
+        )
         tree = ThoughtTree(documents_BT, forks_BK, dataclasses.replace(branching, num_generations=2 * args.num_generations), both.lengths_BKG)
         scores = self._score(model, tree, tokens_BT, labels_BT, both)
         speech = speak(scores, both, args.stop, 0.0, args.blind)
@@ -241,6 +296,11 @@ class ThinkTokTrainer(SFTTrainer):
         """Labels, without those that are no real token: the guard, should a text contain it."""
         labels_BT = inputs["labels"]
         return torch.where((inputs["documents"] >= 0) & (labels_BT < self.vocabulary.num_real), labels_BT, -100)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if not self.plain:
+            self._signature_columns += [column for column in TASK_COLUMNS if column not in self._signature_columns]
 
     def _next_micro_step(self) -> int:
         """How many forwards this optimizer step, or this evaluation, has had before this one."""
@@ -285,7 +345,7 @@ class ThinkTokTrainer(SFTTrainer):
         return self.accelerator.gather(value.detach()[None]).mean()
 
     def _record(
-        self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout, scores: TreeScores
+        self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, scores: TreeScores
     ) -> None:
         """Averages the metrics over ranks and flags a step that is not finite: one synchronisation for all."""
         real_tokens = (tree.documents_BT >= 0).sum()
@@ -297,6 +357,10 @@ class ThinkTokTrainer(SFTTrainer):
         for name, value in zip(metrics, means, strict=True):
             if math.isfinite(value):  # one skipped step must not blank the average of a log
                 self._metrics["train"][name].append(value)
+        if self.curriculum is not None and "accuracy" in metrics:
+            accuracy = means[list(metrics).index("accuracy")]
+            self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), accuracy)
+            self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
         ranks = len(gathered)
         self._total_train_tokens += int(tokens * ranks)
         self._tokens_since += tokens * ranks
@@ -305,7 +369,7 @@ class ThinkTokTrainer(SFTTrainer):
         if self.args.log_completions and tree.num_forks:
             gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None]).detach() / np.log(2)
             self._printable = sample_thoughts_to_print(
-                tokens_BT, rollout, tree.judged_labels(labels_BT), gains_BKG, self.vocabulary.first_id, self.args.num_completions_to_print
+                inputs["input_ids"], rollout, tree.judged_labels(labels_BT), gains_BKG, self.vocabulary.first_id, self.args.num_completions_to_print
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -335,14 +399,60 @@ class ThinkTokTrainer(SFTTrainer):
             found = ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))
             if found != self.vocabulary:
                 raise ValueError(f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was.")
+        if folder and not self.plain and (parts := self._stateful()):
+            state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """With a speaker, two ordinary checkpoints: the thinker's, and the speaker's in a folder of it."""
+        if self.args.policies != "split" or self.plain:
+            super()._save(output_dir, state_dict)
+            return
+        folder, weights = output_dir or self.args.output_dir, self.model.state_dict() if state_dict is None else state_dict
+        theirs = {name.removeprefix("speaker."): value for name, value in weights.items() if name.startswith("speaker.")}
+        super()._save(output_dir, {name: value for name, value in weights.items() if not name.startswith("speaker.")})
+        self.model.speaker.save_pretrained(os.path.join(folder, "speaker"), state_dict=theirs)
+        self.processing_class.save_pretrained(os.path.join(folder, "speaker"))
+
+    def _load_from_checkpoint(self, folder: str, model=None) -> None:
+        super()._load_from_checkpoint(folder, model)
+        if self.args.policies == "split" and not self.plain:
+            saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, "speaker"), dtype=self.model.speaker.dtype)
+            self.model.speaker.load_state_dict(saved.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What else a resumed run needs to go on as if it had never stopped: running frequencies, and the levels passed."""
+        super()._save_rng_state(output_dir)
+        if not self.plain and self.args.should_save:
+            state = {name: part.state_dict() for name, part in self._stateful().items()}
+            torch.save(state, os.path.join(output_dir, STATE_FILE))
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def create_optimizer(self, *args, **kwargs):
+        """The speaker's parameters in groups of their own where its learning rate differs."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.speaker_learning_rate is not None:
+            spoken = {id(parameter) for parameter in self.model.speaker.parameters()}
+            for group in list(optimizer.param_groups):
+                theirs = [parameter for parameter in group["params"] if id(parameter) in spoken]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in spoken]
+                optimizer.param_groups.append({**group, "params": theirs, "lr": self.args.speaker_learning_rate})
+        return optimizer
+
     def _get_train_sampler(self, dataset=None):
-        """With `num_iterations` every batch of an optimizer step comes again, in the same order, as often."""
-        if self.plain or self.args.num_iterations == 1:
+        """With a curriculum rows come level by level. With `num_iterations` every batch of an optimizer step comes again, in the same order, as often."""
+        if self.plain or (self.args.num_iterations == 1 and self.curriculum is None):
             return super()._get_train_sampler(dataset)
         dataset = self.train_dataset if dataset is None else dataset
         batch = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        if self.curriculum is not None:
+            levels_D = np.asarray(dataset["level"])
+            return LevelSampler(levels_D, self.curriculum, batch, self.args.curriculum_replay, self.args.max_steps, self.args.seed)
         return RepeatSampler(dataset, mini_repeat_count=1, batch_size=batch, repeat_count=self.args.num_iterations, seed=self.args.seed)
 
 
@@ -350,57 +460,3 @@ def _text_loss(scores: TreeScores, num_items_in_batch: Tensor | int | None, rank
     """Cross-entropy of the text itself over real rows; the normaliser is TRL's."""
     count = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
     return -scores.trunk_logps_BT.sum() / torch.as_tensor(count).clamp(min=1) * ranks
-
-
-def _check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: dict[str, Any]) -> None:
-    """What can be refused before a model is loaded."""
-    if not isinstance(args, ThinkTokConfig):
-        raise TypeError(f"args is a {type(args).__name__}; ThinkTokTrainer needs a ThinkTokConfig.")
-    if train_dataset is None:
-        raise ValueError("train_dataset is missing: pass a datasets.Dataset or IterableDataset of text.")
-    for name, dataset in {"train": train_dataset, **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})}.items():
-        if dataset is not None:
-            check_dataset(dataset, name, args, formatting_func is not None)
-    if args.thinks and args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
-        raise ValueError("num_iterations > 1 needs batches that can come again: use a map-style data set, or num_iterations=1.")
-    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
-        if args.num_think_tokens != 0 and kwargs.get(name) is not None:
-            raise ValueError(f"{name} is not supported with thinking: the logits are never made. Leave it out; evaluate() reports likelihoods and gains.")
-    if args.num_think_tokens != 0 and kwargs.get("data_collator") is not None:
-        raise ValueError("data_collator is not supported with thinking: the tree needs each row's documents. Leave it out.")
-    if torch.cuda.device_count() > 1 and args.n_gpu > 1:
-        raise ValueError(
-            "Several GPUs in one process would use nn.DataParallel, which is not supported: start with `accelerate launch`, or set "
-            "CUDA_VISIBLE_DEVICES to one GPU."
-        )
-    if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
-        raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
-
-
-def _load(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: ThinkTokConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
-    options = dict(args.model_init_kwargs or {})
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
-    try:
-        config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
-    except OSError as error:
-        raise ValueError(f"There is no model at {model!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
-    check_supported(config)
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **where)
-    if args.num_think_tokens != 0:
-        rows = None if isinstance(model, str) else model.get_input_embeddings().weight.shape[0]
-        check_vocabulary(config, tokenizer, args.num_think_tokens, rows)
-    attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
-    if args.num_think_tokens != 0 and "flash" in (attention or ""):
-        raise ValueError(f"attn_implementation={attention} cannot take a tree's mask: use sdpa or eager.")
-    if isinstance(model, str):
-        model = create_model_from_path(model, **options)
-    return model, tokenizer
-
-
-def _sample_text(dataset: Dataset | IterableDataset, column: str, count: int = 64):
-    """Rows of the training text to calibrate thinking rows on, or the built-in sample where rows are no plain text."""
-    rows = list(dataset.take(count))
-    return [row[column][:4096] for row in rows] if isinstance(rows[0].get(column), str) else SAMPLE_TEXT

@@ -173,6 +173,26 @@ class ThoughtTree:
         branches = torch.arange(self.num_forks * self.branching.num_generations, device=self.valid_BS.device)
         return self.trunk_length + branches * self.branching.width
 
+    @property
+    def _depth_S(self) -> Tensor:
+        """0 on the trunk, then 1 to W along each branch; the same in every row."""
+        return self._depth_BS[0] if len(self._depth_BS) else self._depth_BS.new_zeros(self.num_nodes)
+
+    @property
+    def thinker_nodes(self) -> Tensor:
+        """The nodes that whoever only thinks has to read: the text and the thoughts, `[Q]`."""
+        return (self._depth_S <= self.branching.max_length).nonzero()[:, 0]
+
+    @property
+    def speaks_S(self) -> Tensor:
+        """Where whoever only speaks can predict: everywhere, under `blind` in the rereading alone, `[S]` bool."""
+        return (self._depth_S > self.branching.max_length) if self.branching.blind else torch.ones_like(self._depth_S, dtype=torch.bool)
+
+    @property
+    def speaker_nodes(self) -> Tensor:
+        """The nodes that whoever only speaks has to read, `[Q]`."""
+        return self.speaks_S.nonzero()[:, 0]
+
     def prefixes(self) -> Tensor:
         """The node that ends each thought prefix z_1..z_l, `[B, K, G, L+1]`; l = 0 is the fork itself."""
         groups, length = self.branching.num_generations, self.branching.max_length

@@ -209,7 +209,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", BY_HAND)
 def test_rewards_are_means_over_the_judged_tokens(name):
     said = judgement()
     rewards = REWARDS[name](**said, thoughts=None, lengths=None, targets=None)
@@ -221,7 +221,7 @@ def test_rewards_are_means_over_the_judged_tokens(name):
                 assert rewards[b, k, g].item() == pytest.approx(sum(values) / max(len(values), 1), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", BY_HAND)
 def test_rewards_ignore_tokens_that_are_not_there(name):
     said = judgement()
     other = said | {

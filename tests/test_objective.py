@@ -16,7 +16,7 @@ from hf_thinktok.losses import stopping_logps
 from hf_thinktok.objective import credit, speak, thinking_loss
 from hf_thinktok.rewards import resolve_rewards
 from hf_thinktok.rollout import Rollout, sample_thoughts
-from hf_thinktok.scores import head_inputs, read_scores
+from hf_thinktok.scores import score_tree
 from hf_thinktok.tokens import ThinkingVocabulary
 from hf_thinktok.tree import Branching, ThoughtTree
 
@@ -128,10 +128,10 @@ def tree_scores(model, outcomes, config, fork=FORK):
     forks, documents = torch.tensor([[fork]]), torch.zeros_like(TEXT)
     tree = ThoughtTree(documents, forks, Branching(len(outcomes), L, config.lookahead, config.blind), lengths)
     rollout = Rollout(forks, thoughts, lengths, torch.zeros(thoughts.shape))
-    head = head_inputs(tree, TEXT, every_prefix=config.stop == "learned" or config.advantage == "token")
-    out = TreeEngine()(model, tree, tree.tokens(TEXT, thoughts), head)
+    run = functools.partial(TreeEngine(), model, tree, tree.tokens(TEXT, thoughts))
+    scores = score_tree(run, tree, TEXT, rollout, VOCABULARY, config.temperature, config.needs_every_prefix, config.needs_gate)
     places, _ = tree.judged(TEXT)
-    return read_scores(out, tree, head, TEXT, rollout, VOCABULARY, config.temperature), rollout, TEXT.gather(1, places[0])[None]
+    return scores, rollout, TEXT.gather(1, places[0])[None]
 
 
 def pick(scores, rollout, members):
@@ -308,9 +308,8 @@ def test_mean_of_drawn_gradients(model, make_config, stop, options, draws):
     for _ in range(draws):
         rollout = sample_thoughts(TreeEngine(), model, tokens, documents, forks, config.branching(TEXT.shape[1]), config.sampling(), VOCABULARY, generator)
         tree = ThoughtTree(documents, forks, config.branching(TEXT.shape[1]), rollout.lengths_BKG)
-        head = head_inputs(tree, tokens, every_prefix=stop == "learned")
-        out = TreeEngine()(model, tree, tree.tokens(tokens, rollout.thoughts_BKGL), head)
-        scores = read_scores(out, tree, head, tokens, rollout, VOCABULARY, 1.0)
+        run = functools.partial(TreeEngine(), model, tree, tree.tokens(tokens, rollout.thoughts_BKGL))
+        scores = score_tree(run, tree, tokens, rollout, VOCABULARY, 1.0, config.needs_every_prefix, config.needs_gate)
         places = tree.judged(tokens)[0]
         labels = tokens.gather(1, places.flatten(1)).view_as(places)
         projections.append(gradient(model, loss_of(scores, rollout, labels, config)[0]) @ directions)

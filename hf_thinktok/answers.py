@@ -1,0 +1,88 @@
+"""Answers to questions with one right completion: thinking greedily, with random thoughts, and without any.
+
+Shape suffixes as in tree.py; D rows of a data set.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .engine import evaluating
+from .objective import speak
+from .rollout import Rollout, Sampling, random_thoughts
+from .tree import ThoughtTree
+
+HOW = ("think", "random", "none")
+
+
+@dataclass
+class Answers:
+    """What came of each row, in the order of the data.
+
+    Attributes:
+        correct_D: whether every token of the completion was the model's first choice.
+        thoughts_DL: the thoughts, numbers from 0, padded with -1.
+        lengths_D: (expected) thinking tokens.
+        logps_D: log-probability of the completion, nats.
+    """
+
+    correct_D: np.ndarray
+    thoughts_DL: np.ndarray
+    lengths_D: np.ndarray
+    logps_D: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct_D.mean())
+
+
+@torch.no_grad()
+def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256, seed: int = 0) -> Answers:
+    """Answers every row of a tokenised data set, rows of one thought length together.
+
+    Args:
+        trainer: a `ThinkTokTrainer`; its options say how thoughts end.
+        dataset: columns `input_ids`, `labels` (-100 before the completion) and, where thoughts have given lengths, `think_length`.
+        how: `think`: the most likely thinking token at each step. `random`: uniformly random thoughts of the same lengths. `none`: no thought at all.
+        seed: of the random thoughts.
+    """
+    args, model, vocabulary = trainer.args, trainer.model, trainer.vocabulary
+    device = trainer.accelerator.device
+    generator = torch.Generator(device).manual_seed(seed)
+    sampling = Sampling(top_k=1, draw_stops=args.stop == "sampled", min_length=int(args.blind), filler=args.thoughts == "filler")
+    if "labels" not in dataset.column_names:
+        raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
+    columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
+    rows = dataset.select_columns(columns)
+    lengths_D = np.asarray(rows["think_length"]) if "think_length" in columns else np.full(len(rows), args.max_think_length)
+    order_D = np.argsort(lengths_D, kind="stable")
+    correct_D, logps_D, spent_D = np.zeros(len(rows), bool), np.zeros(len(rows)), np.zeros(len(rows))
+    thoughts_DL = np.full((len(rows), max(int(lengths_D.max()), 1) if args.stop == "fixed" else args.max_think_length), -1)
+    with evaluating(model), trainer.accelerator.autocast():
+        for index in np.array_split(order_D, max(1, len(rows) // batch_size)):
+            inputs = {name: value.to(device) for name, value in trainer.data_collator(list(rows.select(index))).items()}
+            if how == "none":
+                inputs["think_length"] = torch.zeros(len(index), dtype=torch.long, device=device)
+            labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
+            forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
+            rollout = trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1)
+            branching = trainer._branching(tokens_BT, rollout)
+            if how == "random":
+                rollout = dataclasses.replace(rollout, thoughts_BKGL=random_thoughts(forks_B1, branching, vocabulary, generator))
+            if how == "none":
+                rollout = Rollout.empty(forks_B1, branching)
+            tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
+            scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
+            speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)
+            mask_BH = scores.mask_BKH[:, 0]
+            right_BH = speech.correct_BKGH[:, 0, 0] > 0.5
+            correct_D[index] = ((right_BH | ~mask_BH).all(-1) & mask_BH.any(-1)).cpu().numpy()
+            logps_D[index] = torch.where(mask_BH, speech.logps_BKGH[:, 0, 0], 0.0).sum(-1).float().cpu().numpy()
+            spent_D[index] = speech.lengths_BKG[:, 0, 0].float().cpu().numpy()
+            said_BL = (rollout.thoughts_BKGL[:, 0, 0] - vocabulary.first_id).cpu().numpy()
+            there_BL = np.arange(said_BL.shape[1]) < rollout.lengths_BKG[:, 0, 0].cpu().numpy()[:, None]
+            thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
+    return Answers(correct_D, thoughts_DL, spent_D, logps_D)

@@ -1,0 +1,74 @@
+"""Harder rows when the easier ones are done: which level of a data set each step is drawn from.
+
+The level of a step depends on the seed, the step and the levels passed so far, so a resumed run draws the rows that the interrupted one would have drawn.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+# A data loader fetches ahead of training; a level that is passed takes effect so many steps later, in an interrupted run as in one that was not.
+LAG = 2
+# Weight of a step's accuracy in its running average.
+RATE = 0.05
+
+
+class Curriculum:
+    """The current level, from the running accuracy at it.
+
+    Args:
+        levels: those of the data set, ascending.
+        threshold: running accuracy at which the next level begins.
+    """
+
+    def __init__(self, levels: list[int], threshold: float):
+        self.levels, self.threshold = levels, threshold
+        self.begins = [0]  # the step at which each reached level begins
+        self.accuracy: dict[int, float] = {}
+
+    def reached(self, step: int) -> list[int]:
+        """The levels that are drawn from at a step; the last is the current one."""
+        return self.levels[: sum(begin <= step for begin in self.begins)]
+
+    def stage_step(self, step: int) -> int:
+        """Steps since the current level began: the clock of all schedules."""
+        return step - max(begin for begin in self.begins if begin <= step)
+
+    def observe(self, step: int, level: int, accuracy: float) -> None:
+        self.accuracy[level] = self.accuracy.get(level, 0.0) * (1 - RATE) + RATE * accuracy
+        last = self.levels[len(self.begins) - 1]
+        if self.accuracy.get(last, 0.0) >= self.threshold and len(self.begins) < len(self.levels):
+            self.begins.append(step + LAG)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begins": self.begins, "accuracy": self.accuracy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begins, self.accuracy = list(state["begins"]), dict(state["accuracy"])
+
+
+class LevelSampler(Sampler[int]):
+    """Row numbers, all of one level within an optimizer step.
+
+    Args:
+        levels_D: the level of each row.
+        batch: rows of an optimizer step over all ranks.
+        replay: part of the steps that goes to all reached levels alike; the rest goes to the current one.
+        steps: optimizer steps of the run.
+    """
+
+    def __init__(self, levels_D: np.ndarray, curriculum: Curriculum, batch: int, replay: float, steps: int, seed: int):
+        self.curriculum, self.batch, self.replay, self.steps, self.seed = curriculum, batch, replay, steps, seed
+        self.rows = {level: np.flatnonzero(levels_D == level) for level in curriculum.levels}
+
+    def __len__(self) -> int:
+        return self.steps * self.batch
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.steps):
+            random = np.random.default_rng([self.seed, step])
+            reached = self.curriculum.reached(step)
+            level = random.choice(reached) if random.random() < self.replay else reached[-1]
+            yield from random.choice(self.rows[level], self.batch).tolist()

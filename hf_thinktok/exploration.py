@@ -1,0 +1,120 @@
+r"""What makes a language form where there is none yet: schedules, coverage, balance, an entropy servo, and search.
+
+At the start thoughts say nothing, so the speaker learns nothing from them, so no reward tells them apart: uniform is a saddle. A frozen choice of a
+few thoughts is the other trap. The parts here keep a run out of both; `docs/lab_notebook.md` has what each is worth.
+
+Shape suffixes as in tree.py; P candidates.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Frequencies below this count as this: a bonus for never having been said has a limit.
+LEAST_FREQUENCY = 1e-4
+# Thoughts are counted one by one up to so many, and by a hash of as many values beyond.
+LARGEST_TABLE = 2**20
+# The servo's gain and its bounds on the weight of the entropy.
+SERVO_GAIN, SERVO_LIMIT = 0.5, 0.5
+
+
+def scheduled(schedule: Sequence[float], step: int) -> float:
+    """The value of a schedule at a step: `[value]`, or `[start, end, steps]`, which goes linearly and then stays."""
+    if len(schedule) == 1:
+        return schedule[0]
+    start, end, steps = schedule
+    return start + (end - start) * min(1.0, step / steps)
+
+
+class Coverage:
+    """How often each whole thought is used, as a running average over steps.
+
+    Args:
+        num_tokens, max_length: N and L.
+        decay: what remains of the average at each update.
+    """
+
+    def __init__(self, num_tokens: int, max_length: int, decay: float, device: torch.device):
+        self.radix, self.length, self.decay = num_tokens + 1, max_length, decay  # one more symbol for "ended before"
+        self.size = min(self.radix**max_length, LARGEST_TABLE)
+        self.frequency_C = torch.full((self.size,), 1 / min(num_tokens**max_length, LARGEST_TABLE), device=device)
+
+    def codes(self, choices: Tensor, lengths: Tensor) -> Tensor:
+        """A number for each whole thought: choices `[..., L]` from 0, lengths `[...]`."""
+        said = torch.where(torch.arange(choices.shape[-1], device=choices.device) < lengths[..., None], choices, self.radix - 1)
+        code = torch.zeros_like(lengths)
+        for place in range(choices.shape[-1]):  # L small integer operations
+            code = (code * self.radix + said[..., place]) % (2**40)
+        return code if self.radix**self.length <= LARGEST_TABLE else (code * 2654435761 % 2**40) % self.size
+
+    def update(self, codes: Tensor, valid: Tensor, total=lambda counts: counts) -> None:
+        """Counts the thoughts of a batch; `total` sums counts over ranks."""
+        counts_C = total(torch.bincount(codes[valid], minlength=self.size).float())
+        self.frequency_C = self.decay * self.frequency_C + (1 - self.decay) * counts_C / counts_C.sum().clamp(min=1)
+
+    def rarity(self, codes: Tensor) -> Tensor:
+        """-log of the frequency, nats."""
+        return -self.frequency_C[codes].clamp(min=LEAST_FREQUENCY).log()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"frequency": self.frequency_C}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.frequency_C = state["frequency"].to(self.frequency_C)
+
+
+def thought_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor) -> Tensor:
+    """Mean entropy of the next thinking token, nats."""
+    logps = think_logits_BKGLN.log_softmax(-1)
+    entropy_BKGL = -(logps.exp() * logps).sum(-1)
+    return (entropy_BKGL * mask_BKGL).sum() / mask_BKGL.sum().clamp(min=1)
+
+
+def marginal_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor, choices_BKGL: Tensor | None = None) -> Tensor:
+    """Entropy of the batch's mean choice at each position, nats, averaged over positions by how often they are reached.
+
+    Args:
+        choices_BKGL: with the thoughts (from 0), the mean is taken given the token before, so that copying one varied token L times earns nothing.
+    """
+    num_positions, num_tokens = think_logits_BKGLN.shape[-2:]
+    context_BKGL = torch.arange(num_positions, device=mask_BKGL.device).expand(mask_BKGL.shape)
+    if choices_BKGL is not None:
+        before_BKGL = torch.cat([torch.zeros_like(choices_BKGL[..., :1]), choices_BKGL[..., :-1]], -1)
+        context_BKGL = context_BKGL * num_tokens + before_BKGL
+    num_contexts = num_positions * (1 if choices_BKGL is None else num_tokens)
+    mask_M = mask_BKGL.flatten()
+    probabilities_MN = think_logits_BKGLN.softmax(-1).flatten(0, -2) * mask_M[:, None]
+    sums_CN = probabilities_MN.new_zeros(num_contexts, num_tokens).index_add(0, context_BKGL.flatten(), probabilities_MN)
+    counts_C = sums_CN.detach().sum(-1)
+    mean_CN = sums_CN / counts_C.clamp(min=1e-6)[:, None]
+    entropy_C = -(mean_CN * mean_CN.clamp(min=1e-9).log()).sum(-1)
+    return (entropy_C * counts_C).sum() / counts_C.sum().clamp(min=1e-6)
+
+
+def entropy_servo(entropy: Tensor, target: float) -> Tensor:
+    """The weight of an entropy bonus that drives the entropy to its target from both sides: negative above it, positive below."""
+    return (SERVO_GAIN * (target - entropy.detach())).clamp(-SERVO_LIMIT, SERVO_LIMIT)
+
+
+def candidate_thoughts(sampled_ML: Tensor, num_candidates: int, random_part: float, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """Thoughts to search among, `[P, L]` from 0: all there are if they are no more than asked for, else some of the batch's own and some random ones."""
+    length, device = sampled_ML.shape[-1], sampled_ML.device
+    if num_tokens**length <= num_candidates:
+        return all_thoughts(num_tokens, length, device)
+    num_random = round(random_part * num_candidates)
+    picked = torch.randint(len(sampled_ML), (num_candidates - num_random,), generator=generator, device=device)
+    random_PL = torch.randint(num_tokens, (num_random, length), generator=generator, device=device)
+    return torch.cat([sampled_ML[picked], random_PL])
+
+
+def all_thoughts(num_tokens: int, length: int, device: torch.device) -> Tensor:
+    """Every thought of a length, `[N**L, L]` from 0."""
+    numbers_P = torch.arange(num_tokens**length, device=device)
+    return torch.stack([numbers_P // num_tokens**place % num_tokens for place in reversed(range(length))], -1)
+
+
+def entropy_unit(num_tokens: int) -> float:
+    """ln N: entropies are asked for as parts of it."""
+    return math.log(num_tokens) if num_tokens > 1 else 1.0

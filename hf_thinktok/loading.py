@@ -1,0 +1,71 @@
+"""From the trainer's arguments to a model and a tokenizer, refused with one sentence where they do not fit."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._compat import create_model_from_path
+from .architectures import check_supported
+from .config import ThinkTokConfig
+from .data import check_dataset
+from .tokens import SAMPLE_TEXT, check_vocabulary
+
+
+def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: dict[str, Any]) -> None:
+    """What can be refused before a model is loaded."""
+    if not isinstance(args, ThinkTokConfig):
+        raise TypeError(f"args is a {type(args).__name__}; ThinkTokTrainer needs a ThinkTokConfig.")
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing: pass a datasets.Dataset or IterableDataset of text.")
+    for name, dataset in {"train": train_dataset, **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})}.items():
+        if dataset is not None:
+            check_dataset(dataset, name, args, formatting_func is not None)
+    if args.thinks and args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
+        raise ValueError("num_iterations > 1 needs batches that can come again: use a map-style data set, or num_iterations=1.")
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        if args.num_think_tokens != 0 and kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not supported with thinking: the logits are never made. Leave it out; evaluate() reports likelihoods and gains.")
+    if args.num_think_tokens != 0 and kwargs.get("data_collator") is not None:
+        raise ValueError("data_collator is not supported with thinking: the tree needs each row's documents. Leave it out.")
+    if torch.cuda.device_count() > 1 and args.n_gpu > 1:
+        raise ValueError(
+            "Several GPUs in one process would use nn.DataParallel, which is not supported: start with `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
+        raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
+
+
+def load_model(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: ThinkTokConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
+    options = dict(args.model_init_kwargs or {})
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
+    try:
+        config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
+    except OSError as error:
+        raise ValueError(f"There is no model at {model!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
+    check_supported(config)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **where)
+    if args.num_think_tokens != 0:
+        rows = None if isinstance(model, str) else model.get_input_embeddings().weight.shape[0]
+        check_vocabulary(config, tokenizer, args.num_think_tokens, rows)
+    attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
+    if args.num_think_tokens != 0 and "flash" in (attention or ""):
+        raise ValueError(f"attn_implementation={attention} cannot take a tree's mask: use sdpa or eager.")
+    if isinstance(model, str):
+        model = create_model_from_path(model, **options)
+    return model, tokenizer
+
+
+def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, count: int = 64):
+    """Rows of the training text to calibrate thinking rows on, or the built-in sample where rows are no plain text."""
+    rows = list(dataset.take(count))
+    if isinstance(rows[0].get(column), str):
+        return [row[column][:4096] for row in rows]
+    return tokenizer.batch_decode([row["input_ids"][:1024] for row in rows]) if "input_ids" in rows[0] else SAMPLE_TEXT

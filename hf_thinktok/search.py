@@ -1,0 +1,132 @@
+"""Better candidates than the policy's own: one thought of each group is the best of many for the text that follows.
+
+Nobody supervises the thought: the candidates are the policy's own samples and random thoughts, and the speaker's likelihood chooses.
+
+Shape suffixes as in tree.py; P candidates.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .engine import evaluating
+from .exploration import Coverage, all_thoughts, candidate_thoughts, scheduled
+from .rollout import Rollout, Sampling
+from .tokens import ThinkingVocabulary
+from .tree import ThoughtTree
+
+
+class Explorer:
+    """The thoughts to learn from: the policy's, and where asked for a better one in each group, or the data's own.
+
+    Args:
+        trainer: a `ThinkTokTrainer`, for its options and its passes over a tree.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.args, self.vocabulary = trainer, trainer.args, trainer.vocabulary
+        wanted = any(self.args.coverage_coef[:2])
+        num_tokens, length, device = self.vocabulary.num_tokens, self.args.max_think_length, trainer.accelerator.device
+        self.coverage = Coverage(num_tokens, length, self.args.coverage_decay, device) if wanted else None
+
+    def __call__(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling) -> Rollout:
+        args, first = self.args, self.vocabulary.first_id
+        if rollout.forks_BK.shape[1] == 0:
+            return rollout
+        if args.supply_thoughts:
+            given_B1L = inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
+            thoughts_BKGL = torch.cat([(first + given_B1L)[:, :, None], rollout.thoughts_BKGL[:, :, 1:]], 2)
+            rollout = replace(rollout, thoughts_BKGL=thoughts_BKGL, supplied=True)
+        if args.search and (args.search_until is None or self.trainer.state.global_step < args.search_until):
+            rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling)
+        if self.coverage is not None:
+            codes_BKG = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)
+            there_BKG = (rollout.forks_BK >= 0)[..., None].expand_as(codes_BKG)
+            self.coverage.update(codes_BKG, there_BKG, self.trainer.accelerator.reduce)
+            rollout = replace(rollout, rarity_BKG=self.coverage.rarity(codes_BKG))
+        return rollout
+
+    def _search(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling) -> Rollout:
+        args, trainer, tokens_BT = self.args, self.trainer, inputs["input_ids"]
+        coefficient = scheduled(args.coverage_coef, trainer.schedule_step)
+
+        def bonus(choices: Tensor) -> Tensor:
+            if self.coverage is None:
+                return choices.new_zeros(choices.shape[:-1], dtype=torch.float32)
+            lengths = torch.full(choices.shape[:-1], choices.shape[-1], device=choices.device)
+            return coefficient * self.coverage.rarity(self.coverage.codes(choices, lengths))
+
+        def tree_of(candidates: Rollout) -> ThoughtTree:
+            return ThoughtTree(inputs["documents"], candidates.forks_BK, trainer._branching(tokens_BT, candidates), candidates.lengths_BKG)
+
+        def value(candidates: Rollout) -> Tensor:
+            with evaluating(model):
+                scores = trainer._score(model, tree_of(candidates), tokens_BT, labels_BT, candidates)
+            return torch.where(scores.mask_BKH[:, :, None], scores.logps_BKGH, 0.0).sum(-1)
+
+        def sample(count: int) -> Rollout:
+            return trainer._sample(model, inputs, rollout.forks_BK, generator, sampling, count)
+
+        with trainer.accelerator.autocast():
+            if args.blind:
+                targets_BK = tree_of(rollout).judged_labels(labels_BT)[..., 0]
+                return best_shared_thoughts(
+                    model, args.policies == "split", rollout, targets_BK, args.search, args.search_random, self.vocabulary, bonus, generator
+                )
+            return best_own_thoughts(sample, value, rollout, args.search, args.search_random, self.vocabulary, bonus, generator)
+
+
+@torch.no_grad()
+def best_shared_thoughts(
+    model, split: bool, rollout: Rollout, targets_BK: Tensor, num_candidates: int, random_part: float, vocabulary: ThinkingVocabulary, bonus, generator
+) -> Rollout:
+    """Under `blind` a thought is worth the same to every text that goes on alike, so all forks of the batch share their candidates.
+
+    One pass of the speaker over P short rows scores every candidate for every fork.
+
+    Args:
+        targets_BK: the judged token of each fork, negative where there is none.
+        bonus: gives the coverage bonus of choices `[P, L]` from 0.
+    """
+    sampled_ML = (rollout.thoughts_BKGL - vocabulary.first_id)[rollout.forks_BK >= 0].flatten(0, -2)
+    candidates_PL = candidate_thoughts(sampled_ML, num_candidates, random_part, vocabulary.num_tokens, generator)
+    with evaluating(model):
+        logits_PV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, **({"speaks": True} if split else {})).logits[:, -1]
+    logps_PV = logits_PV[:, : vocabulary.num_real].float().log_softmax(-1)
+    values_PBK = logps_PV[:, targets_BK.clamp(min=0)] + bonus(candidates_PL)[:, None, None]
+    best_BKL = vocabulary.first_id + candidates_PL[values_PBK.argmax(0)]
+    return _with_first(rollout, best_BKL, targets_BK >= 0)
+
+
+@torch.no_grad()
+def best_own_thoughts(
+    sample, value, rollout: Rollout, num_candidates: int, random_part: float, vocabulary: ThinkingVocabulary, bonus, generator: torch.Generator
+) -> Rollout:
+    """Best of n at every fork by itself; every thought that exists where there are no more than n.
+
+    Args:
+        sample: gives a rollout with so many thoughts at each fork.
+        value: gives the log-likelihood `[B, K, P]` of the judged text after each thought of a rollout.
+        bonus: as in `best_shared_thoughts`, for `[B, K, P, L]`.
+    """
+    length = rollout.thoughts_BKGL.shape[-1]
+    if vocabulary.num_tokens**length <= num_candidates:
+        every_PL = vocabulary.first_id + all_thoughts(vocabulary.num_tokens, length, rollout.thoughts_BKGL.device)
+        thoughts_BKPL = every_PL.expand(*rollout.forks_BK.shape, -1, -1)
+    else:
+        thoughts_BKPL = sample(num_candidates).thoughts_BKGL
+        num_random = round(random_part * num_candidates)
+        random = torch.randint(vocabulary.num_tokens, thoughts_BKPL[:, :, :num_random].shape, generator=generator, device=thoughts_BKPL.device)
+        thoughts_BKPL = torch.cat([vocabulary.first_id + random, thoughts_BKPL[:, :, num_random:]], 2)
+    lengths_BKP = rollout.lengths_BKG[:, :, :1].expand(thoughts_BKPL.shape[:-1])
+    candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device))
+    values_BKP = value(candidates) + bonus(thoughts_BKPL - vocabulary.first_id)
+    best_BK1L = values_BKP.argmax(-1)[..., None, None].expand(-1, -1, 1, length)
+    return _with_first(rollout, thoughts_BKPL.gather(2, best_BK1L)[:, :, 0], rollout.forks_BK >= 0)
+
+
+def _with_first(rollout: Rollout, thought_BKL: Tensor, valid_BK: Tensor) -> Rollout:
+    """The rollout with the first thought of each group replaced."""
+    first_BKL = torch.where(valid_BK[..., None], thought_BKL, rollout.thoughts_BKGL[:, :, 0])
+    return replace(rollout, thoughts_BKGL=torch.cat([first_BKL[:, :, None], rollout.thoughts_BKGL[:, :, 1:]], 2))

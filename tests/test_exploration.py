@@ -1,0 +1,149 @@
+"""Schedules, coverage, balance, the servo, curricula: against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_thinktok.curriculum import LAG, Curriculum, LevelSampler
+from hf_thinktok.exploration import Coverage, all_thoughts, candidate_thoughts, entropy_servo, marginal_entropy, scheduled, thought_entropy
+
+CPU = torch.device("cpu")
+
+
+@given(start=st.floats(0, 2), end=st.floats(0, 2), steps=st.integers(1, 50), step=st.integers(0, 100))
+def test_a_schedule_goes_from_start_to_end_and_stays(start, end, steps, step):
+    value = scheduled([start, end, steps], step)
+    assert min(start, end) - 1e-9 <= value <= max(start, end) + 1e-9
+    assert scheduled([start, end, steps], 0) == pytest.approx(start)
+    assert scheduled([start, end, steps], steps + step) == pytest.approx(end)
+    assert scheduled([start, end, 2 * steps], steps) == pytest.approx((start + end) / 2)
+    assert scheduled([start], step) == start
+
+
+@pytest.mark.parametrize(("num_tokens", "length"), [(3, 3), (10, 3), (7, 2)])
+def test_every_thought_of_every_length_has_a_code_of_its_own(num_tokens, length):
+    coverage = Coverage(num_tokens, length, 0.5, CPU)
+    codes = []
+    for ended in range(length + 1):
+        choices = torch.zeros(num_tokens**ended, length, dtype=torch.long)
+        if ended:
+            choices[:, :ended] = all_thoughts(num_tokens, ended, CPU)
+        choices[:, ended:] = 1  # whatever stands behind the end says nothing
+        codes += coverage.codes(choices, torch.full((len(choices),), ended)).tolist()
+    assert len(set(codes)) == len(codes) and max(codes) < coverage.size
+
+
+def test_thoughts_beyond_the_table_are_spread_over_it():
+    coverage = Coverage(256, 8, 0.5, CPU)
+    choices = torch.randint(256, (4096, 8), generator=torch.Generator().manual_seed(0))
+    codes = coverage.codes(choices, torch.full((4096,), 8))
+    assert 0 <= codes.min() and codes.max() < coverage.size
+    assert len(codes.unique()) > 4000
+
+
+def test_frequencies_are_a_running_average_and_the_rare_are_worth_more():
+    coverage = Coverage(4, 1, 0.75, CPU)
+    codes = torch.tensor([0, 0, 0, 1])
+    coverage.update(codes, torch.tensor([True, True, True, True]))
+    coverage.update(codes, torch.tensor([True, True, False, False]))
+    first, second = 0.25 * 0.75 + 0.25 * 0.75, 0.25 * 0.75 + 0.25 * 0.25
+    assert coverage.frequency_C[0].item() == pytest.approx(0.75 * first + 0.25)
+    assert coverage.frequency_C[1].item() == pytest.approx(0.75 * second)
+    rarity = coverage.rarity(torch.tensor([0, 1]))
+    assert rarity.tolist() == pytest.approx([-math.log(0.75 * first + 0.25), -math.log(0.75 * second)])
+    again = Coverage(4, 1, 0.75, CPU)
+    again.load_state_dict(coverage.state_dict())
+    assert torch.equal(again.rarity(codes), coverage.rarity(codes))
+
+
+def certain(thoughts, num_tokens):
+    """Logits of a policy that is certain of the given thoughts `[M, L]`, as `[M, 1, 1, L, N]`."""
+    return torch.nn.functional.one_hot(thoughts, num_tokens).float()[:, None, None] * 60
+
+
+def test_the_mean_choice_of_copied_tokens_is_varied_by_position_and_not_given_the_token_before():
+    copied = torch.arange(4)[:, None].expand(4, 3)
+    mask = torch.ones(4, 1, 1, 3, dtype=torch.bool)
+    by_position = marginal_entropy(certain(copied, 4), mask)
+    given_token = marginal_entropy(certain(copied, 4), mask, copied[:, None, None])
+    assert by_position.item() == pytest.approx(math.log(4), abs=1e-4)
+    assert given_token.item() == pytest.approx(math.log(4) / 3, abs=1e-4), "only the first position is free"
+
+
+def test_a_varied_code_is_balanced_given_the_token_before_too():
+    every = all_thoughts(3, 3, CPU)
+    mask = torch.ones(27, 1, 1, 3, dtype=torch.bool)
+    assert marginal_entropy(certain(every, 3), mask, every[:, None, None]).item() == pytest.approx(math.log(3), abs=1e-4)
+    assert thought_entropy(certain(every, 3), mask).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_thoughts_that_ended_are_not_counted():
+    thoughts = torch.tensor([[0, 1], [1, 1], [2, 1], [3, 1]])
+    ended = torch.tensor([[True, False]] * 4)[:, None, None]
+    assert marginal_entropy(certain(thoughts, 4), ended).item() == pytest.approx(math.log(4), abs=1e-4)
+    undecided = torch.zeros(4, 1, 1, 2, 4)
+    undecided[..., 1, :] = certain(thoughts, 4)[..., 1, :]
+    assert thought_entropy(undecided, ended).item() == pytest.approx(math.log(4), abs=1e-4)
+
+
+@pytest.mark.parametrize("start", [0.1, 3.0], ids=["undecided", "certain"])
+def test_the_servo_drives_the_entropy_to_its_target_from_both_sides(start):
+    logits = (start * torch.randn(8, 1, 1, 2, 6, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    mask, target = torch.ones(8, 1, 1, 2, dtype=torch.bool), 1.0
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    before = thought_entropy(logits, mask).item()
+    for _ in range(300):
+        entropy = thought_entropy(logits, mask)
+        (-entropy_servo(entropy, target) * entropy).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert abs(before - target) > 0.3
+    assert thought_entropy(logits, mask).item() == pytest.approx(target, abs=0.05)
+
+
+def test_all_thoughts_are_all():
+    assert sorted(map(tuple, all_thoughts(3, 2, CPU).tolist())) == [(a, b) for a in range(3) for b in range(3)]
+
+
+def test_candidates_are_all_where_they_fit_and_else_own_and_random():
+    generator = torch.Generator().manual_seed(0)
+    sampled = torch.full((5, 3), 9)
+    assert len(candidate_thoughts(sampled, 1000, 0.5, 10, generator)) == 1000
+    few = candidate_thoughts(sampled, 400, 0.25, 10, generator)
+    own = (few == 9).all(-1).sum().item()
+    assert len(few) == 400 and 300 <= own <= 303
+
+
+def test_a_level_begins_after_the_one_before_is_passed():
+    curriculum = Curriculum([1, 2, 5], threshold=0.9)
+    for step in range(100):
+        curriculum.observe(step, curriculum.reached(step)[-1], 1.0 if curriculum.reached(step)[-1] < 5 else 0.0)
+    passed = math.ceil(math.log(0.1) / math.log(0.95))  # steps of right answers until the running accuracy is 0.9
+    assert curriculum.begins == [0, passed - 1 + LAG, 2 * passed - 2 + 2 * LAG]
+    assert curriculum.reached(passed) == [1] and curriculum.reached(passed + 1) == [1, 2]
+    assert curriculum.stage_step(passed + 1) == 0 and curriculum.stage_step(99) == 99 - curriculum.begins[-1]
+
+
+def test_accuracy_on_easier_levels_passes_nothing():
+    curriculum = Curriculum([1, 2, 3], threshold=0.5)
+    curriculum.begins = [0, 10]
+    for step in range(10, 200):
+        curriculum.observe(step, 1, 1.0)
+    assert curriculum.begins == [0, 10]
+
+
+def test_rows_of_a_step_are_of_one_reached_level_and_do_not_depend_on_what_comes_later():
+    levels = np.repeat([1, 2, 3], 50)
+    curriculum = Curriculum([1, 2, 3], 0.9)
+    curriculum.begins = [0, 4, 30]
+    rows = list(LevelSampler(levels, curriculum, batch=6, replay=0.5, steps=40, seed=1))
+    assert len(rows) == 240
+    drawn = levels[np.array(rows)].reshape(40, 6)
+    assert (drawn == drawn[:, :1]).all()
+    assert (drawn[:4] == 1).all() and drawn[4:30].max() == 2 and drawn[30:].max() == 3
+    assert {1, 2} == set(drawn[4:30].flatten())
+    curriculum.begins = [0, 4]
+    assert list(LevelSampler(levels, curriculum, 6, 0.5, 40, 1))[:180] == rows[:180]

@@ -1,0 +1,298 @@
+"""Variants of one mechanism: who speaks, what is thought, where candidates come from. Against ordinary rows and brute force."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_thinktok.answers import answer
+from hf_thinktok.engine import ReplicatedEngine, TreeEngine
+from hf_thinktok.scores import score_tree
+from hf_thinktok.tree import ThoughtTree
+
+N = 4
+
+
+def questions(count=24, levels=(1, 2, 3)):
+    """Rows of one length with one answer each, and thoughts of `level - 1` tokens."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        level = levels[i % len(levels)]
+        ids = random.integers(10, 200, 6).tolist()
+        thoughts = random.integers(0, N, level - 1).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * 5 + ids[5:], "level": level, "think_length": level - 1, "thoughts": thoughts})
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def make(make_trainer):
+    """A trainer on questions, thoughts of given lengths."""
+
+    def build(rows=None, **options):
+        defaults = {"stop": "fixed", "num_forks": 1, "max_think_length": 2, "num_think_tokens": N, "per_device_train_batch_size": 4, "lookahead": 1}
+        return make_trainer(train_dataset=questions() if rows is None else rows, **defaults | options)
+
+    return build
+
+
+def batch_of(trainer, rows):
+    inputs = trainer.data_collator([rows[i] for i in range(len(rows))])
+    return inputs, trainer._labels(inputs)
+
+
+def one_rollout(trainer, inputs, labels):
+    """What the trainer would learn from at its first step."""
+    return trainer._rollout(trainer.model, inputs, labels, 0)
+
+
+def plain_logps(model, vocabulary, prompt, thought, target):
+    """log p(target | prompt, thought) over real rows, from an ordinary row."""
+    row = torch.tensor([[*prompt, *thought]])
+    return model(input_ids=row).logits[0, -1, : vocabulary.num_real].log_softmax(-1)[target]
+
+
+# ---------------------------------------------------------------- who speaks
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_split_reads_each_model_alone(make, blind):
+    """The speaker's predictions and the thinker's choices are those of each model on ordinary rows; so are their gradients."""
+    rows = questions(levels=(3,))
+    trainer = make(rows, policies="split", blind=blind)
+    with torch.no_grad():  # a copy of the thinker would hide a mix-up
+        for parameter in trainer.model.speaker.parameters():
+            parameter.mul_(1.2)
+    inputs, labels = batch_of(trainer, rows.select(range(3)))
+    rollout = one_rollout(trainer, inputs, labels)
+    tree = ThoughtTree(inputs["documents"], rollout.forks_BK, trainer._branching(inputs["input_ids"], rollout), rollout.lengths_BKG)
+    scores = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout)
+    thinker, speaker, vocabulary = trainer.model, trainer.model.speaker, trainer.vocabulary
+    for row, group in itertools.product(range(3), range(2)):
+        ids, thought = rows[row]["input_ids"], rollout.thoughts_BKGL[row, 0, group].tolist()
+        expected = plain_logps(speaker, vocabulary, [] if blind else ids[:5], thought, ids[5])
+        assert scores.logps_BKGH[row, 0, group, 0].item() == pytest.approx(expected.item(), abs=1e-4)
+        logits = thinker(input_ids=torch.tensor([[*ids[:5], *thought]])).logits[0, 4:-1, vocabulary.first_id : vocabulary.guard_id].log_softmax(-1)
+        chosen = logits.gather(1, torch.tensor(thought)[:, None] - vocabulary.first_id)[:, 0]
+        torch.testing.assert_close(scores.thought_logps_BKGL[row, 0, group], chosen, atol=1e-4, rtol=0)
+    scores.logps_BKGH.sum().backward(retain_graph=True)
+    assert all(p.grad is None or not p.grad.any() for name, p in thinker.named_parameters() if not name.startswith("speaker."))
+    thinker.zero_grad()
+    scores.thought_logps_BKGL.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in speaker.parameters())
+    # The replicated path is the oracle of the packed one.
+    again = score_tree(
+        lambda heads, nodes, speaks: ReplicatedEngine()(thinker, tree, tree.tokens(inputs["input_ids"], rollout.thoughts_BKGL), heads, nodes, speaks),
+        tree, labels, rollout, vocabulary, gate=False, split=True,
+    )  # fmt: skip
+    torch.testing.assert_close(again.logps_BKGH, scores.logps_BKGH, atol=1e-4, rtol=0)
+    assert isinstance(trainer.engine, TreeEngine)
+
+
+def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_bit(make, tmp_path):
+    options = {
+        "policies": "split", "blind": True, "search": 5, "coverage_coef": [0.3, 0.0, 10], "objective": "marginal", "speaker_learning_rate": 5e-3,
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rows": questions(levels=(3,)),
+    }  # fmt: skip
+    whole = make(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    again = make(output_dir=str(tmp_path / "again"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(whole.explore.coverage.frequency_C, again.explore.coverage.frequency_C)
+    assert {group["lr"] for group in whole.optimizer.param_groups} != {1e-3}
+    folder = tmp_path / "whole" / "checkpoint-4"
+    assert not any(name.startswith("speaker") for name in load_file(folder / "model.safetensors"))
+    for path, trained in ((folder, whole.model), (folder / "speaker", whole.model.speaker)):
+        plain = AutoModelForCausalLM.from_pretrained(path)
+        row = torch.arange(20)[None]
+        assert torch.equal(plain(input_ids=row).logits, trained.eval()(input_ids=row).logits)
+
+
+# ---------------------------------------------------------------- lengths, levels
+
+
+def test_thoughts_are_as_long_as_the_data_says(make):
+    rows = questions()
+    trainer = make(rows)
+    inputs, labels = batch_of(trainer, rows.select(range(6)))
+    rollout = one_rollout(trainer, inputs, labels)
+    assert rollout.lengths_BKG[:, 0, 0].tolist() == [0, 1, 2, 0, 1, 2]
+    tree = ThoughtTree(inputs["documents"], rollout.forks_BK, trainer._branching(inputs["input_ids"], rollout), rollout.lengths_BKG)
+    scores = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout)
+    for row in range(6):
+        ids, length = rows[row]["input_ids"], rows[row]["think_length"]
+        expected = plain_logps(trainer.model, trainer.vocabulary, ids[:5], rollout.thoughts_BKGL[row, 0, 1, :length].tolist(), ids[5])
+        assert scores.logps_BKGH[row, 0, 1, 0].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_curriculum_resumes_bit_for_bit(make, tmp_path):
+    options = {"curriculum_threshold": 1e-9, "curriculum_replay": 0.5, "max_steps": 8, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
+    whole = make(output_dir=str(tmp_path / "whole"), **options)
+    whole.curriculum.threshold = -1.0  # each level is passed as soon as it is seen
+    whole.train()
+    assert [entry["level"] for entry in whole.state.log_history if "level" in entry][-1] > 1, "the run must pass a level to be a test"
+    again = make(output_dir=str(tmp_path / "again"), **options)
+    again.curriculum.threshold = -1.0
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert again.curriculum.begins == whole.curriculum.begins
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- candidates
+
+
+@pytest.mark.parametrize("policies", ["shared", "split"])
+def test_blind_search_finds_the_best_of_all_thoughts(make, policies):
+    rows = questions(levels=(3,))
+    trainer = make(rows, blind=True, search=N**2, policies=policies)
+    inputs, labels = batch_of(trainer, rows.select(range(5)))
+    rollout = one_rollout(trainer, inputs, labels)
+    speaker = trainer.model.speaker if policies == "split" else trainer.model
+    every = [[trainer.vocabulary.first_id + z for z in thought] for thought in itertools.product(range(N), repeat=2)]
+    for row in range(5):
+        values = [plain_logps(speaker, trainer.vocabulary, [], thought, rows[row]["input_ids"][5]).item() for thought in every]
+        assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
+
+
+def test_search_finds_the_best_thought_for_each_text(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, search=N**2)
+    inputs, labels = batch_of(trainer, rows.select(range(5)))
+    rollout = one_rollout(trainer, inputs, labels)
+    every = [[trainer.vocabulary.first_id + z for z in thought] for thought in itertools.product(range(N), repeat=2)]
+    for row in range(5):
+        ids = rows[row]["input_ids"]
+        values = [plain_logps(trainer.model, trainer.vocabulary, ids[:5], thought, ids[5]).item() for thought in every]
+        assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
+
+
+def test_search_among_samples_is_no_worse_than_they_are(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, search=8, search_random=0.25, num_generations=4)
+    inputs, labels = batch_of(trainer, rows)
+    rollout = one_rollout(trainer, inputs, labels)
+    tree = ThoughtTree(inputs["documents"], rollout.forks_BK, trainer._branching(inputs["input_ids"], rollout), rollout.lengths_BKG)
+    logps = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout).logps_BKGH[:, 0, :, 0]
+    assert (logps[:, 0] > logps[:, 1:].mean(1)).float().mean() > 0.9
+
+
+def test_the_search_ends(make):
+    rows = questions(levels=(3,))
+    trainer, without = make(rows, search=N**2, search_until=3), make(rows)
+    inputs, labels = batch_of(trainer, rows.select(range(8)))
+    trainer.state.global_step = without.state.global_step = 3
+    assert torch.equal(one_rollout(trainer, inputs, labels).thoughts_BKGL, one_rollout(without, inputs, labels).thoughts_BKGL)
+    trainer._rollouts, trainer.state.global_step, without._rollouts, without.state.global_step = [], 2, [], 2
+    assert not torch.equal(one_rollout(trainer, inputs, labels).thoughts_BKGL, one_rollout(without, inputs, labels).thoughts_BKGL)
+
+
+def test_epsilon_greedy_draws_uniformly_at_one(make):
+    rows = questions(96, levels=(3,))
+    trainer = make(rows, epsilon_greedy=[1.0], num_generations=8)
+    with torch.no_grad():
+        weight = trainer.model.get_output_embeddings().weight
+        weight[trainer.vocabulary.first_id] *= 50  # a policy with one favourite
+    inputs, labels = batch_of(trainer, rows)
+    counts = torch.bincount(one_rollout(trainer, inputs, labels).thoughts_BKGL.flatten() - trainer.vocabulary.first_id, minlength=N)
+    assert (counts / counts.sum() - 1 / N).abs().max() < 0.05
+
+
+# ---------------------------------------------------------------- supplied thoughts, fillers, who learns
+
+
+def test_supplied_thoughts_teach_the_speaker_as_plain_text_would(make):
+    """Nothing but the data's own thought reaches the speaker: the gradient is that of cross-entropy on ordinary rows with the thought written in."""
+    rows = questions(levels=(3,)).select(range(4))
+    trainer = make(rows, supply_thoughts=True, num_generations=3, text_ce_weight=0.0, think_loss_weight=0.0, thought_ce_weight=0.5)
+    inputs, labels = batch_of(trainer, rows)
+    twin = copy.deepcopy(trainer.model)
+    del twin.forward
+    trainer.model.train(), twin.train()
+    trainer.compute_loss(trainer.model, inputs).backward()
+    first, losses = trainer.vocabulary.first_id, []
+    for row in rows:
+        thought = [first + z for z in row["thoughts"]]
+        logits = twin(input_ids=torch.tensor([[*row["input_ids"][:5], *thought]])).logits[0]
+        answer_logp = logits[-1, :first].log_softmax(-1)[row["input_ids"][5]]
+        thought_logps = logits[4:6, first : trainer.vocabulary.guard_id].log_softmax(-1).gather(1, torch.tensor(row["thoughts"])[:, None])
+        losses.append(-answer_logp - 0.5 * thought_logps.mean())
+    torch.stack(losses).mean().backward()
+    for (name, a), b in zip(trainer.model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_exact_rewards_the_data_s_own_thought_alone(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, supply_thoughts=True, num_generations=3, reward_funcs=["exact"])
+    inputs, labels = batch_of(trainer, rows.select(range(2)))
+    rollout = one_rollout(trainer, inputs, labels)
+    rollout.thoughts_BKGL[0, 0, 1] = rollout.thoughts_BKGL[0, 0, 0]
+    rollout.thoughts_BKGL[:, 0, 2] = trainer.vocabulary.first_id + (rollout.thoughts_BKGL[:, 0, 0] - trainer.vocabulary.first_id + 1) % N
+    values = trainer.rewards[0](rollout.thoughts_BKGL, rollout.lengths_BKG, supplied=rollout.thoughts_BKGL[:, :, 0])
+    assert values[0, 0].tolist() == [1, 1, 0] and values[1, 0, 0] == 1 and values[1, 0, 2] == 0
+
+
+def test_a_filler_says_nothing_and_trains_the_speaker(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, thoughts="filler", num_generations=1, text_ce_weight=0.0)
+    inputs, labels = batch_of(trainer, rows.select(range(4)))
+    assert (one_rollout(trainer, inputs, labels).thoughts_BKGL == trainer.vocabulary.first_id).all()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    filler = [trainer.vocabulary.first_id] * 2
+    expected = [-plain_logps(trainer.model, trainer.vocabulary, row["input_ids"][:5], filler, row["input_ids"][5]) for row in rows.select(range(4))]
+    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "speaks", "thinks"),
+    [({"freeze": "speaker"}, False, True), ({"freeze": "thinker"}, True, False), ({"alternate": [1, 1]}, True, False)],
+    ids=["freeze speaker", "freeze thinker", "alternate"],
+)
+def test_who_is_frozen_gets_no_gradient(make, options, speaks, thinks):
+    rows = questions(levels=(3,))
+    trainer = make(rows, policies="split", blind=True, text_ce_weight=0.0, num_generations=4, **options)
+    inputs, _ = batch_of(trainer, rows.select(range(8)))
+    trainer.model.train()
+    for step in range(2 if "alternate" in options else 1):
+        trainer.state.global_step = step
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        learns = {name.startswith("speaker.") for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-9}
+        assert learns == ({True} if speaks else set()) | ({False} if thinks else set())
+        speaks, thinks = not speaks, not thinks
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_answers_are_those_of_greedy_ordinary_rows(make):
+    rows = questions()
+    trainer = make(rows)
+    said = answer(trainer, rows)
+    first, guard = trainer.vocabulary.first_id, trainer.vocabulary.guard_id
+    for i, row in enumerate(rows):
+        ids = row["input_ids"][:5]
+        for _ in range(row["think_length"]):
+            ids.append(first + int(trainer.model(input_ids=torch.tensor([ids])).logits[0, -1, first:guard].argmax()))
+        logits = trainer.model(input_ids=torch.tensor([ids])).logits[0, -1, :first]
+        assert said.correct_D[i] == (logits.argmax().item() == row["input_ids"][5])
+        assert said.logps_D[i] == pytest.approx(logits.log_softmax(-1)[row["input_ids"][5]].item(), abs=1e-4)
+        assert [z for z in said.thoughts_DL[i].tolist() if z >= 0] == [z - first for z in ids[5:]]
+    without = answer(trainer, rows, "none")
+    assert (without.lengths_D == 0).all() and (without.thoughts_DL == -1).all()
+    assert answer(trainer, rows, "random").thoughts_DL.max() < N
+
+
+def test_answers_need_labels(make):
+    rows = questions()
+    with pytest.raises(ValueError, match="no `labels`"):
+        answer(make(rows), rows.remove_columns("labels"))
