@@ -84,12 +84,14 @@ class ThinkTokConfig(SFTConfig):
 
         A schedule is one number, or start, end and the steps between them; with a curriculum its clock starts again at each level.
 
+        think_start (`int`, defaults to `0`):
+            Step at which thinking begins; before it the model only learns the text. Schedules count from there.
         search (`int`, defaults to `0`):
             One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that.
         search_random (`float`, defaults to `0.5`):
             Part of the candidates that are uniformly random; the others are the policy's.
         search_until (`int`, *optional*):
-            Last step of the search.
+            Last step of the search, on the clock of the schedules.
         epsilon_greedy (schedule, defaults to `[0.0]`):
             Probability that a thinking token is drawn uniformly.
         coverage_coef (schedule, defaults to `[0.0]`):
@@ -185,6 +187,7 @@ class ThinkTokConfig(SFTConfig):
     thought_ce_weight: float = option(0.0, "Weight of the cross-entropy of supplied thoughts.")
     alternate: list[int] | None = option(None, "n steps of prediction, then m steps of thinking.")
 
+    think_start: int = option(0, "Step at which thinking begins; before it the model only learns the text.")
     search: int = option(0, "One thought of each group is the best of so many candidates.")
     search_random: float = option(0.5, "Part of the candidates that are uniformly random.")
     search_until: int | None = option(None, "Last step of the search.")
@@ -284,6 +287,7 @@ class ThinkTokConfig(SFTConfig):
             "max_think_length": 1,
             "num_iterations": 1,
             "search": 0,
+            "think_start": 0,
             "top_k": 0,
             "max_nonfinite_steps": 1,
             "num_completions_to_print": 1,
@@ -335,6 +339,9 @@ class ThinkTokConfig(SFTConfig):
                 self.num_generations < (3 if self.supply_thoughts else 2) and self.thoughts != "filler"
             ),
             "search with blind scores whole thoughts by one judged token: set lookahead=1.": bool(self.search and self.blind and self.lookahead != 1),
+            "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
+                self.think_start > 0 and self.text_ce_weight == 0
+            ),
             "search compares thoughts of one length: set stop=fixed.": bool(self.search and self.stop != "fixed"),
             "supply_thoughts has thoughts of given lengths: set stop=fixed.": self.supply_thoughts and self.stop != "fixed",
             "supply_thoughts gives one thought for each row: set num_forks=1.": self.supply_thoughts and self.num_forks != 1,

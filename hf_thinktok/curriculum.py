@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 
 # A data loader fetches ahead of training; a level that is passed takes effect so many steps later, in an interrupted run as in one that was not.
 LAG = 2
-# Weight of a step's accuracy in its running average.
-RATE = 0.05
+# Weight of a step's accuracy in its running average, which takes so many steps at least to pass a level.
+RATE, LEAST_STEPS = 0.1, 10
 
 
 class Curriculum:
@@ -26,7 +26,13 @@ class Curriculum:
     def __init__(self, levels: list[int], threshold: float):
         self.levels, self.threshold = levels, threshold
         self.begins = [0]  # the step at which each reached level begins
-        self.accuracy: dict[int, float] = {}
+        self.sums: dict[int, float] = {}
+        self.counts: dict[int, int] = {}
+
+    @property
+    def accuracy(self) -> dict[int, float]:
+        """The running average at each level, its start without weight (as Adam's, https://huggingface.co/papers/1412.6980, algorithm 1)."""
+        return {level: total / (1 - (1 - RATE) ** self.counts[level]) for level, total in self.sums.items()}
 
     def reached(self, step: int) -> list[int]:
         """The levels that are drawn from at a step; the last is the current one."""
@@ -37,16 +43,18 @@ class Curriculum:
         return step - max(begin for begin in self.begins if begin <= step)
 
     def observe(self, step: int, level: int, accuracy: float) -> None:
-        self.accuracy[level] = self.accuracy.get(level, 0.0) * (1 - RATE) + RATE * accuracy
+        self.sums[level] = self.sums.get(level, 0.0) * (1 - RATE) + RATE * accuracy
+        self.counts[level] = self.counts.get(level, 0) + 1
         last = self.levels[len(self.begins) - 1]
-        if self.accuracy.get(last, 0.0) >= self.threshold and len(self.begins) < len(self.levels):
+        passed = self.counts.get(last, 0) >= LEAST_STEPS and self.accuracy[last] >= self.threshold
+        if passed and len(self.begins) < len(self.levels):
             self.begins.append(step + LAG)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begins": self.begins, "accuracy": self.accuracy}
+        return {"begins": self.begins, "sums": self.sums, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.begins, self.accuracy = list(state["begins"]), dict(state["accuracy"])
+        self.begins, self.sums, self.counts = list(state["begins"]), dict(state["sums"]), dict(state["counts"])
 
 
 class LevelSampler(Sampler[int]):

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
 LIBRARIES = ("hf-thinktok", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
 
 
@@ -50,6 +51,15 @@ def _commit() -> str | None:
     return commit + ("-changed" if changed else "")
 
 
+def changed_options(*groups: Any) -> dict[str, Any]:
+    """The options that differ from their defaults: what makes this run."""
+    changed: dict[str, Any] = {}
+    for group in groups:
+        plain = type(group)(output_dir=group.output_dir) if hasattr(group, "output_dir") else type(group)()
+        changed |= {name: value for name, value in vars(group).items() if not name.startswith("_") and value != getattr(plain, name, None)}
+    return changed
+
+
 def training_results(before: dict[str, float], after: dict[str, float], training: dict[str, float], config: dict[str, Any]) -> dict[str, Any]:
     """The results of one run.
 
@@ -85,6 +95,47 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=2, sort_keys=True, default=str) + "\n")
     os.replace(unfinished, path)
+
+
+def print_task(results: dict[str, Any], console: Console | None = None) -> None:
+    """Accuracy of runs on a task by level, thinking, with random thoughts and without any, one column for each seed."""
+    trained = set(results["levels"])
+    table = Table(title=f"{results['task']}: accuracy on test rows" + ("" if results["control"] == "none" else f", {results['control']} control"))
+    for column in ("level", "thoughts", *(f"seed {run['seed']}" for run in results["runs"]), "shortcut"):
+        table.add_column(column, justify="right")
+    for level in _levels(results):
+        for how in results["runs"][0]["accuracy"]:
+            figures = (f"{run['accuracy'][how][level]:.4f}" for run in results["runs"])
+            named = f"{level}{'' if int(level) in trained else ' (untrained)'}"
+            table.add_row(named, THOUGHTS[how], *figures, f"{results['shortcut'][level]:.3f}")
+        table.add_section()
+    console = console or Console()
+    console.print(table)
+    console.print("Seconds of training: " + ", ".join(f"{run['seconds']:.0f}" for run in results["runs"]) + ".")
+
+
+def draw_task(results: dict[str, Any], path: Path) -> None:
+    """Accuracy against level as a picture: one line for each seed, and what can be had without serial steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    levels = _levels(results)
+    places = [int(level) for level in levels]
+    for how, colour in zip(results["runs"][0]["accuracy"], ("tab:blue", "tab:orange", "tab:gray"), strict=False):
+        for i, run in enumerate(results["runs"]):
+            axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {THOUGHTS[how]}")
+    axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")
+    if max(places) > (longest := max(results["levels"])):
+        axes.axvspan(longest + 0.5, max(places) + 0.5, color="tab:green", alpha=0.12, label="harder than any trained")
+    axes.set(xlabel="level", ylabel="accuracy on test rows", ylim=(0, 1.03), title=f"{results['task']}, {len(results['runs'])} seeds")
+    axes.legend(loc="center left", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _levels(results: dict[str, Any]) -> list[str]:
+    return sorted(next(iter(results["runs"][0]["accuracy"].values())), key=int)
 
 
 def verdict(results: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ class Explorer:
             given_B1L = inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
             thoughts_BKGL = torch.cat([(first + given_B1L)[:, :, None], rollout.thoughts_BKGL[:, :, 1:]], 2)
             rollout = replace(rollout, thoughts_BKGL=thoughts_BKGL, supplied=True)
-        if args.search and (args.search_until is None or self.trainer.state.global_step < args.search_until):
+        if args.search and (args.search_until is None or self.trainer.schedule_step < args.search_until):
             rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling)
         if self.coverage is not None:
             codes_BKG = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)

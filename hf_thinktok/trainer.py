@@ -202,8 +202,9 @@ class ThinkTokTrainer(SFTTrainer):
 
     @property
     def schedule_step(self) -> int:
-        """The clock of all schedules: optimizer steps, with a curriculum those of the present level."""
-        return self.state.global_step if self.curriculum is None else self.curriculum.stage_step(self.state.global_step)
+        """The clock of all schedules: optimizer steps since thinking began, with a curriculum those of the present level."""
+        step = self.state.global_step
+        return max(step - self.args.think_start, 0) if self.curriculum is None else self.curriculum.stage_step(step)
 
     def _rollout(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, turn: int) -> Rollout:
         """Thoughts for this batch: new ones, or with `num_iterations` those of the iteration before."""
@@ -236,6 +237,8 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
         args, entropy_BT = self.args, None
+        if self.model.training and self.state.global_step < args.think_start:
+            return tokens_BT.new_zeros(len(tokens_BT), 0)
         eligible_BT = eligible_forks(labels_BT, documents_BT)
         eligible_BT[:, max(self._last_fork + 1, 0) :] = False
         if how == "markers":

@@ -25,7 +25,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.results import print_results, training_results, write_json
+from hf_thinktok.results import changed_options, print_results, training_results, write_json
 from hf_thinktok.sources import STANDARD_LIBRARY, resolve_model, standard_library
 
 
@@ -106,15 +106,6 @@ def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config
             print_results(results)
     if args.push_to_hub:
         trainer.push_to_hub()
-
-
-def changed_options(*groups) -> dict:
-    """The options that differ from their defaults: what makes this run."""
-    changed = {}
-    for group in groups:
-        plain = type(group)(output_dir=group.output_dir) if isinstance(group, ThinkTokConfig) else type(group)()
-        changed |= {name: value for name, value in vars(group).items() if not name.startswith("_") and value != getattr(plain, name, None)}
-    return changed
 
 
 if __name__ == "__main__":

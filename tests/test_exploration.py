@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_thinktok.curriculum import LAG, Curriculum, LevelSampler
+from hf_thinktok.curriculum import LAG, LEAST_STEPS, Curriculum, LevelSampler
 from hf_thinktok.exploration import Coverage, all_thoughts, candidate_thoughts, entropy_servo, marginal_entropy, scheduled, thought_entropy
 
 CPU = torch.device("cpu")
@@ -34,14 +34,16 @@ def test_every_thought_of_every_length_has_a_code_of_its_own(num_tokens, length)
             choices[:, :ended] = all_thoughts(num_tokens, ended, CPU)
         choices[:, ended:] = 1  # whatever stands behind the end says nothing
         codes += coverage.codes(choices, torch.full((len(choices),), ended)).tolist()
-    assert len(set(codes)) == len(codes) and max(codes) < coverage.size
+    assert len(set(codes)) == len(codes)
+    assert max(codes) < coverage.size
 
 
 def test_thoughts_beyond_the_table_are_spread_over_it():
     coverage = Coverage(256, 8, 0.5, CPU)
     choices = torch.randint(256, (4096, 8), generator=torch.Generator().manual_seed(0))
     codes = coverage.codes(choices, torch.full((4096,), 8))
-    assert 0 <= codes.min() and codes.max() < coverage.size
+    assert codes.min() >= 0
+    assert codes.max() < coverage.size
     assert len(codes.unique()) > 4000
 
 
@@ -114,17 +116,27 @@ def test_candidates_are_all_where_they_fit_and_else_own_and_random():
     assert len(candidate_thoughts(sampled, 1000, 0.5, 10, generator)) == 1000
     few = candidate_thoughts(sampled, 400, 0.25, 10, generator)
     own = (few == 9).all(-1).sum().item()
-    assert len(few) == 400 and 300 <= own <= 303
+    assert len(few) == 400
+    assert 300 <= own <= 303
 
 
 def test_a_level_begins_after_the_one_before_is_passed():
     curriculum = Curriculum([1, 2, 5], threshold=0.9)
     for step in range(100):
-        curriculum.observe(step, curriculum.reached(step)[-1], 1.0 if curriculum.reached(step)[-1] < 5 else 0.0)
-    passed = math.ceil(math.log(0.1) / math.log(0.95))  # steps of right answers until the running accuracy is 0.9
-    assert curriculum.begins == [0, passed - 1 + LAG, 2 * passed - 2 + 2 * LAG]
-    assert curriculum.reached(passed) == [1] and curriculum.reached(passed + 1) == [1, 2]
-    assert curriculum.stage_step(passed + 1) == 0 and curriculum.stage_step(99) == 99 - curriculum.begins[-1]
+        wrong = curriculum.reached(step)[-1] == 5 or step < 20
+        curriculum.observe(step, curriculum.reached(step)[-1], 0.0 if wrong else 1.0)
+    # Level 1: the weight of 20 wrong answers must fall to a tenth of all; level 2: as soon as there are enough of them.
+    share = next(n for n in range(1, 99) if (0.9**n - 0.9 ** (n + 20)) / (1 - 0.9 ** (n + 20)) <= 0.1)
+    first = 20 + share - 1 + LAG
+    assert curriculum.begins == [0, first, first + LEAST_STEPS - 1 + LAG]
+    assert curriculum.reached(first - 1) == [1]
+    assert curriculum.reached(first) == [1, 2]
+    assert curriculum.stage_step(first) == 0
+    assert curriculum.stage_step(99) == 99 - curriculum.begins[-1]
+    again = Curriculum([1, 2, 5], threshold=0.9)
+    again.load_state_dict(curriculum.state_dict())
+    assert again.begins == curriculum.begins
+    assert again.accuracy == curriculum.accuracy
 
 
 def test_accuracy_on_easier_levels_passes_nothing():
@@ -143,7 +155,8 @@ def test_rows_of_a_step_are_of_one_reached_level_and_do_not_depend_on_what_comes
     assert len(rows) == 240
     drawn = levels[np.array(rows)].reshape(40, 6)
     assert (drawn == drawn[:, :1]).all()
-    assert (drawn[:4] == 1).all() and drawn[4:30].max() == 2 and drawn[30:].max() == 3
-    assert {1, 2} == set(drawn[4:30].flatten())
+    assert (drawn[:4] == 1).all()
+    assert (drawn[4:30].max(), drawn[30:].max()) == (2, 3)
+    assert set(drawn[4:30].flatten()) == {1, 2}
     curriculum.begins = [0, 4]
     assert list(LevelSampler(levels, curriculum, 6, 0.5, 40, 1))[:180] == rows[:180]

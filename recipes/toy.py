@@ -1,0 +1,180 @@
+"""A small task whose answer takes steps: does a model invent a language of thought from reward alone?
+
+    python recipes/toy.py --config recipes/toy/mod_add_100.yaml --seeds 0 1 2
+
+Trains one model for each seed, from scratch or pretrained, with `ThinkTokTrainer`; prints accuracy by level with thoughts, with uniformly random
+thoughts and without any, and writes `results.json`, what the thoughts mean (`language.json`, `language.png`) and, with `save_models`, the checkpoints. The
+last line of the output is JSON with `seeds` and `accuracy`, a list over them.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.answers import answer
+from hf_thinktok.language import describe_language, draw_language, print_language
+from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
+from hf_thinktok.sources import resolve_model
+from hf_thinktok.tasks import Task, make_task, word_tokenizer
+
+
+@dataclass
+class ToyArguments:
+    """The task, the model and the seeds."""
+
+    task: str = field(default="mod_add", metadata={"help": "A task of hf_thinktok.tasks."})
+    task_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its difficulty, a mapping (JSON on the command line)."})
+    model_shape: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Config of a model made from scratch (JSON on the command line), in place of model_name_or_path."}
+    )
+    control: str = field(
+        default="none",
+        metadata={
+            "help": "Train a model that cannot think in its place, on all levels at once: without thoughts, or with fillers of the same lengths.",
+            "choices": ["none", "no_think", "filler"],
+        },
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run for each."})
+    check_every: int = field(default=0, metadata={"help": "Steps between checks of the accuracy on training rows of the hardest level. 0: no checks."})
+    stop_accuracy: float = field(default=0.999, metadata={"help": "Checked accuracy at which training ends."})
+    test_rows: int = field(default=1000, metadata={"help": "Test rows of each level at most; 0 for all."})
+    save_models: bool = field(default=False, metadata={"help": "Keep each seed's checkpoint."})
+
+
+class Progress(TrainerCallback):
+    """Checks the accuracy now and then, and ends a run that has learned its task."""
+
+    def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, enough: float):
+        self.trainer, self.rows, self.every, self.enough = trainer, rows, every, enough
+        self.start, self.curve = time.perf_counter(), []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every and state.global_step % self.every == 0:
+            accuracy = answer(self.trainer, self.rows, "think" if self.trainer.args.thinks else "none").accuracy
+            seconds = time.perf_counter() - self.start
+            curriculum = self.trainer.curriculum
+            level = None if curriculum is None else curriculum.reached(state.global_step)[-1]
+            self.curve.append({"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": level})
+            print(f"step {state.global_step}: accuracy {accuracy:.4f}" + ("" if level is None else f", level {level}") + f", {seconds:.0f} s", flush=True)
+            control.should_training_stop |= accuracy >= self.enough
+
+
+def tokenized(rows: Dataset, tokenizer) -> Dataset:
+    """Prompt and completion as ids, tokenised apart so that their border is a border of tokens."""
+    prompts, completions = (tokenizer(list(rows[name]), add_special_tokens=False)["input_ids"] for name in ("prompt", "completion"))
+    columns = {
+        "input_ids": [p + c for p, c in zip(prompts, completions, strict=True)],
+        "labels": [[-100] * len(p) + c for p, c in zip(prompts, completions, strict=True)],
+    }
+    return Dataset.from_dict(columns | {name: list(rows[name]) for name in ("level", "think_length", "thoughts", "answer", "inputs")})
+
+
+def make_model(toy: ToyArguments, model: ModelConfig, task: Task):
+    """A pretrained model, or one made from scratch with a word for each word of the task."""
+    if model.model_name_or_path:
+        folder = resolve_model(model.model_name_or_path)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype), AutoTokenizer.from_pretrained(folder)
+    tokenizer = word_tokenizer(task.words)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape)), tokenizer
+
+
+def control_of(args: ThinkTokConfig, control: str) -> ThinkTokConfig:
+    """The same run for a model that cannot think: everything about thoughts at its default."""
+    if control == "none":
+        return args
+    about_thoughts = (
+        "objective", "posterior_temperature", "posterior_smoothing", "advantage", "search", "search_random", "search_until", "epsilon_greedy",
+        "coverage_coef", "coverage_decay", "balance_coef", "balance_given", "thought_entropy_target", "curriculum_threshold", "curriculum_replay",
+        "think_loss_weight", "supply_thoughts", "thought_ce_weight", "alternate",
+    )  # fmt: skip
+    plain = {name: getattr(ThinkTokConfig(args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16), name) for name in about_thoughts}
+    if control == "no_think":
+        return replace(args, **plain, num_forks=0, text_ce_weight=1.0)
+    return replace(args, **plain, thoughts="filler", num_generations=1)
+
+
+def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> dict[str, dict[str, float]]:
+    """Accuracy by level: thinking, with random thoughts, and without any (under `blind` nothing can be said without a thought)."""
+    table: dict[str, dict[str, float]] = {}
+    levels_D = np.asarray(test["level"])
+    for level in sorted(set(levels_D.tolist())):
+        rows = test.select(np.flatnonzero(levels_D == level)[: limit or None])
+        hows = ("none",) if not trainer.args.thinks else ("think", "random") if trainer.args.blind else ("think", "random", "none")
+        for how in hows if trainer.args.thoughts == "discrete" else ("think",):
+            table.setdefault(how, {})[str(level)] = answer(trainer, rows, how).accuracy
+    return table
+
+
+def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: int) -> dict[str, Any]:
+    """Which thought means what, on rows of the hardest trained level: a table, a picture and JSON."""
+    levels_D = np.asarray(test["level"])
+    hardest = max(set(levels_D.tolist()) & set(task.train["level"]))
+    rows = test.select(np.flatnonzero(levels_D == hardest)[: limit or None])
+    said = answer(trainer, rows)
+    states = np.asarray(rows["thoughts"]) if len(set(map(len, rows["thoughts"]))) == 1 and len(rows["thoughts"][0]) == said.thoughts_DL.shape[1] else None
+    report = describe_language(
+        np.maximum(said.thoughts_DL, 0), np.asarray(rows["answer"]), np.asarray(rows["inputs"]), trainer.vocabulary.num_tokens,
+        lengths_Q=(said.thoughts_DL >= 0).sum(1), states_QL=states,
+    )  # fmt: skip
+    print_language(report)
+    write_json(Path(trainer.args.output_dir) / "language.json", report)
+    draw_language(report, Path(trainer.args.output_dir) / "language.png")
+    return report
+
+
+def run(seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, task: Task) -> dict[str, Any]:
+    """Trains and measures one model."""
+    set_seed(seed)
+    args = replace(control_of(args, toy.control), seed=seed, output_dir=str(Path(args.output_dir) / f"seed-{seed}"))
+    thinker, tokenizer = make_model(toy, model, task)
+    speaker = make_model(toy, model, task)[0] if args.policies == "split" else None
+    train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
+    trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=tokenizer, peft_config=get_peft_config(model), speaker=speaker)
+    hardest = np.flatnonzero(np.asarray(train["level"]) == max(train["level"]))[:1000]
+    progress = Progress(trainer, train.select(hardest), toy.check_every, toy.stop_accuracy)
+    trainer.add_callback(progress)
+    trainer.train()
+    seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step
+    accuracy = by_level(trainer, test, toy.test_rows)
+    if args.thinks and args.thoughts == "discrete":
+        report_language(trainer, test, task, toy.test_rows)
+    if toy.save_models:
+        trainer.save_model(args.output_dir)
+    return {"seed": seed, "accuracy": accuracy, "seconds": seconds, "steps": steps, "curve": progress.curve}
+
+
+def main(toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
+    task = make_task(toy.task, **toy.task_options or {})
+    results = {
+        "task": task.name, "task_options": toy.task_options, "control": toy.control, "chance": task.chance, "config": changed_options(toy, args, model),
+        "levels": sorted(set(task.train["level"])), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
+    }  # fmt: skip
+    for seed in toy.seeds:
+        results["runs"].append(run(seed, toy, args, model, task))
+        write_json(Path(args.output_dir) / "results.json", results | environment())
+    draw_task(results, Path(args.output_dir) / "accuracy.svg")
+    print_task(results)
+    runs = results["runs"]
+    print(json.dumps({"seeds": toy.seeds, "accuracy": [float(np.mean(list(next(iter(run["accuracy"].values())).values()))) for run in runs]}))
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ToyArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
+    try:
+        toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for name in ("task_options", "model_shape"):
+        if isinstance(getattr(toy_args, name), str):
+            setattr(toy_args, name, json.loads(getattr(toy_args, name)))
+    main(toy_args, think_args, model_args)
