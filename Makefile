@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style types
+.PHONY: help demo demo-serial test style types
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: $(VENV)/demo  ## SmolLM2-135M learns to think on real text: two CPU cores, a few minutes, no account
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain_think.py --config recipes/smollm2-135m/quickstart.yaml
+
+demo-serial: $(VENV)/demo  ## SmolLM2-135M invents tokens to think step by step with, rewarded by the answer alone: two CPU cores, 15 minutes
+	$(BIN)/python recipes/toy.py --config recipes/toy/serial_smollm2.yaml --test_rows 32
 
 test: $(VENV)/dev  ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

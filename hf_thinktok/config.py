@@ -342,7 +342,7 @@ class ThinkTokConfig(SFTConfig):
             "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
                 self.think_start > 0 and self.text_ce_weight == 0
             ),
-            "search compares thoughts of one length: set stop=fixed.": bool(self.search and self.stop != "fixed"),
+            "search compares thoughts of one length: set stop=fixed or stop=learned.": bool(self.search and self.stop == "sampled"),
             "supply_thoughts has thoughts of given lengths: set stop=fixed.": self.supply_thoughts and self.stop != "fixed",
             "supply_thoughts gives one thought for each row: set num_forks=1.": self.supply_thoughts and self.num_forks != 1,
             "supply_thoughts and search both fill the first thought of a group: choose one.": self.supply_thoughts and self.search > 0,

@@ -89,7 +89,7 @@ def score_tree(
     think = think.index_put((full_M,) if gate else (think_M,), out[-1].think_logits_MN)
     if gate:
         gates = gates.index_put((full_M,), out[0].gate_logit_M)
-    if split:
+    if split and tree.speaks_S.any():  # under `blind` there is nothing to read before thinking starts
         spoken_M = (judged_BS & speaks_S).flatten().nonzero()[:, 0]
         (said,) = run([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, True)
         logps, correct = logps.index_put((spoken_M,), said.target_logps_M), correct.index_put((spoken_M,), said.correct_M.float())

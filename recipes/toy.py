@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -45,27 +47,35 @@ class ToyArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run for each."})
     check_every: int = field(default=0, metadata={"help": "Steps between checks of the accuracy on training rows of the hardest level. 0: no checks."})
+    check_rows: int = field(default=1000, metadata={"help": "How many rows a check answers."})
     stop_accuracy: float = field(default=0.999, metadata={"help": "Checked accuracy at which training ends."})
     test_rows: int = field(default=1000, metadata={"help": "Test rows of each level at most; 0 for all."})
     save_models: bool = field(default=False, metadata={"help": "Keep each seed's checkpoint."})
 
 
 class Progress(TrainerCallback):
-    """Checks the accuracy now and then, and ends a run that has learned its task."""
+    """Says now and then how far a run is, and ends one that has learned its task."""
 
     def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, enough: float):
         self.trainer, self.rows, self.every, self.enough = trainer, rows, every, enough
-        self.start, self.curve = time.perf_counter(), []
+        self.start, self.curve, self.console = time.perf_counter(), [], Console()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.every and state.global_step % self.every == 0:
-            accuracy = answer(self.trainer, self.rows, "think" if self.trainer.args.thinks else "none").accuracy
-            seconds = time.perf_counter() - self.start
-            curriculum = self.trainer.curriculum
-            level = None if curriculum is None else curriculum.reached(state.global_step)[-1]
-            self.curve.append({"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": level})
-            print(f"step {state.global_step}: accuracy {accuracy:.4f}" + ("" if level is None else f", level {level}") + f", {seconds:.0f} s", flush=True)
-            control.should_training_stop |= accuracy >= self.enough
+        if not self.every or state.global_step % self.every:
+            return
+        accuracy = answer(self.trainer, self.rows, "think" if self.trainer.args.thinks else "none").accuracy
+        seconds, curriculum = time.perf_counter() - self.start, self.trainer.curriculum
+        reached = [] if curriculum is None else curriculum.reached(state.global_step)
+        self.curve.append({"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": max(reached, default=None)})
+        self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the hardest level {accuracy:.4f}")
+        if reached:
+            table = Table(title="in training, thoughts sampled")
+            table.add_column("level")
+            table.add_column("accuracy", justify="right")
+            for level in reached:
+                table.add_row(str(level), f"{curriculum.accuracy[level]:.3f}" if level in curriculum.accuracy else "begins")
+            self.console.print(table)
+        control.should_training_stop |= accuracy >= self.enough
 
 
 def tokenized(rows: Dataset, tokenizer) -> Dataset:
@@ -140,7 +150,7 @@ def run(seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, 
     speaker = make_model(toy, model, task)[0] if args.policies == "split" else None
     train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=tokenizer, peft_config=get_peft_config(model), speaker=speaker)
-    hardest = np.flatnonzero(np.asarray(train["level"]) == max(train["level"]))[:1000]
+    hardest = np.flatnonzero(np.asarray(train["level"]) == max(train["level"]))[: toy.check_rows]
     progress = Progress(trainer, train.select(hardest), toy.check_every, toy.stop_accuracy)
     trainer.add_callback(progress)
     trainer.train()

@@ -1,0 +1,500 @@
+"""Small algorithmic questions as text, each with the thought that a step-by-step algorithm would write.
+
+The same rows serve tiny transformers with a tokenizer of whole words (`word_tokenizer`) and pretrained models with a tokenizer of their own. Columns:
+
+- `prompt`, `completion`: the latter begins with a space, except in `pointer_chasing`, where it goes on inside a word (`4>` then `6`). Make the tokens
+  of prompt and completion separately: a tokenizer of whole words does not know `4>6`.
+- `level`: the difficulty. `inputs`: the question as integers. `answer`: the number of the answer.
+- `think_length`, `thoughts`: a thought that is enough, as ids 0..N-1: the states on the way, so that the last one and a single step give the answer.
+  It is empty at level 1, except in `mod_add`; `three_sat` begins at level 4.
+
+No question of `test` is in `train`. Questions take a side by a hash of what is asked, without the seed and, where facts come in any order, without their
+order: a test set is new to the models of other seeds too. The exception is `mod_add` without `held_out`.
+
+`Task.shortcut` says what can be had without serial steps. It is 1 where threshold circuits of constant depth (TC0) are known to solve the task: sums,
+parity, sorting, the solvable group S3. There, thoughts may help to learn, and are not needed to compute. Each task says how the rest is found.
+
+Letters of shapes: R rows, C integers of a question, L thinking tokens, M nodes, E edges, G group elements, N clauses, A assignments.
+"""
+
+import difflib
+import inspect
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from datasets.table import InMemoryTable
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+FEATURES = Features(
+    {"prompt": Value("string"), "completion": Value("string"), "level": Value("int64"), "think_length": Value("int64")}
+    | {"thoughts": List(Value("int64")), "answer": Value("int64"), "inputs": List(Value("int64"))}
+)
+# One question in so many is for tests only.
+TEST_SHARE = 4
+# A level with fewer questions has none to spare: all are trained on, and it is not tested.
+MIN_QUESTIONS = 64
+# Questions drawn at once, and how often before a level is given up.
+BATCH, MAX_BATCHES = 8192, 400
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's rows, and what accuracies on them are to be compared with."""
+
+    name: str
+    train: Dataset
+    test: Dataset
+    chance: float  # accuracy of a uniformly random answer
+    shortcut: dict[int, float]  # for each level, the best accuracy known to be reachable without serial steps; chance where none is known
+    words: tuple[str, ...]  # all that may stand between whitespace in prompts and completions, sorted, also of levels only tested
+
+
+class Questions(NamedTuple):
+    """Questions of one level, before they are text."""
+
+    inputs_RC: np.ndarray
+    thoughts_RL: np.ndarray
+    answers_R: np.ndarray
+
+    def at(self, rows) -> "Questions":
+        return Questions(*(part[rows] for part in self))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task's questions are made."""
+
+    answers: list[str]  # the completions, by number
+    words: Callable[[Sequence[int]], Iterable[str]]  # of the prompts of these levels
+    count: Callable[[int], int]  # how many different questions a level has
+    draw: Callable[[np.random.Generator, int], Questions]  # random questions of a level, as many of BATCH as will do
+    prompts: Callable[[np.random.Generator, int, np.ndarray], list[str]]
+    key: Callable[[np.ndarray], np.ndarray] = lambda inputs_RC: inputs_RC  # the integers that make a question a new one
+    shortcut: Callable[[int], float] = lambda level: 1.0
+    hint: Callable[[np.ndarray], np.ndarray] | None = None  # a whole number; as many of each answer for each of its values
+    levels: tuple[int, float] = (1, math.inf)  # the easiest and the hardest there are
+    completions: Callable[[Questions], list[str]] | None = None  # where an answer is not one word
+    chance: Callable[[Sequence[int]], float] | None = None
+    every: Questions | None = None  # all questions, where each is to be asked once
+    held_out: float = 0.0  # the part of them that is only tested
+
+
+def held_back(keys_RC: np.ndarray) -> np.ndarray:
+    """Which questions are for tests only: a hash of their integers."""
+    hash_R = np.full(len(keys_RC), keys_RC.shape[1], dtype=np.uint64)
+    for column_R in keys_RC.astype(np.uint64).T:
+        hash_R = (hash_R ^ column_R) * np.uint64(0x9E3779B97F4A7C15)
+        hash_R ^= hash_R >> np.uint64(29)
+    return (hash_R * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(40)) % np.uint64(TEST_SHARE) == 0
+
+
+def joined(words: Sequence[str], ids_RC: np.ndarray, sep: str = " ") -> list[str]:
+    """Each row's words as one text."""
+    return [sep.join(row) for row in np.array(words, dtype=object)[ids_RC].tolist()]
+
+
+def decimals(count: int, before: str = "") -> list[str]:
+    return [f"{before}{i}" for i in range(count)]
+
+
+def choose(rng: np.random.Generator, population: int, size: int) -> np.ndarray:
+    """`BATCH` rows of `size` different numbers below `population`, ascending."""
+    return np.sort(rng.random((BATCH, population)).argsort(1)[:, :size], 1)
+
+
+def shuffled(rng: np.random.Generator, table_RC: np.ndarray) -> np.ndarray:
+    """Each row in a random order of its own."""
+    return np.take_along_axis(table_RC, rng.random(table_RC.shape).argsort(1), 1)
+
+
+def span(least: float, most: float) -> str:
+    return f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+
+
+def check_whole(least: int, most: float = math.inf, **options) -> None:
+    """Raises a ValueError for an option that is not a whole number of this range."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+            raise ValueError(f"{name}={value!r} must be a whole number {span(least, most)}.")
+
+
+def letters_in_a_row(letters: list[str], answers: list[str], states: Callable, sep: str = " ", end: str = " =", extra: int = 0, **more) -> Recipe:
+    """Questions of level + `extra` letters, each of which changes a state; the last of `states` is the answer."""
+
+    def draw(rng, level):
+        inputs_RC = rng.integers(len(letters), size=(BATCH, level + extra))
+        states_RC = states(inputs_RC)
+        return Questions(inputs_RC, states_RC[:, extra:-1], states_RC[:, -1])
+
+    return Recipe(
+        **{"draw": draw} | more,
+        answers=answers,
+        words=lambda levels: [*letters, *sep.split(), end.strip()],
+        count=lambda level: len(letters) ** (level + extra),
+        prompts=lambda rng, level, inputs_RC: [text + end for text in joined(letters, inputs_RC, sep)],
+    )
+
+
+def mod_add_many(modulus: int = 10, **more) -> Recipe:
+    """`3 + 4 + 5 =` -> ` 2`: level additions modulo `modulus`. The thought is the sum after each but the last."""
+    check_whole(2, modulus=modulus)
+    return letters_in_a_row(decimals(modulus), decimals(modulus, " "), lambda inputs_RC: inputs_RC.cumsum(1) % modulus, " + ", extra=1, **more)
+
+
+def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float = 0.0) -> Recipe:
+    """`37 + 58 =` -> ` 95`: one addition modulo `modulus`, for speakers that see only the thought. There is level 1 only.
+
+    The thought is the answer in base `base`, most significant digit first, after `slack` zeros: [0, 9, 5]. All questions are asked, each once, or
+    as many as `train_rows` and `test_rows` say.
+
+    Args:
+        held_out: the part of the questions that is only tested. With 0 the test asks training questions again, to see how well their thoughts code them.
+    """
+    check_whole(2, 2000, modulus=modulus)
+    check_whole(2, base=base)
+    check_whole(0, slack=slack)
+    if not isinstance(held_out, Real) or not (held_out == 0 or 0 < round(held_out * modulus**2) < modulus**2):
+        raise ValueError(f"held_out={held_out!r} must be 0, or a part of the {modulus**2} questions that leaves some on either side.")
+    inputs_RC = np.stack(np.divmod(np.arange(modulus**2), modulus), 1)
+    answers_R, digits = inputs_RC.sum(1) % modulus, 0
+    while base**digits < modulus:
+        digits += 1
+    places = [0 * answers_R] * slack + [answers_R // base**place % base for place in reversed(range(digits))]
+    return mod_add_many(modulus, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out)
+
+
+def permutations(group: str = "S5") -> Recipe:
+    """`a c b d =` -> ` g17`: the product of level letters, applied from left to right. The thought is the product so far.
+
+    Elements are numbered in lexicographic order, g0 is the identity. The letters of S3 are its six elements in that order; those of S5 are the
+    transposition (0 1), the cycle 0 -> 1 -> 2 -> 3 -> 4 -> 0, its inverse, and the identity. Products in S5 are complete for NC1: not in constant depth
+    unless TC0 = NC1. The shortcut is `unordered_accuracy`.
+    """
+    if group not in ("S3", "S5"):
+        raise ValueError(f"group={group!r} must be 'S3' or 'S5'.")
+    elements = list(itertools.permutations(range(int(group[1]))))
+    letters = elements if group == "S3" else [(1, 0, 2, 3, 4), (1, 2, 3, 4, 0), (4, 0, 1, 2, 3), (0, 1, 2, 3, 4)]
+    steps_GA = np.array([[elements.index(tuple(letter[i] for i in element)) for letter in letters] for element in elements])
+
+    def states(inputs_RC):
+        products = [np.zeros(len(inputs_RC), dtype=np.int64)]
+        for letter_R in inputs_RC.T:
+            products.append(steps_GA[products[-1], letter_R])
+        return np.stack(products[1:], 1)
+
+    shortcut = (lambda level: 1.0) if group == "S3" else (lambda level: unordered_accuracy(steps_GA[:, :3], level))
+    return letters_in_a_row(list("abcdef"[: len(letters)]), decimals(len(elements), " g"), states, shortcut=shortcut)
+
+
+def unordered_accuracy(steps_GA: np.ndarray, length: int) -> float:
+    """How often the most likely product of a random word is right, for who knows how often each letter is in it and not their order.
+
+    `steps_GA` has the number of each element's product with each of three letters; a fourth letter is the identity.
+    """
+    # ways[i, j, g]: the chance of i first letters, j second ones and the product g, in a word of n letters without the identity.
+    ways = np.zeros((length + 1, length + 1, len(steps_GA)))
+    ways[0, 0, 0], total = 1.0, 0.0
+    for n in range(length + 1):
+        total += math.comb(length, n) * 0.75**n * 0.25 ** (length - n) * float(ways.max(-1).sum())
+        longer = np.zeros_like(ways)
+        longer[1:, :, steps_GA[:, 0]] += ways[:-1] / 3
+        longer[:, 1:, steps_GA[:, 1]] += ways[:, :-1] / 3
+        longer[:, :, steps_GA[:, 2]] += ways / 3
+        ways = longer
+    return total
+
+
+def parity() -> Recipe:
+    """`1 0 1 1 =` -> ` odd`: is the number of ones among level bits odd? As many odd rows as even ones. The thought is the parity so far."""
+    return letters_in_a_row(["0", "1"], [" even", " odd"], lambda inputs_RC: inputs_RC.cumsum(1) % 2)
+
+
+def sorting(values: int = 10) -> Recipe:
+    """`5 2 9 :` -> ` 2 5 9`: level numbers below `values` in ascending order. The thought is all of them but the last.
+
+    `answer` reads them as digits in base `values`, modulo 2^63. Chance is a random ascending list, on average over the tested levels.
+    """
+    check_whole(3, values=values)
+
+    def draw(rng, level):
+        inputs_RC = rng.integers(values, size=(BATCH, level))
+        sorted_RC, answers_R = np.sort(inputs_RC, 1), np.zeros(BATCH, dtype=np.int64)
+        for column_R in sorted_RC.T:
+            answers_R = (answers_R * values + column_R) & np.int64(2**63 - 1)
+        return Questions(inputs_RC, sorted_RC[:, :-1], answers_R)
+
+    completions = lambda asked: joined(decimals(values, " "), np.sort(asked.inputs_RC, 1), "")
+    chance = lambda levels: sum(1 / math.comb(values + level - 1, level) for level in levels) / len(levels)
+    return letters_in_a_row(decimals(values), decimals(values), np.sort, " ", " :", draw=draw, completions=completions, chance=chance)
+
+
+def pointer_chasing(nodes: int = 10, offsets: bool = False) -> Recipe:
+    """Where do level hops lead in a random permutation f of the nodes? The thought is the nodes on the way.
+
+    A line `k2` for the hops, one `a>b` for each node in random order, and the start `4>`, which the completion `6` goes on. `inputs` are the start, then
+    f(0), f(1) and so on, then the offsets. The shortcut is `one_hop_accuracy`.
+
+    Args:
+        offsets: a hop leads from s to f((s + x) mod nodes), with a number x for each hop: a line `+3 +7` before the start. Short cycles then do not help.
+    """
+    check_whole(2, nodes=nodes)
+    if not isinstance(offsets, bool):
+        raise ValueError(f"offsets={offsets!r} must be True or False.")
+    edges, shifts = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)], decimals(nodes, "+") if offsets else []
+
+    def draw(rng, level):
+        map_RM = rng.permuted(np.tile(np.arange(nodes), (BATCH, 1)), axis=1)
+        offsets_RK = rng.integers(nodes if offsets else 1, size=(BATCH, level))
+        path = [rng.integers(nodes, size=BATCH)]
+        for offset_R in offsets_RK.T:
+            path.append(map_RM[np.arange(BATCH), (path[-1] + offset_R) % nodes])
+        inputs_RC = np.concatenate([path[0][:, None], map_RM, offsets_RK[:, : level * offsets]], 1)
+        return Questions(inputs_RC, np.stack(path, 1)[:, 1:-1], path[-1])
+
+    def prompts(rng, level, inputs_RC):
+        facts = joined(edges, shuffled(rng, np.arange(nodes) * nodes + inputs_RC[:, 1 : 1 + nodes]), "\n")
+        lines = [line + "\n" for line in joined(shifts, inputs_RC[:, 1 + nodes :])] if offsets else [""] * len(facts)
+        return [f"k{level}\n{fact}\n{line}{start}>" for fact, line, start in zip(facts, lines, inputs_RC[:, 0].tolist())]
+
+    return Recipe(
+        answers=decimals(nodes),
+        words=lambda levels: [*(f"k{level}" for level in levels), *edges, *shifts, *(f"{a}>" for a in range(nodes))],
+        count=lambda level: math.factorial(nodes) * nodes,
+        draw=draw,
+        prompts=prompts,
+        key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
+        shortcut=lambda level: one_hop_accuracy(nodes, level, offsets),
+    )
+
+
+def one_hop_accuracy(nodes: int, hops: int, offsets: bool = False) -> float:
+    """How often the best answer is right, for who can look up one hop from the start s and nothing else.
+
+    On a random permutation the length c of the cycle of s is uniform on 1..nodes. Who sees f(s) = s answers s and is right. Otherwise c is uniform on
+    2..nodes, and the answer is s if c divides hops, f(s) if c divides hops - 1, and else any of the others alike: as 2 divides one of them, s or f(s) is
+    the best answer.
+
+    With offsets, who sees s + x1 go to b knows the second hop if b + x2 = s + x1, one case in `nodes`, and has then one hop less to guess. Otherwise the
+    best answer is right with 1 / (nodes - 1) after two hops and 2 / nodes after three, which makes 2 / nodes in both cases. From the fourth on chance
+    stands for what it adds, so the figure is a floor (enumeration for 6 nodes: 0.29 and 0.27 at four and five hops, where this gives 0.19 and 0.17).
+    """
+    if hops == 1:
+        return 1.0
+    if offsets:
+        return 2 / nodes if hops <= 3 else (one_hop_accuracy(nodes, hops - 1, True) + (nodes - 1) / nodes) / nodes
+    stay, move = (sum(steps % cycle == 0 for cycle in range(2, nodes + 1)) for steps in (hops, hops - 1))
+    return (1 + max(stay, move)) / nodes
+
+
+def reachability(nodes: int = 8, edges: int = 12) -> Recipe:
+    """Is there a way of at most level steps in a directed graph? As many ` yes` as ` no`; no ` yes` has a shorter way.
+
+    A line `k2` for the steps, one `a>b` for each edge in random order, and the question `0 to 5 ?`. `inputs` are the two ends, then those of each
+    edge in order. The thought is the set of nodes within 1, 2, ... steps, node i being bit i. How many edges leave the start and enter the end says
+    nothing: either answer is as frequent for each such pair of numbers. Beyond level 1, where one edge is looked up, no other shortcut is counted.
+    """
+    check_whole(3, 16, nodes=nodes)
+    check_whole(1, nodes * (nodes - 1), edges=edges)
+    pairs, one_MM = np.array(list(itertools.permutations(range(nodes), 2))), np.eye(nodes, dtype=bool)
+
+    def draw(rng, level):
+        edges_RE2, starts_R = pairs[choose(rng, len(pairs), edges)], rng.integers(nodes, size=BATCH)
+        graph_RMM, rows_R = np.tile(one_MM, (BATCH, 1, 1)), np.arange(BATCH)
+        graph_RMM[rows_R[:, None], edges_RE2[:, :, 0], edges_RE2[:, :, 1]] = True
+        within = [one_MM[starts_R]]
+        for _ in range(level):
+            within.append((within[-1][:, :, None] & graph_RMM).any(1))
+        answers_R = rng.integers(2, size=BATCH)
+        ends_RM = np.where(answers_R[:, None] == 1, within[-1] & ~within[-2], ~within[-1])
+        ends_R = (rng.random(ends_RM.shape) * ends_RM).argmax(1)
+        inputs_RC = np.concatenate([starts_R[:, None], ends_R[:, None], edges_RE2.reshape(BATCH, -1)], 1)
+        sets_RL = np.stack(within, 1) @ (1 << np.arange(nodes))
+        return Questions(inputs_RC, sets_RL[:, 1:-1], answers_R).at(ends_RM.any(1))
+
+    def prompts(rng, level, inputs_RC):
+        names = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)]
+        facts = joined(names, shuffled(rng, inputs_RC[:, 2::2] * nodes + inputs_RC[:, 3::2]), "\n")
+        return [f"k{level}\n{fact}\n{start} to {end} ?" for fact, (start, end) in zip(facts, inputs_RC[:, :2].tolist())]
+
+    def degrees(inputs_RC):
+        leaving_R, entering_R = ((inputs_RC[:, 2 + i :: 2] == inputs_RC[:, i, None]).sum(1) for i in range(2))
+        return leaving_R * nodes + entering_R
+
+    return Recipe(
+        answers=[" no", " yes"],
+        words=lambda levels: ["to", "?", *decimals(nodes), *(f"{a}>{b}" for a, b in pairs.tolist()), *(f"k{level}" for level in levels)],
+        count=lambda level: math.comb(len(pairs), edges) * len(pairs),
+        draw=draw,
+        prompts=prompts,
+        shortcut=lambda level: 1.0 if level == 1 else 0.5,
+        hint=degrees,
+        levels=(1, nodes - 1),
+    )
+
+
+def three_sat(clauses: int | None = None) -> Recipe:
+    """`1 -2 4 ; 2 3 -4 ?` -> ` yes`: can level variables make every clause true? As many ` yes` as ` no`. Levels go from 4 to 6.
+
+    Clauses are different, each of three variables, in random order. The thought tries the assignments 0, 1, 2, ... (variable i is true if bit i - 1
+    is set): the first one not yet refused, after each try but the last; it stays where all clauses are true. So it has 2^level - 1 ids. How one-sided
+    the signs are, the sum over variables of (positive - negative)^2, says nothing: either answer is as frequent for each such sum. No shortcut is counted.
+
+    Args:
+        clauses: by default as many that 0.8 assignments are expected to make all of them true, which makes either answer about equally likely.
+    """
+    if clauses is not None:
+        check_whole(8, 31, clauses=clauses)  # fewer can always be made true, and all 32 on four variables never
+
+    def size(level):
+        total = math.comb(level, 3) * 8
+        return clauses or round(total * (1 - (0.8 / 2**level) ** (8 / total)))
+
+    def draw(rng, level):
+        signs = np.array(list(itertools.product((1, -1), repeat=3)))
+        all_N3 = np.concatenate([signs * variables for variables in itertools.combinations(range(1, level + 1), 3)])
+        bits_NA3 = np.arange(2**level)[None, :, None] >> (abs(all_N3) - 1)[:, None] & 1
+        false_NA = ((bits_NA3 == 1) != (all_N3 > 0)[:, None]).all(-1)
+        ids_RC = choose(rng, len(all_N3), size(level))
+        chosen_RN = np.zeros((BATCH, len(all_N3)), dtype=np.float32)
+        np.put_along_axis(chosen_RN, ids_RC, 1, 1)
+        true_RA = chosen_RN @ false_NA.astype(np.float32) == 0
+        first_R = np.where(true_RA.any(1), true_RA.argmax(1), 2**level)
+        thoughts_RL = np.minimum(first_R[:, None], np.arange(1, 2**level))
+        return Questions(all_N3[ids_RC].reshape(BATCH, -1), thoughts_RL, (first_R < 2**level).astype(np.int64))
+
+    def prompts(rng, level, inputs_RC):
+        clauses_RC3 = inputs_RC.reshape(len(inputs_RC), -1, 3)
+        order_RC = shuffled(rng, np.tile(np.arange(clauses_RC3.shape[1]), (len(inputs_RC), 1)))
+        rows = np.take_along_axis(clauses_RC3, order_RC[:, :, None], 1).tolist()
+        return [" ; ".join(f"{a} {b} {c}" for a, b, c in row) + " ?" for row in rows]
+
+    return Recipe(
+        answers=[" no", " yes"],
+        words=lambda levels: [";", "?", *(f"{sign}{v}" for v in range(1, max(levels) + 1) for sign in ("", "-"))],
+        count=lambda level: math.comb(math.comb(level, 3) * 8, size(level)),
+        draw=draw,
+        prompts=prompts,
+        shortcut=lambda level: 0.5,
+        hint=lambda inputs_RC: sum(((inputs_RC == v).sum(1) - (inputs_RC == -v).sum(1)) ** 2 for v in range(1, abs(inputs_RC).max() + 1)),
+        levels=(4, 6),
+    )
+
+
+FUNCTIONS = (mod_add, mod_add_many, permutations, parity, pointer_chasing, reachability, sorting, three_sat)
+TASKS: dict[str, Callable[..., Recipe]] = {function.__name__: function for function in FUNCTIONS}
+
+
+def matched(rng: np.random.Generator, asked: Questions, hints_R: np.ndarray) -> Questions:
+    """As many questions of each of two answers for each value of the hint, which then tells nothing, in random order."""
+    cells_R = 2 * hints_R + asked.answers_R
+    order_R = cells_R.argsort(kind="stable")
+    rank_R = np.empty_like(order_R)
+    rank_R[order_R] = np.arange(len(order_R)) - np.searchsorted(cells_R[order_R], cells_R[order_R])
+    both = np.bincount(cells_R, minlength=2 * hints_R.max() + 2).reshape(-1, 2).min(1)
+    return asked.at(rng.permutation((rank_R < both[hints_R]).nonzero()[0]))
+
+
+def questions(recipe: Recipe, seeds: list[int], level: int, rows: int, test: bool) -> Questions:
+    """Random questions of a level, of the test side or of the training side. Of two answers, both are equally frequent."""
+    if recipe.every:
+        order_R = np.random.default_rng(seeds).permutation(recipe.count(level))
+        spare = round(recipe.held_out * len(order_R))
+        return recipe.every.at((order_R[: spare or None] if test else order_R[spare:])[:rows])
+    rng, both = np.random.default_rng([*seeds, level, test]), len(recipe.answers) == 2
+    wanted, kept = [rows - rows // 2, rows // 2] if both else [rows], []
+    for _ in range(MAX_BATCHES):
+        drawn = recipe.draw(rng, level)
+        if recipe.count(level) >= MIN_QUESTIONS:
+            drawn = drawn.at(held_back(recipe.key(drawn.inputs_RC)) == test)
+        if recipe.hint and len(drawn.answers_R):
+            drawn = matched(rng, drawn, recipe.hint(drawn.inputs_RC))
+        for answer, missing in enumerate(wanted):
+            kept.append((drawn.at(drawn.answers_R == answer) if both else drawn).at(slice(missing)))
+            wanted[answer] -= len(kept[-1].answers_R)
+        if not any(wanted):
+            return Questions(*map(np.concatenate, zip(*kept))).at(rng.permutation(rows))
+    raise ValueError(f"Level {level} has too few questions with the answer{recipe.answers[wanted.index(max(wanted))]} for these options.")
+
+
+def dataset(recipe: Recipe, seeds: list[int], levels: list[int], rows: int, test: bool) -> Dataset:
+    """Rows of all levels, which take turns, so that the first rows are of each."""
+    tables = []
+    for level in levels:
+        asked = questions(recipe, seeds, level, rows, test)
+        prompts = recipe.prompts(np.random.default_rng([*seeds, level, 2 + test]), level, asked.inputs_RC)
+        completions = recipe.completions(asked) if recipe.completions else joined(recipe.answers, asked.answers_R[:, None])
+        count, length = asked.thoughts_RL.shape
+        integers = [part.tolist() for part in (asked.thoughts_RL, asked.answers_R, asked.inputs_RC)]
+        tables.append([prompts, completions, [level] * count, [length] * count, *integers])
+    columns = {name: [row for turn in zip(*parts) for row in turn] for name, parts in zip(FEATURES, zip(*tables))}
+    return Dataset(InMemoryTable.from_pydict(columns, schema=FEATURES.arrow_schema))  # Dataset.from_dict is slow with lists
+
+
+def check_levels(name: str, option: str, levels, low: int, high: float) -> list[int]:
+    """The levels as a list, or a ValueError."""
+    whole = isinstance(levels, Collection) and all(isinstance(level, Integral) and low <= int(level) <= high for level in levels)
+    if not whole or not 0 < len(set(levels)) == len(levels):
+        raise ValueError(f"{option}={levels!r} must be different whole numbers {span(low, high)}; that is how far {name} goes with these options.")
+    return [int(level) for level in levels]
+
+
+def make_task(name: str, seed: int = 0, *, levels=None, test_levels=None, train_rows=None, test_rows=None, **options) -> Task:
+    """Draws a task's rows; the same name, seed and options give the same rows, whatever the other levels.
+
+    Args:
+        name: one of `TASKS`; the function of that name has the task's own options.
+        levels: the levels trained on; by default the four easiest.
+        test_levels: the levels tested, untrained ones too; by default those of `levels` that have questions to spare.
+        train_rows: rows of each level, 10,000 by default; questions repeat where a level has fewer. Of `mod_add` all, and at most 100,000.
+        test_rows: likewise, 1,000 by default.
+
+    Raises:
+        ValueError: an unknown name or option (the nearest known one is suggested), or options that cannot be.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"There is no task {name!r}; did you mean {near!r}? Known: {', '.join(TASKS)}.")
+    known = [*inspect.signature(TASKS[name]).parameters, "levels", "test_levels", "train_rows", "test_rows"]
+    if unknown := [option for option in options if option not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"The task {name} has no option {unknown[0]!r}; did you mean {near!r}? Known: {', '.join(known)}.")
+    recipe = TASKS[name](**options)
+    train_rows = (100_000 if recipe.every else 10_000) if train_rows is None else train_rows
+    test_rows = (100_000 if recipe.every else 1_000) if test_rows is None else test_rows
+    check_whole(0, seed=seed)
+    check_whole(1, train_rows=train_rows, test_rows=test_rows)
+    low, high = recipe.levels
+    trained = check_levels(name, "levels", range(low, int(min(low + 3, high)) + 1) if levels is None else levels, low, high)
+    tested = check_levels(name, "test_levels", trained if test_levels is None else test_levels, low, high)
+    small = [level for level in tested if recipe.count(level) < MIN_QUESTIONS and not recipe.every]
+    if small and (test_levels is not None or small == tested):
+        raise ValueError(f"Level {small[0]} of {name} has {recipe.count(small[0])} questions, too few to hold some back: name harder test_levels.")
+    tested = [level for level in tested if level not in small]
+    every_level, seeds = sorted({*trained, *tested}), [int(seed), zlib.crc32(name.encode())]
+    return Task(
+        name=name,
+        train=dataset(recipe, seeds, trained, train_rows, False),
+        test=dataset(recipe, seeds, tested, test_rows, True),
+        chance=recipe.chance(tested) if recipe.chance else 1 / len(recipe.answers),
+        shortcut={level: recipe.shortcut(level) for level in every_level},
+        words=tuple(sorted({*recipe.words(every_level), *(answer.strip() for answer in recipe.answers)})),
+    )
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each word, and `<pad>`, `<unk>`, `<eos>`. Text is split at whitespace, and decoded with a space between words."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<unk>", "<eos>", *words]))}
+    if broken := [word for word in vocabulary if word.split() != [word]]:
+        raise ValueError(f"{broken[0]!r} is not one word between whitespace.")
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # Cleaning up would take the space before a question mark away.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", clean_up_tokenization_spaces=False)
