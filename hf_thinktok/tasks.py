@@ -8,8 +8,8 @@ The same rows serve tiny transformers with a tokenizer of whole words (`word_tok
 - `think_length`, `thoughts`: a thought that is enough, as ids 0..N-1: the states on the way, so that the last one and a single step give the answer.
   It is empty at level 1, except in `mod_add`; `three_sat` begins at level 4.
 
-No question of `test` is in `train`. Questions take a side by a hash of what is asked, without the seed and, where facts come in any order, without their
-order: a test set is new to the models of other seeds too. The exception is `mod_add` without `held_out`.
+No question of `test` is in `train`, nor with its facts in another order. Sides are a hash of the question: a test set is new to models of other seeds
+too. In `mod_add` they are random instead, and the same without `held_out`.
 
 `Task.shortcut` says what can be had without serial steps. It is 1 where threshold circuits of constant depth (TC0) are known to solve the task: sums,
 parity, sorting, the solvable group S3. There, thoughts may help to learn, and are not needed to compute. Each task says how the rest is found.
@@ -199,7 +199,7 @@ def unordered_accuracy(steps_GA: np.ndarray, length: int) -> float:
 
     `steps_GA` has the number of each element's product with each of three letters; a fourth letter is the identity.
     """
-    # ways[i, j, g]: the chance of i first letters, j second ones and the product g, in a word of n letters without the identity.
+    # ways[i, j, g]: the chance of i first letters, j second ones and the product g in a word of n letters without the identity.
     ways = np.zeros((length + 1, length + 1, len(steps_GA)))
     ways[0, 0, 0], total = 1.0, 0.0
     for n in range(length + 1):
@@ -278,9 +278,8 @@ def pointer_chasing(nodes: int = 10, offsets: bool = False) -> Recipe:
 def one_hop_accuracy(nodes: int, hops: int, offsets: bool = False) -> float:
     """How often the best answer is right, for who can look up one hop from the start s and nothing else.
 
-    On a random permutation the length c of the cycle of s is uniform on 1..nodes. Who sees f(s) = s answers s and is right. Otherwise c is uniform on
-    2..nodes, and the answer is s if c divides hops, f(s) if c divides hops - 1, and else any of the others alike: as 2 divides one of them, s or f(s) is
-    the best answer.
+    On a random permutation the length c of the cycle of s is uniform on 1..nodes. Who sees f(s) = s is right. Otherwise c is uniform on 2..nodes, and the
+    answer is s if c divides hops, f(s) if c divides hops - 1, else any other node alike. As 2 divides one of them, s or f(s) is the best answer.
 
     With offsets, who sees s + x1 go to b knows the second hop if b + x2 = s + x1, one case in `nodes`, and has then one hop less to guess. Otherwise the
     best answer is right with 1 / (nodes - 1) after two hops and 2 / nodes after three, which makes 2 / nodes in both cases. From the fourth on chance
@@ -304,6 +303,7 @@ def reachability(nodes: int = 8, edges: int = 12) -> Recipe:
     check_whole(3, 16, nodes=nodes)
     check_whole(1, nodes * (nodes - 1), edges=edges)
     pairs, one_MM = np.array(list(itertools.permutations(range(nodes), 2))), np.eye(nodes, dtype=bool)
+    names = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)]
 
     def draw(rng, level):
         edges_RE2, starts_R = pairs[choose(rng, len(pairs), edges)], rng.integers(nodes, size=BATCH)
@@ -320,7 +320,6 @@ def reachability(nodes: int = 8, edges: int = 12) -> Recipe:
         return Questions(inputs_RC, sets_RL[:, 1:-1], answers_R).at(ends_RM.any(1))
 
     def prompts(rng, level, inputs_RC):
-        names = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)]
         facts = joined(names, shuffled(rng, inputs_RC[:, 2::2] * nodes + inputs_RC[:, 3::2]), "\n")
         return [f"k{level}\n{fact}\n{start} to {end} ?" for fact, (start, end) in zip(facts, inputs_RC[:, :2].tolist())]
 
@@ -330,7 +329,7 @@ def reachability(nodes: int = 8, edges: int = 12) -> Recipe:
 
     return Recipe(
         answers=[" no", " yes"],
-        words=lambda levels: ["to", "?", *decimals(nodes), *(f"{a}>{b}" for a, b in pairs.tolist()), *(f"k{level}" for level in levels)],
+        words=lambda levels: ["to", "?", *decimals(nodes), *(names[a * nodes + b] for a, b in pairs), *(f"k{level}" for level in levels)],
         count=lambda level: math.comb(len(pairs), edges) * len(pairs),
         draw=draw,
         prompts=prompts,
@@ -453,8 +452,7 @@ def make_task(name: str, seed: int = 0, *, levels=None, test_levels=None, train_
         name: one of `TASKS`; the function of that name has the task's own options.
         levels: the levels trained on; by default the four easiest.
         test_levels: the levels tested, untrained ones too; by default those of `levels` that have questions to spare.
-        train_rows: rows of each level, 10,000 by default; questions repeat where a level has fewer. Of `mod_add` all, and at most 100,000.
-        test_rows: likewise, 1,000 by default.
+        train_rows, test_rows: of each level, 10,000 and 1,000 by default; questions repeat where a level has fewer. Of `mod_add` at most 100,000, once.
 
     Raises:
         ValueError: an unknown name or option (the nearest known one is suggested), or options that cannot be.

@@ -132,9 +132,11 @@ def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: 
     rows = test.select(np.flatnonzero(levels_D == hardest)[: limit or None])
     said = answer(trainer, rows)
     states = np.asarray(rows["thoughts"]) if len(set(map(len, rows["thoughts"]))) == 1 and len(rows["thoughts"][0]) == said.thoughts_DL.shape[1] else None
+    # Only sums are numbers; a node or a group element is a name.
+    names = None if task.name.startswith("mod_add") else [f"no. {i}" for i in range(max(rows["answer"]) + 1)]
     report = describe_language(
         np.maximum(said.thoughts_DL, 0), np.asarray(rows["answer"]), np.asarray(rows["inputs"]), trainer.vocabulary.num_tokens,
-        lengths_Q=(said.thoughts_DL >= 0).sum(1), states_QL=states,
+        lengths_Q=(said.thoughts_DL >= 0).sum(1), states_QL=states, answer_names=names,
     )  # fmt: skip
     print_language(report)
     write_json(Path(trainer.args.output_dir) / "language.json", report)
@@ -163,8 +165,7 @@ def run(seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, 
     return {"seed": seed, "accuracy": accuracy, "seconds": seconds, "steps": steps, "curve": progress.curve}
 
 
-def main(toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
-    task = make_task(toy.task, **toy.task_options or {})
+def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     results = {
         "task": task.name, "task_options": toy.task_options, "control": toy.control, "chance": task.chance, "config": changed_options(toy, args, model),
         "levels": sorted(set(task.train["level"])), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
@@ -182,9 +183,10 @@ if __name__ == "__main__":
     parser = TrlParser((ToyArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     try:
         toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
+        for name in ("task_options", "model_shape"):
+            if isinstance(getattr(toy_args, name), str):
+                setattr(toy_args, name, json.loads(getattr(toy_args, name)))
+        the_task = make_task(toy_args.task, **toy_args.task_options or {})
     except ValueError as error:
         sys.exit(f"error: {error}")
-    for name in ("task_options", "model_shape"):
-        if isinstance(getattr(toy_args, name), str):
-            setattr(toy_args, name, json.loads(getattr(toy_args, name)))
-    main(toy_args, think_args, model_args)
+    main(the_task, toy_args, think_args, model_args)

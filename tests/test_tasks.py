@@ -216,6 +216,15 @@ def test_completions_go_on_with_the_prompt(case):
         assert len(row["completion"].split()) == (row["level"] if task.name == "sorting" else 1)
 
 
+@pytest.mark.parametrize(("case_name", "sep"), [("pointers", "\n"), ("offsets", "\n"), ("reachability", "\n"), ("three_sat", " ; ")])
+def test_facts_come_in_random_order(case_name, sep, tasks):
+    prompts = [prompt.removesuffix(" ?").split(sep) for prompt in tasks[case_name].train["prompt"]]
+    facts = [[fact for fact in prompt if sep == " ; " or ">" in fact[:-1]] for prompt in prompts]
+    places = [sorted(row).index(row[0]) / (len(row) - 1) for row in facts]
+    assert np.mean(places) == pytest.approx(0.5, abs=0.06)
+    assert np.std(places) > 0.25
+
+
 @pytest.mark.parametrize(("prompt", "completion", "thoughts"), [("37 + 58 =", " 95", [0, 9, 5]), ("60 + 43 =", " 3", [0, 0, 3])])
 def test_a_sum_by_hand(prompt, completion, thoughts):
     rows = make_task("mod_add").train
@@ -453,17 +462,13 @@ ERRORS = [
     ("parity", {"level": [1]}, ["'level'", "did you mean 'levels'"]),
     ("mod_add", {"modulo": 7}, ["'modulo'", "did you mean 'modulus'", "slack"]),
     ("mod_add", {"modulus": 1}, ["modulus=1", "from 2 to 2000"]),
-    ("mod_add", {"modulus": 10.0}, ["modulus=10.0", "whole number"]),
-    ("mod_add", {"base": 1}, ["base=1", "of 2 or more"]),
     ("mod_add", {"slack": -1}, ["slack=-1", "of 0 or more"]),
     ("mod_add", {"held_out": 1.0}, ["held_out=1.0", "either side"]),
     ("mod_add", {"held_out": 1e-9}, ["held_out=1e-09", "either side"]),
     ("mod_add", {"levels": [2]}, [r"levels=\[2\]", "from 1 to 1"]),
-    ("mod_add_many", {"modulus": 0}, ["modulus=0"]),
     ("parity", {"levels": []}, [r"levels=\[\]", "different whole numbers"]),
     ("parity", {"levels": 3}, ["levels=3", "whole numbers of 1 or more"]),
     ("parity", {"levels": [7, 7]}, ["different"]),
-    ("parity", {"levels": [0]}, ["of 1 or more"]),
     ("parity", {"test_levels": [7.5]}, ["test_levels", "whole numbers"]),
     ("parity", {"test_levels": [7, 3]}, ["Level 3 of parity has 8 questions", "harder test_levels"]),
     ("parity", {"levels": [1, 2]}, ["Level 1 of parity has 2 questions", "harder test_levels"]),

@@ -1,0 +1,88 @@
+"""The toy recipe as a user starts it, and every config of it and of the peers on a tiny model."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from models import CORPUS, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+
+ROOT = Path(__file__).parent.parent
+TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "model_shape" in path.read_text())
+PEERS = sorted(path for path in (ROOT / "recipes" / "peers").glob("*.yaml") if "dataset_name" in path.read_text())
+
+
+def run_toy(config, *options):
+    command = [sys.executable, str(ROOT / "recipes" / "toy.py"), "--config", str(config), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("config", [*TOYS, ROOT / "recipes" / "peers" / "thinktokens.yaml"], ids=lambda path: path.stem)
+def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
+    options = yaml.safe_load(config.read_text())
+    small = {"levels": [1, 2], "test_levels": [2, 3], "train_rows": 64, "test_rows": 40} if "levels" in options["task_options"] else {}
+    done = run_toy(
+        config, "--output_dir", tmp_path, "--seeds", 3, 11, "--max_steps", 2, "--per_device_train_batch_size", 8, "--check_every", 1, "--check_rows", 8,
+        "--test_rows", 16, "--save_models", "true", "--think_start", 0, "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}",
+        "--task_options", json.dumps(options["task_options"] | small),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert last["seeds"] == [3, 11]
+    assert len(last["accuracy"]) == 2
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"task", "config", "versions", "hardware", "commit", "levels", "shortcut"} <= set(results)
+    assert [run["seed"] for run in results["runs"]] == [3, 11]
+    assert (tmp_path / "accuracy.svg").stat().st_size > 1000
+    if results["config"].get("thoughts", "discrete") == "discrete":
+        assert json.loads((tmp_path / "seed-3" / "language.json").read_text())
+        assert (tmp_path / "seed-3" / "language.png").stat().st_size > 1000
+    AutoModelForCausalLM.from_pretrained(tmp_path / "seed-11")
+
+
+@pytest.mark.parametrize("control", ["no_think", "filler"])
+def test_a_control_cannot_think(control, tmp_path):
+    done = run_toy(
+        ROOT / "recipes" / "toy" / "pointer_chasing.yaml", "--control", control, "--output_dir", tmp_path, "--seeds", 0, "--max_steps", 2,
+        "--per_device_train_batch_size", 8, "--test_rows", 8, "--check_every", 0, "--task_options",
+        json.dumps({"nodes": 5, "levels": [1, 2, 3], "train_rows": 32, "test_rows": 16}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["control"] == control
+    assert list(results["runs"][0]["accuracy"]) == (["none"] if control == "no_think" else ["think"])
+
+
+@pytest.mark.parametrize("config", PEERS, ids=lambda path: path.stem)
+def test_a_peer_s_config_runs_a_few_steps(config, tmp_path):
+    known = {field.name for field in dataclasses.fields(ThinkTokConfig)}
+    options = {name: value for name, value in yaml.safe_load(config.read_text()).items() if name in known}
+    small = {"output_dir": str(tmp_path), "max_length": 64, "max_steps": 2, "per_device_train_batch_size": 2, "max_think_length": 3, "save_strategy": "no"}
+    small |= {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "num_forks": 4} if options.get("fork_positions") != "all" else {
+        "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True
+    }  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    trainer = ThinkTokTrainer(
+        tiny_model(vocab_size=len(tokenizer)),
+        ThinkTokConfig(**options | small | {"lookahead": min(options.get("lookahead", 1), 4), "logging_steps": 1}),
+        train_dataset=Dataset.from_dict({"text": CORPUS}),
+        processing_class=tokenizer,
+    )
+    before = trainer.model.get_input_embeddings().weight[trainer.vocabulary.first_id].clone()
+    trainer.train()
+    assert all(float(entry["loss"]) > 0 for entry in trainer.state.log_history if "loss" in entry)
+    assert not before.equal(trainer.model.get_input_embeddings().weight[trainer.vocabulary.first_id])
+
+
+def test_wrong_options_end_in_one_sentence(tmp_path):
+    done = run_toy(ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--output_dir", tmp_path, "--task", "mod_ad")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("error: There is no task 'mod_ad'; did you mean 'mod_add'?")
