@@ -64,16 +64,19 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     with evaluating(model), trainer.accelerator.autocast():
         for index in np.array_split(order_D, max(1, len(rows) // batch_size)):
             inputs = {name: value.to(device) for name, value in trainer.data_collator(list(rows.select(index))).items()}
-            if how == "none":
-                inputs["think_length"] = torch.zeros(len(index), dtype=torch.long, device=device)
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
             forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
-            rollout = trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1)
-            branching = trainer._branching(tokens_BT, rollout)
+            longest = max(int(lengths_D[index].max()), 1) if args.stop == "fixed" else args.max_think_length
+            branching = dataclasses.replace(args.branching(tokens_BT.shape[1], longest), num_generations=1)
+            rollout = Rollout.empty(forks_B1, branching)
+            # Without thoughts, and with random ones of given lengths, there is nothing to sample.
+            if how == "think" or (how == "random" and args.stop == "sampled"):
+                rollout = trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1)
+            elif how == "random":
+                given_B = torch.from_numpy(lengths_D[index]).to(device) if args.stop == "fixed" else torch.full((len(index),), longest, device=device)
+                rollout = dataclasses.replace(rollout, lengths_BKG=given_B[:, None, None])
             if how == "random":
                 rollout = dataclasses.replace(rollout, thoughts_BKGL=random_thoughts(forks_B1, branching, vocabulary, generator))
-            if how == "none":
-                rollout = Rollout.empty(forks_B1, branching)
             tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
             scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
             speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)

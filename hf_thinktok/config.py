@@ -334,10 +334,12 @@ class ThinkTokConfig(SFTConfig):
 
     def _check_fit(self) -> None:
         """What cannot be done."""
+        least = 3 if self.supply_thoughts else 2  # a supplied thought is no part of the comparison
         refusals = {
-            "num_generations=1 leaves nothing to compare a thought with: set num_generations to 2 or more.": (
-                self.num_generations < (3 if self.supply_thoughts else 2) and self.thoughts != "filler"
+            f"num_generations={self.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
+                self.num_generations < least and self.thoughts != "filler"
             ),
+            "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": "exact" in self.reward_funcs and not self.supply_thoughts,
             "search with blind scores whole thoughts by one judged token: set lookahead=1.": bool(self.search and self.blind and self.lookahead != 1),
             "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
                 self.think_start > 0 and self.text_ce_weight == 0

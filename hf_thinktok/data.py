@@ -64,6 +64,7 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
         )
+    _check_task_columns(dataset, name, columns, args)
     if has_formatter or text not in columns:
         return
     rows = itertools.islice(dataset[text], CHECKED_ROWS) if isinstance(dataset, Dataset) else [row[text] for row in head]
@@ -72,6 +73,20 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
         raise ValueError(
             f"Row {empty} of the {name} data set has no text in {text!r}: drop empty rows, for example with dataset.filter(lambda row: row[{text!r}].strip())."
         )
+
+
+def _check_task_columns(dataset, name: str, columns: list[str], args) -> None:
+    """What the data says about thinking must fit the options."""
+    if not args.thinks or args.stop != "fixed" or not isinstance(dataset, Dataset):
+        return
+    if args.supply_thoughts and "thoughts" not in columns:
+        raise ValueError(f"supply_thoughts needs a column `thoughts` (lists of numbers from 0), and the {name} data set has {columns}.")
+    if "think_length" in columns and (longest := max(dataset["think_length"])) > args.max_think_length:
+        raise ValueError(
+            f"The {name} data set asks for thoughts of {longest} tokens (column think_length): set max_think_length={longest}, or drop the column."
+        )
+    if args.supply_thoughts and (largest := max((max(thought, default=0) for thought in dataset["thoughts"]), default=0)) >= (args.num_think_tokens or 16):
+        raise ValueError(f"The {name} data set's thoughts go up to {largest}: set num_think_tokens={largest + 1} or more.")
 
 
 def levels_of(dataset) -> list[int]:

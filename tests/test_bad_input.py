@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from models import CORPUS, TINY, tiny_model, tiny_tokenizer
 from trl import SFTConfig
 
-import hf_thinktok.trainer as trainer_module
+import hf_thinktok.loading as loading_module
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 
 NOWHERE = "no-such-folder/no-such-model"
@@ -30,7 +30,7 @@ def no_weights(monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(trainer_module, "create_model_from_path", touched)
+    monkeypatch.setattr(loading_module, "create_model_from_path", touched)
 
 
 @pytest.fixture
@@ -89,6 +89,21 @@ BAD_VALUES = [
             "importance_sampling_level": "sequence",
         }.items()
     ),
+    ({"search": -1}, ["search=-1", "at least 0"]),
+    ({"think_start": -1}, ["think_start=-1", "at least 0"]),
+    ({"posterior_temperature": 0.0, "objective": "marginal"}, ["posterior_temperature=0.0", "above 0"]),
+    ({"curriculum_threshold": 1.5}, ["curriculum_threshold=1.5", "between 0 and 1"]),
+    ({"alternate": [3]}, ["alternate=.3.", "two numbers"]),
+    ({"alternate": [0, 3]}, ["alternate=.0, 3.", "at least 1"]),
+    *(
+        ({name: value}, [f"{name}=", "no schedule", "start, end and the steps"])
+        for name in ("coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy")
+        for value in ([], [0.1, 0.2], [-0.1], [0.3, 0.0, 0])
+    ),
+    *(
+        ({name: "nobody"}, [f"{name}='nobody'", "one of", known])
+        for name, known in {"policies": "split", "freeze": "speaker", "thoughts": "filler", "balance_given": "token"}.items()
+    ),
     ({"reward_funcs": ["log_prob", "acuracy"]}, ["'acuracy'", "did you mean 'accuracy'", "information_gain"]),
     ({"reward_funcs": ["log_prob", "prob"], "reward_weights": [1.0]}, ["reward_weights has 1", "reward_funcs 2"]),
 ]
@@ -106,6 +121,16 @@ BAD_FITS = [
     ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor", "not supported"]),
     ({"padding_free": True}, ["padding_free", "packing=True"]),
     ({"num_iterations": 2, "save_steps": 3}, ["save_steps", "multiple of num_iterations"]),
+    ({"search": 8, "blind": True, "lookahead": 2, "stop": "fixed"}, ["search with blind", "lookahead=1"]),
+    ({"search": 8, "stop": "sampled"}, ["search", "stop=fixed or stop=learned"]),
+    ({"supply_thoughts": True}, ["supply_thoughts", "stop=fixed"]),
+    ({"supply_thoughts": True, "stop": "fixed"}, ["supply_thoughts", "num_forks=1"]),
+    ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "search": 8}, ["supply_thoughts and search", "choose one"]),
+    ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 2}, ["num_generations=2", "set num_generations to 3"]),
+    ({"reward_funcs": ["exact"]}, ["exact", "supply_thoughts=True"]),
+    ({"policies": "split", "memory": "persistent"}, ["policies=split", "memory=none"]),
+    ({"thoughts": "filler", "blind": True}, ["thoughts=filler", "blind=False"]),
+    ({"think_start": 5, "text_ce_weight": 0.0}, ["think_start", "text_ce_weight above 0"]),
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
 ]
 NO_EFFECT = [
@@ -126,6 +151,26 @@ NO_EFFECT = [
     ({"delta": 2.0}, ["delta=2.0", "num_iterations > 1"]),
     ({"delta": 2.0, "num_iterations": 2, "think_loss_type": "cispo"}, ["delta=2.0", "other than cispo"]),
     ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence'", "num_iterations > 1"]),
+    ({"posterior_temperature": 0.5}, ["posterior_temperature=0.5", "objective=marginal"]),
+    ({"posterior_smoothing": 0.5}, ["posterior_smoothing=0.5", "objective=marginal"]),
+    ({"thought_ce_weight": 0.5}, ["thought_ce_weight=0.5", "supply_thoughts=True"]),
+    ({"speaker_learning_rate": 1e-3}, ["speaker_learning_rate=0.001", "policies=split"]),
+    ({"search_random": 0.1}, ["search_random=0.1", "search"]),
+    ({"search_until": 10}, ["search_until=10", "search"]),
+    ({"coverage_decay": 0.1}, ["coverage_decay=0.1", "coverage_coef"]),
+    ({"balance_given": "token"}, ["balance_given='token'", "balance_coef"]),
+    ({"curriculum_replay": 0.1}, ["curriculum_replay=0.1", "curriculum_threshold"]),
+    *(
+        ({"thoughts": "filler", "stop": "fixed", name: value}, [f"{name}=", "thoughts=discrete"])
+        for name, value in {
+            "search": 4,
+            "epsilon_greedy": [0.1],
+            "coverage_coef": [0.1],
+            "balance_coef": [0.1],
+            "thought_entropy_target": [0.1],
+            "beta": 0.1,
+        }.items()
+    ),
     ({"num_completions_to_print": 3}, ["num_completions_to_print=3", "log_completions=True"]),
 ]
 
@@ -447,3 +492,38 @@ def test_checkpoint_with_another_thinking_vocabulary(make_trainer, tmp_path, sav
 def test_a_model_that_is_not_there(corpus):
     with pytest.raises(ValueError, match="There is no model at"):
         ThinkTokTrainer("/nowhere/model", ThinkTokConfig("out", bf16=False), train_dataset=corpus)
+
+
+# ---------------------------------------------------------------- what the data says about thinking
+
+
+def thoughtful(**columns):
+    return Dataset.from_dict({"text": CORPUS[:2]} | {name: [value] * 2 for name, value in columns.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "columns", "words"),
+    [
+        ({"max_think_length": 2}, {"think_length": 3}, ["thoughts of 3 tokens", "max_think_length=3"]),
+        ({"supply_thoughts": True, "num_generations": 3}, {}, ["supply_thoughts needs a column `thoughts`"]),
+        ({"supply_thoughts": True, "num_generations": 3, "num_think_tokens": 4}, {"thoughts": [1, 5]}, ["go up to 5", "num_think_tokens=6"]),
+    ],
+)
+def test_data_that_does_not_fit_the_thoughts(train, options, columns, words):
+    with pytest.raises(ValueError, match=words[0]) as error:
+        train(train_dataset=thoughtful(**columns), options={"stop": "fixed", "num_forks": 1} | options)
+    one_sentence(error, *words)
+
+
+def test_a_curriculum_needs_levels(make_trainer):
+    with pytest.raises(ValueError, match="curriculum_threshold") as error:
+        make_trainer(curriculum_threshold=0.9)
+    one_sentence(error, "column `level`")
+
+
+@pytest.mark.parametrize("extra", ["peft_config", "speaker"])
+def test_two_models_and_what_does_not_go_with_them(train, extra):
+    options = {"policies": "split"} if extra == "peft_config" else {}
+    with pytest.raises(ValueError, match="policies=split") as error:
+        train(options=options, **{extra: object()})
+    one_sentence(error, "policies=shared")
