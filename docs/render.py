@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_thinktok.results import draw_task, print_results, print_task
+from hf_thinktok.results import draw_task, print_ablation, print_results, print_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -20,7 +20,8 @@ BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.D
 def table(file: str) -> str:
     results = json.loads((ROOT / file).read_text())
     console = Console(file=StringIO(), width=72)
-    (print_task if "task" in results else print_results)(results, console)
+    printer = print_ablation if "ablation" in results else print_task if "task" in results else print_results
+    printer(results, console)
     hardware, versions = results["hardware"], results["versions"]
     where = f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}"
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
@@ -33,7 +34,7 @@ def rendered(text: str) -> str:
 
 if __name__ == "__main__":
     for file in (ROOT / "docs" / "results").glob("*.json"):
-        if "task" in (results := json.loads(file.read_text())) and "--check" not in sys.argv:
+        if {"task", "runs"} <= set(results := json.loads(file.read_text())) and "--check" not in sys.argv:
             draw_task(results, file.with_suffix(".svg"))
     readme = ROOT / "README.md"
     text = rendered(readme.read_text())

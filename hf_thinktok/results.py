@@ -114,6 +114,23 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     console.print("Seconds of training: " + ", ".join(f"{run['seconds']:.0f}" for run in results["runs"]) + ".")
 
 
+def print_ablation(results: dict[str, Any], console: Console | None = None) -> None:
+    """Accuracy of variants of a recipe, one row for each, one column for each seed."""
+    runs = next(iter(results["ablation"].values()))
+    table = Table(title=f"{results['task']} {json.dumps(results['task_options'])}: accuracy with its own thoughts")
+    for column in ("variant", *(f"seed {run['seed']}" for run in runs), "steps", "random thoughts"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name, runs in results["ablation"].items():
+        own = (f"{_mean(run['accuracy']['think']):.4f}" for run in runs)
+        random = "/".join(f"{_mean(run['accuracy']['random']):.2f}" for run in runs)
+        table.add_row(name, *own, "/".join(str(run["steps"]) for run in runs), random)
+    (console or Console()).print(table)
+
+
+def _mean(by_level: dict[str, float]) -> float:
+    return sum(by_level.values()) / len(by_level)
+
+
 def draw_task(results: dict[str, Any], path: Path) -> None:
     """Accuracy against level as a picture: one line for each seed, and what can be had without serial steps."""
     from matplotlib.figure import Figure

@@ -1,0 +1,52 @@
+"""What each part of a toy recipe is worth: one run of recipes/toy.py for each variant, one results file for all.
+
+    python recipes/ablate.py --config recipes/toy/mod_add_100.yaml --variants recipes/toy/ablations.yaml --seeds 0 1 2 --output_dir outputs/toy/ablations
+
+Further options go to every run. A variant that has its results is not run again: the command goes on where it stopped.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_thinktok.results import print_ablation, write_json
+
+TOY = Path(__file__).parent / "toy.py"
+
+
+def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str]) -> dict[str, Any]:
+    """The results of one variant, from a run or from its file."""
+    results = folder / "results.json"
+    if not results.exists() or len(json.loads(results.read_text())["runs"]) < len(seeds):
+        config = folder / "config.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(yaml.safe_dump(base | changes))
+        command = [sys.executable, str(TOY), "--config", str(config), "--output_dir", str(folder), "--seeds", *map(str, seeds), *more]
+        subprocess.run(command, check=True)
+    return json.loads(results.read_text())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="Config of recipes/toy.py.")
+    parser.add_argument("--variants", type=Path, required=True, help="YAML: for each variant's name, the options that change.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/toy/ablations"))
+    args, further = parser.parse_known_args()
+    base = yaml.safe_load(args.config.read_text())
+    table = {}
+    for name, changes in yaml.safe_load(args.variants.read_text()).items():
+        print(f"== {name}: {changes or 'nothing changed'}", flush=True)
+        folder = args.output_dir / name.replace(" ", "_").replace(",", "")
+        table[name] = run_variant(folder, base, changes, args.seeds, further)
+        last = table[name]
+        results = {"ablation": {key: value["runs"] for key, value in table.items()}} | {
+            key: last[key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")
+        }
+        write_json(args.output_dir / "results.json", results | {"variants": yaml.safe_load(args.variants.read_text())})
+    print_ablation(results)
