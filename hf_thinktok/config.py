@@ -348,6 +348,11 @@ class ThinkTokConfig(SFTConfig):
             "supply_thoughts has thoughts of given lengths: set stop=fixed.": self.supply_thoughts and self.stop != "fixed",
             "supply_thoughts gives one thought for each row: set num_forks=1.": self.supply_thoughts and self.num_forks != 1,
             "supply_thoughts and search both fill the first thought of a group: choose one.": self.supply_thoughts and self.search > 0,
+            "curriculum_threshold draws rows step by step: set max_steps.": self.curriculum_threshold is not None and self.max_steps <= 0,
+            "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
+                self.curriculum_threshold is not None and self.num_iterations > 1
+            ),
+            "policies=split with beta is not supported: set beta=0.": self.policies == "split" and self.beta > 0,
             "policies=split with memory=persistent is not supported: set memory=none.": self.policies == "split" and self.memory == "persistent",
             "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
                 self.blind and self.thoughts == "filler"

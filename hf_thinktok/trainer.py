@@ -108,7 +108,7 @@ class ThinkTokTrainer(SFTTrainer):
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
             if args.policies == "split":
                 model.speaker = copy.deepcopy(model) if speaker is None else speaker
-            model.config.thinktok |= {name: getattr(args, name) for name in ("max_think_length", "stop", "memory", "blind", "lookahead")}
+            model.config.thinktok |= {name: getattr(args, name) for name in ("max_think_length", "stop", "memory", "blind", "lookahead", "policies")}
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary)
         if args.disable_dropout:
             disable_dropout_in_model(model)
