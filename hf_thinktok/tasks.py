@@ -23,7 +23,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -171,13 +171,17 @@ def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float 
     return mod_add_many(modulus, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out)
 
 
-def permutations(group: str = "S5") -> Recipe:
+def permutations(group: str = "S5", pad_to: int = 0) -> Recipe:
     """`a c b d =` -> ` g17`: the product of level letters, applied from left to right. The thought is the product so far.
 
     Elements are numbered in lexicographic order, g0 is the identity. The letters of S3 are its six elements in that order; those of S5 are the
     transposition (0 1), the cycle 0 -> 1 -> 2 -> 3 -> 4 -> 0, its inverse, and the identity. Products in S5 are complete for NC1: not in constant depth
     unless TC0 = NC1. The shortcut is `unordered_accuracy`.
+
+    Args:
+        pad_to: with so many letters in every prompt, the missing ones as `.`: the k-th letter is as far from the k-th thought at every level.
     """
+    check_whole(0, pad_to=pad_to)
     if group not in ("S3", "S5"):
         raise ValueError(f"group={group!r} must be 'S3' or 'S5'.")
     elements = list(itertools.permutations(range(int(group[1]))))
@@ -191,7 +195,14 @@ def permutations(group: str = "S5") -> Recipe:
         return np.stack(products[1:], 1)
 
     shortcut = (lambda level: 1.0) if group == "S3" else (lambda level: unordered_accuracy(steps_GA[:, :3], level))
-    return letters_in_a_row(list("abcdef"[: len(letters)]), decimals(len(elements), " g"), states, shortcut=shortcut)
+    recipe = letters_in_a_row(list("abcdef"[: len(letters)]), decimals(len(elements), " g"), states, shortcut=shortcut)
+    if not pad_to:
+        return recipe
+
+    def prompts(rng, level, inputs_RC):
+        return [text.replace(" =", " ." * (pad_to - level) + " =") for text in recipe.prompts(rng, level, inputs_RC)]
+
+    return replace(recipe, prompts=prompts, words=lambda levels: [*recipe.words(levels), "."], levels=(1, pad_to))
 
 
 def unordered_accuracy(steps_GA: np.ndarray, length: int) -> float:

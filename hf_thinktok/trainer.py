@@ -23,7 +23,7 @@ from .callbacks import NonFiniteGuard, print_thoughts, sample_thoughts_to_print
 from .config import ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
 from .data import TASK_COLUMNS, TreeCollator, levels_of
-from .engine import choose_engine, evaluating, longest_row
+from .engine import ReplicatedEngine, choose_engine, evaluating, longest_row
 from .evaluation import GainByDocument
 from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
@@ -130,9 +130,9 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _prepare_to_think(self) -> None:
         args, base = self.args, self.model.get_base_model() if is_peft_model(self.model) else self.model
-        attach_head(base, self.vocabulary)
-        if args.policies == "split":
-            attach_head(base.speaker, self.vocabulary)
+        models = [base, base.speaker] if args.policies == "split" else [base]
+        for one in models:
+            attach_head(one, self.vocabulary)
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id)
         self.markers = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.fork_markers or ()]
         longest = args.max_length or 1024
@@ -149,7 +149,8 @@ class ThinkTokTrainer(SFTTrainer):
             raise ValueError(
                 f"max_length={longest} and a thought with its lookahead exceed the model's {longest_row(base)} positions: lower max_length or lookahead."
             )
-        self.engine = choose_engine(base, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine)
+        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine) for one in models]
+        self.engine = next((engine for engine in engines if isinstance(engine, ReplicatedEngine)), engines[0])  # exact for both
         self.reference = self._reference_model() if args.beta > 0 else None
         self.add_callback(self.guard)
         self.explore = Explorer(self)
@@ -222,7 +223,8 @@ class ThinkTokTrainer(SFTTrainer):
         self, model, inputs: dict[str, Tensor], forks_BK: Tensor, generator: torch.Generator, sampling: Sampling, num_generations: int | None = None
     ) -> Rollout:
         given_B = inputs.get("think_length") if self.args.stop == "fixed" else None
-        length = None if given_B is None else max(int(given_B.max()), 1)
+        # The longest of all ranks: every rank makes as many passes.
+        length = None if given_B is None else max(int(self.accelerator.gather(given_B.max()[None]).max()), 1)
         branching = self.args.branching(inputs["input_ids"].shape[1], length)
         branching = dataclasses.replace(branching, num_generations=num_generations or branching.num_generations)
         with self.accelerator.autocast():  # around all passes, so that weights are cast once and not at every token

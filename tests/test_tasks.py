@@ -497,3 +497,16 @@ def test_what_cannot_be_is_refused_in_one_sentence(name, options, words, monkeyp
     assert text.endswith(".")
     for word in words:
         assert re.search(word, text), f"{word!r} is not in {text!r}"
+
+
+def test_padded_words_are_the_same_questions_in_prompts_of_one_length():
+    options = {"levels": [2, 5], "test_levels": [5], "train_rows": 50, "test_rows": 50, "seed": 3}
+    plain, padded = make_task("permutations", **options), make_task("permutations", pad_to=7, **options)
+    assert padded.train["answer"] == plain.train["answer"]
+    assert padded.train["thoughts"] == plain.train["thoughts"]
+    for short, long in zip(plain.train["prompt"], padded.train["prompt"], strict=True):
+        assert len(long.split()) == 8
+        assert long.replace(" .", "") == short
+    assert set(padded.words) - set(plain.words) == {"."}
+    with pytest.raises(ValueError, match="levels"):
+        make_task("permutations", pad_to=7, levels=[8])
