@@ -106,29 +106,32 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     for level in _levels(results):
         for how in results["runs"][0]["accuracy"]:
             figures = (f"{run['accuracy'][how][level]:.4f}" for run in results["runs"])
-            named = f"{level}{'' if int(level) in trained else ' (untrained)'}"
+            named = f"{level}{'' if int(level) in trained else ' *'}"
             table.add_row(named, THOUGHTS[how], *figures, f"{results['shortcut'][level]:.3f}")
         table.add_section()
     console = console or Console()
     console.print(table)
+    if any(int(level) not in trained for level in _levels(results)):
+        console.print("* never trained")
     console.print("Seconds of training: " + ", ".join(f"{run['seconds']:.0f}" for run in results["runs"]) + ".")
 
 
 def print_ablation(results: dict[str, Any], console: Console | None = None) -> None:
-    """Accuracy of variants of a recipe, one row for each, one column for each seed."""
-    runs = next(iter(results["ablation"].values()))
-    table = Table(title=f"{results['task']} {json.dumps(results['task_options'])}: accuracy with its own thoughts")
-    for column in ("variant", *(f"seed {run['seed']}" for run in runs), "steps", "random thoughts"):
+    """Accuracy of variants of a recipe, as each thinks or does not: one row for each, one column for each level, or for each seed where there is one level."""
+    first = next(iter(results["ablation"].values()))
+    levels = _levels({"runs": first})
+    seeds = ", ".join(str(run["seed"]) for run in first)
+    table = Table(title=f"{results['task']}: accuracy on test rows" + (f", mean over seeds {seeds}" if len(levels) > 1 else ""))
+    for column in ("variant", *(levels if len(levels) > 1 else (f"seed {run['seed']}" for run in first)), "steps"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, runs in results["ablation"].items():
-        own = (f"{_mean(run['accuracy']['think']):.4f}" for run in runs)
-        random = "/".join(f"{_mean(run['accuracy']['random']):.2f}" for run in runs)
-        table.add_row(name, *own, "/".join(str(run["steps"]) for run in runs), random)
+        how = next(iter(runs[0]["accuracy"]))
+        if len(levels) > 1:
+            figures = [sum(run["accuracy"][how][level] for run in runs) / len(runs) for level in levels]
+        else:
+            figures = [run["accuracy"][how][levels[0]] for run in runs]
+        table.add_row(name, *(f"{figure:.3f}" for figure in figures), "/".join(str(run["steps"]) for run in runs))
     (console or Console()).print(table)
-
-
-def _mean(by_level: dict[str, float]) -> float:
-    return sum(by_level.values()) / len(by_level)
 
 
 def draw_task(results: dict[str, Any], path: Path) -> None:
