@@ -98,40 +98,46 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:
-    """Accuracy of runs on a task by level, thinking, with random thoughts and without any, one column for each seed."""
-    trained = set(results["levels"])
-    table = Table(title=f"{results['task']}: accuracy on test rows" + ("" if results["control"] == "none" else f", {results['control']} control"))
-    for column in ("level", "thoughts", *(f"seed {run['seed']}" for run in results["runs"]), "shortcut"):
-        table.add_column(column, justify="right")
-    for level in _levels(results):
-        for how in results["runs"][0]["accuracy"]:
-            figures = (f"{run['accuracy'][how][level]:.4f}" for run in results["runs"])
-            named = f"{level}{'' if int(level) in trained else ' *'}"
-            table.add_row(named, THOUGHTS[how], *figures, f"{results['shortcut'][level]:.3f}")
+    """Accuracy of runs on a task in per cent: levels across; for each seed a row with its own thoughts, one with random thoughts and one without any."""
+    levels, trained = _levels(results["runs"]), set(results["levels"])
+    table = Table(title=f"{results['task']}: accuracy on test rows, %" + ("" if results["control"] == "none" else f", {results['control']} control"))
+    table.add_column("thoughts")
+    table.add_column("seed", justify="right")
+    for level in levels:
+        table.add_column(level + ("" if int(level) in trained else "*"), justify="right")
+    for how in _hows(results["runs"]):
+        for run in results["runs"]:
+            table.add_row(THOUGHTS[how], str(run["seed"]), *(f"{100 * run['accuracy'][how][level]:.1f}" for level in levels))
         table.add_section()
+    table.add_row("shortcut", "", *(f"{100 * results['shortcut'][level]:.1f}" for level in levels))
     console = console or Console()
     console.print(table)
-    if any(int(level) not in trained for level in _levels(results)):
-        console.print("* never trained")
-    console.print("Seconds of training: " + ", ".join(f"{run['seconds']:.0f}" for run in results["runs"]) + ".")
+    if any(int(level) not in trained for level in levels):
+        console.print("* harder than any trained")
+    took = ", ".join(f"{run['seconds']:.0f} s for {run['steps']} steps" for run in results["runs"])
+    console.print(f"Training took {took}.")
 
 
 def print_ablation(results: dict[str, Any], console: Console | None = None) -> None:
-    """Accuracy of variants of a recipe, as each thinks or does not: one row for each, one column for each level, or for each seed where there is one level."""
-    first = next(iter(results["ablation"].values()))
-    levels = _levels({"runs": first})
-    seeds = ", ".join(str(run["seed"]) for run in first)
-    table = Table(title=f"{results['task']}: accuracy on test rows" + (f", mean over seeds {seeds}" if len(levels) > 1 else ""))
-    for column in ("variant", *(levels if len(levels) > 1 else (f"seed {run['seed']}" for run in first)), "steps"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    """Accuracy of variants of a recipe in per cent, as each thinks or does not: levels across, one row for each variant and seed."""
+    levels = _levels(next(iter(results["ablation"].values())))
+    table = Table(title=f"{results['task']}: accuracy on test rows, %")
+    table.add_column("variant")
+    for column in ("seed", *levels, "steps"):
+        table.add_column(column, justify="right")
     for name, runs in results["ablation"].items():
-        how = next(iter(runs[0]["accuracy"]))
-        if len(levels) > 1:
-            figures = [sum(run["accuracy"][how][level] for run in runs) / len(runs) for level in levels]
-        else:
-            figures = [run["accuracy"][how][levels[0]] for run in runs]
-        table.add_row(name, *(f"{figure:.3f}" for figure in figures), "/".join(str(run["steps"]) for run in runs))
+        how = _hows(runs)[0]
+        for run in runs:
+            table.add_row(name, str(run["seed"]), *(f"{100 * run['accuracy'][how][level]:.1f}" for level in levels), str(run["steps"]))
     (console or Console()).print(table)
+
+
+def _levels(runs: list[dict[str, Any]]) -> list[str]:
+    return sorted(next(iter(runs[0]["accuracy"].values())), key=int)
+
+
+def _hows(runs: list[dict[str, Any]]) -> list[str]:
+    return [how for how in THOUGHTS if how in runs[0]["accuracy"]]
 
 
 def draw_task(results: dict[str, Any], path: Path) -> None:
@@ -140,9 +146,9 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    levels = _levels(results)
+    levels = _levels(results["runs"])
     places = [int(level) for level in levels]
-    for how, colour in zip(results["runs"][0]["accuracy"], ("tab:blue", "tab:orange", "tab:gray"), strict=False):
+    for how, colour in zip(_hows(results["runs"]), ("tab:blue", "tab:orange", "tab:gray"), strict=False):
         for i, run in enumerate(results["runs"]):
             axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {THOUGHTS[how]}")
     axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")
@@ -152,10 +158,6 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
     axes.legend(loc="center left", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _levels(results: dict[str, Any]) -> list[str]:
-    return sorted(next(iter(results["runs"][0]["accuracy"].values())), key=int)
 
 
 def verdict(results: dict[str, Any]) -> str:
