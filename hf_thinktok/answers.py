@@ -3,7 +3,6 @@
 Shape suffixes as in tree.py; D rows of a data set.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,8 @@ from datasets import Dataset
 
 from .engine import evaluating
 from .objective import speak
-from .rollout import Rollout, Sampling, random_thoughts
+from .rollout import Rollout, Sampling
+from .thoughts import control_thoughts
 from .tree import ThoughtTree
 
 HOW = ("think", "random", "none")
@@ -24,7 +24,7 @@ class Answers:
 
     Attributes:
         correct_D: whether every token of the completion was the model's first choice.
-        thoughts_DL: the thoughts, numbers from 0, padded with -1.
+        thoughts_DL: the thoughts, numbers from 0, padded with -1; nothing else for thoughts that are no tokens.
         lengths_D: (expected) thinking tokens.
         logps_D: log-probability of the completion, nats.
     """
@@ -46,13 +46,14 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     Args:
         trainer: a `ThinkTokTrainer`; its options say how thoughts end.
         dataset: columns `input_ids`, `labels` (-100 before the completion) and, where thoughts have given lengths, `think_length`.
-        how: `think`: the most likely thinking token at each step. `random`: uniformly random thoughts of the same lengths. `none`: no thought at all.
+        how: `think`: the most likely thinking token at each step. `random`: uniformly random thoughts of the same lengths, for
+            `thoughts=continuous` those of other rows. `none`: no thought at all.
         seed: of the random thoughts.
     """
     args, model, vocabulary = trainer.args, trainer.model, trainer.vocabulary
     device = trainer.accelerator.device
     generator = torch.Generator(device).manual_seed(seed)
-    sampling = Sampling(top_k=1, draw_stops=args.stop == "sampled", min_length=int(args.blind), filler=args.thoughts == "filler")
+    sampling = Sampling(top_k=1, draw_stops=args.stop == "sampled", min_length=int(args.blind), filler=args.thoughts in ("filler", "continuous"))
     if "labels" not in dataset.column_names:
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
@@ -68,10 +69,10 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
                 inputs["think_length"] = torch.zeros(len(index), dtype=torch.long, device=device)
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
             forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
-            rollout = trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1)
+            rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1))
             branching = trainer._branching(tokens_BT, rollout)
             if how == "random":
-                rollout = dataclasses.replace(rollout, thoughts_BKGL=random_thoughts(forks_B1, branching, vocabulary, generator))
+                rollout = control_thoughts(rollout, vocabulary, generator)
             if how == "none":
                 rollout = Rollout.empty(forks_B1, branching)
             tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
@@ -83,6 +84,6 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             logps_D[index] = torch.where(mask_BH, speech.logps_BKGH[:, 0, 0], 0.0).sum(-1).float().cpu().numpy()
             spent_D[index] = speech.lengths_BKG[:, 0, 0].float().cpu().numpy()
             said_BL = (rollout.thoughts_BKGL[:, 0, 0] - vocabulary.first_id).cpu().numpy()
-            there_BL = np.arange(said_BL.shape[1]) < rollout.lengths_BKG[:, 0, 0].cpu().numpy()[:, None]
+            there_BL = np.arange(said_BL.shape[1]) < rollout.lengths_BKG[:, 0, 0].cpu().numpy()[:, None] * (args.thoughts != "continuous")
             thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)
