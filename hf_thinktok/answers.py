@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from .engine import evaluating
 from .objective import speak
-from .rollout import Rollout, Sampling, random_thoughts
+from .rollout import Rollout, Sampling
+from .thoughts import control_thoughts
 from .tree import ThoughtTree
 
 HOW = ("think", "random", "none")
@@ -24,7 +25,7 @@ class Answers:
 
     Attributes:
         correct_D: whether every token of the completion was the model's first choice.
-        thoughts_DL: the thoughts, numbers from 0, padded with -1.
+        thoughts_DL: the thoughts, numbers from 0, padded with -1; nothing else for thoughts that are no tokens.
         lengths_D: (expected) thinking tokens.
         logps_D: log-probability of the completion, nats.
     """
@@ -46,13 +47,14 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     Args:
         trainer: a `ThinkTokTrainer`; its options say how thoughts end.
         dataset: columns `input_ids`, `labels` (-100 before the completion) and, where thoughts have given lengths, `think_length`.
-        how: `think`: the most likely thinking token at each step. `random`: uniformly random thoughts of the same lengths. `none`: no thought at all.
+        how: `think`: the most likely thinking token at each step. `random`: uniformly random thoughts of the same lengths, for
+            `thoughts=continuous` those of other rows. `none`: no thought at all.
         seed: of the random thoughts.
     """
     args, model, vocabulary = trainer.args, trainer.model, trainer.vocabulary
     device = trainer.accelerator.device
     generator = torch.Generator(device).manual_seed(seed)
-    sampling = Sampling(top_k=1, draw_stops=args.stop == "sampled", min_length=int(args.blind), filler=args.thoughts == "filler")
+    sampling = Sampling(top_k=1, draw_stops=args.stop == "sampled", min_length=int(args.blind), filler=args.thoughts in ("filler", "continuous"))
     if "labels" not in dataset.column_names:
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
@@ -69,14 +71,14 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             longest = max(int(lengths_D[index].max()), 1) if args.stop == "fixed" else args.max_think_length
             branching = dataclasses.replace(args.branching(tokens_BT.shape[1], longest), num_generations=1)
             rollout = Rollout.empty(forks_B1, branching)
-            # Without thoughts, and with random ones of given lengths, there is nothing to sample.
-            if how == "think" or (how == "random" and args.stop == "sampled"):
-                rollout = trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1)
+            # Without thoughts, and with random ids of given lengths, there is nothing to sample.
+            if how == "think" or (how == "random" and (args.stop == "sampled" or args.thoughts == "continuous")):
+                rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1))
             elif how == "random":
                 given_B = torch.from_numpy(lengths_D[index]).to(device) if args.stop == "fixed" else torch.full((len(index),), longest, device=device)
                 rollout = dataclasses.replace(rollout, lengths_BKG=given_B[:, None, None])
             if how == "random":
-                rollout = dataclasses.replace(rollout, thoughts_BKGL=random_thoughts(forks_B1, branching, vocabulary, generator))
+                rollout = control_thoughts(rollout, vocabulary, generator)
             tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
             scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
             speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)
@@ -86,6 +88,6 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             logps_D[index] = torch.where(mask_BH, speech.logps_BKGH[:, 0, 0], 0.0).sum(-1).float().cpu().numpy()
             spent_D[index] = speech.lengths_BKG[:, 0, 0].float().cpu().numpy()
             said_BL = (rollout.thoughts_BKGL[:, 0, 0] - vocabulary.first_id).cpu().numpy()
-            there_BL = np.arange(said_BL.shape[1]) < rollout.lengths_BKG[:, 0, 0].cpu().numpy()[:, None]
+            there_BL = np.arange(said_BL.shape[1]) < rollout.lengths_BKG[:, 0, 0].cpu().numpy()[:, None] * (args.thoughts != "continuous")
             thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)

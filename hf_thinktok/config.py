@@ -10,9 +10,16 @@ from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import resolve_rewards
 from .rollout import Sampling
+from .thoughts import SOFT
 from .tree import Branching
 
 FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
+# Options without effect on soft thoughts, which have no rewards, and further ones on thoughts that are not drawn.
+OF_REWARDED_THOUGHTS = (
+    "search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "freeze", "alternate", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights",
+    "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
+)  # fmt: skip
+OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "objective", "log_completions")
 
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
@@ -73,6 +80,11 @@ class ThinkTokConfig(SFTConfig):
             `thinker`: thoughts get no gradient. `speaker`: predictions after thoughts get none.
         thoughts (`str`, defaults to `"discrete"`):
             `discrete`: drawn from the thinking vocabulary. `filler`: always the first thinking token, the control that computes without saying anything.
+            Two kinds have no rewards: the cross-entropy of what follows reaches them by its own gradient. `gumbel`: drawn, with the gradient of a soft
+            mixture (straight-through). `continuous`: each node reads the hidden state of the one before (Coconut); nothing is drawn, so
+            `num_generations=1` is enough. Both make a thought in `max_think_length` passes, and one more scores it.
+        continuous_layer (`int`, defaults to `-1`):
+            Which hidden state `thoughts="continuous"` feeds back, an index into `hidden_states`; -1 is the one that enters the LM head.
         supply_thoughts (`bool`, defaults to `False`):
             The first thought of each group is the data's (columns `thoughts`), and the speaker learns from it alone; the others are sampled and rewarded.
         thought_ce_weight (`float`, defaults to `0.0`):
@@ -112,7 +124,7 @@ class ThinkTokConfig(SFTConfig):
         > Sampling
 
         temperature (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`), top_p (`float`, defaults to `1.0`), min_p (`float`, *optional*):
-            How thinking tokens are drawn, among thinking tokens.
+            How thinking tokens are drawn, among thinking tokens. With `thoughts="gumbel"` draws have temperature 1, and this is the soft mixture's.
 
         > Rewards
 
@@ -182,7 +194,8 @@ class ThinkTokConfig(SFTConfig):
 
     policies: str = option("shared", "One model, or a second one that speaks.", ("shared", "split"))
     freeze: str = option("none", "Which of the two gets no gradient from thinking.", ("none", "thinker", "speaker"))
-    thoughts: str = option("discrete", "What a thought is made of.", ("discrete", "filler"))
+    thoughts: str = option("discrete", "What a thought is made of.", ("discrete", "filler", "gumbel", "continuous"))
+    continuous_layer: int = option(-1, "Hidden state that thoughts=continuous feeds back; -1 for the one that enters the LM head.")
     supply_thoughts: bool = option(False, "The speaker learns from the data's own thoughts (column `thoughts`).")
     thought_ce_weight: float = option(0.0, "Weight of the cross-entropy of supplied thoughts.")
     alternate: list[int] | None = option(None, "n steps of prediction, then m steps of thinking.")
@@ -253,15 +266,20 @@ class ThinkTokConfig(SFTConfig):
 
     def sampling(self, step: int = 0) -> Sampling:
         return Sampling(
-            self.temperature,
+            self.draw_temperature,
             self.top_k,
             self.top_p,
             self.min_p,
             draw_stops=self.stop == "sampled",
             min_length=int(self.blind),
             epsilon=scheduled(self.epsilon_greedy, step),
-            filler=self.thoughts == "filler",
+            filler=self.thoughts in ("filler", "continuous"),
+            gumbel=self.thoughts == "gumbel",
         )
+
+    @property
+    def draw_temperature(self) -> float:
+        return 1.0 if self.thoughts == "gumbel" else self.temperature
 
     @property
     def needs_gate(self) -> bool:
@@ -334,10 +352,16 @@ class ThinkTokConfig(SFTConfig):
 
     def _check_fit(self) -> None:
         """What cannot be done."""
+        soft = self.thoughts in SOFT
         least = 3 if self.supply_thoughts else 2  # a supplied thought is no part of the comparison
         refusals = {
             f"num_generations={self.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
-                self.num_generations < least and self.thoughts != "filler"
+                self.num_generations < least and self.thoughts == "discrete"
+            ),
+            f"thoughts={self.thoughts} makes thoughts of given lengths: set stop=fixed.": soft and self.stop != "fixed",
+            f"thoughts={self.thoughts} with memory=persistent is not supported: set memory=none.": soft and self.memory == "persistent",
+            f"thoughts={self.thoughts} learns from the cross-entropy after it, and think_ce_weight=0 leaves none: set think_ce_weight above 0.": (
+                soft and self.think_ce_weight == 0
             ),
             "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": "exact" in self.reward_funcs and not self.supply_thoughts,
             "search with blind scores whole thoughts by one judged token: set lookahead=1.": bool(self.search and self.blind and self.lookahead != 1),
@@ -404,6 +428,7 @@ class ThinkTokConfig(SFTConfig):
                 ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "alternate", "beta"),
                 (self.thoughts != "filler", "thoughts=discrete (a filler is not drawn)"),
             ),
+            "continuous_layer": (self.thoughts == "continuous", "thoughts=continuous"),
             "scale_rewards": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
             "reward_funcs": (
                 self.objective == "expected" and self.advantage != "token",
@@ -422,7 +447,11 @@ class ThinkTokConfig(SFTConfig):
             "importance_sampling_level": (self.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
             "num_completions_to_print": (self.log_completions, "log_completions=True"),
         }
-        for name, (effective, needed) in effects.items():
+        for_soft_thoughts = {
+            **dict.fromkeys(OF_REWARDED_THOUGHTS, (self.thoughts not in SOFT, f"thoughts=discrete ({self.thoughts} has no rewards)")),
+            **dict.fromkeys(OF_DRAWN_THOUGHTS, (self.thoughts != "continuous", "thoughts=discrete or gumbel (nothing is drawn)")),
+        }
+        for name, (effective, needed) in [*for_soft_thoughts.items(), *effects.items()]:
             if not effective and getattr(self, name) != _default(type(self), name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
 

@@ -18,13 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .architectures import attention_inputs
-from .head import HeadInputs, HeadOutputs
+from .head import Head, HeadInputs, HeadOutputs, ThoughtInputs
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
 logger = logging.getLogger(__name__)
-
-Head = HeadInputs | list[HeadInputs]
 
 # Differences in units of the logits' standard deviation, fp32. Measured over about 60 families: at most 3.3e-6 where a path is exact,
 # at least 2.9e-3 where it is not.
@@ -50,13 +48,23 @@ class TreeEngine:
 
     name = "tree"
 
-    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: Head, nodes_Q: Tensor | None = None, speaks: bool = False) -> Any:
+    def __call__(
+        self,
+        model,
+        tree: ThoughtTree,
+        tokens_BS: Tensor,
+        head: Head,
+        nodes_Q: Tensor | None = None,
+        speaks: bool = False,
+        thoughts: ThoughtInputs | None = None,
+    ) -> Any:
         """Scores nodes of a tree.
 
         Args:
             head: what to score, in flat indices of `[B, S]`; for a list a list comes back.
             nodes_Q: run only these nodes, ascending. With each of them come all its ancestors.
             speaks: run the second model of `policies: split`.
+            thoughts: what nodes read in place of their tokens.
         """
         positions, visible, heads = tree.position_ids_BS, tree.visible(), head
         if nodes_Q is not None:
@@ -67,8 +75,10 @@ class TreeEngine:
             heads = _moved(head, (rows * len(nodes_Q) + place_S).flatten())
             nodes_BQ = nodes_Q.expand(len(tokens_BS), -1)
             tokens_BS, positions, visible = tokens_BS[:, nodes_Q], positions[:, nodes_Q], tree.visible(nodes_BQ, nodes_BQ)
+            thoughts = None if thoughts is None else replace(thoughts, index_BS=thoughts.index_BS[:, nodes_Q])
         mask = attention_inputs(visible, positions, positions, _config(model, speaks), _dtype(model))
-        return model(input_ids=tokens_BS, attention_mask=mask, position_ids=positions, use_cache=False, head=heads, **_as_speaker(speaks))
+        kwargs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        return model(input_ids=tokens_BS, head=heads, **kwargs, **_given(speaks, thoughts))
 
     def decoder(self, model) -> Decoder:
         cache = DynamicCache()
@@ -99,11 +109,21 @@ class ReplicatedEngine:
 
     name = "replicated"
 
-    def __call__(self, model, tree: ThoughtTree, tokens_BS: Tensor, head: Head, nodes_Q: Tensor | None = None, speaks: bool = False) -> Any:
+    def __call__(
+        self,
+        model,
+        tree: ThoughtTree,
+        tokens_BS: Tensor,
+        head: Head,
+        nodes_Q: Tensor | None = None,
+        speaks: bool = False,
+        thoughts: ThoughtInputs | None = None,
+    ) -> Any:
         """As `TreeEngine`; all nodes are run whatever `nodes_Q`."""
         rows_R, nodes_RP, where_BS = tree.paths()
-        tokens_RP = tokens_BS[rows_R[:, None], nodes_RP.clamp(min=0)]
-        return model(input_ids=tokens_RP, use_cache=False, head=_moved(head, where_BS.flatten()), **_as_speaker(speaks))
+        path_RP = rows_R[:, None], nodes_RP.clamp(min=0)
+        thoughts = None if thoughts is None else replace(thoughts, index_BS=thoughts.index_BS[path_RP])
+        return model(input_ids=tokens_BS[path_RP], use_cache=False, head=_moved(head, where_BS.flatten()), **_given(speaks, thoughts))
 
     def decoder(self, model) -> Decoder:
         def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False) -> HeadOutputs:
@@ -122,13 +142,13 @@ def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool) -> HeadInputs
 
 def _moved(head: Head, places: Tensor) -> Head:
     """The same nodes at their places in another layout."""
-    if isinstance(head, HeadInputs):
-        return replace(head, nodes_M=places[head.nodes_M])
-    return [replace(one, nodes_M=places[one.nodes_M]) for one in head]
+    if isinstance(head, list):
+        return [replace(one, nodes_M=places[one.nodes_M]) for one in head]
+    return replace(head, nodes_M=places[head.nodes_M])
 
 
-def _as_speaker(speaks: bool) -> dict[str, bool]:
-    return {"speaks": True} if speaks else {}
+def _given(speaks: bool, thoughts: ThoughtInputs | None) -> dict[str, Any]:
+    return ({"speaks": True} if speaks else {}) | ({} if thoughts is None else {"thoughts": thoughts})
 
 
 def _unwrapped(model):

@@ -49,6 +49,47 @@ class HeadInputs:
 
 
 @dataclass
+class HiddenInputs:
+    """Which nodes of a forward to give the hidden states of, `[M, D]`.
+
+    Args:
+        nodes_M: as in `HeadInputs`.
+        layer: an index into `hidden_states`; -1 for those that enter the LM head.
+    """
+
+    nodes_M: Tensor
+    layer: int = -1
+
+
+@dataclass
+class ThoughtInputs:
+    """What thought nodes read in place of an id (`hf_thinktok.thoughts`).
+
+    Args:
+        index_BS: which of the vectors a node reads; -1 where it reads its id.
+        vectors_MX: input embeddings `[M, D]`; or with `mixes` weights of thinking rows `[M, N]`, and what they make is added to the id's embedding.
+    """
+
+    index_BS: Tensor
+    vectors_MX: Tensor
+    mixes: bool = False
+
+    def embed(self, embedding: torch.nn.Module, input_ids: Tensor, vocabulary: ThinkingVocabulary) -> Tensor:
+        """Input embeddings of all nodes. All rows come out of the embedding module itself, which may scale them or train some of them apart (PEFT)."""
+        embeds_BSD, vectors_MD = embedding(input_ids), self.vectors_MX
+        if self.mixes:
+            rows_ND = embedding(torch.arange(vocabulary.first_id, vocabulary.guard_id, device=input_ids.device)[None])[0]
+            vectors_MD = vectors_MD.to(rows_ND.dtype) @ rows_ND
+        if vectors_MD.shape[-1] != embeds_BSD.shape[-1]:
+            raise ValueError(
+                f"A thought's hidden state of {vectors_MD.shape[-1]} numbers cannot be read as an input embedding of {embeds_BSD.shape[-1]}: set "
+                "another continuous_layer, or thoughts=gumbel."
+            )
+        read_BSD = vectors_MD.to(embeds_BSD.dtype)[self.index_BS.clamp(min=0)]
+        return torch.where((self.index_BS >= 0)[..., None], embeds_BSD + read_BSD if self.mixes else read_BSD, embeds_BSD)
+
+
+@dataclass
 class HeadOutputs:
     """What the scored nodes say, in fp32.
 
@@ -70,6 +111,9 @@ class HeadOutputs:
     def gate_logit_M(self) -> Tensor:
         """log p(think) - log p(speak): positive where the model would rather think."""
         return self.think_logits_MN.logsumexp(-1) - self.log_z_real_M
+
+
+Head = HeadInputs | HiddenInputs | list[HeadInputs]
 
 
 @contextlib.contextmanager
@@ -218,9 +262,10 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
 
 
 def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
-    """Lets `model(..., head=HeadInputs)` return `HeadOutputs` in place of logits, for a list of them a list.
+    """Lets `model(..., head=HeadInputs)` return `HeadOutputs` in place of logits, for `HiddenInputs` hidden states, for a list of them a list.
 
-    With `speaks=True` the call goes to `model.speaker`, the second model of `policies: split`.
+    With `thoughts=ThoughtInputs` some nodes read vectors in place of their ids. With `speaks=True` the call goes to `model.speaker`, the second
+    model of `policies: split`.
     Without `head` the forward is the original one. The head lives inside the forward because DDP, DeepSpeed and FSDP gather
     parameters there. The backbone and the LM head are looked up at each call: PEFT and FSDP replace them later.
 
@@ -231,14 +276,31 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     transform = LogitTransform.from_config(model.config)
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, head: HeadInputs | list[HeadInputs] | None = None, speaks: bool = False, **kwargs):
+    def forward(self, *args, head: Head | None = None, thoughts: ThoughtInputs | None = None, speaks: bool = False, **kwargs):
         if speaks:
-            return self.speaker(*args, head=head, **kwargs)
+            return self.speaker(*args, head=head, thoughts=thoughts, **kwargs)
         if head is None:
             return original(self, *args, **kwargs)
-        hidden_BSD = self.base_model(*args, **kwargs).last_hidden_state
-        if isinstance(head, HeadInputs):
-            return score(hidden_BSD.flatten(0, 1)[head.nodes_M], self.get_output_embeddings(), head, vocabulary, transform)
-        return [score(hidden_BSD.flatten(0, 1)[one.nodes_M], self.get_output_embeddings(), one, vocabulary, transform) for one in head]
+        if thoughts is not None:
+            kwargs["inputs_embeds"] = thoughts.embed(self.get_input_embeddings(), kwargs.pop("input_ids"), vocabulary)
+        wanted = head if isinstance(head, list) else [head]
+        if any(isinstance(one, HiddenInputs) and one.layer != -1 for one in wanted):
+            kwargs["output_hidden_states"] = True
+        out = self.base_model(*args, **kwargs)
+
+        def give(one: HeadInputs | HiddenInputs) -> HeadOutputs | Tensor:
+            if isinstance(one, HiddenInputs):
+                return _hidden_states(out, one.layer).flatten(0, 1)[one.nodes_M]
+            return score(out.last_hidden_state.flatten(0, 1)[one.nodes_M], self.get_output_embeddings(), one, vocabulary, transform)
+
+        return [give(one) for one in wanted] if isinstance(head, list) else give(head)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _hidden_states(out, layer: int) -> Tensor:
+    if layer == -1:
+        return out.last_hidden_state
+    if not -len(out.hidden_states) <= layer < len(out.hidden_states):
+        raise ValueError(f"continuous_layer={layer} is no layer: this model has hidden states 0 to {len(out.hidden_states) - 1}, and -1 is the last.")
+    return out.hidden_states[layer]

@@ -3,6 +3,8 @@
     think_ce_weight * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
     - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
 
+Soft thoughts (`hf_thinktok.thoughts`) have no policy loss: the cross-entropy's own gradient goes through them.
+
 Shape suffixes as in tree.py; P = L + 1 prefixes, A actions.
 """
 
@@ -167,10 +169,13 @@ def thinking_loss(
         mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
         loss = loss + thinks * (gate_loss + config.think_cost * mean_length)
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
-    if config.thoughts == "filler":
+    if config.thoughts in ("filler", "continuous"):  # nothing was drawn
         return loss, metrics
 
     logps_BKGA, mask_BKGA = actions(scores, rollout, config)
+    diversity_loss, diversity_metrics = _diversity(scores, rollout, mask_BKGA[..., : rollout.thoughts_BKGL.shape[-1]], config, step, first_id)
+    if config.thoughts == "gumbel":  # the cross-entropy above reaches thoughts through what the speaker reads
+        return loss + diversity_loss, metrics | diversity_metrics
     advantages_BKGA = torch.cat([advantages_BKGL] * (logps_BKGA.shape[-1] // advantages_BKGL.shape[-1]), -1)
     counts_globally = config.think_loss_type in ("dapo", "cispo") and global_mean is not None
     policy_loss, policy_metrics = config.policy_loss()(
@@ -183,7 +188,6 @@ def thinking_loss(
         global_actions=global_mean(mask_BKGA.sum().float()) if counts_globally else None,
     )
     loss = loss + thinks * config.think_loss_weight * policy_loss
-    diversity_loss, diversity_metrics = _diversity(scores, rollout, mask_BKGA[..., : rollout.thoughts_BKGL.shape[-1]], config, step, first_id)
     loss = loss + thinks * diversity_loss
     if rollout.supplied and config.thought_ce_weight:
         supplied_BK = masked_mean(scores.thought_logps_BKGL[:, :, 0], mask_BKGA[:, :, 0, : rollout.thoughts_BKGL.shape[-1]])

@@ -29,6 +29,8 @@ class Rollout:
         logps_BKGL: log p(z_l | its prefix, think) at the sampling temperature, in nats.
         rarity_BKG: -log of each thought's running frequency, nats, where there is a bonus for it.
         supplied: whether the first thought of each group is the data's own.
+        noise_BKGLN: the Gumbel noise of each draw, where it has a gradient.
+        soft_BKGLX: what thought nodes read where that is no id; see `hf_thinktok.thoughts`.
     """
 
     forks_BK: Tensor
@@ -37,6 +39,8 @@ class Rollout:
     logps_BKGL: Tensor
     rarity_BKG: Tensor | None = None
     supplied: bool = False
+    noise_BKGLN: Tensor | None = None
+    soft_BKGLX: Tensor | None = None
 
     @classmethod
     def empty(cls, forks_BK: Tensor, branching: Branching) -> "Rollout":
@@ -44,6 +48,14 @@ class Rollout:
         shape = (*forks_BK.shape, branching.num_generations)
         thoughts_BKGL = forks_BK.new_zeros(*shape, branching.max_length)
         return cls(forks_BK, thoughts_BKGL, forks_BK.new_zeros(shape), torch.zeros(thoughts_BKGL.shape, device=forks_BK.device))
+
+    def beside(self, other: "Rollout") -> "Rollout":
+        """The thoughts of two rollouts at the same forks in one group."""
+        thoughts_BKGL, lengths_BKG, logps_BKGL = (
+            torch.cat([getattr(one, name) for one in (self, other)], 2) for name in ("thoughts_BKGL", "lengths_BKG", "logps_BKGL")
+        )
+        soft_BKGLX = None if self.soft_BKGLX is None or other.soft_BKGLX is None else torch.cat([self.soft_BKGLX, other.soft_BKGLX], 2)
+        return Rollout(self.forks_BK, thoughts_BKGL, lengths_BKG, logps_BKGL, soft_BKGLX=soft_BKGLX)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class Sampling:
         min_length: no stop before so many tokens.
         epsilon: probability that a token is drawn uniformly.
         filler: nothing is drawn; every token is the first of the vocabulary.
+        gumbel: tokens are drawn as the largest logit plus noise, and the noise is kept; temperature, truncation and `epsilon` have no part in it.
     """
 
     temperature: float = 1.0
@@ -65,6 +78,7 @@ class Sampling:
     min_length: int = 0
     epsilon: float = 0.0
     filler: bool = False
+    gumbel: bool = False
 
     def warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
@@ -89,6 +103,12 @@ def random_thoughts(forks_BK: Tensor, branching: Branching, vocabulary: Thinking
     """Uniformly random thinking ids, `[B, K, G, L]`: the control that says nothing."""
     shape = (*forks_BK.shape, branching.num_generations, branching.max_length)
     return vocabulary.first_id + torch.randint(vocabulary.num_tokens, shape, generator=generator, device=forks_BK.device)
+
+
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise: the argmax of logits plus it is a draw from their softmax."""
+    waiting = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+    return -waiting.clamp(min=torch.finfo(waiting.dtype).tiny).log()
 
 
 def sample_thoughts(
@@ -121,6 +141,9 @@ def sample_thoughts(
     if sampling.filler:
         return replace(rollout, thoughts_BKGL=torch.full_like(rollout.thoughts_BKGL, vocabulary.first_id), lengths_BKG=longest_BKG.clone())
     thoughts_BKGL, lengths_BKG, logps_BKGL = rollout.thoughts_BKGL, rollout.lengths_BKG, rollout.logps_BKGL
+    if sampling.gumbel:
+        noise_BKGLN = gumbel_noise((*thoughts_BKGL.shape, vocabulary.num_tokens), generator)
+        rollout = replace(rollout, noise_BKGLN=noise_BKGLN)
     warpers = sampling.warpers()
     branching = Branching(groups, length, 1, persistent=branching.persistent)  # what judges a thought comes later
     turns = [slice(k, k + 1) for k in range(num_forks)] if branching.persistent else [slice(0, num_forks)]
@@ -143,12 +166,15 @@ def sample_thoughts(
                 if sampling.draw_stops and depth > sampling.min_length:
                     thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
                 lengths_BKG[:, turn] += thinking_BFG & (depth <= longest_BFG)
-                logits_MN = think_BFGN.reshape(-1, vocabulary.num_tokens)
-                # Logits that are not finite draw anything: the loss shows them, and the step is skipped on all ranks alike.
-                probabilities_MN = warpers(None, logits_MN).softmax(-1).nan_to_num(1.0)
-                if sampling.epsilon:
-                    probabilities_MN = (1 - sampling.epsilon) * probabilities_MN + sampling.epsilon / vocabulary.num_tokens
-                choice_M = torch.multinomial(probabilities_MN, 1, generator=generator)[:, 0]
+                if sampling.gumbel:
+                    choice_M = (think_BFGN + noise_BKGLN[:, turn, :, depth - 1]).argmax(-1).flatten()
+                else:
+                    logits_MN = think_BFGN.reshape(-1, vocabulary.num_tokens)
+                    # Logits that are not finite draw anything: the loss shows them, and the step is skipped on all ranks alike.
+                    probabilities_MN = warpers(None, logits_MN).softmax(-1).nan_to_num(1.0)
+                    if sampling.epsilon:
+                        probabilities_MN = (1 - sampling.epsilon) * probabilities_MN + sampling.epsilon / vocabulary.num_tokens
+                    choice_M = torch.multinomial(probabilities_MN, 1, generator=generator)[:, 0]
                 thoughts_BKGL[:, turn, :, depth - 1] = vocabulary.first_id + choice_M.view(gate_BFG.shape)
                 logps_BKGL[:, turn, :, depth - 1] = thought_logps(think_BFGN, thoughts_BKGL[:, turn, :, depth - 1], vocabulary, sampling.temperature)
                 # The last token is run only where later text will see it.

@@ -31,9 +31,10 @@ from .loading import check_arguments, load_model, sample_text
 from .objective import actions, speak, thinking_loss
 from .peft import add_thinking_rows
 from .rewards import RewardFunction, masked_mean, resolve_rewards
-from .rollout import Rollout, Sampling, random_thoughts, sample_thoughts
+from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
 from .search import Explorer
+from .thoughts import SOFT, check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import ThinkingVocabulary, add_thinking_tokens
 from .tree import Branching, ThoughtTree
 
@@ -94,6 +95,8 @@ class ThinkTokTrainer(SFTTrainer):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
             raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group or loo (the others use log_prob).")
+        if reward_funcs is not None and args.thoughts in SOFT:
+            raise ValueError("reward_funcs has no effect here; it needs thoughts=discrete (soft thoughts learn from the cross-entropy that follows them).")
         if args.policies == "split" and peft_config is not None:
             raise ValueError("policies=split trains two whole models and cannot be combined with an adapter: leave peft_config out, or set policies=shared.")
         if speaker is not None and args.policies != "split":
@@ -108,7 +111,10 @@ class ThinkTokTrainer(SFTTrainer):
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
             if args.policies == "split":
                 model.speaker = copy.deepcopy(model) if speaker is None else speaker
-            model.config.thinktok |= {name: getattr(args, name) for name in ("max_think_length", "stop", "memory", "blind", "lookahead", "policies")}
+            stored = ("max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts")
+            model.config.thinktok |= {name: getattr(args, name) for name in stored}
+            if args.thoughts == "continuous":
+                model.config.thinktok["continuous_layer"] = args.continuous_layer
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary)
         if args.disable_dropout:
             disable_dropout_in_model(model)
@@ -133,6 +139,8 @@ class ThinkTokTrainer(SFTTrainer):
         models = [base, base.speaker] if args.policies == "split" else [base]
         for one in models:
             attach_head(one, self.vocabulary)
+        if args.thoughts == "continuous":
+            check_feedback(base, args.continuous_layer, args.policies == "split")
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id)
         self.markers = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.fork_markers or ()]
         longest = args.max_length or 1024
@@ -176,7 +184,7 @@ class ThinkTokTrainer(SFTTrainer):
             return self._evaluate_batch(model, inputs, labels_BT)
         args, turn = self.args, self._next_micro_step()
 
-        rollout = self._rollout(model, inputs, labels_BT, turn)
+        rollout = self._think(model, inputs, self._rollout(model, inputs, labels_BT, turn))
         tree = ThoughtTree(documents_BT, rollout.forks_BK, self._branching(tokens_BT, rollout), rollout.lengths_BKG)
         scores = self._score(model, tree, tokens_BT, labels_BT, rollout)
         loss = args.text_ce_weight * _text_loss(scores, num_items_in_batch, self._ranks_to_average(num_items_in_batch))
@@ -232,6 +240,11 @@ class ThinkTokTrainer(SFTTrainer):
                 self.engine, model, inputs["input_ids"], inputs["documents"], forks_BK, branching, sampling, self.vocabulary, generator, given_B
             )
 
+    def _think(self, model, inputs: dict[str, Tensor], rollout: Rollout) -> Rollout:
+        """The rollout with what its thought nodes read, where that is no id."""
+        args = self.args
+        return think_softly(self.engine, model, inputs["input_ids"], inputs["documents"], rollout, args.thoughts, args.continuous_layer, args.temperature)
+
     def _branching(self, tokens_BT: Tensor, rollout: Rollout) -> Branching:
         """The shape of a rollout's tree."""
         num_generations, length = rollout.thoughts_BKGL.shape[2:]
@@ -251,9 +264,9 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:
         args, tokens_BS = self.args, tree.tokens(tokens_BT, rollout.thoughts_BKGL)
-        run = functools.partial(self.engine, model, tree, tokens_BS)
+        run = functools.partial(self.engine, model, tree, tokens_BS, thoughts=thought_inputs(tree, rollout.soft_BKGLX, args.thoughts))
         return score_tree(
-            run, tree, labels_BT, rollout, self.vocabulary, args.temperature, args.needs_every_prefix, args.needs_gate, split=args.policies == "split"
+            run, tree, labels_BT, rollout, self.vocabulary, args.draw_temperature, args.needs_every_prefix, args.needs_gate, split=args.policies == "split"
         )
 
     # ---------------------------------------------------------------- evaluation
@@ -262,7 +275,7 @@ class ThinkTokTrainer(SFTTrainer):
     def _evaluate_batch(self, model, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
         """Adds this batch to the held-out gains; returns the loss of the text without thoughts.
 
-        Half of the branches hold sampled thoughts and half uniformly random ones of the same lengths, in one tree. The places and draws depend on the
+        Half of the branches hold the model's thoughts and half random ones of the same lengths, in one tree. The places and draws depend on the
         batch alone, so that evaluations of different models can be compared text by text.
         """
         args, turn, tokens_BT, documents_BT = self.args, self._next_micro_step(), inputs["input_ids"], inputs["documents"]
@@ -274,12 +287,9 @@ class ThinkTokTrainer(SFTTrainer):
         generator = self._generator(1, turn)
         how = "random" if args.fork_positions == "entropy" else args.fork_positions
         forks_BK = self._forks(model, tokens_BT, documents_BT, labels_BT, generator, how)
-        rollout = self._sample(model, inputs, forks_BK, generator, dataclasses.replace(args.sampling(), epsilon=0.0))
+        rollout = self._think(model, inputs, self._sample(model, inputs, forks_BK, generator, dataclasses.replace(args.sampling(), epsilon=0.0)))
         branching = self._branching(tokens_BT, rollout)
-        control = random_thoughts(forks_BK, branching, self.vocabulary, generator)
-        both = Rollout(
-            forks_BK, torch.cat([rollout.thoughts_BKGL, control], 2), torch.cat([rollout.lengths_BKG] * 2, 2), torch.cat([rollout.logps_BKGL] * 2, 2)
-        )
+        both = rollout.beside(control_thoughts(rollout, self.vocabulary, generator))
         tree = ThoughtTree(documents_BT, forks_BK, dataclasses.replace(branching, num_generations=2 * args.num_generations), both.lengths_BKG)
         scores = self._score(model, tree, tokens_BT, labels_BT, both)
         speech = speak(scores, both, args.stop, 0.0, args.blind)

@@ -178,10 +178,14 @@ class ThoughtTree:
         """0 on the trunk, then 1 to W along each branch; the same in every row."""
         return self._depth_BS[0] if len(self._depth_BS) else self._depth_BS.new_zeros(self.num_nodes)
 
+    def nodes_up_to(self, depth: int) -> Tensor:
+        """The text and the first so many nodes of every branch, `[Q]`."""
+        return (self._depth_S <= depth).nonzero()[:, 0]
+
     @property
     def thinker_nodes(self) -> Tensor:
         """The nodes that whoever only thinks has to read: the text and the thoughts, `[Q]`."""
-        return (self._depth_S <= self.branching.max_length).nonzero()[:, 0]
+        return self.nodes_up_to(self.branching.max_length)
 
     @property
     def speaks_S(self) -> Tensor:

@@ -105,7 +105,7 @@ def control_of(args: ThinkTokConfig, control: str) -> ThinkTokConfig:
     about_thoughts = (
         "objective", "posterior_temperature", "posterior_smoothing", "advantage", "search", "search_random", "search_until", "epsilon_greedy",
         "coverage_coef", "coverage_decay", "balance_coef", "balance_given", "thought_entropy_target", "curriculum_threshold", "curriculum_replay",
-        "think_loss_weight", "supply_thoughts", "thought_ce_weight", "alternate",
+        "think_loss_weight", "supply_thoughts", "thought_ce_weight", "alternate", "continuous_layer",
     )  # fmt: skip
     plain = {name: getattr(ThinkTokConfig(args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16), name) for name in about_thoughts}
     if control == "no_think":
@@ -120,7 +120,7 @@ def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> dict[str, d
     for level in sorted(set(levels_D.tolist())):
         rows = test.select(np.flatnonzero(levels_D == level)[: limit or None])
         hows = ("none",) if not trainer.args.thinks else ("think", "random") if trainer.args.blind else ("think", "random", "none")
-        for how in hows if trainer.args.thoughts == "discrete" else ("think",):
+        for how in hows if trainer.args.thoughts != "filler" else ("think",):
             table.setdefault(how, {})[str(level)] = answer(trainer, rows, how).accuracy
     return table
 
@@ -158,7 +158,7 @@ def run(seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, 
     trainer.train()
     seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step
     accuracy = by_level(trainer, test, toy.test_rows)
-    if args.thinks and args.thoughts == "discrete":
+    if args.thinks and args.thoughts in ("discrete", "gumbel"):
         report_language(trainer, test, task, toy.test_rows)
     if toy.save_models:
         trainer.save_model(args.output_dir)
