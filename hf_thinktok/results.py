@@ -141,12 +141,13 @@ def _hows(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_task(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against level as a picture: one line for each seed, and what can be had without serial steps."""
+    """Accuracy against level as a picture: one line for each seed, and what can be had without serial steps. Nothing where there is one level."""
+    if len(levels := _levels(results["runs"])) == 1:
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    levels = _levels(results["runs"])
     places = [int(level) for level in levels]
     for how, colour in zip(_hows(results["runs"]), ("tab:blue", "tab:orange", "tab:gray"), strict=False):
         for i, run in enumerate(results["runs"]):
@@ -154,8 +155,13 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
     axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")
     if max(places) > (longest := max(results["levels"])):
         axes.axvspan(longest + 0.5, max(places) + 0.5, color="tab:green", alpha=0.12, label="harder than any trained")
-    axes.set(xlabel="level", ylabel="accuracy on test rows", ylim=(0, 1.03), title=f"{results['task']}, {len(results['runs'])} seeds")
-    axes.legend(loc="center left", fontsize="small")
+    axes.set(
+        xlabel="level",
+        ylabel="accuracy on test rows",
+        ylim=(0, 1.03),
+        title=f"{results['task']}, seeds {', '.join(str(run['seed']) for run in results['runs'])}",
+    )
+    axes.legend(loc="center", bbox_to_anchor=(0.6, 0.72), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

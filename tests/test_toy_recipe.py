@@ -41,7 +41,7 @@ def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"task", "config", "versions", "hardware", "commit", "levels", "shortcut"} <= set(results)
     assert [run["seed"] for run in results["runs"]] == [3, 11]
-    assert (tmp_path / "accuracy.svg").stat().st_size > 1000
+    assert (tmp_path / "accuracy.svg").exists() == (len(results["shortcut"]) > 1), "a picture of accuracy against level needs levels"
     if results["config"].get("thoughts", "discrete") == "discrete":
         assert json.loads((tmp_path / "seed-3" / "language.json").read_text())
         assert (tmp_path / "seed-3" / "language.png").stat().st_size > 1000
