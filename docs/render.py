@@ -19,7 +19,7 @@ BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.D
 
 def table(file: str) -> str:
     results = json.loads((ROOT / file).read_text())
-    console = Console(file=StringIO(), width=100)
+    console = Console(file=StringIO(), width=80)
     printer = print_ablation if "ablation" in results else print_task if "task" in results else print_results
     printer(results, console)
     hardware, versions = results["hardware"], results["versions"]

@@ -100,16 +100,18 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     """Accuracy of runs on a task in per cent: levels across; for each seed a row with its own thoughts, one with random thoughts and one without any."""
     levels, trained = _levels(results["runs"]), set(results["levels"])
-    table = Table(title=f"{results['task']}: accuracy on test rows, %" + ("" if results["control"] == "none" else f", {results['control']} control"))
+    table = Table(padding=0, title=f"{results['task']}: accuracy on test rows, %" + ("" if results["control"] == "none" else f", {results['control']} control"))
     table.add_column("thoughts")
     table.add_column("seed", justify="right")
     for level in levels:
         table.add_column(level + ("" if int(level) in trained else "*"), justify="right")
     for how in _hows(results["runs"]):
         for run in results["runs"]:
-            table.add_row(THOUGHTS[how], str(run["seed"]), *(f"{100 * run['accuracy'][how][level]:.1f}" for level in levels))
+            table.add_row(THOUGHTS[how], str(run["seed"]), *(_per_cent(run["accuracy"][how][level]) for level in levels))
         table.add_section()
-    table.add_row("shortcut", "", *(f"{100 * results['shortcut'][level]:.1f}" for level in levels))
+    # Under `blind` whoever answers sees no question: no shortcut is open to it.
+    best = dict.fromkeys(levels, results["chance"]) if results["config"].get("blind") else results["shortcut"]
+    table.add_row("chance" if results["config"].get("blind") else "shortcut", "", *(_per_cent(best[level]) for level in levels))
     console = console or Console()
     console.print(table)
     if any(int(level) not in trained for level in levels):
@@ -121,15 +123,20 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
 def print_ablation(results: dict[str, Any], console: Console | None = None) -> None:
     """Accuracy of variants of a recipe in per cent, as each thinks or does not: levels across, one row for each variant and seed."""
     levels = _levels(next(iter(results["ablation"].values())))
-    table = Table(title=f"{results['task']}: accuracy on test rows, %")
+    table = Table(padding=0, title=f"{results['task']}: accuracy on test rows, %")
     table.add_column("variant")
     for column in ("seed", *levels, "steps"):
         table.add_column(column, justify="right")
     for name, runs in results["ablation"].items():
         how = _hows(runs)[0]
         for run in runs:
-            table.add_row(name, str(run["seed"]), *(f"{100 * run['accuracy'][how][level]:.1f}" for level in levels), str(run["steps"]))
+            table.add_row(name, str(run["seed"]), *(_per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
     (console or Console()).print(table)
+
+
+def _per_cent(part: float) -> str:
+    """With as many places as the test rows carry; 100 means every one."""
+    return "100" if part == 1 else f"{100 * part:.2f}" if part > 0.99 else f"{100 * part:.1f}"
 
 
 def _levels(runs: list[dict[str, Any]]) -> list[str]:
