@@ -268,7 +268,7 @@ def initial_rows(
         return rows / rows.norm(dim=-1, keepdim=True) * target
 
     def spread(rows: Tensor) -> float:
-        return (hidden_MD @ rows.T * transform.scale).std(-1).mean().item()
+        return (hidden_MD @ rows.T * transform.scale).std(-1, correction=min(1, len(rows) - 1)).mean().item()
 
     if norm is None:
         own_ND = own_part(8.0)

@@ -128,7 +128,7 @@ def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> dict[str, d
 def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: int) -> dict[str, Any]:
     """Which thought means what, on rows of the hardest trained level: a table, a picture and JSON."""
     levels_D = np.asarray(test["level"])
-    hardest = max(set(levels_D.tolist()) & set(task.train["level"]))
+    hardest = max(set(levels_D.tolist()) & set(task.train["level"]), default=max(levels_D))
     rows = test.select(np.flatnonzero(levels_D == hardest)[: limit or None])
     said = answer(trainer, rows)
     states = np.asarray(rows["thoughts"]) if len(set(map(len, rows["thoughts"]))) == 1 and len(rows["thoughts"][0]) == said.thoughts_DL.shape[1] else None

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from models import CORPUS, tiny_model, tiny_tokenizer
 from trl import ModelConfig, TrlParser
 
@@ -108,7 +109,12 @@ def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
     assert sentence in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml"))
+TOYS = [path for path in CONFIGS if "\ntask:" in path.read_text()]
+VARIANTS = [path for path in CONFIGS if path.stem in ("ablations", "pointer_chasing_controls")]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in TOYS + VARIANTS], ids=lambda path: path.stem)
 def test_every_yaml_file_is_read_as_it_stands(path, monkeypatch):
     monkeypatch.syspath_prepend(RECIPE.parent)
     recipe = importlib.import_module("pretrain_think")
@@ -117,3 +123,28 @@ def test_every_yaml_file_is_read_as_it_stands(path, monkeypatch):
     assert args.thinks
     assert script.dataset_name
     assert model.model_name_or_path
+
+
+@pytest.fixture
+def toy_parser(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPE.parent)
+    # A new one for each file: a parser keeps what it has read as its defaults.
+    return lambda: TrlParser((importlib.import_module("toy").ToyArguments, ThinkTokConfig, ModelConfig))
+
+
+@pytest.mark.parametrize("path", TOYS, ids=lambda path: path.stem)
+def test_every_toy_config_is_read_as_it_stands(path, toy_parser):
+    toy, args, model = toy_parser().parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
+    assert args.thinks
+    assert toy.task_options
+    assert bool(toy.model_shape) != bool(model.model_name_or_path)
+
+
+@pytest.mark.parametrize(("variants", "base"), zip(VARIANTS, ("mod_add_100", "pointer_chasing"), strict=True), ids=lambda value: getattr(value, "stem", value))
+def test_every_variant_is_a_run_that_can_be_made(variants, base, toy_parser, tmp_path):
+    options = yaml.safe_load((ROOT / "recipes" / "toy" / f"{base}.yaml").read_text())
+    for name, changes in yaml.safe_load(variants.read_text()).items():
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | changes))
+        toy, args, _ = toy_parser().parse_args_and_config(["--config", str(tmp_path / "config.yaml")], fail_with_unknown_args=True)
+        controlled = importlib.import_module("toy").control_of(args, toy.control)
+        assert controlled.thinks == (toy.control != "no_think"), name
