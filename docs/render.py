@@ -1,6 +1,7 @@
 """Renders the figures in README.md from the results files that runs wrote: `python docs/render.py`, or `--check` to say whether they agree.
 
-Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it.
+Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it. A picture `docs/results/NAME.svg` is drawn from
+`docs/results/NAME.json`.
 """
 
 import json
@@ -15,6 +16,8 @@ from hf_thinktok.results import draw_task, print_ablation, print_results, print_
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+PICTURE = re.compile(r"\((docs/results/\S+\.svg)\)")
 
 
 def table(file: str) -> str:
@@ -33,11 +36,10 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for file in (ROOT / "docs" / "results").glob("*.json"):
-        if {"task", "runs"} <= set(results := json.loads(file.read_text())) and "--check" not in sys.argv:
-            draw_task(results, file.with_suffix(".svg"))
     readme = ROOT / "README.md"
     text = rendered(readme.read_text())
     if "--check" in sys.argv:
         sys.exit(0 if text == readme.read_text() else "README.md does not agree with the results files: run python docs/render.py")
+    for picture in PICTURE.findall(text):
+        draw_task(json.loads((ROOT / picture).with_suffix(".json").read_text()), ROOT / picture)
     readme.write_text(text)

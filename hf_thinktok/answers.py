@@ -12,11 +12,9 @@ from datasets import Dataset
 
 from .engine import evaluating
 from .objective import speak
-from .rollout import Rollout, Sampling
+from .rewards import masked_sum
+from .rollout import Rollout
 from .thoughts import control_thoughts
-from .tree import ThoughtTree
-
-HOW = ("think", "random", "none")
 
 
 @dataclass
@@ -54,7 +52,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     args, model, vocabulary = trainer.args, trainer.model, trainer.vocabulary
     device = trainer.accelerator.device
     generator = torch.Generator(device).manual_seed(seed)
-    sampling = Sampling(top_k=1, draw_stops=args.stop == "sampled", min_length=int(args.blind), filler=args.thoughts in ("filler", "continuous"))
+    sampling = dataclasses.replace(args.sampling(), top_k=1, epsilon=0.0, gumbel=False)  # the most likely token, whatever the rest
     if "labels" not in dataset.column_names:
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
@@ -69,8 +67,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
             forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
             longest = max(int(lengths_D[index].max()), 1) if args.stop == "fixed" else args.max_think_length
-            branching = dataclasses.replace(args.branching(tokens_BT.shape[1], longest), num_generations=1)
-            rollout = Rollout.empty(forks_B1, branching)
+            rollout = Rollout.empty(forks_B1, dataclasses.replace(args.branching(tokens_BT.shape[1], longest), num_generations=1))
             # Without thoughts, and with random ids of given lengths, there is nothing to sample.
             if how == "think" or (how == "random" and (args.stop == "sampled" or args.thoughts == "continuous")):
                 rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1))
@@ -79,15 +76,14 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
                 rollout = dataclasses.replace(rollout, lengths_BKG=given_B[:, None, None])
             if how == "random":
                 rollout = control_thoughts(rollout, vocabulary, generator)
-            tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
-            scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
+            scores = trainer._score(model, trainer._tree(inputs, rollout), tokens_BT, labels_BT, rollout)
             speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)
             mask_BH = scores.mask_BKH[:, 0]
             right_BH = speech.correct_BKGH[:, 0, 0] > 0.5
             correct_D[index] = ((right_BH | ~mask_BH).all(-1) & mask_BH.any(-1)).cpu().numpy()
-            logps_D[index] = torch.where(mask_BH, speech.logps_BKGH[:, 0, 0], 0.0).sum(-1).float().cpu().numpy()
+            logps_D[index] = masked_sum(speech.logps_BKGH[:, 0, 0], mask_BH).float().cpu().numpy()
             spent_D[index] = speech.lengths_BKG[:, 0, 0].float().cpu().numpy()
             said_BL = (rollout.thoughts_BKGL[:, 0, 0] - vocabulary.first_id).cpu().numpy()
-            there_BL = np.arange(said_BL.shape[1]) < rollout.lengths_BKG[:, 0, 0].cpu().numpy()[:, None] * (args.thoughts != "continuous")
+            there_BL = rollout.said_BKGL[:, 0, 0].cpu().numpy() & (args.thoughts != "continuous")
             thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)

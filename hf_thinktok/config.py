@@ -335,7 +335,11 @@ class ThinkTokConfig(SFTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         resolve_rewards(self.reward_funcs)
         # Functions are passed to the trainer, which counts them.
-        if self.reward_weights is not None and self.reward_funcs != _default(type(self), "reward_funcs") and len(self.reward_weights) != len(self.reward_funcs):
+        if (
+            self.reward_weights is not None
+            and self.reward_funcs != default_of(type(self), "reward_funcs")
+            and len(self.reward_weights) != len(self.reward_funcs)
+        ):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} entries and reward_funcs {len(self.reward_funcs)}: give one weight for each reward."
             )
@@ -452,7 +456,7 @@ class ThinkTokConfig(SFTConfig):
             **dict.fromkeys(OF_DRAWN_THOUGHTS, (self.thoughts != "continuous", "thoughts=discrete or gumbel (nothing is drawn)")),
         }
         for name, (effective, needed) in [*for_soft_thoughts.items(), *effects.items()]:
-            if not effective and getattr(self, name) != _default(type(self), name):
+            if not effective and getattr(self, name) != default_of(type(self), name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
 
 
@@ -462,6 +466,7 @@ def _refuse(refusals: dict[str, bool]) -> None:
             raise ValueError(sentence)
 
 
-def _default(cls: type, name: str):
+def default_of(cls: type, name: str):
+    """The default of a dataclass's field, without making the dataclass."""
     entry = next(f for f in fields(cls) if f.name == name)
     return entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[operator]

@@ -43,10 +43,8 @@ class Decoder(Protocol):
         """
 
 
-class TreeEngine:
-    """The packed tree: one pass over all nodes under a 4D mask, and lockstep decoding on one KV cache."""
-
-    name = "tree"
+class _Engine:
+    """A pass over a tree: what the two engines share. How nodes become a model's input is each one's `_layout`."""
 
     def __call__(
         self,
@@ -62,23 +60,38 @@ class TreeEngine:
 
         Args:
             head: what to score, in flat indices of `[B, S]`; for a list a list comes back.
-            nodes_Q: run only these nodes, ascending. With each of them come all its ancestors.
+            nodes_Q: run no more than these nodes, ascending, where that is possible. With each of them come all its ancestors.
             speaks: run the second model of `policies: split`.
             thoughts: what nodes read in place of their tokens.
         """
-        positions, visible, heads = tree.position_ids_BS, tree.visible(), head
-        if nodes_Q is not None:
-            rows = torch.arange(len(tokens_BS), device=nodes_Q.device)[:, None]
-            place_S = torch.zeros(tree.num_nodes, dtype=torch.long, device=nodes_Q.device).scatter_(
-                0, nodes_Q, torch.arange(len(nodes_Q), device=nodes_Q.device)
-            )
-            heads = _moved(head, (rows * len(nodes_Q) + place_S).flatten())
-            nodes_BQ = nodes_Q.expand(len(tokens_BS), -1)
-            tokens_BS, positions, visible = tokens_BS[:, nodes_Q], positions[:, nodes_Q], tree.visible(nodes_BQ, nodes_BQ)
-            thoughts = None if thoughts is None else replace(thoughts, index_BS=thoughts.index_BS[:, nodes_Q])
-        mask = attention_inputs(visible, positions, positions, _config(model, speaks), _dtype(model))
-        kwargs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
-        return model(input_ids=tokens_BS, head=heads, **kwargs, **_given(speaks, thoughts))
+        picked, places_M, inputs = self._layout(model, tree, nodes_Q, speaks)
+
+        def moved(one):
+            return replace(one, nodes_M=places_M[one.nodes_M])
+
+        head = [moved(one) for one in head] if isinstance(head, list) else moved(head)
+        thoughts = None if thoughts is None else replace(thoughts, index_BS=thoughts.index_BS[picked])
+        return model(input_ids=tokens_BS[picked], use_cache=False, head=head, speaks=speaks, thoughts=thoughts, **inputs)
+
+    def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
+        """Which nodes make up the model's rows (an index into `[B, S]`), where each node is in them (flat), and what else the model is told."""
+        raise NotImplementedError
+
+
+class TreeEngine(_Engine):
+    """The packed tree: one pass over all nodes under a 4D mask, and lockstep decoding on one KV cache."""
+
+    name = "tree"
+
+    def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
+        every_S = torch.arange(tree.num_nodes, device=tree.position_ids_BS.device)
+        nodes_Q = every_S if nodes_Q is None else nodes_Q
+        rows_B1 = torch.arange(len(tree.position_ids_BS), device=nodes_Q.device)[:, None]
+        place_S = torch.zeros_like(every_S).scatter_(0, nodes_Q, every_S[: len(nodes_Q)])
+        nodes_BQ, positions_BQ = nodes_Q.expand(len(rows_B1), -1), tree.position_ids_BS[:, nodes_Q]
+        mask = attention_inputs(tree.visible(nodes_BQ, nodes_BQ), positions_BQ, positions_BQ, _config(model, speaks), _dtype(model))
+        places_M = (rows_B1 * len(nodes_Q) + place_S).flatten()
+        return (slice(None), nodes_Q), places_M, {"attention_mask": mask, "position_ids": positions_BQ}
 
     def decoder(self, model) -> Decoder:
         cache = DynamicCache()
@@ -104,26 +117,14 @@ class TreeEngine:
         return decode
 
 
-class ReplicatedEngine:
-    """Every path of the tree as an ordinary row: exact for any causal model, at the cost of the prefix once per thought."""
+class ReplicatedEngine(_Engine):
+    """Every path of the tree as an ordinary row: exact for any causal model, at the cost of the prefix once per thought. All nodes are run."""
 
     name = "replicated"
 
-    def __call__(
-        self,
-        model,
-        tree: ThoughtTree,
-        tokens_BS: Tensor,
-        head: Head,
-        nodes_Q: Tensor | None = None,
-        speaks: bool = False,
-        thoughts: ThoughtInputs | None = None,
-    ) -> Any:
-        """As `TreeEngine`; all nodes are run whatever `nodes_Q`."""
+    def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
         rows_R, nodes_RP, where_BS = tree.paths()
-        path_RP = rows_R[:, None], nodes_RP.clamp(min=0)
-        thoughts = None if thoughts is None else replace(thoughts, index_BS=thoughts.index_BS[path_RP])
-        return model(input_ids=tokens_BS[path_RP], use_cache=False, head=_moved(head, where_BS.flatten()), **_given(speaks, thoughts))
+        return (rows_R[:, None], nodes_RP.clamp(min=0)), where_BS.flatten(), {}
 
     def decoder(self, model) -> Decoder:
         def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False) -> HeadOutputs:
@@ -138,17 +139,6 @@ Engine = TreeEngine | ReplicatedEngine
 def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool) -> HeadInputs:
     nodes_M = (nodes_BM + torch.arange(len(nodes_BM), device=nodes_BM.device)[:, None] * row_length).flatten()
     return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), think_only=think_only)
-
-
-def _moved(head: Head, places: Tensor) -> Head:
-    """The same nodes at their places in another layout."""
-    if isinstance(head, list):
-        return [replace(one, nodes_M=places[one.nodes_M]) for one in head]
-    return replace(head, nodes_M=places[head.nodes_M])
-
-
-def _given(speaks: bool, thoughts: ThoughtInputs | None) -> dict[str, Any]:
-    return ({"speaks": True} if speaks else {}) | ({} if thoughts is None else {"thoughts": thoughts})
 
 
 def _unwrapped(model):

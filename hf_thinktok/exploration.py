@@ -7,7 +7,7 @@ Shape suffixes as in tree.py; P candidates.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,11 +65,15 @@ class Coverage:
         self.frequency_C = state["frequency"].to(self.frequency_C)
 
 
+def choice_entropy(think_logits_BKGLN: Tensor) -> Tensor:
+    """Entropy of each next thinking token, nats, `[B, K, G, L]`."""
+    logps = think_logits_BKGLN.log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
 def thought_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor) -> Tensor:
     """Mean entropy of the next thinking token, nats."""
-    logps = think_logits_BKGLN.log_softmax(-1)
-    entropy_BKGL = -(logps.exp() * logps).sum(-1)
-    return (entropy_BKGL * mask_BKGL).sum() / mask_BKGL.sum().clamp(min=1)
+    return (choice_entropy(think_logits_BKGLN) * mask_BKGL).sum() / mask_BKGL.sum().clamp(min=1)
 
 
 def marginal_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor, choices_BKGL: Tensor | None = None) -> Tensor:
@@ -98,15 +102,26 @@ def entropy_servo(entropy: Tensor, target: float) -> Tensor:
     return (SERVO_GAIN * (target - entropy.detach())).clamp(-SERVO_LIMIT, SERVO_LIMIT)
 
 
-def candidate_thoughts(sampled_ML: Tensor, num_candidates: int, random_part: float, num_tokens: int, generator: torch.Generator) -> Tensor:
-    """Thoughts to search among, `[P, L]` from 0: all there are if they are no more than asked for, else some of the batch's own and some random ones."""
-    length, device = sampled_ML.shape[-1], sampled_ML.device
+def candidate_thoughts(
+    own: Callable[[int], Tensor],
+    num_candidates: int,
+    random_part: float,
+    num_tokens: int,
+    length: int,
+    generator: torch.Generator,
+    places: tuple[int, ...] = (),
+) -> Tensor:
+    """Thoughts to search among, `[..., P, L]` from 0: all there are if they are no more than asked for, else some of the policy's own and some random ones.
+
+    Args:
+        own: gives so many thoughts of the policy at each place.
+        places: the leading dimensions, one search each.
+    """
     if num_tokens**length <= num_candidates:
-        return all_thoughts(num_tokens, length, device)
+        return all_thoughts(num_tokens, length, generator.device).expand(*places, -1, -1)
     num_random = round(random_part * num_candidates)
-    picked = torch.randint(len(sampled_ML), (num_candidates - num_random,), generator=generator, device=device)
-    random_PL = torch.randint(num_tokens, (num_random, length), generator=generator, device=device)
-    return torch.cat([sampled_ML[picked], random_PL])
+    sampled = [own(num_candidates - num_random)] if num_random < num_candidates else []
+    return torch.cat([*sampled, torch.randint(num_tokens, (*places, num_random, length), generator=generator, device=generator.device)], -2)
 
 
 def all_thoughts(num_tokens: int, length: int, device: torch.device) -> Tensor:

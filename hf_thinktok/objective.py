@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .advantages import group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
-from .exploration import entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
+from .exploration import choice_entropy, entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
-from .rewards import RewardFunction, masked_mean, total_reward
+from .rewards import RewardFunction, masked_mean, masked_sum, total_reward
 from .rollout import Rollout
 from .scores import TreeScores
 
@@ -66,9 +66,8 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
 
 def actions(scores: TreeScores, rollout: Rollout, config: ThinkTokConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities of what was drawn, and which of it counts, each `[B, K, G, A]`: the thinking tokens and, where they are drawn, the stops."""
-    step_L = torch.arange(rollout.thoughts_BKGL.shape[-1], device=rollout.thoughts_BKGL.device)
     valid = scores.valid_BK[:, :, None, None]
-    logps, mask = scores.thought_logps_BKGL, (step_L < rollout.lengths_BKG[..., None]) & valid
+    logps, mask = scores.thought_logps_BKGL, rollout.said_BKGL & valid
     if config.stop == "sampled":
         stop_logps, drawn = stop_actions(scores.gate_logits_BKGL, rollout.lengths_BKG, must_think=config.blind)
         logps, mask = torch.cat([logps, stop_logps], -1), torch.cat([mask, drawn & valid], -1)
@@ -114,7 +113,7 @@ def credit(
     num_groups = rewards_BKG[..., drawn].shape[-1]
     speaker_weights_BKG = valid_BK[:, :, None].expand(*valid_BK.shape, num_groups) / num_groups
     if config.objective == "marginal":
-        likelihoods_BKG = torch.where(scores.mask_BKH[:, :, None], logps_BKGH, 0.0).sum(-1) + extra_BKG
+        likelihoods_BKG = masked_sum(logps_BKGH, scores.mask_BKH[:, :, None]) + extra_BKG
         posterior_BKG = posterior(likelihoods_BKG[..., drawn] / config.posterior_temperature, valid_BK)
         # The policy loss is a mean over the group; the posterior's weights are its share of a sum.
         advantages_BKG = (posterior_BKG - 1 / num_groups) * valid_BK[:, :, None] * num_groups
@@ -234,9 +233,7 @@ def _metrics(
 ) -> dict[str, Tensor]:
     valid_BK = scores.valid_BK
     valid = valid_BK[:, :, None]
-    logps = scores.think_logits_BKGLN.log_softmax(-1)
-    step_L = torch.arange(rollout.thoughts_BKGL.shape[-1], device=valid.device)
-    thought_BKGL = torch.where(step_L < rollout.lengths_BKG[..., None], rollout.thoughts_BKGL, -1)
+    thought_BKGL = torch.where(rollout.said_BKGL, rollout.thoughts_BKGL, -1)
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
     spread_BK = rewards_BKG.std(-1) if rewards_BKG.shape[-1] > 1 else torch.zeros_like(rewards_BKG[..., 0])
@@ -249,7 +246,7 @@ def _metrics(
         "frac_reward_zero_std": masked_mean((spread_BK < 1e-6).float(), valid_BK, None),
         "think_length": masked_mean(speech.lengths_BKG, valid, None),
         "accuracy": masked_mean(speech.correct_BKGH.float(), scores.mask_BKH[:, :, None], None),
-        "thought_entropy": masked_mean(-(logps.exp() * logps).sum(-1).mean(-1), valid, None),
+        "thought_entropy": masked_mean(choice_entropy(scores.think_logits_BKGLN).mean(-1), valid, None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
         "think_gain": masked_mean(gained_BKG, valid, None) / torch.log(torch.tensor(2.0)),
     }

@@ -24,6 +24,11 @@ from torch import Tensor
 RewardFunction = Callable[..., Tensor]
 
 
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the marked entries of the last dimension; what is not marked may be anything."""
+    return torch.where(mask, values, 0.0).sum(-1)
+
+
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = -1) -> Tensor:
     """Mean over the marked entries of `dim` (or of all); 0 where there are none."""
     values = torch.where(mask, values, 0.0)

@@ -42,6 +42,11 @@ class Rollout:
     noise_BKGLN: Tensor | None = None
     soft_BKGLX: Tensor | None = None
 
+    @property
+    def said_BKGL(self) -> Tensor:
+        """Which thinking tokens came before the thought's end."""
+        return torch.arange(self.thoughts_BKGL.shape[-1], device=self.thoughts_BKGL.device) < self.lengths_BKG[..., None]
+
     @classmethod
     def empty(cls, forks_BK: Tensor, branching: Branching) -> "Rollout":
         """Thoughts of length 0."""

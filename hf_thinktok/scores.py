@@ -72,27 +72,29 @@ def score_tree(
         every_prefix: also judge what would be said if the thought ended early.
         split: the speaker predicts wherever it sees what it needs: everywhere, or under `blind` in the rereading alone. The thinker does the rest.
     """
-    targets_BS, thinks_BS = tree.targets(labels_BT, every_prefix), _marked(tree, tree.prefixes()[..., :-1])
-    judged_BS, thinkers = targets_BS >= 0, tree.prefixes()[..., :-1]
+    targets_BS, thinkers = tree.targets(labels_BT, every_prefix), tree.prefixes()[..., :-1]
+    judged_BS = targets_BS >= 0
+    thinks_BS = torch.zeros_like(judged_BS).scatter_(1, thinkers.flatten(1), True)
     logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
     think = torch.zeros(targets_BS.numel(), vocabulary.num_tokens, device=targets_BS.device)
 
     speaks_S = tree.speaks_S if split else torch.zeros_like(tree.speaks_S)
     own_BS = judged_BS & ~speaks_S
     full_M = (own_BS | thinks_BS if gate else own_BS).flatten().nonzero()[:, 0]
-    think_M = thinks_BS.flatten().nonzero()[:, 0]
     heads = [HeadInputs(full_M, targets_BS.flatten()[full_M].where(own_BS.flatten()[full_M], -100))]
     if not gate:
+        think_M = thinks_BS.flatten().nonzero()[:, 0]
         heads.append(HeadInputs(think_M, torch.full_like(think_M, -100), think_only=True))
     out = run(heads, tree.thinker_nodes if split else None, False)
-    logps, correct = logps.index_put((full_M,), out[0].target_logps_M), correct.index_put((full_M,), out[0].correct_M.float())
-    think = think.index_put((full_M,) if gate else (think_M,), out[-1].think_logits_MN)
+    said = [(full_M, out[0])]
+    think = think.index_put((heads[-1].nodes_M,), out[-1].think_logits_MN)
     if gate:
         gates = gates.index_put((full_M,), out[0].gate_logit_M)
-    if split and tree.speaks_S.any():  # under `blind` there is nothing to read before thinking starts
+    if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
         spoken_M = (judged_BS & speaks_S).flatten().nonzero()[:, 0]
-        (said,) = run([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, True)
-        logps, correct = logps.index_put((spoken_M,), said.target_logps_M), correct.index_put((spoken_M,), said.correct_M.float())
+        said += [(spoken_M, *run([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, True))]
+    for nodes_M, one in said:
+        logps, correct = logps.index_put((nodes_M,), one.target_logps_M), correct.index_put((nodes_M,), one.correct_M.float())
 
     def at(values: Tensor, nodes: Tensor) -> Tensor:
         return values.view(targets_BS.shape).gather(1, nodes.flatten(1)).view(nodes.shape)
@@ -115,9 +117,3 @@ def score_tree(
         think_logits_BKGLN=think_BKGLN,
         thought_logps_BKGL=thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature),
     )
-
-
-def _marked(tree: ThoughtTree, nodes: Tensor) -> Tensor:
-    """Which nodes are among the given ones, `[B, S]` bool."""
-    marked_BS = torch.zeros_like(tree.position_ids_BS, dtype=torch.bool)
-    return marked_BS.scatter_(1, nodes.flatten(1), True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .engine import evaluating
-from .exploration import Coverage, all_thoughts, candidate_thoughts, scheduled
+from .exploration import Coverage, candidate_thoughts, scheduled
+from .rewards import masked_sum
 from .rollout import Rollout, Sampling
 from .tokens import ThinkingVocabulary
-from .tree import ThoughtTree
 
 
 class Explorer:
@@ -35,9 +35,8 @@ class Explorer:
         if rollout.forks_BK.shape[1] == 0:
             return rollout
         if args.supply_thoughts:
-            given_B1L = inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
-            thoughts_BKGL = torch.cat([(first + given_B1L)[:, :, None], rollout.thoughts_BKGL[:, :, 1:]], 2)
-            rollout = replace(rollout, thoughts_BKGL=thoughts_BKGL, supplied=True)
+            given_B1L = first + inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
+            rollout = replace(_with_first(rollout, given_B1L, rollout.forks_BK >= 0), supplied=True)
         if args.search and (args.search_until is None or self.trainer.schedule_step < args.search_until):
             rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling)
         if self.coverage is not None:
@@ -48,7 +47,7 @@ class Explorer:
         return rollout
 
     def _search(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling) -> Rollout:
-        args, trainer, tokens_BT = self.args, self.trainer, inputs["input_ids"]
+        args, trainer = self.args, self.trainer
         coefficient = scheduled(args.coverage_coef, trainer.schedule_step)
 
         def bonus(choices: Tensor) -> Tensor:
@@ -57,20 +56,17 @@ class Explorer:
             lengths = torch.full(choices.shape[:-1], choices.shape[-1], device=choices.device)
             return coefficient * self.coverage.rarity(self.coverage.codes(choices, lengths))
 
-        def tree_of(candidates: Rollout) -> ThoughtTree:
-            return ThoughtTree(inputs["documents"], candidates.forks_BK, trainer._branching(tokens_BT, candidates), candidates.lengths_BKG)
-
         def value(candidates: Rollout) -> Tensor:
             with evaluating(model):
-                scores = trainer._score(model, tree_of(candidates), tokens_BT, labels_BT, candidates)
-            return torch.where(scores.mask_BKH[:, :, None], scores.logps_BKGH, 0.0).sum(-1)
+                scores = trainer._score(model, trainer._tree(inputs, candidates), inputs["input_ids"], labels_BT, candidates)
+            return masked_sum(scores.logps_BKGH, scores.mask_BKH[:, :, None])
 
         def sample(count: int) -> Rollout:
             return trainer._sample(model, inputs, rollout.forks_BK, generator, sampling, count)
 
         with trainer.accelerator.autocast():
             if args.blind:
-                targets_BK = tree_of(rollout).judged_labels(labels_BT)[..., 0]
+                targets_BK = trainer._tree(inputs, rollout).judged_labels(labels_BT)[..., 0]
                 return best_shared_thoughts(
                     model, args.policies == "split", rollout, targets_BK, args.search, args.search_random, self.vocabulary, bonus, generator
                 )
@@ -90,9 +86,15 @@ def best_shared_thoughts(
         bonus: gives the coverage bonus of choices `[P, L]` from 0.
     """
     sampled_ML = (rollout.thoughts_BKGL - vocabulary.first_id)[rollout.forks_BK >= 0].flatten(0, -2)
-    candidates_PL = candidate_thoughts(sampled_ML, num_candidates, random_part, vocabulary.num_tokens, generator)
+    if len(sampled_ML) == 0:
+        random_part = 1.0  # no fork of this batch is there; the speaker's pass is made all the same, as on other ranks
+
+    def own(count: int) -> Tensor:
+        return sampled_ML[torch.randint(len(sampled_ML), (count,), generator=generator, device=sampled_ML.device)]
+
+    candidates_PL = candidate_thoughts(own, num_candidates, random_part, vocabulary.num_tokens, sampled_ML.shape[-1], generator)
     with evaluating(model):
-        logits_PV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, **({"speaks": True} if split else {})).logits[:, -1]
+        logits_PV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, -1]
     logps_PV = logits_PV[:, : vocabulary.num_real].float().log_softmax(-1)
     values_PBK = logps_PV[:, targets_BK.clamp(min=0)] + bonus(candidates_PL)[:, None, None]
     best_BKL = vocabulary.first_id + candidates_PL[values_PBK.argmax(0)]
@@ -111,17 +113,15 @@ def best_own_thoughts(
         bonus: as in `best_shared_thoughts`, for `[B, K, P, L]`.
     """
     length = rollout.thoughts_BKGL.shape[-1]
-    if vocabulary.num_tokens**length <= num_candidates:
-        every_PL = vocabulary.first_id + all_thoughts(vocabulary.num_tokens, length, rollout.thoughts_BKGL.device)
-        thoughts_BKPL = every_PL.expand(*rollout.forks_BK.shape, -1, -1)
-    else:
-        thoughts_BKPL = sample(num_candidates).thoughts_BKGL
-        num_random = round(random_part * num_candidates)
-        random = torch.randint(vocabulary.num_tokens, thoughts_BKPL[:, :, :num_random].shape, generator=generator, device=thoughts_BKPL.device)
-        thoughts_BKPL = torch.cat([vocabulary.first_id + random, thoughts_BKPL[:, :, num_random:]], 2)
+
+    def own(count: int) -> Tensor:
+        return sample(count).thoughts_BKGL - vocabulary.first_id
+
+    choices_BKPL = candidate_thoughts(own, num_candidates, random_part, vocabulary.num_tokens, length, generator, tuple(rollout.forks_BK.shape))
+    thoughts_BKPL = vocabulary.first_id + choices_BKPL
     lengths_BKP = rollout.lengths_BKG[:, :, :1].expand(thoughts_BKPL.shape[:-1])
     candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device))
-    values_BKP = value(candidates) + bonus(thoughts_BKPL - vocabulary.first_id)
+    values_BKP = value(candidates) + bonus(choices_BKPL)
     best_BK1L = values_BKP.argmax(-1)[..., None, None].expand(-1, -1, 1, length)
     return _with_first(rollout, thoughts_BKPL.gather(2, best_BK1L)[:, :, 0], rollout.forks_BK >= 0)
 

@@ -30,13 +30,13 @@ from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, sample_text
 from .objective import actions, speak, thinking_loss
 from .peft import add_thinking_rows
-from .rewards import RewardFunction, masked_mean, resolve_rewards
+from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
 from .search import Explorer
 from .thoughts import SOFT, check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import ThinkingVocabulary, add_thinking_tokens
-from .tree import Branching, ThoughtTree
+from .tree import ThoughtTree
 
 STATE_FILE = "thinktok_state.pt"
 
@@ -179,13 +179,13 @@ class ThinkTokTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ValueError("ThinkTokTrainer makes no logits: leave compute_metrics and preprocess_logits_for_metrics out.")
-        tokens_BT, documents_BT, labels_BT = inputs["input_ids"], inputs["documents"], self._labels(inputs)
+        tokens_BT, labels_BT = inputs["input_ids"], self._labels(inputs)
         if not self.model.training:
             return self._evaluate_batch(model, inputs, labels_BT)
         args, turn = self.args, self._next_micro_step()
 
         rollout = self._think(model, inputs, self._rollout(model, inputs, labels_BT, turn))
-        tree = ThoughtTree(documents_BT, rollout.forks_BK, self._branching(tokens_BT, rollout), rollout.lengths_BKG)
+        tree = self._tree(inputs, rollout)
         scores = self._score(model, tree, tokens_BT, labels_BT, rollout)
         loss = args.text_ce_weight * _text_loss(scores, num_items_in_batch, self._ranks_to_average(num_items_in_batch))
         metrics: dict[str, Tensor] = {}
@@ -245,10 +245,11 @@ class ThinkTokTrainer(SFTTrainer):
         args = self.args
         return think_softly(self.engine, model, inputs["input_ids"], inputs["documents"], rollout, args.thoughts, args.continuous_layer, args.temperature)
 
-    def _branching(self, tokens_BT: Tensor, rollout: Rollout) -> Branching:
-        """The shape of a rollout's tree."""
+    def _tree(self, inputs: dict[str, Tensor], rollout: Rollout) -> ThoughtTree:
+        """The batch's rows with a rollout's thoughts."""
         num_generations, length = rollout.thoughts_BKGL.shape[2:]
-        return dataclasses.replace(self.args.branching(tokens_BT.shape[1], length), num_generations=num_generations)
+        branching = dataclasses.replace(self.args.branching(inputs["input_ids"].shape[1], length), num_generations=num_generations)
+        return ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
 
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
         args, entropy_BT = self.args, None
@@ -279,8 +280,8 @@ class ThinkTokTrainer(SFTTrainer):
         batch alone, so that evaluations of different models can be compared text by text.
         """
         args, turn, tokens_BT, documents_BT = self.args, self._next_micro_step(), inputs["input_ids"], inputs["documents"]
-        plain_tree = ThoughtTree(documents_BT, tokens_BT.new_zeros(len(tokens_BT), 0), args.branching(tokens_BT.shape[1]))
-        plain = self._score(model, plain_tree, tokens_BT, labels_BT, Rollout.empty(plain_tree.forks_BK, plain_tree.branching))
+        nothing = Rollout.empty(tokens_BT.new_zeros(len(tokens_BT), 0), args.branching(tokens_BT.shape[1]))
+        plain = self._score(model, self._tree(inputs, nothing), tokens_BT, labels_BT, nothing)
         loss = -plain.trunk_logps_BT.sum() / plain.trunk_mask_BT.sum().clamp(min=1)
         if not args.thinks:
             return loss
@@ -288,17 +289,16 @@ class ThinkTokTrainer(SFTTrainer):
         how = "random" if args.fork_positions == "entropy" else args.fork_positions
         forks_BK = self._forks(model, tokens_BT, documents_BT, labels_BT, generator, how)
         rollout = self._think(model, inputs, self._sample(model, inputs, forks_BK, generator, dataclasses.replace(args.sampling(), epsilon=0.0)))
-        branching = self._branching(tokens_BT, rollout)
         both = rollout.beside(control_thoughts(rollout, self.vocabulary, generator))
-        tree = ThoughtTree(documents_BT, forks_BK, dataclasses.replace(branching, num_generations=2 * args.num_generations), both.lengths_BKG)
+        tree = self._tree(inputs, both)
         scores = self._score(model, tree, tokens_BT, labels_BT, both)
         speech = speak(scores, both, args.stop, 0.0, args.blind)
 
         places_BKH, mask_BKH = tree.judged(labels_BT)
         without_BKH = plain.trunk_logps_BT.gather(1, (places_BKH - 1).flatten(1)).view_as(places_BKH)
-        summed_BKG = torch.where(mask_BKH[:, :, None], speech.logps_BKGH, 0.0).sum(-1)
+        summed_BKG = masked_sum(speech.logps_BKGH, mask_BKH[:, :, None])
         think_BKG, random_BKG = summed_BKG.chunk(2, dim=2)
-        logps = {"no_think": torch.where(mask_BKH, without_BKH, 0.0).sum(-1), "think": think_BKG.mean(-1), "random_thought": random_BKG.mean(-1)}
+        logps = {"no_think": masked_sum(without_BKH, mask_BKH), "think": think_BKG.mean(-1), "random_thought": random_BKG.mean(-1)}
         document_BK = documents_BT.gather(1, forks_BK.clamp(min=0))
         collected = GainByDocument.collect(document_BK, mask_BKH.sum(-1), logps, speech.lengths_BKG[:, :, : args.num_generations].mean(-1))
         for row in self.accelerator.gather_for_metrics(collected, use_gather_object=True):
@@ -373,7 +373,7 @@ class ThinkTokTrainer(SFTTrainer):
             if math.isfinite(value):  # one skipped step must not blank the average of a log
                 self._metrics["train"][name].append(value)
         if self.curriculum is not None and "accuracy" in metrics:
-            accuracy = means[list(metrics).index("accuracy")]
+            accuracy = dict(zip(metrics, means, strict=True))["accuracy"]
             self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), accuracy)
             self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
         ranks = len(gathered)

@@ -38,15 +38,13 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/toy/ablations"))
     args, further = parser.parse_known_args()
-    base = yaml.safe_load(args.config.read_text())
-    table = {}
-    for name, changes in yaml.safe_load(args.variants.read_text()).items():
+    base, variants = (yaml.safe_load(path.read_text()) for path in (args.config, args.variants))
+    results: dict[str, Any] = {"ablation": {}, "variants": variants}
+    for name, changes in variants.items():
         print(f"== {name}: {changes or 'nothing changed'}", flush=True)
         folder = args.output_dir / name.replace(" ", "_").replace(",", "")
-        table[name] = run_variant(folder, base, changes, args.seeds, further)
-        last = table[name]
-        results = {"ablation": {key: value["runs"] for key, value in table.items()}} | {
-            key: last[key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")
-        }
-        write_json(args.output_dir / "results.json", results | {"variants": yaml.safe_load(args.variants.read_text())})
+        last = run_variant(folder, base, changes, args.seeds, further)
+        results["ablation"][name] = last["runs"]
+        results |= {key: last[key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")}
+        write_json(args.output_dir / "results.json", results)
     print_ablation(results)

@@ -7,6 +7,7 @@ thoughts and without any, and writes `results.json`, what the thoughts mean (`la
 last line of the output is JSON with `seeds` and `accuracy`, a list over them.
 """
 
+import copy
 import json
 import sys
 import time
@@ -18,11 +19,13 @@ import numpy as np
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
+from hf_thinktok.config import default_of
+from hf_thinktok.data import levels_of
 from hf_thinktok.language import describe_language, draw_language, print_language
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
@@ -88,14 +91,19 @@ def tokenized(rows: Dataset, tokenizer) -> Dataset:
     return Dataset.from_dict(columns | {name: list(rows[name]) for name in ("level", "think_length", "thoughts", "answer", "inputs")})
 
 
-def make_model(toy: ToyArguments, model: ModelConfig, task: Task):
-    """A pretrained model, or one made from scratch with a word for each word of the task."""
+def make_tokenizer(model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
+    """A pretrained model's own, or one with a word for each word of the task."""
     if model.model_name_or_path:
-        folder = resolve_model(model.model_name_or_path)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype), AutoTokenizer.from_pretrained(folder)
-    tokenizer = word_tokenizer(task.words)
+        return AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path))
+    return word_tokenizer(task.words)
+
+
+def make_model(toy: ToyArguments, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A pretrained model, or one made from scratch."""
+    if model.model_name_or_path:
+        return AutoModelForCausalLM.from_pretrained(resolve_model(model.model_name_or_path), dtype=model.dtype)
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape)), tokenizer
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
 
 
 def control_of(args: ThinkTokConfig, control: str) -> ThinkTokConfig:
@@ -107,18 +115,22 @@ def control_of(args: ThinkTokConfig, control: str) -> ThinkTokConfig:
         "coverage_coef", "coverage_decay", "balance_coef", "balance_given", "thought_entropy_target", "curriculum_threshold", "curriculum_replay",
         "think_loss_weight", "supply_thoughts", "thought_ce_weight", "alternate", "continuous_layer",
     )  # fmt: skip
-    plain = {name: getattr(ThinkTokConfig(args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16), name) for name in about_thoughts}
+    plain = {name: default_of(ThinkTokConfig, name) for name in about_thoughts}
     if control == "no_think":
         return replace(args, **plain, num_forks=0, text_ce_weight=1.0)
     return replace(args, **plain, thoughts="filler", num_generations=1)
 
 
+def of_level(rows: Dataset, level: int, limit: int) -> Dataset:
+    """The rows of one level, no more than `limit`; 0 for all."""
+    return rows.select(np.flatnonzero(np.asarray(rows["level"]) == level)[: limit or None])
+
+
 def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> dict[str, dict[str, float]]:
     """Accuracy by level: thinking, with random thoughts, and without any (under `blind` nothing can be said without a thought)."""
     table: dict[str, dict[str, float]] = {}
-    levels_D = np.asarray(test["level"])
-    for level in sorted(set(levels_D.tolist())):
-        rows = test.select(np.flatnonzero(levels_D == level)[: limit or None])
+    for level in levels_of(test):
+        rows = of_level(test, level, limit)
         hows = ("none",) if not trainer.args.thinks else ("think", "random") if trainer.args.blind else ("think", "random", "none")
         for how in hows if trainer.args.thoughts != "filler" else ("think",):
             table.setdefault(how, {})[str(level)] = answer(trainer, rows, how).accuracy
@@ -127,9 +139,8 @@ def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> dict[str, d
 
 def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: int) -> dict[str, Any]:
     """Which thought means what, on rows of the hardest trained level: a table, a picture and JSON."""
-    levels_D = np.asarray(test["level"])
-    hardest = max(set(levels_D.tolist()) & set(task.train["level"]), default=max(levels_D))
-    rows = test.select(np.flatnonzero(levels_D == hardest)[: limit or None])
+    tested = levels_of(test)
+    rows = of_level(test, max(set(tested) & set(levels_of(task.train)), default=max(tested)), limit)
     said = answer(trainer, rows)
     states = np.asarray(rows["thoughts"]) if len(set(map(len, rows["thoughts"]))) == 1 and len(rows["thoughts"][0]) == said.thoughts_DL.shape[1] else None
     # Only sums are numbers; a node or a group element is a name.
@@ -144,16 +155,17 @@ def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: 
     return report
 
 
-def run(seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, task: Task) -> dict[str, Any]:
-    """Trains and measures one model."""
+def run(
+    seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, task: Task, tokenizer: PreTrainedTokenizerBase, train: Dataset, test: Dataset
+) -> dict[str, Any]:
+    """Trains and measures one model on tokenised rows."""
     set_seed(seed)
     args = replace(control_of(args, toy.control), seed=seed, output_dir=str(Path(args.output_dir) / f"seed-{seed}"))
-    thinker, tokenizer = make_model(toy, model, task)
-    speaker = make_model(toy, model, task)[0] if args.policies == "split" else None
-    train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
-    trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=tokenizer, peft_config=get_peft_config(model), speaker=speaker)
-    hardest = np.flatnonzero(np.asarray(train["level"]) == max(train["level"]))[: toy.check_rows]
-    progress = Progress(trainer, train.select(hardest), toy.check_every, toy.stop_accuracy)
+    thinker = make_model(toy, model, tokenizer)
+    speaker = make_model(toy, model, tokenizer) if args.policies == "split" else None
+    own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
+    trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
+    progress = Progress(trainer, of_level(train, max(levels_of(train)), toy.check_rows), toy.check_every, toy.stop_accuracy)
     trainer.add_callback(progress)
     trainer.train()
     seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step
@@ -168,15 +180,17 @@ def run(seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, 
 def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     results = {
         "task": task.name, "task_options": toy.task_options, "control": toy.control, "chance": task.chance, "config": changed_options(toy, args, model),
-        "levels": sorted(set(task.train["level"])), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
+        "levels": levels_of(task.train), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
     }  # fmt: skip
+    tokenizer = make_tokenizer(model, task)
+    train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     for seed in toy.seeds:
-        results["runs"].append(run(seed, toy, args, model, task))
+        results["runs"].append(run(seed, toy, args, model, task, tokenizer, train, test))
         write_json(Path(args.output_dir) / "results.json", results | environment())
     draw_task(results, Path(args.output_dir) / "accuracy.svg")
     print_task(results)
-    runs = results["runs"]
-    print(json.dumps({"seeds": toy.seeds, "accuracy": [float(np.mean(list(next(iter(run["accuracy"].values())).values()))) for run in runs]}))
+    own = (next(iter(run["accuracy"].values())) for run in results["runs"])
+    print(json.dumps({"seeds": toy.seeds, "accuracy": [float(np.mean(list(levels.values()))) for levels in own]}))
 
 
 if __name__ == "__main__":

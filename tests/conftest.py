@@ -37,6 +37,23 @@ def corpus():
 
 
 @pytest.fixture
+def resumed(tmp_path):
+    """A run without interruption, and one resumed from its checkpoint at half of `max_steps`; their weights are equal bit for bit."""
+
+    def run(make, max_steps=4, **options):
+        options |= {"max_steps": max_steps, "save_strategy": "steps", "save_steps": max_steps // 2}
+        whole = make(output_dir=str(tmp_path / "whole"), **options)
+        whole.train()
+        again = make(output_dir=str(tmp_path / "again"), **options)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{max_steps // 2}"))
+        for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(a, b), name
+        return whole, again
+
+    return run
+
+
+@pytest.fixture
 def make_trainer(tmp_path, corpus):
     """Builds a trainer on a tiny model; keyword arguments are options of ThinkTokConfig, `model`, `family`, `peft_config`, `reward_funcs`, `train_dataset`."""
 

@@ -112,9 +112,12 @@ def test_all_thoughts_are_all():
 
 def test_candidates_are_all_where_they_fit_and_else_own_and_random():
     generator = torch.Generator().manual_seed(0)
-    sampled = torch.full((5, 3), 9)
-    assert len(candidate_thoughts(sampled, 1000, 0.5, 10, generator)) == 1000
-    few = candidate_thoughts(sampled, 400, 0.25, 10, generator)
+
+    def own(count):
+        return torch.full((count, 3), 9)
+
+    assert len(candidate_thoughts(own, 1000, 0.5, 10, 3, generator)) == 1000
+    few = candidate_thoughts(own, 400, 0.25, 10, 3, generator)
     own = (few == 9).all(-1).sum().item()
     assert len(few) == 400
     assert 300 <= own <= 303

@@ -13,7 +13,6 @@ from peft import LoraConfig
 from hf_thinktok.answers import answer
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
 from hf_thinktok.thoughts import swapped
-from hf_thinktok.tree import ThoughtTree
 
 N, L = 4, 3
 
@@ -212,7 +211,7 @@ def test_the_forward_is_that_of_the_tokens(make, engine):
     drawn = trainer._rollout(trainer.model, inputs, labels, 0)
     soft = trainer._think(trainer.model, inputs, drawn)
     assert soft.soft_BKGLX is not None
-    tree = ThoughtTree(inputs["documents"], drawn.forks_BK, trainer._branching(inputs["input_ids"], drawn), drawn.lengths_BKG)
+    tree = trainer._tree(inputs, drawn)
     a, b = (trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout) for rollout in (soft, drawn))
     assert torch.equal(a.logps_BKGH, b.logps_BKGH)
     assert torch.equal(a.think_logits_BKGLN, b.think_logits_BKGLN)
@@ -284,14 +283,8 @@ def test_a_blind_speaker_learns_what_only_the_thought_knows(make, kind, options,
 
 
 @pytest.mark.parametrize("kind", ["gumbel", "continuous"])
-def test_resumes_bit_for_bit(make, tmp_path, kind):
-    options = {"thoughts": kind, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
-    whole = make(output_dir=str(tmp_path / "whole"), **options)
-    whole.train()
-    again = make(output_dir=str(tmp_path / "again"), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+def test_resumes_bit_for_bit(make, resumed, kind):
+    _, again = resumed(make, thoughts=kind, learning_rate=1e-2)
     written = again.model.config.thinktok
     assert written["thoughts"] == kind
     assert ("continuous_layer" in written) == (kind == "continuous")

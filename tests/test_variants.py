@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from hf_thinktok.answers import answer
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
 from hf_thinktok.scores import score_tree
-from hf_thinktok.tree import ThoughtTree
 
 N = 4
 
@@ -70,7 +69,7 @@ def test_split_reads_each_model_alone(make, blind):
             parameter.mul_(1.2)
     inputs, labels = batch_of(trainer, rows.select(range(3)))
     rollout = one_rollout(trainer, inputs, labels)
-    tree = ThoughtTree(inputs["documents"], rollout.forks_BK, trainer._branching(inputs["input_ids"], rollout), rollout.lengths_BKG)
+    tree = trainer._tree(inputs, rollout)
     scores = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout)
     thinker, speaker, vocabulary = trainer.model, trainer.model.speaker, trainer.vocabulary
     for row, group in itertools.product(range(3), range(2)):
@@ -94,17 +93,9 @@ def test_split_reads_each_model_alone(make, blind):
     assert isinstance(trainer.engine, TreeEngine)
 
 
-def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_bit(make, tmp_path):
-    options = {
-        "policies": "split", "blind": True, "search": 5, "coverage_coef": [0.3, 0.0, 10], "objective": "marginal", "speaker_learning_rate": 5e-3,
-        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rows": questions(levels=(3,)),
-    }  # fmt: skip
-    whole = make(output_dir=str(tmp_path / "whole"), **options)
-    whole.train()
-    again = make(output_dir=str(tmp_path / "again"), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_bit(make, resumed, tmp_path):
+    options = {"search": 5, "coverage_coef": [0.3, 0.0, 10], "objective": "marginal", "speaker_learning_rate": 5e-3, "rows": questions(levels=(3,))}
+    whole, again = resumed(make, policies="split", blind=True, **options)
     assert torch.equal(whole.explore.coverage.frequency_C, again.explore.coverage.frequency_C)
     assert {group["lr"] for group in whole.optimizer.param_groups} != {1e-3}
     folder = tmp_path / "whole" / "checkpoint-4"
@@ -124,7 +115,7 @@ def test_thoughts_are_as_long_as_the_data_says(make):
     inputs, labels = batch_of(trainer, rows.select(range(6)))
     rollout = one_rollout(trainer, inputs, labels)
     assert rollout.lengths_BKG[:, 0, 0].tolist() == [0, 1, 2, 0, 1, 2]
-    tree = ThoughtTree(inputs["documents"], rollout.forks_BK, trainer._branching(inputs["input_ids"], rollout), rollout.lengths_BKG)
+    tree = trainer._tree(inputs, rollout)
     scores = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout)
     for row in range(6):
         ids, length = rows[row]["input_ids"], rows[row]["think_length"]
@@ -132,17 +123,11 @@ def test_thoughts_are_as_long_as_the_data_says(make):
         assert scores.logps_BKGH[row, 0, 1, 0].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_a_curriculum_resumes_bit_for_bit(make, tmp_path, monkeypatch):
+def test_a_curriculum_resumes_bit_for_bit(make, resumed, monkeypatch):
     monkeypatch.setattr("hf_thinktok.curriculum.LEAST_STEPS", 1)
-    options = {"curriculum_threshold": 0.0, "curriculum_replay": 0.5, "max_steps": 8, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
-    whole = make(output_dir=str(tmp_path / "whole"), **options)
-    whole.train()
+    whole, again = resumed(make, max_steps=8, curriculum_threshold=0.0, curriculum_replay=0.5, learning_rate=1e-2)
     assert [entry["level"] for entry in whole.state.log_history if "level" in entry][-1] > 1, "the run must pass a level to be a test"
-    again = make(output_dir=str(tmp_path / "again"), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert again.curriculum.begins == whole.curriculum.begins
-    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 # ---------------------------------------------------------------- candidates
@@ -159,6 +144,15 @@ def test_blind_search_finds_the_best_of_all_thoughts(make, policies):
     for row in range(5):
         values = [plain_logps(speaker, trainer.vocabulary, [], thought, rows[row]["input_ids"][5]).item() for thought in every]
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
+
+
+def test_blind_search_in_a_batch_without_forks_changes_nothing(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, blind=True, search=5)
+    inputs, labels = batch_of(trainer, rows.select(range(2)))
+    rollout = one_rollout(trainer, inputs, torch.full_like(labels, -100))
+    assert (rollout.forks_BK == -1).all()
+    assert (rollout.thoughts_BKGL >= trainer.vocabulary.first_id).all()
 
 
 def test_search_finds_the_best_thought_for_each_text(make):
@@ -178,7 +172,7 @@ def test_search_among_samples_is_no_worse_than_they_are(make):
     trainer = make(rows, search=8, search_random=0.25, num_generations=4)
     inputs, labels = batch_of(trainer, rows)
     rollout = one_rollout(trainer, inputs, labels)
-    tree = ThoughtTree(inputs["documents"], rollout.forks_BK, trainer._branching(inputs["input_ids"], rollout), rollout.lengths_BKG)
+    tree = trainer._tree(inputs, rollout)
     logps = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout).logps_BKGH[:, 0, :, 0]
     assert (logps[:, 0] > logps[:, 1:].mean(1)).float().mean() > 0.9
 
