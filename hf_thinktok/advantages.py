@@ -1,7 +1,10 @@
-"""How much better a thought did than the others at the same place in the same text.
+"""How much better a thought did than the others at the same place in the same text, or than was to be expected there.
 
-Only thoughts of one fork are compared, so an easy next token credits nobody. Shape suffixes as in tree.py.
+Only thoughts of one fork are compared, so an easy next token credits nobody. Shape suffixes as in tree.py; D features, M forks in a row.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ def group_advantages(rewards_BKG: Tensor, valid_BK: Tensor, advantage: str = "gr
     advantages_BKG = rewards_BKG - rewards_BKG.mean(-1, keepdim=True)
     if advantage == "loo":
         advantages_BKG = advantages_BKG * (rewards_BKG.shape[-1] / (rewards_BKG.shape[-1] - 1))
-    return _scaled(advantages_BKG, rewards_BKG, valid_BK, scale_rewards)
+    return scaled(advantages_BKG, rewards_BKG, valid_BK, scale_rewards)
 
 
 def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Tensor, scale_rewards: str = "none") -> Tensor:
@@ -37,7 +40,7 @@ def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Te
     to_come_BKGL = gained_BKGL.flip(-1).cumsum(-1).flip(-1)
     groups = to_come_BKGL.shape[2]
     advantages_BKGL = (to_come_BKGL - to_come_BKGL.mean(2, keepdim=True)) * (groups / (groups - 1))
-    return _scaled(advantages_BKGL.transpose(2, 3), to_come_BKGL.transpose(2, 3), valid_BK, scale_rewards).transpose(2, 3)
+    return scaled(advantages_BKGL.transpose(2, 3), to_come_BKGL.transpose(2, 3), valid_BK, scale_rewards).transpose(2, 3)
 
 
 def posterior(log_likelihoods_BKG: Tensor, valid_BK: Tensor) -> Tensor:
@@ -49,7 +52,49 @@ def posterior(log_likelihoods_BKG: Tensor, valid_BK: Tensor) -> Tensor:
     return log_likelihoods_BKG.softmax(-1) * valid_BK[:, :, None]
 
 
-def _scaled(advantages: Tensor, rewards: Tensor, valid_BK: Tensor, scale_rewards: str) -> Tensor:
+class ValueBaseline:
+    """What a fork's thoughts are expected to earn, from its hidden state before anything is thought: a linear value function.
+
+    The baseline of an actor with a critic (https://huggingface.co/papers/1602.01783), for one thought at a fork as well as for many. It is fitted in
+    closed form, by ridge regression on running moments, so that it has no learning rate, and no parameters that a launcher or a checkpoint would
+    have to know of.
+
+    Args:
+        reduce: the mean of a tensor over all ranks.
+        decay: what remains of the moments at each step.
+        ridge: in parts of a feature's variance.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor, decay: float = 0.95, ridge: float = 0.1):
+        self.reduce, self.decay, self.ridge = reduce, decay, ridge
+        self.moments: Tensor | None = None  # sums over forks of (1, x, y) times (1, x), each weighted by its age
+
+    def __call__(self, hidden_BKD: Tensor, rewards_BK: Tensor, valid_BK: Tensor) -> Tensor:
+        """The expected reward of each fork, nats; then learns from what it was. The first batch of all is expected to earn its mean."""
+        x_MD, y_M = hidden_BKD.detach().float().flatten(0, 1), rewards_BK.detach().flatten()
+        x_MD = x_MD / x_MD.square().mean(-1, keepdim=True).sqrt().clamp(min=EPSILON)
+        row_MC = torch.cat([torch.ones_like(y_M)[:, None], x_MD, y_M[:, None]], 1) * valid_BK.flatten()[:, None]
+        new_CC = self.reduce(row_MC.T @ row_MC)
+        first = self.moments is None
+        old_CC = new_CC if self.moments is None else self.moments
+        count = old_CC[0, 0].clamp(min=1)
+        mean_C = old_CC[0] / count
+        covariance_CC = old_CC / count - mean_C.outer(mean_C)
+        gram_DD = covariance_CC[1:-1, 1:-1]
+        damping = self.ridge * gram_DD.diagonal().mean() + EPSILON
+        slope_D = torch.linalg.solve(gram_DD + damping * torch.eye(len(gram_DD), device=gram_DD.device), covariance_CC[1:-1, -1])
+        values_M = mean_C[-1] + (x_MD - mean_C[1:-1]) @ (torch.zeros_like(slope_D) if first else slope_D)
+        self.moments = new_CC if first else self.decay * old_CC + new_CC
+        return values_M.view_as(rewards_BK)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"moments": self.moments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.moments = state["moments"]
+
+
+def scaled(advantages: Tensor, rewards: Tensor, valid_BK: Tensor, scale_rewards: str) -> Tensor:
     """Divides by a standard deviation (`rewards` has the group as its last dimension) and clears forks that are not there."""
     valid = valid_BK.view(*valid_BK.shape, *[1] * (advantages.ndim - 2))
     if scale_rewards == "group":

@@ -139,7 +139,8 @@ class ThinkTokConfig(SFTConfig):
         posterior_smoothing (`float`, defaults to `0.0`):
             With `objective="marginal"`: part of the speaker's weight that goes to all thoughts alike.
         advantage (`str`, defaults to `"group"`):
-            `group` (minus the group's mean), `loo` (minus the others' mean), `token` (credit of each thinking token; one judged token).
+            `group` (minus the group's mean), `loo` (minus the others' mean), `token` (credit of each thinking token; one judged token), or `value` (minus
+            what a linear value function of the fork's hidden state expects; one thought at a fork is then enough).
         scale_rewards (`str`, defaults to `"none"`):
             Divide advantages by the rewards' standard deviation of the `group` or the `batch`.
 
@@ -223,7 +224,7 @@ class ThinkTokConfig(SFTConfig):
     objective: str = option("expected", "What speaker and thinker maximise.", ("expected", "marginal"))
     posterior_temperature: float = option(1.0, "With objective=marginal: divides log-likelihoods before they weight the group.")
     posterior_smoothing: float = option(0.0, "With objective=marginal: part of the speaker's weight that goes to all thoughts alike.")
-    advantage: str = option("group", "What a thought's reward is compared with.", ("group", "loo", "token"))
+    advantage: str = option("group", "What a thought's reward is compared with.", ("group", "loo", "token", "value"))
     scale_rewards: str = option("none", "Divide advantages by the standard deviation of rewards.", ("none", "group", "batch"))
 
     think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
@@ -357,10 +358,14 @@ class ThinkTokConfig(SFTConfig):
     def _check_fit(self) -> None:
         """What cannot be done."""
         soft = self.thoughts in SOFT
-        least = 3 if self.supply_thoughts else 2  # a supplied thought is no part of the comparison
+        compared = self.advantage != "value" or self.objective == "marginal"
+        least = 1 + compared + self.supply_thoughts  # a supplied thought is no part of the comparison
         refusals = {
             f"num_generations={self.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
                 self.num_generations < least and self.thoughts == "discrete"
+            ),
+            "scale_rewards=group needs a group: set num_generations to 3 or more, or scale_rewards=batch or none.": (
+                self.scale_rewards == "group" and self.num_generations <= 1 + self.supply_thoughts
             ),
             f"thoughts={self.thoughts} makes thoughts of given lengths: set stop=fixed.": soft and self.stop != "fixed",
             f"thoughts={self.thoughts} with memory=persistent is not supported: set memory=none.": soft and self.memory == "persistent",
@@ -399,7 +404,7 @@ class ThinkTokConfig(SFTConfig):
                 self.advantage == "token" and self.stop == "sampled"
             ),
             "blind hides the text from the speaker and memory=persistent puts thoughts into the text: choose one.": self.blind and self.memory == "persistent",
-            "blind leaves nothing to predict from before the first thinking token, so advantage=token has no start: set advantage=group or loo.": (
+            "blind leaves nothing to predict from before the first thinking token, so advantage=token has no start: set advantage=group, loo or value.": (
                 self.blind and self.advantage == "token"
             ),
             "fork_positions=markers needs fork_markers, the texts after which the model may think.": (
@@ -436,11 +441,11 @@ class ThinkTokConfig(SFTConfig):
             "scale_rewards": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
             "reward_funcs": (
                 self.objective == "expected" and self.advantage != "token",
-                "objective=expected with advantage=group or loo (the others use log_prob)",
+                "objective=expected with advantage=group, loo or value (the others use log_prob)",
             ),
             "reward_weights": (
                 self.objective == "expected" and self.advantage != "token",
-                "objective=expected with advantage=group or loo (the others use log_prob)",
+                "objective=expected with advantage=group, loo or value (the others use log_prob)",
             ),
             "epsilon": (
                 self.num_iterations > 1 and self.think_loss_type != "cispo",

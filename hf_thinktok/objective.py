@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .advantages import group_advantages, posterior, token_advantages
+from .advantages import ValueBaseline, group_advantages, posterior, scaled, token_advantages
 from .config import ThinkTokConfig
 from .exploration import choice_entropy, entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
@@ -83,8 +83,12 @@ def credit(
     rewards: list[RewardFunction],
     weights: list[float],
     step: int = 0,
+    value: ValueBaseline | None = None,
 ):
     """Rewards and what they mean for each thought.
+
+    Args:
+        value: what `advantage: value` compares with.
 
     Returns:
         speaker_weights_BKG: how much each thought's real tokens train the speaker; sums to 1 over a group.
@@ -123,6 +127,11 @@ def credit(
         reach_BKGP = speech.reach_BKGP.detach()
         charged_BKGP = scores.prefix_logps_BKGP.detach() - config.think_cost * torch.arange(length + 1, device=reach_BKGP.device)
         advantages_BKGL = token_advantages(charged_BKGP[:, :, drawn], reach_BKGP[:, :, drawn], valid_BK, config.scale_rewards)
+    elif value is not None:
+        assert scores.fork_hidden_BKD is not None
+        expected_BK = value(scores.fork_hidden_BKD, rewards_BKG[..., drawn].mean(-1), valid_BK)
+        surplus_BKG = rewards_BKG[..., drawn] - expected_BK[..., None]
+        advantages_BKGL = scaled(surplus_BKG, rewards_BKG[..., drawn], valid_BK, config.scale_rewards)[..., None].expand(-1, -1, -1, length)
     else:
         advantages_BKG = group_advantages(rewards_BKG[..., drawn], valid_BK, config.advantage, config.scale_rewards)
         advantages_BKGL = advantages_BKG[..., None].expand(-1, -1, -1, length)
@@ -145,6 +154,7 @@ def thinking_loss(
     global_mean=None,
     step: int = 0,
     first_id: int = 0,
+    value: ValueBaseline | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The thinking part of the loss, a mean over forks, and its metrics.
 
@@ -155,9 +165,10 @@ def thinking_loss(
         global_mean: averages a tensor over all ranks, for losses that count actions globally.
         step: the clock of the schedules.
         first_id: the first thinking id.
+        value: as in `credit`.
     """
     speech = speak(scores, rollout, config.stop, config.stop_smoothing, config.blind)
-    speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights, step)
+    speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights, step, value)
     num_forks = max(scores.valid_BK.numel(), 1)
     speaks, thinks = _turns(config, step)
 

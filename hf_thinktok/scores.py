@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .head import HeadInputs
+from .head import HeadInputs, HiddenInputs
 from .rollout import Rollout, thought_logps
 from .tokens import ThinkingVocabulary
 from .tree import ThoughtTree
 
 # (what to score, nodes to run or `None` for all, whether the speaker of `policies: split` runs) -> what they say
-Run = Callable[[list[HeadInputs], Tensor | None, bool], list]
+Run = Callable[[list[HeadInputs | HiddenInputs], Tensor | None, bool], list]
 
 
 @dataclass
@@ -33,6 +33,7 @@ class TreeScores:
         gate_logits_BKGL: log p(think) - log p(speak) before each thinking token; 0 where nobody asked for the gate.
         think_logits_BKGLN: the thinking logits there.
         thought_logps_BKGL: log p(z_l | prefix, think) at the sampling temperature.
+        fork_hidden_BKD: hidden states at the forks where they were asked for (no gradient).
     """
 
     trunk_logps_BT: Tensor
@@ -46,6 +47,7 @@ class TreeScores:
     gate_logits_BKGL: Tensor
     think_logits_BKGLN: Tensor
     thought_logps_BKGL: Tensor
+    fork_hidden_BKD: Tensor | None = None
 
     @property
     def valid_BK(self) -> Tensor:
@@ -63,6 +65,7 @@ def score_tree(
     every_prefix: bool = False,
     gate: bool = True,
     split: bool = False,
+    hidden: bool = False,
 ) -> TreeScores:
     """Runs a model, or under `split` a thinker and a speaker, over a tree, and gathers what they say by fork and thought.
 
@@ -70,6 +73,7 @@ def score_tree(
 
     Args:
         every_prefix: also judge what would be said if the thought ended early.
+        hidden: also give the forks' hidden states.
         split: the speaker predicts wherever it sees what it needs: everywhere, or under `blind` in the rereading alone. The thinker does the rest.
     """
     targets_BS, thinkers = tree.targets(labels_BT, every_prefix), tree.prefixes()[..., :-1]
@@ -85,7 +89,12 @@ def score_tree(
     if not gate:
         think_M = thinks_BS.flatten().nonzero()[:, 0]
         heads.append(HeadInputs(think_M, torch.full_like(think_M, -100), think_only=True))
-    out = run(heads, tree.thinker_nodes if split else None, False)
+    extra = []
+    if hidden:
+        rows_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None]
+        extra.append(HiddenInputs((thinkers[:, :, 0, 0] + rows_B1 * targets_BS.shape[1]).flatten()))
+    out = run([*heads, *extra], tree.thinker_nodes if split else None, False)
+    fork_hidden_BKD = out.pop().detach().float().view(*thinkers.shape[:2], -1) if hidden else None
     said = [(full_M, out[0])]
     think = think.index_put((heads[-1].nodes_M,), out[-1].think_logits_MN)
     if gate:
@@ -116,4 +125,5 @@ def score_tree(
         gate_logits_BKGL=at(gates, thinkers),
         think_logits_BKGLN=think_BKGLN,
         thought_logps_BKGL=thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature),
+        fork_hidden_BKD=fork_hidden_BKD,
     )

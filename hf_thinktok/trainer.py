@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from ._compat import RepeatSampler, disable_dropout_in_model
+from .advantages import ValueBaseline
 from .callbacks import NonFiniteGuard, print_thoughts, sample_thoughts_to_print
 from .config import ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
@@ -94,7 +95,7 @@ class ThinkTokTrainer(SFTTrainer):
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
-            raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group or loo (the others use log_prob).")
+            raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group, loo or value (the others use log_prob).")
         if reward_funcs is not None and args.thoughts in SOFT:
             raise ValueError("reward_funcs has no effect here; it needs thoughts=discrete (soft thoughts learn from the cross-entropy that follows them).")
         if args.policies == "split" and peft_config is not None:
@@ -162,6 +163,7 @@ class ThinkTokTrainer(SFTTrainer):
         self.reference = self._reference_model() if args.beta > 0 else None
         self.add_callback(self.guard)
         self.explore = Explorer(self)
+        self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
         self.curriculum = None
         if args.curriculum_threshold is not None:
             self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
@@ -202,6 +204,7 @@ class ThinkTokTrainer(SFTTrainer):
                 global_mean=self._global_mean,
                 step=self.schedule_step,
                 first_id=self.vocabulary.first_id,
+                value=self.value,
             )
             self._old_logps[turn] = actions(scores, rollout, args)[0].detach() if self._old_logps[turn] is None else self._old_logps[turn]
             # `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
@@ -267,7 +270,16 @@ class ThinkTokTrainer(SFTTrainer):
         args, tokens_BS = self.args, tree.tokens(tokens_BT, rollout.thoughts_BKGL)
         run = functools.partial(self.engine, model, tree, tokens_BS, thoughts=thought_inputs(tree, rollout.soft_BKGLX, args.thoughts))
         return score_tree(
-            run, tree, labels_BT, rollout, self.vocabulary, args.draw_temperature, args.needs_every_prefix, args.needs_gate, split=args.policies == "split"
+            run,
+            tree,
+            labels_BT,
+            rollout,
+            self.vocabulary,
+            args.draw_temperature,
+            every_prefix=args.needs_every_prefix,
+            gate=args.needs_gate,
+            split=args.policies == "split",
+            hidden=args.advantage == "value" and self.model.training,
         )
 
     # ---------------------------------------------------------------- evaluation
@@ -445,7 +457,7 @@ class ThinkTokTrainer(SFTTrainer):
             torch.save(state, os.path.join(output_dir, STATE_FILE))
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage}
+        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value}
         return {name: part for name, part in parts.items() if part is not None}
 
     def create_optimizer(self, *args, **kwargs):

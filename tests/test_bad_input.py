@@ -114,7 +114,7 @@ BAD_FITS = [
     ({"advantage": "token", "lookahead": 2, "stop": "fixed"}, ["advantage=token", "lookahead=1"]),
     ({"advantage": "token", "stop": "sampled"}, ["advantage=token", "stop=sampled", "stop=learned or stop=fixed"]),
     ({"blind": True, "memory": "persistent"}, ["blind", "memory=persistent", "choose one"]),
-    ({"blind": True, "advantage": "token"}, ["blind", "advantage=token", "group or loo"]),
+    ({"blind": True, "advantage": "token"}, ["blind", "advantage=token", "group, loo or value"]),
     ({"fork_positions": "markers"}, ["fork_positions=markers", "fork_markers"]),
     ({"fork_positions": "markers", "fork_markers": ["A:", ""]}, ["fork_markers"]),
     ({"loss_type": "dft"}, ["loss_type=dft", "not supported"]),
@@ -127,6 +127,8 @@ BAD_FITS = [
     ({"supply_thoughts": True, "stop": "fixed"}, ["supply_thoughts", "num_forks=1"]),
     ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "search": 8}, ["supply_thoughts and search", "choose one"]),
     ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 2}, ["num_generations=2", "set num_generations to 3"]),
+    ({"advantage": "value", "num_generations": 1, "scale_rewards": "group"}, ["scale_rewards=group", "set num_generations"]),
+    ({"advantage": "loo", "num_generations": 1}, ["num_generations=1", "set num_generations to 2"]),
     ({"reward_funcs": ["exact"]}, ["exact", "supply_thoughts=True"]),
     ({"curriculum_threshold": 0.9}, ["curriculum_threshold", "set max_steps"]),
     ({"curriculum_threshold": 0.9, "max_steps": 4, "num_iterations": 2, "save_steps": 2}, ["curriculum_threshold", "num_iterations"]),
@@ -146,8 +148,8 @@ NO_EFFECT = [
     ({"objective": "marginal", "scale_rewards": "group"}, ["scale_rewards='group'", "objective=expected"]),
     ({"objective": "marginal", "reward_funcs": ["prob"]}, ["reward_funcs=", "objective=expected"]),
     ({"objective": "marginal", "reward_weights": [2.0]}, ["reward_weights=", "objective=expected"]),
-    ({"advantage": "token", "reward_funcs": ["accuracy"]}, ["reward_funcs=", "advantage=group or loo"]),
-    ({"advantage": "token", "reward_weights": [2.0]}, ["reward_weights=", "advantage=group or loo"]),
+    ({"advantage": "token", "reward_funcs": ["accuracy"]}, ["reward_funcs=", "advantage=group, loo or value"]),
+    ({"advantage": "token", "reward_weights": [2.0]}, ["reward_weights=", "advantage=group, loo or value"]),
     ({"epsilon": 0.1}, ["epsilon=0.1", "num_iterations > 1"]),
     ({"epsilon": 0.1, "num_iterations": 2, "think_loss_type": "cispo"}, ["epsilon=0.1", "other than cispo"]),
     ({"epsilon_high": 0.3}, ["epsilon_high=0.3", "num_iterations > 1"]),
@@ -220,7 +222,7 @@ def refused(stop, objective, memory, blind, advantage):
 
 
 COMBINATIONS = list(
-    itertools.product(("fixed", "learned", "sampled"), ("expected", "marginal"), ("none", "persistent"), (False, True), ("group", "loo", "token"))
+    itertools.product(("fixed", "learned", "sampled"), ("expected", "marginal"), ("none", "persistent"), (False, True), ("group", "loo", "token", "value"))
 )
 # Enough thoughts for a gate that is nearly closed to open for some.
 MANY = {"max_steps": 1, "max_length": 20, "num_forks": 8, "num_generations": 4, "per_device_train_batch_size": 4}
@@ -245,6 +247,7 @@ def test_combinations_that_are_allowed_train(make_trainer, stop, objective, memo
 
 
 VALID = [
+    {"advantage": "value", "num_generations": 1},
     {"lookahead": None, "stop": "sampled"},
     {"lookahead": 47, "stop": "fixed"},
     {"num_forks": 47},

@@ -1,5 +1,6 @@
 """Policy losses, rewards, advantages, stopping times, forks and held-out gains against explicit loops."""
 
+import copy
 import math
 import random
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_thinktok.advantages import EPSILON, group_advantages, posterior, token_advantages
+from hf_thinktok.advantages import EPSILON, ValueBaseline, group_advantages, posterior, token_advantages
 from hf_thinktok.evaluation import GainByDocument
 from hf_thinktok.forks import choose_forks, eligible_forks, ends_of
 from hf_thinktok.losses import PolicyLoss, expected_length, stop_actions, stopping_logps
@@ -311,6 +312,30 @@ def test_token_advantages(scale):
                 for g in range(G):
                     expected = (group[g] - (group.sum() - group[g]) / (G - 1)).item() / spread if valid[b, k] else 0.0
                     assert got[b, k, g, a].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_value_baseline_foresees_what_hidden_states_tell():
+    """Rewards of batches it has not seen: all but the noise is explained. Forks that are not there count for nothing."""
+    generator, value = torch.Generator().manual_seed(0), ValueBaseline()
+    slope = torch.randn(16, generator=generator)
+
+    def batch():
+        hidden = torch.randn(8, 16, 16, generator=generator)
+        rewards = 2.0 + hidden @ slope + 0.1 * torch.randn(8, 16, generator=generator)
+        valid = torch.rand(8, 16, generator=generator) < 0.8
+        return hidden, rewards.where(valid, 1e4), valid
+
+    hidden, rewards, valid = batch()
+    torch.testing.assert_close(value(hidden, rewards, valid), rewards[valid].mean().expand(8, 16))
+    for _ in range(20):
+        value(*batch())
+    state = copy.deepcopy(value.state_dict())
+    hidden, rewards, valid = batch()
+    expected = value(hidden, rewards, valid)
+    assert (rewards - expected)[valid].var() < 0.1 * rewards[valid].var()
+    again = ValueBaseline()
+    again.load_state_dict(state)
+    assert torch.equal(again(hidden, rewards, valid), expected)
 
 
 def test_token_credit_telescopes():

@@ -87,20 +87,26 @@ def test_packed_documents_do_not_see_each_other(make_trainer):
     assert packed.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dr_grpo", "grpo", "bnpo", "dapo", "cispo"])
-def test_a_rewarded_thought_becomes_likely(make_trainer, kind):
+ALONE = {"advantage": "value", "num_generations": 1}  # nothing to compare with but what was expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"think_loss_type": kind, "num_generations": 8} for kind in ("dr_grpo", "grpo", "bnpo", "dapo", "cispo")), ALONE | {"num_forks": 24}],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_rewarded_thought_becomes_likely(make_trainer, options):
     def prefers_two(thoughts, **kwargs):
         return (thoughts[..., 0] == vocabulary.first_id + 2).float()
 
     trainer = make_trainer(
         reward_funcs=prefers_two,
-        think_loss_type=kind,
         stop="fixed",
-        num_generations=8,
         max_steps=60,
         max_think_length=1,
         think_ce_weight=0.0,
         learning_rate=3e-3,
+        **options,
     )
     vocabulary = trainer.vocabulary
     trainer.train()
@@ -126,8 +132,9 @@ def test_a_price_closes_the_gate(make_trainer, stop):
         {"stop": "sampled", "lookahead": 3, "memory": "persistent", "packing": True},
         {"num_iterations": 2},
         {"beta": 0.1, "fork_positions": "entropy", "gradient_accumulation_steps": 2},
+        ALONE | {"scale_rewards": "batch"},
     ],
-    ids=["learned", "persistent", "iterations", "entropy"],
+    ids=["learned", "persistent", "iterations", "entropy", "value"],
 )
 def test_resumed_equals_never_interrupted_bit_for_bit(make_trainer, resumed, options):
     whole, again = resumed(make_trainer, lr_scheduler_type="linear", **options)
