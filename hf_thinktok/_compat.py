@@ -1,7 +1,12 @@
 """Every import of a private or semi-public name of TRL, PEFT or transformers, and nothing else of them elsewhere."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model
@@ -11,8 +16,23 @@ __all__ = [
     "RepeatSampler",
     "create_model_from_path",
     "disable_dropout_in_model",
+    "running_adapter",
     "trainable_token_rows",
 ]
+
+
+@contextlib.contextmanager
+def running_adapter(model: torch.nn.Module, name: str) -> Iterator[None]:
+    """Runs another adapter than the active one. Unlike `set_adapter` it leaves alone what requires gradients."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [name]
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
 
 
 def trainable_token_rows(lm_head: Any) -> tuple[Tensor, Tensor | None]:

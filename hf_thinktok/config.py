@@ -75,7 +75,8 @@ class ThinkTokConfig(SFTConfig):
         > Who thinks and who speaks
 
         policies (`str`, defaults to `"shared"`):
-            `shared`: one model. `split`: a second model (the trainer's `speaker`) predicts real tokens after thoughts, the first one thinks.
+            `shared`: one model. `split`: a second model (the trainer's `speaker`), or with `peft_config` a second adapter of the same model, predicts
+            real tokens after thoughts, and the first one thinks.
         freeze (`str`, defaults to `"none"`):
             `thinker`: thoughts get no gradient. `speaker`: predictions after thoughts get none.
         thoughts (`str`, defaults to `"discrete"`):

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .architectures import attention_inputs
 from .head import Head, HeadInputs, HeadOutputs, ThoughtInputs
+from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
@@ -149,7 +150,7 @@ def _unwrapped(model):
 
 def _config(model, speaks: bool = False):
     model = _unwrapped(model)
-    return (model.speaker if speaks else model).config
+    return (getattr(model, SPEAKER, model) if speaks else model).config
 
 
 def _dtype(model) -> torch.dtype:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import trainable_token_rows
+from ._compat import running_adapter, trainable_token_rows
 from .architectures import LogitTransform
+from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 
 # Logits are made tile by tile: this many numbers at most at a time, 64 MiB in fp32.
@@ -264,8 +265,8 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
 def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     """Lets `model(..., head=HeadInputs)` return `HeadOutputs` in place of logits, for `HiddenInputs` hidden states, for a list of them a list.
 
-    With `thoughts=ThoughtInputs` some nodes read vectors in place of their ids. With `speaks=True` the call goes to `model.speaker`, the second
-    model of `policies: split`.
+    With `thoughts=ThoughtInputs` some nodes read vectors in place of their ids. With `speaks=True` the call goes to the second policy of
+    `policies: split`: the model `model.speaker`, or this model with the adapter of that name.
     Without `head` the forward is the original one. The head lives inside the forward because DDP, DeepSpeed and FSDP gather
     parameters there. The backbone and the LM head are looked up at each call: PEFT and FSDP replace them later.
 
@@ -277,8 +278,11 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, head: Head | None = None, thoughts: ThoughtInputs | None = None, speaks: bool = False, **kwargs):
-        if speaks:
+        if speaks and hasattr(self, SPEAKER):
             return self.speaker(*args, head=head, thoughts=thoughts, **kwargs)
+        if speaks:
+            with running_adapter(self, SPEAKER):
+                return forward(self, *args, head=head, thoughts=thoughts, **kwargs)
         if head is None:
             return original(self, *args, **kwargs)
         if thoughts is not None:

@@ -1,11 +1,36 @@
-"""Adapters that train thinking rows as well."""
+"""Adapters that train thinking rows as well, and a second one that speaks."""
 
 import copy
+import os
 from typing import Any
 
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from .tokens import ThinkingVocabulary
+
+# The second model of `policies: split`, or the second adapter, and the folder it is saved in.
+SPEAKER = "speaker"
+
+
+def add_speaker(model: PeftModel, peft_config: Any) -> None:
+    """A second adapter of the same shape. Both get gradients; the first one stays active."""
+    model.add_adapter(SPEAKER, copy.deepcopy(peft_config))
+    for name, parameter in model.named_parameters():
+        if is_speaker(name):
+            parameter.requires_grad_(True)
+
+
+def is_speaker(parameter: str) -> bool:
+    """Whether a parameter of this name belongs to the speaker, a model or an adapter."""
+    return SPEAKER in parameter.split(".")
+
+
+def load_adapters(model: PeftModel, folder: str) -> None:
+    """The weights of both adapters, from where `save_pretrained` puts them."""
+    for name in model.peft_config:
+        weights = load_peft_weights(os.path.join(folder, SPEAKER) if name == SPEAKER else folder, device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> Any:

@@ -30,7 +30,7 @@ from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, sample_text
 from .objective import actions, speak, thinking_loss
-from .peft import add_thinking_rows
+from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker, load_adapters
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
@@ -59,7 +59,7 @@ class ThinkTokTrainer(SFTTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; the model's own where not given.
         speaker ([`~transformers.PreTrainedModel`], *optional*):
-            The second model of `policies="split"`, with the same vocabulary; a copy of the first where not given.
+            The second model of `policies="split"`, with the same vocabulary; a copy of the first where not given, and with `peft_config` a second adapter.
         reward_funcs (names, functions or a list of both, *optional*):
             In place of `args.reward_funcs`; see `hf_thinktok.rewards`.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -98,10 +98,13 @@ class ThinkTokTrainer(SFTTrainer):
             raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group, loo or value (the others use log_prob).")
         if reward_funcs is not None and args.thoughts in SOFT:
             raise ValueError("reward_funcs has no effect here; it needs thoughts=discrete (soft thoughts learn from the cross-entropy that follows them).")
-        if args.policies == "split" and peft_config is not None:
-            raise ValueError("policies=split trains two whole models and cannot be combined with an adapter: leave peft_config out, or set policies=shared.")
         if speaker is not None and args.policies != "split":
             raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
+        if speaker is not None and peft_config is not None:
+            raise ValueError("A speaker is given, and with peft_config a second adapter of the model speaks: leave one of the two out.")
+        two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
+        if two_adapters and args.gradient_checkpointing:
+            raise ValueError("policies=split with an adapter runs one model as two, which checkpointing would confuse: set gradient_checkpointing=False.")
         model, tokenizer = load_model(model, processing_class, args)
 
         self.plain = args.num_think_tokens == 0
@@ -110,7 +113,7 @@ class ThinkTokTrainer(SFTTrainer):
             if speaker is not None:  # each model gets its own rows; the tokenizer learns the tokens once
                 add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
-            if args.policies == "split":
+            if args.policies == "split" and not two_adapters:
                 model.speaker = copy.deepcopy(model) if speaker is None else speaker
             stored = ("max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts")
             model.config.thinktok |= {name: getattr(args, name) for name in stored}
@@ -131,13 +134,15 @@ class ThinkTokTrainer(SFTTrainer):
             **kwargs,
         )
         args.model_init_kwargs = loading
+        if two_adapters:
+            add_speaker(self.model, peft_config)
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
         if not self.plain:
             self._prepare_to_think()
 
     def _prepare_to_think(self) -> None:
         args, base = self.args, self.model.get_base_model() if is_peft_model(self.model) else self.model
-        models = [base, base.speaker] if args.policies == "split" else [base]
+        models = [base, base.speaker] if hasattr(base, SPEAKER) else [base]
         for one in models:
             attach_head(one, self.vocabulary)
         if args.thoughts == "continuous":
@@ -433,20 +438,23 @@ class ThinkTokTrainer(SFTTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """With a speaker, two ordinary checkpoints: the thinker's, and the speaker's in a folder of it."""
-        if self.args.policies != "split" or self.plain:
+        """With a speaker, two ordinary checkpoints: the thinker's, and the speaker's in a folder of it. PEFT does so with two adapters by itself."""
+        if not hasattr(self.model, SPEAKER):
             super()._save(output_dir, state_dict)
             return
         folder, weights = output_dir or self.args.output_dir, self.model.state_dict() if state_dict is None else state_dict
-        theirs = {name.removeprefix("speaker."): value for name, value in weights.items() if name.startswith("speaker.")}
-        super()._save(output_dir, {name: value for name, value in weights.items() if not name.startswith("speaker.")})
-        self.model.speaker.save_pretrained(os.path.join(folder, "speaker"), state_dict=theirs)
-        self.processing_class.save_pretrained(os.path.join(folder, "speaker"))
+        theirs = {name.removeprefix(f"{SPEAKER}."): value for name, value in weights.items() if is_speaker(name)}
+        super()._save(output_dir, {name: value for name, value in weights.items() if not is_speaker(name)})
+        self.model.speaker.save_pretrained(os.path.join(folder, SPEAKER), state_dict=theirs)
+        self.processing_class.save_pretrained(os.path.join(folder, SPEAKER))
 
     def _load_from_checkpoint(self, folder: str, model=None) -> None:
+        if is_peft_model(self.model) and SPEAKER in self.model.peft_config:
+            load_adapters(self.model, folder)  # the base class would load only the one
+            return
         super()._load_from_checkpoint(folder, model)
-        if self.args.policies == "split" and not self.plain:
-            saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, "speaker"), dtype=self.model.speaker.dtype)
+        if hasattr(self.model, SPEAKER):
+            saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, SPEAKER), dtype=self.model.speaker.dtype)
             self.model.speaker.load_state_dict(saved.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -464,7 +472,7 @@ class ThinkTokTrainer(SFTTrainer):
         """The speaker's parameters in groups of their own where its learning rate differs."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.speaker_learning_rate is not None:
-            spoken = {id(parameter) for parameter in self.model.speaker.parameters()}
+            spoken = {id(parameter) for name, parameter in self.model.named_parameters() if is_speaker(name)}
             for group in list(optimizer.param_groups):
                 theirs = [parameter for parameter in group["params"] if id(parameter) in spoken]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in spoken]

@@ -527,9 +527,15 @@ def test_a_curriculum_needs_levels(make_trainer):
     one_sentence(error, "column `level`")
 
 
-@pytest.mark.parametrize("extra", ["peft_config", "speaker"])
-def test_two_models_and_what_does_not_go_with_them(train, extra):
-    options = {"policies": "split"} if extra == "peft_config" else {}
-    with pytest.raises(ValueError, match="policies=split") as error:
-        train(options=options, **{extra: object()})
-    one_sentence(error, "policies=shared")
+SECOND = [
+    ({}, {"speaker": object()}, ["policies=shared", "set policies=split"]),
+    ({"policies": "split"}, {"speaker": object(), "peft_config": object()}, ["second adapter", "leave one of the two out"]),
+    ({"policies": "split", "gradient_checkpointing": True}, {"peft_config": object()}, ["gradient_checkpointing=False"]),
+]
+
+
+@pytest.mark.parametrize(("options", "extra", "words"), SECOND)
+def test_two_models_and_what_does_not_go_with_them(train, options, extra, words):
+    with pytest.raises(ValueError, match=words[0]) as error:
+        train(options=options, **extra)
+    one_sentence(error, *words)

@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from models import tiny_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
+from hf_thinktok.peft import is_speaker
 from hf_thinktok.scores import score_tree
 
 N = 4
+ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
 def questions(count=24, levels=(1, 2, 3)):
@@ -104,6 +109,47 @@ def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_b
         plain = AutoModelForCausalLM.from_pretrained(path)
         row = torch.arange(20)[None]
         assert torch.equal(plain(input_ids=row).logits, trained.eval()(input_ids=row).logits)
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_two_adapters_are_two_policies(make, tokenizer, tie, tmp_path):
+    """Each adapter, loaded alone onto the plain model, says what it said as thinker or speaker; each has its own gradient."""
+    rows = questions(levels=(3,))
+    model = tiny_model("llama", tie=tie, vocab_size=len(tokenizer))
+    add_thinking_tokens(model, tokenizer, N)
+    plain = copy.deepcopy(model)
+    trainer = make(rows, model=model, tokenizer=tokenizer, policies="split", peft_config=ADAPTER, gradient_checkpointing=False)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if is_speaker(name):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    inputs, labels = batch_of(trainer, rows.select(range(3)))
+    rollout = one_rollout(trainer, inputs, labels)
+    scores = trainer._score(trainer.model, trainer._tree(inputs, rollout), inputs["input_ids"], labels, rollout)
+    learn = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {is_speaker(name) for name in learn} == {True, False}
+    for value, speaks in ((scores.logps_BKGH, True), (scores.thought_logps_BKGL, False)):
+        trainer.model.zero_grad()
+        value.sum().backward(retain_graph=True)
+        assert {is_speaker(name) for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.any()} == {speaks}
+
+    trainer.save_model(str(tmp_path / "both"))
+    folders = {"thinker": tmp_path / "both", "speaker": tmp_path / "both" / "speaker"}
+    said = {who: PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval() for who, folder in folders.items()}
+    first, guard = trainer.vocabulary.first_id, trainer.vocabulary.guard_id
+    for row, group in itertools.product(range(3), range(2)):
+        ids, thought = rows[row]["input_ids"], rollout.thoughts_BKGL[row, 0, group].tolist()
+        expected = plain_logps(said["speaker"], trainer.vocabulary, ids[:5], thought, ids[5])
+        assert scores.logps_BKGH[row, 0, group, 0].item() == pytest.approx(expected.item(), abs=1e-4)
+        logits = said["thinker"](input_ids=torch.tensor([[*ids[:5], *thought]])).logits[0, 4:-1, first:guard].log_softmax(-1)
+        chosen = logits.gather(1, torch.tensor(thought)[:, None] - first)[:, 0]
+        torch.testing.assert_close(scores.thought_logps_BKGL[row, 0, group], chosen, atol=1e-4, rtol=0)
+
+
+def test_two_adapters_resume_bit_for_bit(make, resumed):
+    options = {"policies": "split", "peft_config": ADAPTER, "gradient_checkpointing": False, "speaker_learning_rate": 5e-3}
+    whole, _ = resumed(make, rows=questions(levels=(3,)), **options)
+    assert {group["lr"] for group in whole.optimizer.param_groups} != {1e-3}
 
 
 # ---------------------------------------------------------------- lengths, levels
