@@ -109,6 +109,10 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
         for run in results["runs"]:
             table.add_row(THOUGHTS[how], str(run["seed"]), *(_per_cent(run["accuracy"][how][level]) for level in levels))
         table.add_section()
+    for run in results["runs"]:
+        if lengths := run.get("think_length"):
+            table.add_row("mean length", str(run["seed"]), *(f"{lengths[level]:.2f}" for level in levels))
+    table.add_section()
     # Under `blind` whoever answers sees no question: no shortcut is open to it.
     best = dict.fromkeys(levels, results["chance"]) if results["config"].get("blind") else results["shortcut"]
     table.add_row("chance" if results["config"].get("blind") else "shortcut", "", *(_per_cent(best[level]) for level in levels))
@@ -131,6 +135,8 @@ def print_ablation(results: dict[str, Any], console: Console | None = None) -> N
         how = _hows(runs)[0]
         for run in runs:
             table.add_row(name, str(run["seed"]), *(_per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
+            if lengths := run.get("think_length"):
+                table.add_row("  mean length", "", *(f"{lengths[level]:.2f}" for level in levels), "")
     (console or Console()).print(table)
 
 

@@ -126,15 +126,22 @@ def of_level(rows: Dataset, level: int, limit: int) -> Dataset:
     return rows.select(np.flatnonzero(np.asarray(rows["level"]) == level)[: limit or None])
 
 
-def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> dict[str, dict[str, float]]:
-    """Accuracy by level: thinking, with random thoughts, and without any (under `blind` nothing can be said without a thought)."""
+def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Accuracy by level: thinking, with random thoughts, and without any (under `blind` nothing can be said without a thought).
+
+    The second table is the mean length of its thoughts, where the model itself ends them.
+    """
     table: dict[str, dict[str, float]] = {}
+    lengths: dict[str, float] = {}
     for level in levels_of(test):
         rows = of_level(test, level, limit)
         hows = ("none",) if not trainer.args.thinks else ("think", "random") if trainer.args.blind else ("think", "random", "none")
         for how in hows if trainer.args.thoughts != "filler" else ("think",):
-            table.setdefault(how, {})[str(level)] = answer(trainer, rows, how).accuracy
-    return table
+            answers = answer(trainer, rows, how)
+            table.setdefault(how, {})[str(level)] = answers.accuracy
+            if how == "think" and trainer.args.stop != "fixed":
+                lengths[str(level)] = float(answers.lengths_D.mean())
+    return table, lengths
 
 
 def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: int) -> dict[str, Any]:
@@ -169,12 +176,12 @@ def run(
     trainer.add_callback(progress)
     trainer.train()
     seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step
-    accuracy = by_level(trainer, test, toy.test_rows)
+    accuracy, lengths = by_level(trainer, test, toy.test_rows)
     if args.thinks and args.thoughts in ("discrete", "gumbel"):
         report_language(trainer, test, task, toy.test_rows)
     if toy.save_models:
         trainer.save_model(args.output_dir)
-    return {"seed": seed, "accuracy": accuracy, "seconds": seconds, "steps": steps, "curve": progress.curve}
+    return {"seed": seed, "accuracy": accuracy, "think_length": lengths, "seconds": seconds, "steps": steps, "curve": progress.curve}
 
 
 def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
