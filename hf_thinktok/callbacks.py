@@ -55,11 +55,12 @@ class NonFiniteGuard(TrainerCallback):
             )
 
 
-def print_thoughts(tokenizer, samples: list[dict], step: int, console: Console | None = None) -> None:
-    """A table of thoughts: the text before (blue), the thought's ids (cyan), the true next text, and what the thought brought.
+def print_thoughts(tokenizer, samples: list[dict], first_id: int, step: int, console: Console | None = None) -> None:
+    """A table of thoughts: the text before (blue), the thought (cyan; thinking tokens as 0..N-1), the true next text, and what the thought brought.
 
     Args:
-        samples: dicts with `before`, `thought`, `after` (lists of ids; thoughts as 0..N-1) and `gain` (bits per token).
+        samples: dicts with `before`, `thought`, `after` (lists of ids) and `gain` (bits per token).
+        first_id: the first thinking id.
     """
     table = Table(title=f"Thoughts at step {step}", show_lines=False)
     for column, justify in (("text so far", "right"), ("thought", "left"), ("what followed", "left"), ("gain, bits", "right")):
@@ -67,7 +68,7 @@ def print_thoughts(tokenizer, samples: list[dict], step: int, console: Console |
     for sample in samples:
         table.add_row(
             Text(_visible(tokenizer.decode(sample["before"])[-48:]), TEXT_STYLE),
-            Text(" ".join(map(str, sample["thought"])) or "-", THOUGHT_STYLE),
+            Text(" ".join(str(i - first_id) if i >= first_id else _visible(tokenizer.decode([i])) for i in sample["thought"]) or "-", THOUGHT_STYLE),
             Text(_visible(tokenizer.decode(sample["after"])), TEXT_STYLE),
             Text(f"{sample['gain']:+.2f}", "green" if sample["gain"] > 0 else "red"),
         )
@@ -78,7 +79,7 @@ def _visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
-def sample_thoughts_to_print(tokens_BT: torch.Tensor, rollout, labels_BKH: torch.Tensor, gains_BKG: torch.Tensor, first_id: int, count: int) -> list[dict]:
+def sample_thoughts_to_print(tokens_BT: torch.Tensor, rollout, labels_BKH: torch.Tensor, gains_BKG: torch.Tensor, count: int) -> list[dict]:
     """Evenly chosen forks of a batch, each with its first thought."""
     there = (rollout.forks_BK >= 0).nonzero().tolist()
     chosen = there[:: max(1, len(there) // count)][:count]
@@ -89,7 +90,7 @@ def sample_thoughts_to_print(tokens_BT: torch.Tensor, rollout, labels_BKH: torch
         samples.append(
             {
                 "before": tokens_BT[row, max(0, position - 15) : position + 1].tolist(),
-                "thought": (rollout.thoughts_BKGL[row, fork, 0, :length] - first_id).tolist(),
+                "thought": rollout.thoughts_BKGL[row, fork, 0, :length].tolist(),
                 "after": [i for i in labels_BKH[row, fork, :8].tolist() if i >= 0],
                 "gain": gains_BKG[row, fork, 0].item(),
             }

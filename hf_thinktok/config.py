@@ -19,6 +19,9 @@ OF_REWARDED_THOUGHTS = (
     "search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "freeze", "alternate", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights",
     "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
 )  # fmt: skip
+OF_THINKING_VOCABULARY = (
+    "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "top_k", "top_p", "min_p",
+)  # fmt: skip
 OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "objective", "log_completions")
 
 
@@ -81,6 +84,8 @@ class ThinkTokConfig(SFTConfig):
             `thinker`: thoughts get no gradient. `speaker`: predictions after thoughts get none.
         thoughts (`str`, defaults to `"discrete"`):
             `discrete`: drawn from the thinking vocabulary. `filler`: always the first thinking token, the control that computes without saying anything.
+            `text`: drawn from the real vocabulary, between the first and the last thinking token, which begin and end a thought and count as two of
+            `max_think_length` (Quiet-STaR, RLP).
             Two kinds have no rewards: the cross-entropy of what follows reaches them by its own gradient. `gumbel`: drawn, with the gradient of a soft
             mixture (straight-through). `continuous`: each node reads the hidden state of the one before (Coconut); nothing is drawn, so
             `num_generations=1` is enough. Both make a thought in `max_think_length` passes, and one more scores it.
@@ -196,7 +201,7 @@ class ThinkTokConfig(SFTConfig):
 
     policies: str = option("shared", "One model, or a second one that speaks.", ("shared", "split"))
     freeze: str = option("none", "Which of the two gets no gradient from thinking.", ("none", "thinker", "speaker"))
-    thoughts: str = option("discrete", "What a thought is made of.", ("discrete", "filler", "gumbel", "continuous"))
+    thoughts: str = option("discrete", "What a thought is made of.", ("discrete", "text", "filler", "gumbel", "continuous"))
     continuous_layer: int = option(-1, "Hidden state that thoughts=continuous feeds back; -1 for the one that enters the LM head.")
     supply_thoughts: bool = option(False, "The speaker learns from the data's own thoughts (column `thoughts`).")
     thought_ce_weight: float = option(0.0, "Weight of the cross-entropy of supplied thoughts.")
@@ -277,6 +282,7 @@ class ThinkTokConfig(SFTConfig):
             epsilon=scheduled(self.epsilon_greedy, step),
             filler=self.thoughts in ("filler", "continuous"),
             gumbel=self.thoughts == "gumbel",
+            text=self.thoughts == "text",
         )
 
     @property
@@ -358,7 +364,7 @@ class ThinkTokConfig(SFTConfig):
 
     def _check_fit(self) -> None:
         """What cannot be done."""
-        soft = self.thoughts in SOFT
+        soft, text = self.thoughts in SOFT, self.thoughts == "text"
         compared = self.advantage != "value" or self.objective == "marginal"
         least = 1 + compared + self.supply_thoughts  # a supplied thought is no part of the comparison
         refusals = {
@@ -373,6 +379,16 @@ class ThinkTokConfig(SFTConfig):
             f"thoughts={self.thoughts} learns from the cross-entropy after it, and think_ce_weight=0 leaves none: set think_ce_weight above 0.": (
                 soft and self.think_ce_weight == 0
             ),
+            "thoughts=text writes thoughts of given lengths: set stop=fixed.": text and self.stop != "fixed",
+            f"thoughts=text with max_think_length={self.max_think_length} has no room between its first and its last token: set it to 3 or more.": (
+                text and self.max_think_length < 3
+            ),
+            f"thoughts=text with num_think_tokens={self.num_think_tokens} cannot tell a thought's begin from its end: set num_think_tokens to 2 or more.": (
+                text and self.num_think_tokens == 1
+            ),
+            f"thoughts=text with temperature={self.temperature} is not supported: set temperature=1.": text and self.temperature != 1.0,
+            "thoughts=text with memory=persistent is not supported: set memory=none.": text and self.memory == "persistent",
+            "thoughts=text with advantage=token is not supported: set advantage=group, loo or value.": text and self.advantage == "token",
             "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": "exact" in self.reward_funcs and not self.supply_thoughts,
             "search with blind scores whole thoughts by one judged token: set lookahead=1.": bool(self.search and self.blind and self.lookahead != 1),
             "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
@@ -461,7 +477,8 @@ class ThinkTokConfig(SFTConfig):
             **dict.fromkeys(OF_REWARDED_THOUGHTS, (self.thoughts not in SOFT, f"thoughts=discrete ({self.thoughts} has no rewards)")),
             **dict.fromkeys(OF_DRAWN_THOUGHTS, (self.thoughts != "continuous", "thoughts=discrete or gumbel (nothing is drawn)")),
         }
-        for name, (effective, needed) in [*for_soft_thoughts.items(), *effects.items()]:
+        for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (self.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))
+        for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *effects.items()]:
             if not effective and getattr(self, name) != default_of(type(self), name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
 

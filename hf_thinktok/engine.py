@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .architectures import attention_inputs
-from .head import Head, HeadInputs, HeadOutputs, ThoughtInputs
+from .head import Draw, Head, HeadInputs, HeadOutputs, ThoughtInputs
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
@@ -36,11 +36,21 @@ PROBE_LOOKAHEAD = 16
 class Decoder(Protocol):
     """Scores nodes while the tree still grows. Every call may read the nodes of earlier calls."""
 
-    def __call__(self, tree: ThoughtTree, tokens_BS: Tensor, nodes_BQ: Tensor, real_BQ: Tensor, scored_BM: Tensor, think_only: bool = False) -> HeadOutputs:
+    def __call__(
+        self,
+        tree: ThoughtTree,
+        tokens_BS: Tensor,
+        nodes_BQ: Tensor,
+        real_BQ: Tensor,
+        scored_BM: Tensor,
+        think_only: bool = False,
+        draw: Draw | None = None,
+    ) -> HeadOutputs:
         """Adds `nodes_BQ` (those marked in `real_BQ`; the rest is padding) and scores the nodes at the places `scored_BM` among them.
 
         Args:
             think_only: only the thinking logits are wanted.
+            draw: draw the next real token of each.
         """
 
 
@@ -98,7 +108,7 @@ class TreeEngine(_Engine):
         cache = DynamicCache()
         columns_BC = real_BC = None
 
-        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False) -> HeadOutputs:
+        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None) -> HeadOutputs:
             nonlocal columns_BC, real_BC
             columns_BC = nodes_BQ if columns_BC is None else torch.cat([columns_BC, nodes_BQ], 1)
             real_BC = real_BQ if real_BC is None else torch.cat([real_BC, real_BQ], 1)
@@ -112,7 +122,7 @@ class TreeEngine(_Engine):
                 position_ids=positions_BQ,
                 past_key_values=cache,
                 use_cache=True,
-                head=_unjudged(scored_BM, nodes_BQ.shape[1], think_only),
+                head=_unjudged(scored_BM, nodes_BQ.shape[1], think_only, draw),
             )
 
         return decode
@@ -128,8 +138,8 @@ class ReplicatedEngine(_Engine):
         return (rows_R[:, None], nodes_RP.clamp(min=0)), where_BS.flatten(), {}
 
     def decoder(self, model) -> Decoder:
-        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False) -> HeadOutputs:
-            return self(model, tree, tokens_BS, _unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes, think_only))
+        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None) -> HeadOutputs:
+            return self(model, tree, tokens_BS, _unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes, think_only, draw))
 
         return decode
 
@@ -137,9 +147,9 @@ class ReplicatedEngine(_Engine):
 Engine = TreeEngine | ReplicatedEngine
 
 
-def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool) -> HeadInputs:
+def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool, draw: Draw | None) -> HeadInputs:
     nodes_M = (nodes_BM + torch.arange(len(nodes_BM), device=nodes_BM.device)[:, None] * row_length).flatten()
-    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), think_only=think_only)
+    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), think_only=think_only, draw=draw)
 
 
 def _unwrapped(model):

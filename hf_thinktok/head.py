@@ -18,6 +18,7 @@ import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from .tokens import ThinkingVocabulary
 TILE_ELEMENTS = 2**24
 
 
+Draw = torch.Generator | Literal["greedy"]
+
+
 @dataclass
 class HeadInputs:
     """Which nodes of a forward to score, and against which real token.
@@ -41,12 +45,14 @@ class HeadInputs:
         targets_M: the true next token of each, or -100 where only the gate or the thought is read.
         entropy: also give the entropy of the real prediction (fork positions by difficulty).
         think_only: give the thinking logits alone, without a pass over the vocabulary; the rest is 0, and the gate is not known.
+        draw: draw each target from the real prediction instead: at temperature 1 with this generator, or the most likely one with `"greedy"`.
     """
 
     nodes_M: Tensor
     targets_M: Tensor
     entropy: bool = False
     think_only: bool = False
+    draw: Draw | None = None
 
 
 @dataclass
@@ -100,6 +106,7 @@ class HeadOutputs:
         think_logits_MN: the thinking logits.
         correct_M: whether the target is the real prediction's argmax (no gradient).
         entropy_M: entropy of the real prediction in nats where asked for (no gradient).
+        drawn_M: the targets that were drawn.
     """
 
     target_logps_M: Tensor
@@ -107,6 +114,7 @@ class HeadOutputs:
     think_logits_MN: Tensor
     correct_M: Tensor
     entropy_M: Tensor | None = None
+    drawn_M: Tensor | None = None
 
     @property
     def gate_logit_M(self) -> Tensor:
@@ -115,6 +123,12 @@ class HeadOutputs:
 
 
 Head = HeadInputs | HiddenInputs | list[HeadInputs]
+
+
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise: the argmax of logits plus it is a draw from their softmax."""
+    waiting = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+    return -waiting.clamp(min=torch.finfo(waiting.dtype).tiny).log()
 
 
 @contextlib.contextmanager
@@ -155,7 +169,7 @@ class _VocabularyPass(torch.autograd.Function):
     """Target logit, log Z_real, thinking logits: one pass, tile by tile over nodes; the backward makes each tile anew."""
 
     @staticmethod
-    def forward(ctx, hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, want_entropy):
+    def forward(ctx, hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, want_entropy, draw):
         num_real, num_nodes = vocabulary.num_real, len(hidden_MD)
         new = functools.partial(torch.empty, num_nodes, device=hidden_MD.device, dtype=torch.float32)
         target_logits, log_z_real, entropy = new(), new(), new() if want_entropy else None
@@ -167,6 +181,8 @@ class _VocabularyPass(torch.autograd.Function):
                 logits = _logits(hidden_MD[tile].to(dtype), rows_D, bias, transform)
                 real = logits[:, :num_real]
                 think_logits[tile] = logits[:, num_real:]
+                if draw is not None:
+                    targets_M[tile] = (real if draw == "greedy" else real + gumbel_noise(real.shape, draw)).argmax(-1)
                 target = real.gather(1, targets_M[tile].clamp(min=0)[:, None])[:, 0]
                 largest = real.amax(-1)
                 if entropy is None:
@@ -216,7 +232,7 @@ class _VocabularyPass(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_weight = torch.zeros_like(weight_RD)
                 grad_weight[:num_real] = grad_rows[:num_real]
-        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias_R.dtype), grad_think_weight, None, None, None, None
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias_R.dtype), grad_think_weight, None, None, None, None, None
 
 
 def _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype):
@@ -255,11 +271,13 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
             think_logits = _logits(hidden_MD.to(dtype), rows_ND, None if bias_R is None else bias_R[first:last].float(), transform)
         nothing = think_logits.new_zeros(len(hidden_MD))
         return HeadOutputs(nothing, nothing, think_logits, nothing.bool())
+    if head.draw is not None:
+        targets_M = torch.zeros_like(targets_M)  # filled by the pass
     target_logits, log_z_real, think_logits, correct, entropy = _VocabularyPass.apply(
-        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, head.entropy
+        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, head.entropy, head.draw
     )
-    judged = targets_M >= 0
-    return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, correct & judged, entropy)
+    judged, drawn_M = targets_M >= 0, None if head.draw is None else targets_M
+    return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, correct & judged, entropy, drawn_M)
 
 
 def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:

@@ -67,7 +67,7 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
 def actions(scores: TreeScores, rollout: Rollout, config: ThinkTokConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities of what was drawn, and which of it counts, each `[B, K, G, A]`: the thinking tokens and, where they are drawn, the stops."""
     valid = scores.valid_BK[:, :, None, None]
-    logps, mask = scores.thought_logps_BKGL, rollout.said_BKGL & valid
+    logps, mask = scores.thought_logps_BKGL, rollout.drawn_BKGL & valid
     if config.stop == "sampled":
         stop_logps, drawn = stop_actions(scores.gate_logits_BKGL, rollout.lengths_BKG, must_think=config.blind)
         logps, mask = torch.cat([logps, stop_logps], -1), torch.cat([mask, drawn & valid], -1)
@@ -261,6 +261,8 @@ def _metrics(
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
         "think_gain": masked_mean(gained_BKG, valid, None) / torch.log(torch.tensor(2.0)),
     }
+    if rollout.text:
+        del metrics["thought_entropy"]  # of the thinking vocabulary, which wrote nothing here
     if config.needs_gate:
         metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None)
     for function, values_BKG in zip(rewards, each_FBKG, strict=True):

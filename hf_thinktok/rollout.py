@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .engine import Engine, evaluating
-from .head import HeadOutputs
+from .head import Draw, HeadOutputs, gumbel_noise
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
@@ -31,6 +31,7 @@ class Rollout:
         supplied: whether the first thought of each group is the data's own.
         noise_BKGLN: the Gumbel noise of each draw, where it has a gradient.
         soft_BKGLX: what thought nodes read where that is no id; see `hf_thinktok.thoughts`.
+        text: whether thoughts are written in ordinary tokens, between a start and an end token that nobody draws.
     """
 
     forks_BK: Tensor
@@ -41,11 +42,18 @@ class Rollout:
     supplied: bool = False
     noise_BKGLN: Tensor | None = None
     soft_BKGLX: Tensor | None = None
+    text: bool = False
 
     @property
     def said_BKGL(self) -> Tensor:
         """Which thinking tokens came before the thought's end."""
         return torch.arange(self.thoughts_BKGL.shape[-1], device=self.thoughts_BKGL.device) < self.lengths_BKG[..., None]
+
+    @property
+    def drawn_BKGL(self) -> Tensor:
+        """Which of them were drawn."""
+        place_L = torch.arange(self.thoughts_BKGL.shape[-1], device=self.thoughts_BKGL.device)
+        return self.said_BKGL & (place_L > 0) & (place_L < self.lengths_BKG[..., None] - 1) if self.text else self.said_BKGL
 
     @classmethod
     def empty(cls, forks_BK: Tensor, branching: Branching) -> "Rollout":
@@ -60,7 +68,7 @@ class Rollout:
             torch.cat([getattr(one, name) for one in (self, other)], 2) for name in ("thoughts_BKGL", "lengths_BKG", "logps_BKGL")
         )
         soft_BKGLX = None if self.soft_BKGLX is None or other.soft_BKGLX is None else torch.cat([self.soft_BKGLX, other.soft_BKGLX], 2)
-        return Rollout(self.forks_BK, thoughts_BKGL, lengths_BKG, logps_BKGL, soft_BKGLX=soft_BKGLX)
+        return Rollout(self.forks_BK, thoughts_BKGL, lengths_BKG, logps_BKGL, soft_BKGLX=soft_BKGLX, text=self.text)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class Sampling:
         min_length: no stop before so many tokens.
         epsilon: probability that a token is drawn uniformly.
         filler: nothing is drawn; every token is the first of the vocabulary.
+        text: tokens are drawn from the real vocabulary at temperature 1, or with `top_k=1` the most likely ones; the first and the last token of the
+            thinking vocabulary begin and end a thought.
         gumbel: tokens are drawn as the largest logit plus noise, and the noise is kept; temperature, truncation and `epsilon` have no part in it.
     """
 
@@ -84,6 +94,7 @@ class Sampling:
     epsilon: float = 0.0
     filler: bool = False
     gumbel: bool = False
+    text: bool = False
 
     def warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
@@ -96,6 +107,17 @@ class Sampling:
         if self.min_p:
             warpers.append(MinPLogitsWarper(self.min_p))
         return warpers
+
+    def choose(self, think_BFGN: Tensor, generator: torch.Generator, noise_BFGN: Tensor | None = None) -> Tensor:
+        """Thinking tokens from 0 for thinking logits, `[B, F, G]`."""
+        if noise_BFGN is not None:
+            return (think_BFGN + noise_BFGN).argmax(-1)
+        num_tokens = think_BFGN.shape[-1]
+        # Logits that are not finite draw anything: the loss shows them, and the step is skipped on all ranks alike.
+        probabilities_MN = self.warpers()(None, think_BFGN.reshape(-1, num_tokens)).softmax(-1).nan_to_num(1.0)
+        if self.epsilon:
+            probabilities_MN = (1 - self.epsilon) * probabilities_MN + self.epsilon / num_tokens
+        return torch.multinomial(probabilities_MN, 1, generator=generator)[:, 0].view(think_BFGN.shape[:-1])
 
 
 def thought_logps(think_logits: Tensor, thoughts: Tensor, vocabulary: ThinkingVocabulary, temperature: float) -> Tensor:
@@ -110,10 +132,10 @@ def random_thoughts(forks_BK: Tensor, branching: Branching, vocabulary: Thinking
     return vocabulary.first_id + torch.randint(vocabulary.num_tokens, shape, generator=generator, device=forks_BK.device)
 
 
-def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: the argmax of logits plus it is a draw from their softmax."""
-    waiting = torch.empty(shape, device=generator.device).exponential_(generator=generator)
-    return -waiting.clamp(min=torch.finfo(waiting.dtype).tiny).log()
+def between_markers(tokens: Tensor, place: Tensor | int, lengths: Tensor, vocabulary: ThinkingVocabulary) -> Tensor:
+    """Ordinary tokens of a text thought at a place (from 0), or the token that begins or ends it there."""
+    tokens = torch.where(torch.as_tensor(place, device=tokens.device) == 0, vocabulary.first_id, tokens)
+    return torch.where((place == lengths - 1) & (lengths > 1), vocabulary.guard_id - 1, tokens)
 
 
 def sample_thoughts(
@@ -139,7 +161,8 @@ def sample_thoughts(
     """
     batch, num_forks = forks_BK.shape
     groups, length, device = branching.num_generations, branching.max_length, tokens_BT.device
-    rollout = Rollout.empty(forks_BK, branching)
+    rollout = replace(Rollout.empty(forks_BK, branching), text=sampling.text)
+    draw: Draw | None = None if not sampling.text else "greedy" if sampling.top_k == 1 else generator
     if num_forks == 0:
         return rollout
     longest_BKG = torch.full_like(rollout.lengths_BKG, length) if given_B is None else given_B[:, None, None].expand_as(rollout.lengths_BKG)
@@ -149,7 +172,6 @@ def sample_thoughts(
     if sampling.gumbel:
         noise_BKGLN = gumbel_noise((*thoughts_BKGL.shape, vocabulary.num_tokens), generator)
         rollout = replace(rollout, noise_BKGLN=noise_BKGLN)
-    warpers = sampling.warpers()
     branching = Branching(groups, length, 1, persistent=branching.persistent)  # what judges a thought comes later
     turns = [slice(k, k + 1) for k in range(num_forks)] if branching.persistent else [slice(0, num_forks)]
 
@@ -167,21 +189,19 @@ def sample_thoughts(
             gate_BFG = out.gate_logit_M.view(batch, -1, 1).expand(-1, -1, groups)
             thinking_BFG = torch.ones(gate_BFG.shape, dtype=torch.bool, device=device)
             longest_BFG = longest_BKG[:, turn]
+            written_BFG, written_logps_BFG = torch.zeros_like(longest_BFG), torch.zeros_like(gate_BFG)  # what a text thought goes on with
             for depth in range(1, length + 1):
                 if sampling.draw_stops and depth > sampling.min_length:
                     thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
                 lengths_BKG[:, turn] += thinking_BFG & (depth <= longest_BFG)
-                if sampling.gumbel:
-                    choice_M = (think_BFGN + noise_BKGLN[:, turn, :, depth - 1]).argmax(-1).flatten()
+                if sampling.text:
+                    chosen_BFG = between_markers(written_BFG, depth - 1, longest_BFG, vocabulary)
+                    logps_BFG = torch.where(chosen_BFG < vocabulary.first_id, written_logps_BFG, 0.0)
                 else:
-                    logits_MN = think_BFGN.reshape(-1, vocabulary.num_tokens)
-                    # Logits that are not finite draw anything: the loss shows them, and the step is skipped on all ranks alike.
-                    probabilities_MN = warpers(None, logits_MN).softmax(-1).nan_to_num(1.0)
-                    if sampling.epsilon:
-                        probabilities_MN = (1 - sampling.epsilon) * probabilities_MN + sampling.epsilon / vocabulary.num_tokens
-                    choice_M = torch.multinomial(probabilities_MN, 1, generator=generator)[:, 0]
-                thoughts_BKGL[:, turn, :, depth - 1] = vocabulary.first_id + choice_M.view(gate_BFG.shape)
-                logps_BKGL[:, turn, :, depth - 1] = thought_logps(think_BFGN, thoughts_BKGL[:, turn, :, depth - 1], vocabulary, sampling.temperature)
+                    noise_BFGN = noise_BKGLN[:, turn, :, depth - 1] if sampling.gumbel else None
+                    chosen_BFG = vocabulary.first_id + sampling.choose(think_BFGN, generator, noise_BFGN)
+                    logps_BFG = thought_logps(think_BFGN, chosen_BFG, vocabulary, sampling.temperature)
+                thoughts_BKGL[:, turn, :, depth - 1], logps_BKGL[:, turn, :, depth - 1] = chosen_BFG, logps_BFG
                 # The last token is run only where later text will see it.
                 if depth == length and turn is turns[-1]:
                     break
@@ -189,8 +209,11 @@ def sample_thoughts(
                 tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
                 nodes_BQ = tree.branch_nodes(depth).view(num_forks, groups)[turn].reshape(1, -1).expand(batch, -1)
                 every_BQ = torch.arange(nodes_BQ.shape[1], device=device).expand_as(nodes_BQ)
-                out = decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), every_BQ, think_only=not sampling.draw_stops)
+                think_only = not sampling.draw_stops and not sampling.text
+                out = decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), every_BQ, think_only, draw)
                 think_BFGN, gate_BFG = _by_branch(out, batch, groups)
+                if out.drawn_M is not None:
+                    written_BFG, written_logps_BFG = out.drawn_M.view(gate_BFG.shape), out.target_logps_M.view(gate_BFG.shape)
     return rollout
 
 

@@ -77,13 +77,17 @@ def score_tree(
         split: the speaker predicts wherever it sees what it needs: everywhere, or under `blind` in the rereading alone. The thinker does the rest.
     """
     targets_BS, thinkers = tree.targets(labels_BT, every_prefix), tree.prefixes()[..., :-1]
+    written_BS = torch.zeros_like(targets_BS, dtype=torch.bool)
+    if rollout.text:  # the policy's own tokens are scored as text is
+        written_BS.scatter_(1, thinkers.flatten(1), rollout.drawn_BKGL.flatten(1))
+        targets_BS = targets_BS.scatter(1, thinkers[..., 1:].flatten(1), rollout.thoughts_BKGL[..., 1:].flatten(1)).where(written_BS, targets_BS)
     judged_BS = targets_BS >= 0
     thinks_BS = torch.zeros_like(judged_BS).scatter_(1, thinkers.flatten(1), True)
     logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
     think = torch.zeros(targets_BS.numel(), vocabulary.num_tokens, device=targets_BS.device)
 
     speaks_S = tree.speaks_S if split else torch.zeros_like(tree.speaks_S)
-    own_BS = judged_BS & ~speaks_S
+    own_BS = judged_BS & (~speaks_S | written_BS)
     full_M = (own_BS | thinks_BS if gate else own_BS).flatten().nonzero()[:, 0]
     heads = [HeadInputs(full_M, targets_BS.flatten()[full_M].where(own_BS.flatten()[full_M], -100))]
     if not gate:
@@ -100,7 +104,7 @@ def score_tree(
     if gate:
         gates = gates.index_put((full_M,), out[0].gate_logit_M)
     if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
-        spoken_M = (judged_BS & speaks_S).flatten().nonzero()[:, 0]
+        spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
         said += [(spoken_M, *run([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, True))]
     for nodes_M, one in said:
         logps, correct = logps.index_put((nodes_M,), one.target_logps_M), correct.index_put((nodes_M,), one.correct_M.float())
@@ -113,6 +117,7 @@ def score_tree(
     num_tokens = vocabulary.num_tokens
     think_BKGLN = think.view(*targets_BS.shape, num_tokens).gather(1, thinkers.flatten(1)[..., None].expand(-1, -1, num_tokens))
     think_BKGLN = think_BKGLN.view(*thinkers.shape, num_tokens)
+    thought_logps_BKGL = thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature) if not rollout.text else at(logps, thinkers)
     return TreeScores(
         trunk_logps_BT=logps.view(targets_BS.shape)[:, : tree.trunk_length],
         trunk_mask_BT=judged_BS[:, : tree.trunk_length],
@@ -124,6 +129,6 @@ def score_tree(
         prefix_correct_BKGP=at(correct, speakers),
         gate_logits_BKGL=at(gates, thinkers),
         think_logits_BKGLN=think_BKGLN,
-        thought_logps_BKGL=thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature),
+        thought_logps_BKGL=thought_logps_BKGL,
         fork_hidden_BKD=fork_hidden_BKD,
     )

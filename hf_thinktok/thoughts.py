@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from .engine import Engine, evaluating
 from .head import HeadInputs, HiddenInputs, ThoughtInputs
-from .rollout import Rollout, random_thoughts
+from .rollout import Rollout, between_markers, random_thoughts
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
@@ -80,9 +80,13 @@ def swapped(soft_BKGLX: Tensor, forks_BK: Tensor) -> Tensor:
 
 
 def control_thoughts(rollout: Rollout, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> Rollout:
-    """Thoughts of the same lengths that know nothing of the text: uniformly random ids, and vectors from elsewhere in the batch."""
+    """Thoughts of the same lengths that know nothing of the text: uniformly random ids or words, and vectors from elsewhere in the batch."""
     groups, length = rollout.thoughts_BKGL.shape[2:]
     ids_BKGL = random_thoughts(rollout.forks_BK, Branching(groups, length, 1), vocabulary, generator)
+    if rollout.text:
+        place_L = torch.arange(length, device=ids_BKGL.device)
+        words_BKGL = torch.randint(vocabulary.num_real, ids_BKGL.shape, generator=generator, device=ids_BKGL.device)
+        ids_BKGL = between_markers(words_BKGL, place_L, rollout.lengths_BKG[..., None], vocabulary)
     soft_BKGLX = None if rollout.soft_BKGLX is None else swapped(rollout.soft_BKGLX, rollout.forks_BK)
     return replace(rollout, thoughts_BKGL=ids_BKGL, soft_BKGLX=soft_BKGLX)
 

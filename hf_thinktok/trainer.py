@@ -401,7 +401,7 @@ class ThinkTokTrainer(SFTTrainer):
         if self.args.log_completions and tree.num_forks:
             gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None]).detach() / np.log(2)
             self._printable = sample_thoughts_to_print(
-                inputs["input_ids"], rollout, tree.judged_labels(labels_BT), gains_BKG, self.vocabulary.first_id, self.args.num_completions_to_print
+                inputs["input_ids"], rollout, tree.judged_labels(labels_BT), gains_BKG, self.args.num_completions_to_print
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -412,7 +412,7 @@ class ThinkTokTrainer(SFTTrainer):
             logs["skipped_steps"] = self.guard.total
             self._clock, self._nodes_since, self._tokens_since = now, 0, 0
             if self._printable and self.is_world_process_zero():
-                print_thoughts(self._tokenizer, self._printable, self.state.global_step)
+                print_thoughts(self._tokenizer, self._printable, self.vocabulary.first_id, self.state.global_step)
         if not self.plain and not self.model.training and self._gains.rows:
             logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
             self._gains, self._clock = GainByDocument(), time.perf_counter()

@@ -129,6 +129,17 @@ BAD_FITS = [
     ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 2}, ["num_generations=2", "set num_generations to 3"]),
     ({"advantage": "value", "num_generations": 1, "scale_rewards": "group"}, ["scale_rewards=group", "set num_generations"]),
     ({"advantage": "loo", "num_generations": 1}, ["num_generations=1", "set num_generations to 2"]),
+    ({"thoughts": "text"}, ["thoughts=text", "set stop=fixed"]),
+    *(
+        ({"thoughts": "text", "stop": "fixed", **options}, ["thoughts=text", *words])
+        for options, words in [
+            ({"max_think_length": 2}, ["max_think_length=2", "3 or more"]),
+            ({"num_think_tokens": 1}, ["num_think_tokens=1", "2 or more"]),
+            ({"temperature": 0.7}, ["temperature=0.7", "temperature=1"]),
+            ({"memory": "persistent"}, ["memory=none"]),
+            ({"advantage": "token"}, ["advantage=group, loo or value"]),
+        ]
+    ),
     ({"reward_funcs": ["exact"]}, ["exact", "supply_thoughts=True"]),
     ({"curriculum_threshold": 0.9}, ["curriculum_threshold", "set max_steps"]),
     ({"curriculum_threshold": 0.9, "max_steps": 4, "num_iterations": 2, "save_steps": 2}, ["curriculum_threshold", "num_iterations"]),
@@ -175,6 +186,10 @@ NO_EFFECT = [
             "thought_entropy_target": [0.1],
             "beta": 0.1,
         }.items()
+    ),
+    *(
+        ({"thoughts": "text", "stop": "fixed", name: value}, [f"{name}=", "thoughts=discrete", "real vocabulary"])
+        for name, value in {"search": 4, "balance_coef": [0.1], "thought_entropy_target": [0.1], "top_k": 3, "min_p": 0.1}.items()
     ),
     ({"num_completions_to_print": 3}, ["num_completions_to_print=3", "log_completions=True"]),
 ]
