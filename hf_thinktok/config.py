@@ -127,6 +127,16 @@ class ThinkTokConfig(SFTConfig):
         curriculum_replay (`float`, defaults to `0.4`):
             Part of the steps that goes to all reached levels alike.
 
+        > Whose text
+
+        teacher (`str`, *optional*):
+            Name or folder of a frozen LM of the same tokenizer, or the trainer's `teacher`: labels are drawn from its predictions, in place of the data's.
+        rollout (`str`, defaults to `"fork"`):
+            `fork`: thoughts in the data's text. `free`: behind a short prompt the text is what the model itself writes, and the teacher says what should
+            have followed (on-policy distillation).
+        prompt_length (`int`, defaults to `32`):
+            Tokens of each row that `rollout="free"` keeps.
+
         > Sampling
 
         temperature (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`), top_p (`float`, defaults to `1.0`), min_p (`float`, *optional*):
@@ -220,6 +230,10 @@ class ThinkTokConfig(SFTConfig):
     curriculum_threshold: float | None = option(None, "Running accuracy at which the next level of the data begins.")
     curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
 
+    teacher: str | None = option(None, "A frozen LM whose predictions are the labels.")
+    rollout: str = option("fork", "Whether the text is the data's or the model's own.", ("fork", "free"))
+    prompt_length: int = option(32, "Tokens of each row that rollout=free keeps.")
+
     temperature: float = option(1.0, "Temperature of thinking tokens.")
     top_k: int = option(0, "Draw among the k most likely thinking tokens; 0 for all.")
     top_p: float = option(1.0, "Draw among the most likely thinking tokens that make up this probability.")
@@ -255,6 +269,8 @@ class ThinkTokConfig(SFTConfig):
         self._check_values()
         if self.num_think_tokens != 0:
             self._check_text()
+        elif self.teacher is not None:
+            raise ValueError("teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
         if self.thinks:
             self._check_fit()
             self._check_effect()
@@ -317,6 +333,7 @@ class ThinkTokConfig(SFTConfig):
             "top_k": 0,
             "max_nonfinite_steps": 1,
             "num_completions_to_print": 1,
+            "prompt_length": 1,
         }
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -357,6 +374,9 @@ class ThinkTokConfig(SFTConfig):
         refusals = {
             "loss_type=dft is not supported with thinking tokens: leave loss_type=nll.": self.loss_type == "dft",
             "label_smoothing_factor is not supported with thinking tokens: set it to 0.": self.label_smoothing_factor > 0,
+            "rollout=free would go on behind several documents at once: set packing=False.": self.rollout == "free" and self.packing,
+            "rollout=free writes new text at every step, and num_iterations > 1 repeats it: choose one.": self.rollout == "free" and self.num_iterations > 1,
+            "rollout=free lets one model write the text: set policies=shared.": self.rollout == "free" and self.policies == "split",
             "padding_free=True would lay a whole batch out as one row: set packing=True instead.": self.padding_free,
             "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(self.router_aux_loss_coef),
         }
@@ -436,6 +456,7 @@ class ThinkTokConfig(SFTConfig):
     def _check_effect(self) -> None:
         """What would do nothing."""
         effects = {
+            "prompt_length": (self.rollout == "free", "rollout=free"),
             "fork_markers": (self.fork_positions == "markers", "fork_positions=markers"),
             "num_forks": (self.fork_positions != "all", "a fork_positions other than all"),
             "stop_smoothing": (self.stop == "learned", "stop=learned"),

@@ -10,7 +10,7 @@ from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
 from .data import check_dataset
-from .tokens import SAMPLE_TEXT, check_vocabulary
+from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 
 def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: dict[str, Any]) -> None:
@@ -61,6 +61,23 @@ def load_model(
     if isinstance(model, str):
         model = create_model_from_path(model, **options)
     return model, tokenizer
+
+
+def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokConfig) -> PreTrainedModel:
+    """The teacher's model.
+
+    Raises:
+        ValueError: there is none of this name, or its tokens are other ones.
+    """
+    where = {"trust_remote_code": args.trust_remote_code}
+    try:
+        theirs = AutoTokenizer.from_pretrained(name, **where)
+    except OSError as error:
+        raise ValueError(f"There is no teacher at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
+    own, others = ({word: i for word, i in one.get_vocab().items() if not word.startswith(GUARD)} for one in (tokenizer, theirs))
+    if own != others:
+        raise ValueError(f"The teacher {name!r} has another tokenizer: it must be a model of the same family, whose tokens mean the same.")
+    return create_model_from_path(name, **{**where, **(args.model_init_kwargs or {})})
 
 
 def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, count: int = 64):

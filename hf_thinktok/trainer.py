@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
+from trl.models import unwrap_model_for_generation
 
 from ._compat import RepeatSampler, disable_dropout_in_model
 from .advantages import ValueBaseline
@@ -28,13 +29,14 @@ from .engine import ReplicatedEngine, choose_engine, evaluating, longest_row
 from .evaluation import GainByDocument
 from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
-from .loading import check_arguments, load_model, sample_text
+from .loading import check_arguments, load_model, load_teacher, sample_text
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker, load_adapters
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
 from .search import Explorer
+from .teacher import own_text, real_tokens_only, taught
 from .thoughts import SOFT, check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import ThinkingVocabulary, add_thinking_tokens
 from .tree import ThoughtTree
@@ -60,6 +62,8 @@ class ThinkTokTrainer(SFTTrainer):
             The tokenizer; the model's own where not given.
         speaker ([`~transformers.PreTrainedModel`], *optional*):
             The second model of `policies="split"`, with the same vocabulary; a copy of the first where not given, and with `peft_config` a second adapter.
+        teacher ([`~transformers.PreTrainedModel`], *optional*):
+            In place of `args.teacher`.
         reward_funcs (names, functions or a list of both, *optional*):
             In place of `args.reward_funcs`; see `hf_thinktok.rewards`.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -85,6 +89,7 @@ class ThinkTokTrainer(SFTTrainer):
         reward_funcs: RewardFunction | str | list[RewardFunction | str] | None = None,
         peft_config: Any = None,
         speaker: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         **kwargs: Any,
     ):
@@ -105,7 +110,11 @@ class ThinkTokTrainer(SFTTrainer):
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
         if two_adapters and args.gradient_checkpointing:
             raise ValueError("policies=split with an adapter runs one model as two, which checkpointing would confuse: set gradient_checkpointing=False.")
+        if args.rollout == "free" and args.teacher is None and teacher is None:
+            raise ValueError("rollout=free needs a teacher, as nobody else says what should follow a text that the model made up: set teacher.")
         model, tokenizer = load_model(model, processing_class, args)
+        if args.teacher is not None and teacher is None:
+            teacher = load_teacher(args.teacher, tokenizer, args)
 
         self.plain = args.num_think_tokens == 0
         if not self.plain:
@@ -138,9 +147,9 @@ class ThinkTokTrainer(SFTTrainer):
             add_speaker(self.model, peft_config)
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
         if not self.plain:
-            self._prepare_to_think()
+            self._prepare_to_think(teacher)
 
-    def _prepare_to_think(self) -> None:
+    def _prepare_to_think(self, teacher: PreTrainedModel | None) -> None:
         args, base = self.args, self.model.get_base_model() if is_peft_model(self.model) else self.model
         models = [base, base.speaker] if hasattr(base, SPEAKER) else [base]
         for one in models:
@@ -166,6 +175,9 @@ class ThinkTokTrainer(SFTTrainer):
         engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine) for one in models]
         self.engine = next((engine for engine in engines if isinstance(engine, ReplicatedEngine)), engines[0])  # exact for both
         self.reference = self._reference_model() if args.beta > 0 else None
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = self.accelerator.prepare_model(real_tokens_only(teacher, self.vocabulary), evaluation_mode=True)
         self.add_callback(self.guard)
         self.explore = Explorer(self)
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
@@ -186,10 +198,11 @@ class ThinkTokTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ValueError("ThinkTokTrainer makes no logits: leave compute_metrics and preprocess_logits_for_metrics out.")
-        tokens_BT, labels_BT = inputs["input_ids"], self._labels(inputs)
         if not self.model.training:
-            return self._evaluate_batch(model, inputs, labels_BT)
+            return self._evaluate_batch(model, inputs, self._labels(inputs))
         args, turn = self.args, self._next_micro_step()
+        inputs = inputs if self.teacher is None else self._taught(model, inputs, turn)
+        tokens_BT, labels_BT = inputs["input_ids"], self._labels(inputs)
 
         rollout = self._think(model, inputs, self._rollout(model, inputs, labels_BT, turn))
         tree = self._tree(inputs, rollout)
@@ -222,6 +235,14 @@ class ThinkTokTrainer(SFTTrainer):
         """The clock of all schedules: optimizer steps since thinking began, with a curriculum those of the present level."""
         step = self.state.global_step
         return max(step - self.args.think_start, 0) if self.curriculum is None else self.curriculum.stage_step(step)
+
+    def _taught(self, model, inputs: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
+        """The batch with labels of the teacher's, and with `rollout: free` with text of the model's own. The loss counts tokens as the data had them."""
+        generator = self._generator(2, self.state.global_step, turn)
+        if self.args.rollout == "free":
+            with unwrap_model_for_generation(model, self.accelerator) as writer:
+                inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
+        return taught(self.teacher, inputs, generator)
 
     def _rollout(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, turn: int) -> Rollout:
         """Thoughts for this batch: new ones, or with `num_iterations` those of the iteration before."""

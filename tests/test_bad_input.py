@@ -129,6 +129,10 @@ BAD_FITS = [
     ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 2}, ["num_generations=2", "set num_generations to 3"]),
     ({"advantage": "value", "num_generations": 1, "scale_rewards": "group"}, ["scale_rewards=group", "set num_generations"]),
     ({"advantage": "loo", "num_generations": 1}, ["num_generations=1", "set num_generations to 2"]),
+    ({"rollout": "free", "packing": True}, ["rollout=free", "packing=False"]),
+    ({"rollout": "free", "num_iterations": 2, "save_steps": 2}, ["rollout=free", "num_iterations > 1"]),
+    ({"rollout": "free", "policies": "split"}, ["rollout=free", "policies=shared"]),
+    ({"teacher": "x", "num_think_tokens": 0}, ["teacher", "num_forks=0"]),
     ({"thoughts": "text"}, ["thoughts=text", "set stop=fixed"]),
     *(
         ({"thoughts": "text", "stop": "fixed", **options}, ["thoughts=text", *words])
@@ -150,6 +154,7 @@ BAD_FITS = [
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
 ]
 NO_EFFECT = [
+    ({"prompt_length": 5}, ["prompt_length=5", "rollout=free"]),
     ({"fork_markers": ["A:"]}, ["fork_markers", "fork_positions=markers"]),
     ({"fork_positions": "all", "num_forks": 3}, ["num_forks=3", "fork_positions other than all"]),
     ({"stop": "fixed", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
