@@ -15,14 +15,13 @@ T = 24
 def make(make_trainer, tmp_path):
     """A student and its teacher, another model of the same tokenizer."""
 
-    def build(rollout="free", **options):
+    def build(rollout="free", repeats=False, **options):
         tokenizer = tiny_tokenizer()
         teacher = tiny_model(vocab_size=len(tokenizer), seed=5)
-        with torch.no_grad():  # one that repeats what was said last, which a student can learn in no time
-            for name, parameter in teacher.named_parameters():
-                parameter.mul_(
-                    0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0 if "embed" in name else 6.0 if name == "model.norm.weight" else 1.0
-                )
+        if repeats:
+            with torch.no_grad():  # one that repeats what was said last, which a student can learn in no time
+                for name, parameter in teacher.named_parameters():
+                    parameter.mul_(0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 6.0 if name == "model.norm.weight" else 1.0)
         folder = tmp_path / "teacher"
         teacher.save_pretrained(folder), tokenizer.save_pretrained(folder)
         options = {"max_length": T, "teacher": str(folder), "rollout": rollout, "num_forks": 2} | ({"prompt_length": 4} if rollout == "free" else {}) | options
@@ -78,7 +77,7 @@ def test_own_text_is_what_the_model_writes_without_its_thoughts(make):
 
 def test_a_student_learns_what_its_teacher_says_about_its_own_text(make):
     """On text of its own the student's prediction moves towards the teacher's, and thoughts are rewarded meanwhile."""
-    trainer, teacher = make(max_steps=80, learning_rate=1e-2, per_device_train_batch_size=8)
+    trainer, teacher = make(repeats=True, max_steps=80, learning_rate=1e-2, per_device_train_batch_size=8)
 
     def divergence():
         ids = torch.randint(10, 200, (8, T), generator=torch.Generator().manual_seed(2))
