@@ -17,7 +17,7 @@ def make(make_trainer, tmp_path):
 
     def build(rollout="free", repeats=False, **options):
         tokenizer = tiny_tokenizer()
-        teacher = tiny_model(vocab_size=len(tokenizer), seed=5)
+        teacher = tiny_model(vocab_size=len(tokenizer), seed=5, scale=1.0 if repeats else 4.0)
         if repeats:
             with torch.no_grad():  # one that repeats what was said last, which a student can learn in no time
                 for name, parameter in teacher.named_parameters():
