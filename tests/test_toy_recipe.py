@@ -48,6 +48,22 @@ def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "seed-11")
 
 
+def test_a_model_that_thinks_goes_on_to_learn_when_to_stop(tmp_path):
+    toys = ROOT / "recipes" / "toy"
+    small = ["--max_steps", 2, "--per_device_train_batch_size", 8, "--check_every", 0, "--test_rows", 16, "--task_options"]
+    small.append(json.dumps({"nodes": 5, "levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}))
+    first = run_toy(toys / "pointer_chasing_positions.yaml", "--output_dir", tmp_path / "first", "--seeds", 3, *small)
+    assert first.returncode == 0, first.stderr[-2000:]
+    then = run_toy(
+        toys / "pointer_chasing_stop.yaml", "--output_dir", tmp_path / "then", "--seeds", 5, "--model_name_or_path", tmp_path / "first" / "seed-3", *small
+    )  # fmt: skip
+    assert then.returncode == 0, then.stderr[-2000:]
+    assert "mean length" in then.stdout
+    (run,) = json.loads((tmp_path / "then" / "results.json").read_text())["runs"]
+    assert set(run["think_length"]) == {"1", "2", "3"}
+    assert all(0 < length < 7 for length in run["think_length"].values())
+
+
 @pytest.mark.parametrize("control", ["no_think", "filler"])
 def test_a_control_cannot_think(control, tmp_path):
     done = run_toy(
