@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
+from .peft import merge
 from .tokens import ThinkingVocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -94,6 +95,33 @@ def run_generate(args: argparse.Namespace) -> None:
     total = output.shape[1] - length
     thought = int(vocabulary.is_thought(output[0, length:]).sum())
     Console(stderr=True, highlight=False).print(f"{total - thought} tokens spoken, {thought} thought, {total / seconds:.1f} per second", style="dim")
+
+
+def add_merge(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "merge",
+        help="make one plain checkpoint of an adapter and its base",
+        description="Adds an adapter trained with thinking tokens to its base model and writes a checkpoint that plain transformers loads.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or Hub repository")
+    parser.add_argument("output", metavar="FOLDER", type=Path, help="where the checkpoint goes; must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the weights; auto: as the base has them (auto)")
+    parser.set_defaults(run=run_merge)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise UsageError(f"{args.output} exists: name a new folder.")
+    _read_vocabulary(args.adapter)
+    try:
+        model, tokenizer = merge(args.adapter, dtype=args.dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{args.adapter} cannot be merged into its base: {str(error).splitlines()[0]}") from error
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    Console(stderr=True, highlight=False).print(
+        f"{args.output}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}", style="dim"
+    )
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -176,7 +204,7 @@ def _number(above: float, highest: float, meaning: str):
     return parse
 
 
-COMMANDS = (add_generate,)
+COMMANDS = (add_generate, add_merge)
 
 
 def main(argv: list[str] | None = None) -> int:

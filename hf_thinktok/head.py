@@ -262,7 +262,8 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
         hidden_MD: hidden states as they enter the LM head, in any floating type. Sums are fp32 whatever it is: bf16 noise in a
             log-probability is as large as a typical reward.
     """
-    weight_RD, think_weight_ND = trainable_token_rows(lm_head)
+    weight_RD, trained_rows = trainable_token_rows(lm_head)
+    think_weight_ND = None if trained_rows is None else trained_rows[: vocabulary.num_tokens]  # without the guard
     targets_M, bias_R = head.targets_M, getattr(lm_head, "bias", None)
     if head.think_only:
         first, last = vocabulary.first_id, vocabulary.first_id + vocabulary.num_tokens

@@ -4,8 +4,8 @@ import copy
 import os
 from typing import Any
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedModel
+from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tokens import ThinkingVocabulary
 
@@ -26,6 +26,33 @@ def is_speaker(parameter: str) -> bool:
     return SPEAKER in parameter.split(".")
 
 
+def save_adapter(model: PeftModel, folder: str, state_dict: dict[str, Any] | None = None) -> None:
+    """An adapter folder that needs nothing but the plain base: `AutoPeftModelForCausalLM.from_pretrained(folder)` is the thinking model.
+
+    PEFT would put whole embeddings into it. The model's config goes with it, which says what is a thought.
+    """
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    for name in model.peft_config:
+        model.get_base_model().config.save_pretrained(os.path.join(folder, SPEAKER) if name == SPEAKER else folder)
+
+
+def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The plain model, and its tokenizer, that a base and the adapter of a folder or Hub repository make together.
+
+    Args:
+        kwargs: for `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: the adapter is not of a thinking model.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if ThinkingVocabulary.from_config(config) is None:
+        raise ValueError(f"{folder} has no thinking tokens: its config.json lacks the entry `thinktok`.")
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
+    model.config.thinktok = config.thinktok
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 def load_adapters(model: PeftModel, folder: str) -> None:
     """The weights of both adapters, from where `save_pretrained` puts them."""
     for name in model.peft_config:
@@ -36,12 +63,13 @@ def load_adapters(model: PeftModel, folder: str) -> None:
 def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> Any:
     """A copy of a PEFT config that also trains the thinking rows of the input and output embedding; `None` stays `None`.
 
-    Tied embeddings are named once; untied ones both, or PEFT would leave the LM head's rows untrained.
+    Tied embeddings are named once; untied ones both, or PEFT would leave the LM head's rows untrained. The guard's row comes along, so that an adapter
+    has all rows that its tokenizer has ids for; nothing trains it.
     """
     if peft_config is None:
         return None
     peft_config = copy.deepcopy(peft_config)
-    ids = list(vocabulary.ids)
+    ids = [*vocabulary.ids, vocabulary.guard_id]
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     wanted = {names[inputs]: ids} if inputs.weight is outputs.weight else {names[inputs]: ids, names[outputs]: ids}

@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 from trl.models import unwrap_model_for_generation
@@ -31,7 +32,7 @@ from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, load_teacher, sample_text
 from .objective import actions, speak, thinking_loss
-from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker, load_adapters
+from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker, load_adapters, save_adapter
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
@@ -460,10 +461,16 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """With a speaker, two ordinary checkpoints: the thinker's, and the speaker's in a folder of it. PEFT does so with two adapters by itself."""
+        folder = output_dir or self.args.output_dir
+        if is_peft_model(self.model) and not self.plain:
+            save_adapter(self.model, folder, state_dict)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+            return
         if not hasattr(self.model, SPEAKER):
             super()._save(output_dir, state_dict)
             return
-        folder, weights = output_dir or self.args.output_dir, self.model.state_dict() if state_dict is None else state_dict
+        weights = self.model.state_dict() if state_dict is None else state_dict
         theirs = {name.removeprefix(f"{SPEAKER}."): value for name, value in weights.items() if is_speaker(name)}
         super()._save(output_dir, {name: value for name, value in weights.items() if not is_speaker(name)})
         self.model.speaker.save_pretrained(os.path.join(folder, SPEAKER), state_dict=theirs)

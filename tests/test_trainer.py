@@ -10,10 +10,12 @@ import torch
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
+from hf_thinktok.cli import main
 
 
 def losses(trainer, key="loss"):
@@ -217,7 +219,45 @@ def test_adapter_trains_itself_and_the_thinking_rows_only(make_trainer, tie):
     assert all("lora_" in name or "trainable_tokens_delta" in name for name in changed)
     rows = [name for name in changed if "trainable_tokens_delta" in name]
     assert len(rows) == (1 if tie else 2)
-    assert all(len(before[name]) == trainer.vocabulary.num_tokens for name in rows)
+    for name in rows:
+        after, then = weights(trainer)[name], before[name]
+        assert len(then) == trainer.vocabulary.num_tokens + 1
+        assert torch.equal(after[-1], then[-1]), "nothing trains the guard"
+        assert not (after[:-1] == then[:-1]).all(-1).any()
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_an_adapter_folder_and_its_base_are_the_thinking_model(make_trainer, tmp_path, tie):
+    """In plain PEFT, in a process without this package; merged, in plain transformers; and small."""
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer), tie=tie).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = LoraConfig(r=2, target_modules="all-linear")
+    trainer = make_trainer(model=str(tmp_path / "base"), tokenizer=tokenizer, peft_config=adapter, max_steps=3, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, trainer.vocabulary.first_id + 1, 7, trainer.vocabulary.guard_id, 8]])
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=ids).logits[..., : len(trainer.processing_class)]
+    torch.save({"ids": ids, "logits": logits}, tmp_path / "expected.pt")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert not any(len(value) > 128 for value in weights.values()), "no embedding is in it"
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    assert ThinkingVocabulary.from_pretrained(tmp_path / "merged") == ThinkingVocabulary.from_pretrained(tmp_path / "adapter") == trainer.vocabulary
+    program = f"""
+import sys
+sys.modules["hf_thinktok"] = None
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+for kind, folder in ((AutoPeftModelForCausalLM, "adapter"), (AutoModelForCausalLM, "merged")):
+    model = kind.from_pretrained({str(tmp_path)!r} + "/" + folder).eval()
+    torch.testing.assert_close(model(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-4, rtol=1e-4)
+    assert model.generate(input_ids=expected["ids"], max_new_tokens=4).shape[1] > 6
+    AutoTokenizer.from_pretrained({str(tmp_path)!r} + "/" + folder)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_checkpoint_thinks_in_plain_transformers(make_trainer, tmp_path):
