@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_thinktok.results import draw_task, print_ablation, print_results, print_task
+from hf_thinktok.results import draw_task, print_ablation, print_mixture, print_results, print_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,7 +23,8 @@ PICTURE = re.compile(r"\((docs/results/\S+\.svg)\)")
 def table(file: str) -> str:
     results = json.loads((ROOT / file).read_text())
     console = Console(file=StringIO(), width=80)
-    printer = print_ablation if "ablation" in results else print_task if "task" in results else print_results
+    kinds = {"ablation": print_ablation, "mixture": print_mixture, "task": print_task}
+    printer = next((print_kind for name, print_kind in kinds.items() if name in results), print_results)
     printer(results, console)
     hardware, versions = results["hardware"], results["versions"]
     where = f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}"

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,36 @@ def print_ablation(results: dict[str, Any], console: Console | None = None) -> N
             if lengths := run.get("think_length"):
                 table.add_row("  mean length", "", *(f"{lengths[level]:.2f}" for level in levels), "")
     (console or Console()).print(table)
+
+
+def print_mixture(results: dict[str, Any], console: Console | None = None) -> None:
+    """A model of a task and of text: by level its accuracy and how long it thinks, and the same for held-out text."""
+    console = console or Console()
+    for run in results["mixture"]:
+        how = _hows([run])[0]
+        levels = _levels([run])
+        table = Table(padding=0, title=f"{results['task']} in text, seed {run['seed']}")
+        table.add_column("")
+        for level in levels:
+            table.add_column(level, justify="right")
+        table.add_row("accuracy, %", *(_per_cent(run["accuracy"][how][level]) for level in levels))
+        if run["think_length"]:
+            table.add_row("mean length of thoughts", *(f"{run['think_length'][level]:.2f}" for level in levels))
+        table.add_row("shortcut, %", *(_per_cent(results["shortcut"][level]) for level in levels))
+        console.print(table)
+        before, after = run["before"], run["text"]
+        table = Table(padding=0, title=f"Held-out text, {results['held_out_rows']} rows")
+        table.add_column("")
+        table.add_column("bits per token", justify="right")
+        table.add_row("before training, without thoughts", f"{before['loss'] / log(2):.4f}")
+        table.add_row("trained, without thoughts", f"{after['loss'] / log(2):.4f}")
+        if "bits_think" in after:  # at the places where it may think
+            table.add_section()
+            names = {"no_think": "without thoughts", "think": "with its own", "random_thought": "with random ones"}
+            for name, label in names.items():
+                table.add_row(f"where it may think: {label}", f"{after[f'bits_{name}']:.4f}")
+            table.add_row("mean length of thoughts", f"{after['mean_think_length']:.3f}")
+        console.print(table)
 
 
 def _per_cent(part: float) -> str:

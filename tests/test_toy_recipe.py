@@ -64,6 +64,28 @@ def test_a_model_that_thinks_goes_on_to_learn_when_to_stop(tmp_path):
     assert all(0 < length < 7 for length in run["think_length"].values())
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_task_in_text_is_measured_on_both(thinks, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(f"{text.strip()} {i}".replace("\n", " ") for i, text in enumerate(CORPUS * 2)))
+    command = [
+        ROOT / "recipes" / "serial_in_text.py", "--config", ROOT / "recipes" / "smollm2-135m" / "serial_in_text.yaml", "--model_name_or_path",
+        tmp_path / "model", "--text_files", tmp_path / "text.txt", "--held_out_documents", 8, "--text_length", 24, "--max_steps", 2, "--test_rows", 8,
+        "--bf16", "false", "--output_dir", tmp_path / "out", "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "train_rows": 32, "test_rows": 32}),
+        *([] if thinks else ["--num_forks", 0]),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Held-out text" in done.stdout
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["mixture"]
+    assert ("bits_think" in run["text"]) == thinks
+    assert set(run["think_length"]) == ({"1", "2"} if thinks else set())
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize("control", ["no_think", "filler"])
 def test_a_control_cannot_think(control, tmp_path):
     done = run_toy(
