@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tokens import ThinkingVocabulary
 
@@ -32,8 +32,10 @@ def save_adapter(model: PeftModel, folder: str, state_dict: dict[str, Any] | Non
     PEFT would put whole embeddings into it. The model's config goes with it, which says what is a thought.
     """
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    base = model.get_base_model()
     for name in model.peft_config:
-        model.get_base_model().config.save_pretrained(os.path.join(folder, SPEAKER) if name == SPEAKER else folder)
+        for config in (base.config, base.generation_config):
+            config.save_pretrained(os.path.join(folder, SPEAKER) if name == SPEAKER else folder)
 
 
 def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,6 +52,7 @@ def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokeni
         raise ValueError(f"{folder} has no thinking tokens: its config.json lacks the entry `thinktok`.")
     model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
     model.config.thinktok = config.thinktok
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, AutoTokenizer.from_pretrained(folder)
 
 

@@ -383,3 +383,18 @@ def test_help_names_every_option(run):
     for option in f"{sampling} {thinking} chat file dtype device".split():
         assert f"--{option}" in output
     assert "generate" in run("--help")[1]
+
+
+def test_what_cannot_be_merged(folder, run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for adapter, output, words in [
+        (tmp_path / "missing", tmp_path / "new", "is neither a folder nor a Hub repository"),
+        (folder, tmp_path / "full", "exists: name a new folder"),
+        (folder, tmp_path / "new", "cannot be merged into its base"),  # a whole model
+    ]:
+        code, output, error = run("merge", adapter, output)
+        assert (code, output) == (2, "")
+        assert error.startswith("thinktok: ") and words in error
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "new").exists()

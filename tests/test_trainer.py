@@ -11,7 +11,7 @@ from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
@@ -243,6 +243,8 @@ def test_an_adapter_folder_and_its_base_are_the_thinking_model(make_trainer, tmp
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not any(len(value) > 128 for value in weights.values()), "no embedding is in it"
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    suppressed = GenerationConfig.from_pretrained(tmp_path / "merged").suppress_tokens
+    assert trainer.vocabulary.guard_id in suppressed
     assert ThinkingVocabulary.from_pretrained(tmp_path / "merged") == ThinkingVocabulary.from_pretrained(tmp_path / "adapter") == trainer.vocabulary
     program = f"""
 import sys
