@@ -1,6 +1,6 @@
 """What each part of a toy recipe is worth: one run of recipes/toy.py for each variant, one results file for all.
 
-    python recipes/ablate.py --config recipes/toy/mod_add_100.yaml --variants recipes/toy/ablations.yaml --seeds 0 1 2 --output_dir outputs/toy/ablations
+    python recipes/ablate.py --config recipes/toy/mod_add_30.yaml --variants recipes/toy/ablations.yaml --seeds 0 1 2 --output_dir outputs/toy/ablations
 
 Further options go to every run. A variant that has its results is not run again: the command goes on where it stopped.
 """

@@ -395,6 +395,7 @@ def test_what_cannot_be_merged(folder, run, tmp_path):
     ]:
         code, output, error = run("merge", adapter, output)
         assert (code, output) == (2, "")
-        assert error.startswith("thinktok: ") and words in error
+        assert error.startswith("thinktok: ")
+        assert words in error
         assert len(error.splitlines()) == 1
     assert not (tmp_path / "new").exists()
