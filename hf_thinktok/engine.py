@@ -9,16 +9,16 @@ Shape suffixes as in tree.py; M scored nodes.
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .architectures import attention_inputs
-from .head import Draw, Head, HeadInputs, HeadOutputs, ThoughtInputs
+from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
@@ -54,6 +54,20 @@ class Decoder(Protocol):
         """
 
 
+class Pass(NamedTuple):
+    """One pass over nodes of a tree.
+
+    Args:
+        head: what to score, in flat indices of `[B, S]`; for a list a list comes back.
+        nodes_Q: run no more than these nodes, ascending, where that is possible. With each of them come all its ancestors.
+        speaks: run the second model, or adapter, of `policies: split`.
+    """
+
+    head: Head | Sequence[HeadInputs | HiddenInputs]
+    nodes_Q: Tensor | None = None
+    speaks: bool = False
+
+
 class _Engine:
     """A pass over a tree: what the two engines share. How nodes become a model's input is each one's `_layout`."""
 
@@ -64,25 +78,29 @@ class _Engine:
         tokens_BS: Tensor,
         head: Head,
         nodes_Q: Tensor | None = None,
-        speaks: bool = False,
         thoughts: ThoughtInputs | None = None,
     ) -> Any:
-        """Scores nodes of a tree.
+        """Scores nodes of a tree; see `Pass`."""
+        return self.run(model, tree, tokens_BS, [Pass(head, nodes_Q)], thoughts)[0]
+
+    def run(self, model, tree: ThoughtTree, tokens_BS: Tensor, passes: list[Pass], thoughts: ThoughtInputs | None = None) -> list[Any]:
+        """What each pass gives. All passes are one call of the model: a launcher that wraps it synchronises gradients after every call.
 
         Args:
-            head: what to score, in flat indices of `[B, S]`; for a list a list comes back.
-            nodes_Q: run no more than these nodes, ascending, where that is possible. With each of them come all its ancestors.
-            speaks: run the second model of `policies: split`.
             thoughts: what nodes read in place of their tokens.
         """
-        picked, places_M, inputs = self._layout(model, tree, nodes_Q, speaks)
+        first, *others = (self._inputs(model, tree, tokens_BS, one, thoughts) for one in passes)
+        return model(**first, then=others) if others else [model(**first)]
 
-        def moved(one):
-            return replace(one, nodes_M=places_M[one.nodes_M])
+    def _inputs(self, model, tree: ThoughtTree, tokens_BS: Tensor, one: Pass, thoughts: ThoughtInputs | None) -> dict[str, Any]:
+        picked, places_M, inputs = self._layout(model, tree, one.nodes_Q, one.speaks)
 
-        head = [moved(one) for one in head] if isinstance(head, list) else moved(head)
+        def moved(head):
+            return replace(head, nodes_M=places_M[head.nodes_M])
+
+        head = [moved(part) for part in one.head] if isinstance(one.head, Sequence) else moved(one.head)
         thoughts = None if thoughts is None else replace(thoughts, index_BS=thoughts.index_BS[picked])
-        return model(input_ids=tokens_BS[picked], use_cache=False, head=head, speaks=speaks, thoughts=thoughts, **inputs)
+        return {"input_ids": tokens_BS[picked], "use_cache": False, "head": head, "speaks": one.speaks, "thoughts": thoughts, **inputs}
 
     def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
         """Which nodes make up the model's rows (an index into `[B, S]`), where each node is in them (flat), and what else the model is told."""

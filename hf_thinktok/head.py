@@ -18,7 +18,7 @@ import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -285,7 +285,8 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     """Lets `model(..., head=HeadInputs)` return `HeadOutputs` in place of logits, for `HiddenInputs` hidden states, for a list of them a list.
 
     With `thoughts=ThoughtInputs` some nodes read vectors in place of their ids. With `speaks=True` the call goes to the second policy of
-    `policies: split`: the model `model.speaker`, or this model with the adapter of that name.
+    `policies: split`: the model `model.speaker`, or this model with the adapter of that name. With `then`, keyword arguments of further calls, all are
+    made in one, and a list comes back.
     Without `head` the forward is the original one. The head lives inside the forward because DDP, DeepSpeed and FSDP gather
     parameters there. The backbone and the LM head are looked up at each call: PEFT and FSDP replace them later.
 
@@ -296,7 +297,11 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     transform = LogitTransform.from_config(model.config)
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, head: Head | None = None, thoughts: ThoughtInputs | None = None, speaks: bool = False, **kwargs):
+    def forward(
+        self, *args, head: Head | None = None, thoughts: ThoughtInputs | None = None, speaks: bool = False, then: list[dict[str, Any]] | None = None, **kwargs
+    ):
+        if then is not None:
+            return [forward(self, *args, head=head, thoughts=thoughts, speaks=speaks, **kwargs), *(forward(self, **one) for one in then)]
         if speaks and hasattr(self, SPEAKER):
             return self.speaker(*args, head=head, thoughts=thoughts, **kwargs)
         if speaks:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .engine import Pass
 from .head import HeadInputs, HiddenInputs
 from .rollout import Rollout, thought_logps
 from .tokens import ThinkingVocabulary
 from .tree import ThoughtTree
 
-# (what to score, nodes to run or `None` for all, whether the speaker of `policies: split` runs) -> what they say
-Run = Callable[[list[HeadInputs | HiddenInputs], Tensor | None, bool], list]
+# Passes over nodes, and what each of them gives.
+Run = Callable[[list[Pass]], list]
 
 
 @dataclass
@@ -93,19 +94,20 @@ def score_tree(
     if not gate:
         think_M = thinks_BS.flatten().nonzero()[:, 0]
         heads.append(HeadInputs(think_M, torch.full_like(think_M, -100), think_only=True))
-    extra = []
+    extra: list[HiddenInputs] = []
     if hidden:
         rows_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None]
         extra.append(HiddenInputs((thinkers[:, :, 0, 0] + rows_B1 * targets_BS.shape[1]).flatten()))
-    out = run([*heads, *extra], tree.thinker_nodes if split else None, False)
+    passes = [Pass([*heads, *extra], tree.thinker_nodes if split else None)]
+    spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
+    if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
+        passes.append(Pass([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, speaks=True))
+    out, *spoken = run(passes)
     fork_hidden_BKD = out.pop().detach().float().view(*thinkers.shape[:2], -1) if hidden else None
-    said = [(full_M, out[0])]
+    said = [(full_M, out[0]), *((spoken_M, one) for (one,) in spoken)]
     think = think.index_put((heads[-1].nodes_M,), out[-1].think_logits_MN)
     if gate:
         gates = gates.index_put((full_M,), out[0].gate_logit_M)
-    if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
-        spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
-        said += [(spoken_M, *run([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, True))]
     for nodes_M, one in said:
         logps, correct = logps.index_put((nodes_M,), one.target_logps_M), correct.index_put((nodes_M,), one.correct_M.float())
 

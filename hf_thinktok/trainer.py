@@ -239,7 +239,7 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _taught(self, model, inputs: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
         """The batch with labels of the teacher's, and with `rollout: free` with text of the model's own. The loss counts tokens as the data had them."""
-        generator = self._generator(2, self.state.global_step, turn)
+        generator = self._generator(2, turn, self.state.global_step)
         if self.args.rollout == "free":
             with unwrap_model_for_generation(model, self.accelerator) as writer:
                 inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
@@ -249,7 +249,7 @@ class ThinkTokTrainer(SFTTrainer):
         """Thoughts for this batch: new ones, or with `num_iterations` those of the iteration before."""
         if self.state.global_step % self.args.num_iterations == 0 or turn >= len(self._rollouts):
             del self._rollouts[turn:], self._old_logps[turn:]
-            generator = self._generator(0, self.state.global_step, turn)
+            generator = self._generator(0, turn, self.state.global_step)
             forks_BK = self._forks(model, inputs["input_ids"], inputs["documents"], labels_BT, generator, self.args.fork_positions)
             sampling = self.args.sampling(self.schedule_step)
             rollout = self._sample(model, inputs, forks_BK, generator, sampling)
@@ -295,7 +295,7 @@ class ThinkTokTrainer(SFTTrainer):
 
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:
         args, tokens_BS = self.args, tree.tokens(tokens_BT, rollout.thoughts_BKGL)
-        run = functools.partial(self.engine, model, tree, tokens_BS, thoughts=thought_inputs(tree, rollout.soft_BKGLX, args.thoughts))
+        run = functools.partial(self.engine.run, model, tree, tokens_BS, thoughts=thought_inputs(tree, rollout.soft_BKGLX, args.thoughts))
         return score_tree(
             run,
             tree,
@@ -362,9 +362,11 @@ class ThinkTokTrainer(SFTTrainer):
         self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
         return self._micro_step[1]
 
-    def _generator(self, *key: int) -> torch.Generator:
-        """Randomness from the seed, the rank and the step alone: a resumed run draws what the interrupted one would have drawn."""
-        seed = np.random.SeedSequence([self.args.seed, self.accelerator.process_index, *key]).generate_state(1, np.uint64)[0]
+    def _generator(self, kind: int, turn: int, step: int = 0) -> torch.Generator:
+        """Randomness from the seed and the batch's number alone: a resumed run draws what the interrupted one would have drawn, and several processes
+        what one would have drawn that accumulates as many batches."""
+        batch = turn * self.accelerator.num_processes + self.accelerator.process_index
+        seed = np.random.SeedSequence([self.args.seed, kind, step, batch]).generate_state(1, np.uint64)[0]
         return torch.Generator(self.accelerator.device).manual_seed(int(seed) % 2**63)
 
     def _entropy(self, model, tokens_BT: Tensor, documents_BT: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def tree_scores(model, outcomes, config, fork=FORK):
     forks, documents = torch.tensor([[fork]]), torch.zeros_like(TEXT)
     tree = ThoughtTree(documents, forks, Branching(len(outcomes), L, config.lookahead, config.blind), lengths)
     rollout = Rollout(forks, thoughts, lengths, torch.zeros(thoughts.shape))
-    run = functools.partial(TreeEngine(), model, tree, tree.tokens(TEXT, thoughts))
+    run = functools.partial(TreeEngine().run, model, tree, tree.tokens(TEXT, thoughts))
     scores = score_tree(run, tree, TEXT, rollout, VOCABULARY, config.temperature, config.needs_every_prefix, config.needs_gate)
     places, _ = tree.judged(TEXT)
     return scores, rollout, TEXT.gather(1, places[0])[None]
@@ -308,7 +308,7 @@ def test_mean_of_drawn_gradients(model, make_config, stop, options, draws):
     for _ in range(draws):
         rollout = sample_thoughts(TreeEngine(), model, tokens, documents, forks, config.branching(TEXT.shape[1]), config.sampling(), VOCABULARY, generator)
         tree = ThoughtTree(documents, forks, config.branching(TEXT.shape[1]), rollout.lengths_BKG)
-        run = functools.partial(TreeEngine(), model, tree, tree.tokens(tokens, rollout.thoughts_BKGL))
+        run = functools.partial(TreeEngine().run, model, tree, tree.tokens(tokens, rollout.thoughts_BKGL))
         scores = score_tree(run, tree, tokens, rollout, VOCABULARY, 1.0, config.needs_every_prefix, config.needs_gate)
         places = tree.judged(tokens)[0]
         labels = tokens.gather(1, places.flatten(1)).view_as(places)

@@ -91,7 +91,7 @@ def test_split_reads_each_model_alone(make, blind):
     assert all(p.grad is None or not p.grad.any() for p in speaker.parameters())
     # The replicated path is the oracle of the packed one.
     again = score_tree(
-        lambda heads, nodes, speaks: ReplicatedEngine()(thinker, tree, tree.tokens(inputs["input_ids"], rollout.thoughts_BKGL), heads, nodes, speaks),
+        lambda passes: ReplicatedEngine().run(thinker, tree, tree.tokens(inputs["input_ids"], rollout.thoughts_BKGL), passes),
         tree, labels, rollout, vocabulary, gate=False, split=True,
     )  # fmt: skip
     torch.testing.assert_close(again.logps_BKGH, scores.logps_BKGH, atol=1e-4, rtol=0)
