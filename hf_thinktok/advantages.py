@@ -61,7 +61,7 @@ class ValueBaseline:
 
     Args:
         reduce: the mean of a tensor over all ranks.
-        decay: what remains of the moments at each step.
+        decay: what remains of the moments at each batch.
         ridge: in parts of a feature's variance.
     """
 
@@ -73,7 +73,7 @@ class ValueBaseline:
         """The expected reward of each fork, nats; then learns from what it was. The first batch of all is expected to earn its mean."""
         x_MD, y_M = hidden_BKD.detach().float().flatten(0, 1), rewards_BK.detach().flatten()
         x_MD = x_MD / x_MD.square().mean(-1, keepdim=True).sqrt().clamp(min=EPSILON)
-        row_MC = torch.cat([torch.ones_like(y_M)[:, None], x_MD, y_M[:, None]], 1) * valid_BK.flatten()[:, None]
+        row_MC = torch.cat([torch.ones_like(y_M)[:, None], x_MD, y_M[:, None]], 1).where(valid_BK.flatten()[:, None], 0.0)
         new_CC = self.reduce(row_MC.T @ row_MC)
         first = self.moments is None
         old_CC = new_CC if self.moments is None else self.moments
@@ -84,7 +84,8 @@ class ValueBaseline:
         damping = self.ridge * gram_DD.diagonal().mean() + EPSILON
         slope_D = torch.linalg.solve(gram_DD + damping * torch.eye(len(gram_DD), device=gram_DD.device), covariance_CC[1:-1, -1])
         values_M = mean_C[-1] + (x_MD - mean_C[1:-1]) @ (torch.zeros_like(slope_D) if first else slope_D)
-        self.moments = new_CC if first else self.decay * old_CC + new_CC
+        if torch.isfinite(new_CC).all():  # one reward that is not finite skips its step, and is forgotten
+            self.moments = new_CC if first else self.decay * old_CC + new_CC
         return values_M.view_as(rewards_BK)
 
     def state_dict(self) -> dict[str, Any]:

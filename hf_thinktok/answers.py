@@ -23,7 +23,7 @@ class Answers:
 
     Attributes:
         correct_D: whether every token of the completion was the model's first choice.
-        thoughts_DL: the thoughts, numbers from 0, padded with -1; nothing else for thoughts that are no tokens.
+        thoughts_DL: the thoughts, numbers from 0 (those of text are vocabulary ids), padded with -1; nothing else for thoughts that are no tokens.
         lengths_D: (expected) thinking tokens.
         logps_D: log-probability of the completion, nats.
     """
@@ -68,6 +68,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
             longest = max(int(lengths_D[index].max()), 1) if args.stop == "fixed" else args.max_think_length
             rollout = Rollout.empty(forks_B1, dataclasses.replace(args.branching(tokens_BT.shape[1], longest), num_generations=1))
+            rollout.text = args.thoughts == "text"
             # Without thoughts, and with random ids of given lengths, there is nothing to sample.
             if how == "think" or (how == "random" and (args.stop == "sampled" or args.thoughts == "continuous")):
                 rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1))
@@ -83,7 +84,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             correct_D[index] = ((right_BH | ~mask_BH).all(-1) & mask_BH.any(-1)).cpu().numpy()
             logps_D[index] = masked_sum(speech.logps_BKGH[:, 0, 0], mask_BH).float().cpu().numpy()
             spent_D[index] = speech.lengths_BKG[:, 0, 0].float().cpu().numpy()
-            said_BL = (rollout.thoughts_BKGL[:, 0, 0] - vocabulary.first_id).cpu().numpy()
+            said_BL = (rollout.thoughts_BKGL[:, 0, 0] - (0 if rollout.text else vocabulary.first_id)).cpu().numpy()
             there_BL = rollout.said_BKGL[:, 0, 0].cpu().numpy() & (args.thoughts != "continuous")
             thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)

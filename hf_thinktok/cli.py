@@ -115,7 +115,7 @@ def run_merge(args: argparse.Namespace) -> None:
     _read_vocabulary(args.adapter)
     try:
         model, tokenizer = merge(args.adapter, dtype=args.dtype)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
         raise UsageError(f"{args.adapter} cannot be merged into its base: {str(error).splitlines()[0]}") from error
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
@@ -166,6 +166,8 @@ def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"The device {device} is not available here.") from error
+    if Path(args.model, "adapter_config.json").exists():
+        raise UsageError(f"{args.model} is an adapter: make a checkpoint of it with `thinktok merge {args.model} FOLDER`, and generate with that.")
     with _loading(args.model):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device), tokenizer

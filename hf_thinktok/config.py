@@ -14,7 +14,8 @@ from .thoughts import SOFT
 from .tree import Branching
 
 FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
-# Options without effect on soft thoughts, which have no rewards, and further ones on thoughts that are not drawn.
+REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
+# Options without effect on thoughts without rewards, soft ones and fillers, and further ones on thoughts that are not drawn.
 OF_REWARDED_THOUGHTS = (
     "search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "freeze", "alternate", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights",
     "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
@@ -276,6 +277,8 @@ class ThinkTokConfig(SFTConfig):
             self._check_effect()
         # Where there is nothing but a CPU, or the launcher asks for it, bf16 and devices follow without another option.
         self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
+        if self.policies == "split" and self.think_start and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+            self.ddp_find_unused_parameters = True  # the speaker's, until thinking starts
         super().__post_init__()
 
     @property
@@ -371,12 +374,22 @@ class ThinkTokConfig(SFTConfig):
 
     def _check_text(self) -> None:
         """What the text's own loss cannot do on a model with thinking tokens, whether it thinks in this run or not."""
+        free, taught = self.rollout == "free", self.rollout == "free" or self.teacher is not None
         refusals = {
             "loss_type=dft is not supported with thinking tokens: leave loss_type=nll.": self.loss_type == "dft",
             "label_smoothing_factor is not supported with thinking tokens: set it to 0.": self.label_smoothing_factor > 0,
-            "rollout=free would go on behind several documents at once: set packing=False.": self.rollout == "free" and self.packing,
-            "rollout=free writes new text at every step, and num_iterations > 1 repeats it: choose one.": self.rollout == "free" and self.num_iterations > 1,
-            "rollout=free lets one model write the text: set policies=shared.": self.rollout == "free" and self.policies == "split",
+            "A teacher says something new at every step, and num_iterations > 1 repeats a step: choose one.": taught and self.num_iterations > 1,
+            "rollout=free would go on behind several documents at once: set packing=False.": free and self.packing,
+            "rollout=free lets one model write the text: set policies=shared.": free and self.policies == "split",
+            f"rollout=free writes with thinking tokens, not with thoughts={self.thoughts}: set thoughts=discrete or gumbel.": (
+                free and self.thoughts not in ("discrete", "gumbel")
+            ),
+            "rollout=free replaces the text that the data's thoughts and levels belong to: leave supply_thoughts and curriculum_threshold out.": (
+                free and (self.supply_thoughts or self.curriculum_threshold is not None)
+            ),
+            f"prompt_length={self.prompt_length} leaves nothing to write in rows of max_length={self.max_length}: lower it, or raise max_length.": (
+                free and self.max_length is not None and self.prompt_length >= self.max_length
+            ),
             "padding_free=True would lay a whole batch out as one row: set packing=True instead.": self.padding_free,
             "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(self.router_aux_loss_coef),
         }
@@ -389,15 +402,18 @@ class ThinkTokConfig(SFTConfig):
         least = 1 + compared + self.supply_thoughts  # a supplied thought is no part of the comparison
         refusals = {
             f"num_generations={self.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
-                self.num_generations < least and self.thoughts == "discrete"
+                self.num_generations < least and self.thoughts in ("discrete", "text")
             ),
-            "scale_rewards=group needs a group: set num_generations to 3 or more, or scale_rewards=batch or none.": (
+            f"scale_rewards=group needs a group: set num_generations to {2 + self.supply_thoughts} or more, or scale_rewards=batch or none.": (
                 self.scale_rewards == "group" and self.num_generations <= 1 + self.supply_thoughts
             ),
             f"thoughts={self.thoughts} makes thoughts of given lengths: set stop=fixed.": soft and self.stop != "fixed",
             f"thoughts={self.thoughts} with memory=persistent is not supported: set memory=none.": soft and self.memory == "persistent",
             f"thoughts={self.thoughts} learns from the cross-entropy after it, and think_ce_weight=0 leaves none: set think_ce_weight above 0.": (
                 soft and self.think_ce_weight == 0
+            ),
+            "advantage=value learns from each rollout once, and num_iterations > 1 repeats it: choose one.": (
+                self.advantage == "value" and self.num_iterations > 1
             ),
             "thoughts=text writes thoughts of given lengths: set stop=fixed.": text and self.stop != "fixed",
             f"thoughts=text with max_think_length={self.max_think_length} has no room between its first and its last token: set it to 3 or more.": (
@@ -471,20 +487,9 @@ class ThinkTokConfig(SFTConfig):
             "coverage_decay": (any(self.coverage_coef[:2]), "coverage_coef"),
             "balance_given": (any(self.balance_coef[:2]), "balance_coef"),
             "curriculum_replay": (self.curriculum_threshold is not None, "curriculum_threshold"),
-            **dict.fromkeys(
-                ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "alternate", "beta"),
-                (self.thoughts != "filler", "thoughts=discrete (a filler is not drawn)"),
-            ),
             "continuous_layer": (self.thoughts == "continuous", "thoughts=continuous"),
             "scale_rewards": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
-            "reward_funcs": (
-                self.objective == "expected" and self.advantage != "token",
-                "objective=expected with advantage=group, loo or value (the others use log_prob)",
-            ),
-            "reward_weights": (
-                self.objective == "expected" and self.advantage != "token",
-                "objective=expected with advantage=group, loo or value (the others use log_prob)",
-            ),
+            **dict.fromkeys(("reward_funcs", "reward_weights"), (self.objective == "expected" and self.advantage != "token", REWARDED_BY_FUNCTIONS)),
             "epsilon": (
                 self.num_iterations > 1 and self.think_loss_type != "cispo",
                 "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)",
@@ -495,8 +500,8 @@ class ThinkTokConfig(SFTConfig):
             "num_completions_to_print": (self.log_completions, "log_completions=True"),
         }
         for_soft_thoughts = {
-            **dict.fromkeys(OF_REWARDED_THOUGHTS, (self.thoughts not in SOFT, f"thoughts=discrete ({self.thoughts} has no rewards)")),
-            **dict.fromkeys(OF_DRAWN_THOUGHTS, (self.thoughts != "continuous", "thoughts=discrete or gumbel (nothing is drawn)")),
+            **dict.fromkeys(OF_REWARDED_THOUGHTS, (self.thoughts not in (*SOFT, "filler"), f"thoughts=discrete or text ({self.thoughts} has no rewards)")),
+            **dict.fromkeys(OF_DRAWN_THOUGHTS, (self.thoughts not in ("continuous", "filler"), "thoughts=discrete or gumbel (nothing is drawn)")),
         }
         for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (self.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))
         for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *effects.items()]:

@@ -329,13 +329,14 @@ def longest_row(model) -> int:
 
 @contextlib.contextmanager
 def _in_fp32(model) -> Iterator[None]:
-    """fp32 weights for a while: bf16's own noise (1e-2) would hide a leak. The way back is exact."""
-    dtype = model.dtype
-    if dtype == torch.float32 or getattr(model, "is_quantized", False):
+    """fp32 weights for a while: bf16's own noise (1e-2) would hide a leak. The way back is exact: each tensor gets its own type again."""
+    if model.dtype == torch.float32 or getattr(model, "is_quantized", False):
         yield
         return
+    before = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
     model.float()
     try:
         yield
     finally:
-        model.to(dtype)
+        for tensor, dtype in before:
+            tensor.data = tensor.data.to(dtype)

@@ -69,15 +69,16 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokCo
     Raises:
         ValueError: there is none of this name, or its tokens are other ones.
     """
-    where = {"trust_remote_code": args.trust_remote_code}
+    how = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in ("dtype", "attn_implementation", "device_map")}
     try:
-        theirs = AutoTokenizer.from_pretrained(name, **where)
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        teacher = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
     except OSError as error:
         raise ValueError(f"There is no teacher at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
     own, others = ({word: i for word, i in one.get_vocab().items() if not word.startswith(GUARD)} for one in (tokenizer, theirs))
     if own != others:
         raise ValueError(f"The teacher {name!r} has another tokenizer: it must be a model of the same family, whose tokens mean the same.")
-    return create_model_from_path(name, **{**where, **(args.model_init_kwargs or {})})
+    return teacher
 
 
 def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, count: int = 64):

@@ -26,16 +26,20 @@ def is_speaker(parameter: str) -> bool:
     return SPEAKER in parameter.split(".")
 
 
-def save_adapter(model: PeftModel, folder: str, state_dict: dict[str, Any] | None = None) -> None:
-    """An adapter folder that needs nothing but the plain base: `AutoPeftModelForCausalLM.from_pretrained(folder)` is the thinking model.
+def save_adapter(model: PeftModel, folder: str, state_dict: dict[str, Any] | None = None) -> list[str]:
+    """Adapter folders that need nothing but the plain base, and a tokenizer: `AutoPeftModelForCausalLM.from_pretrained(folder)` is the thinking model.
 
-    PEFT would put whole embeddings into it. The model's config goes with it, which says what is a thought.
+    PEFT would put whole embeddings into them. The configs go with it: which ids are thoughts, and which are never to be generated.
+
+    Returns:
+        the folders, one for each adapter.
     """
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-    base = model.get_base_model()
-    for name in model.peft_config:
-        for config in (base.config, base.generation_config):
-            config.save_pretrained(os.path.join(folder, SPEAKER) if name == SPEAKER else folder)
+    base, folders = model.get_base_model(), [os.path.join(folder, SPEAKER) if name == SPEAKER else folder for name in model.peft_config]
+    for each in folders:
+        base.config.save_pretrained(each)
+        base.generation_config.save_pretrained(each)
+    return folders
 
 
 def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -47,11 +51,9 @@ def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokeni
     Raises:
         ValueError: the adapter is not of a thinking model.
     """
-    config = AutoConfig.from_pretrained(folder)
-    if ThinkingVocabulary.from_config(config) is None:
-        raise ValueError(f"{folder} has no thinking tokens: its config.json lacks the entry `thinktok`.")
+    ThinkingVocabulary.from_pretrained(folder)
     model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
-    model.config.thinktok = config.thinktok
+    model.config.thinktok = AutoConfig.from_pretrained(folder).thinktok
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -67,13 +69,20 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
     """A copy of a PEFT config that also trains the thinking rows of the input and output embedding; `None` stays `None`.
 
     Tied embeddings are named once; untied ones both, or PEFT would leave the LM head's rows untrained. The guard's row comes along, so that an adapter
-    has all rows that its tokenizer has ids for; nothing trains it.
+    has all rows that its tokenizer has ids for; no loss trains it.
+
+    Raises:
+        ValueError: the kind of adapter trains no rows, or would lose a bias of the LM head.
     """
     if peft_config is None:
         return None
     peft_config = copy.deepcopy(peft_config)
+    if not hasattr(peft_config, "trainable_token_indices"):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}, which cannot train new rows of the vocabulary: use a LoraConfig.")
     ids = [*vocabulary.ids, vocabulary.guard_id]
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(outputs, "bias", None) is not None and inputs.weight is not outputs.weight:
+        raise ValueError("The LM head of this model has a bias, which PEFT leaves out beside trained rows: train the whole model, without peft_config.")
     names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     wanted = {names[inputs]: ids} if inputs.weight is outputs.weight else {names[inputs]: ids, names[outputs]: ids}
     given = peft_config.trainable_token_indices or []

@@ -103,7 +103,7 @@ def score_tree(
     if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
         passes.append(Pass([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, speaks=True))
     out, *spoken = run(passes)
-    fork_hidden_BKD = out.pop().detach().float().view(*thinkers.shape[:2], -1) if hidden else None
+    fork_hidden_BKD = out.pop().detach().float().unflatten(0, thinkers.shape[:2]) if hidden else None
     said = [(full_M, out[0]), *((spoken_M, one) for (one,) in spoken)]
     think = think.index_put((heads[-1].nodes_M,), out[-1].think_logits_MN)
     if gate:

@@ -10,10 +10,12 @@ teacher's samples in place of its logits, so the forward KL divergence).
 Shape suffixes as in tree.py; P prompt tokens.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .engine import evaluating
 from .head import HeadInputs, attach_head
@@ -24,8 +26,10 @@ def real_tokens_only(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> 
     """The teacher, frozen, able to draw tokens of the student's real vocabulary.
 
     Raises:
-        ValueError: it has fewer rows than the student has real tokens.
+        ValueError: it has fewer rows than the student has real tokens, or is an adapter.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"The teacher is a {type(model).__name__}; it must be a plain transformers model: merge an adapter into its base first.")
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < vocabulary.num_real:
         raise ValueError(
@@ -54,20 +58,24 @@ def taught(teacher, inputs: dict[str, Any], generator: torch.Generator) -> dict[
     return inputs | {"labels": torch.where((inputs["labels"] >= 0) & ~first_BT, drawn_BT.roll(1, 1), -100)}
 
 
-def own_text(model, inputs: dict[str, Any], prompt_length: int, vocabulary: ThinkingVocabulary, end_id: int, generator: torch.Generator) -> dict[str, Any]:
+def own_text(
+    model, inputs: dict[str, Any], prompt_length: int, vocabulary: ThinkingVocabulary, end_id: int | None, generator: torch.Generator
+) -> dict[str, Any]:
     """A batch whose rows go on as the model itself would write, without the thoughts it had meanwhile.
+
+    A row stays as long as it was, or becomes shorter where the model thinks or ends it, and has labels where it had some.
 
     Args:
         model: not wrapped by a launcher.
         prompt_length: tokens of each row that are kept; fewer where a row of the batch is shorter.
-        end_id: ends a text.
+        end_id: ends a text, where the tokenizer has such a token.
     """
-    tokens_BT, row_length = inputs["input_ids"], inputs["input_ids"].shape[1]
-    lengths_B = (inputs["documents"] >= 0).sum(1)
-    prompt_BP = tokens_BT[:, : max(1, min(prompt_length, int(lengths_B.min()), row_length - 1))]
+    tokens_BT, there_BT = inputs["input_ids"], inputs["documents"] >= 0
+    row_length = tokens_BT.shape[1]
+    prompt_BP = tokens_BT[:, : max(1, min(prompt_length, int(there_BT.sum(1).min()), row_length - 1))]
     on_cpu = prompt_BP.device.type == "cpu"
     devices, kind = ([], "cuda") if on_cpu else ([prompt_BP.device], prompt_BP.device.type)
-    with evaluating(model), torch.random.fork_rng(devices, device_type=kind):
+    with evaluating(model), _plain_sampling(model), torch.random.fork_rng(devices, device_type=kind):
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))
         written_BT = model.generate(
             input_ids=prompt_BP,
@@ -83,13 +91,22 @@ def own_text(model, inputs: dict[str, Any], prompt_length: int, vocabulary: Thin
     written_BT = torch.nn.functional.pad(written_BT, (0, row_length - written_BT.shape[1]), value=vocabulary.guard_id)
     real_BT = written_BT < vocabulary.num_real
     order_BT = real_BT.int().argsort(dim=1, descending=True, stable=True)  # thoughts and padding move behind the text
-    text_BT, real_BT = written_BT.gather(1, order_BT), real_BT.gather(1, order_BT)
-    text_BT = text_BT.where(real_BT, end_id)
-    labels_BT = text_BT.where(real_BT, -100)
-    labels_BT[:, : prompt_BP.shape[1]] = inputs["labels"][:, : prompt_BP.shape[1]]
-    return inputs | {
-        "input_ids": text_BT,
-        "labels": labels_BT,
-        "documents": real_BT.long() - 1,
-        "attention_mask": real_BT.long(),
-    }
+    text_BT = written_BT.gather(1, order_BT)
+    real_BT = real_BT.gather(1, order_BT) & there_BT
+    text_BT = text_BT.where(real_BT, 0)
+    labels_BT = text_BT.where(real_BT & (inputs["labels"] >= 0), -100)
+    return inputs | {"input_ids": text_BT, "labels": labels_BT, "documents": real_BT.long() - 1, "attention_mask": real_BT.long()}
+
+
+@contextlib.contextmanager
+def _plain_sampling(model) -> Iterator[None]:
+    """Generation from the model's own distribution, whatever its generation config would make of it."""
+    models = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [one.generation_config for one in models]
+    try:
+        for one in models:
+            one.generation_config = GenerationConfig(suppress_tokens=before[0].suppress_tokens)
+        yield
+    finally:
+        for one, config in zip(models, before, strict=True):
+            one.generation_config = config

@@ -23,7 +23,7 @@ from trl.models import unwrap_model_for_generation
 from ._compat import RepeatSampler, disable_dropout_in_model
 from .advantages import ValueBaseline
 from .callbacks import NonFiniteGuard, print_thoughts, sample_thoughts_to_print
-from .config import ThinkTokConfig
+from .config import REWARDED_BY_FUNCTIONS, ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
 from .data import TASK_COLUMNS, TreeCollator, levels_of
 from .engine import ReplicatedEngine, choose_engine, evaluating, longest_row
@@ -101,9 +101,9 @@ class ThinkTokTrainer(SFTTrainer):
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
-            raise ValueError("reward_funcs has no effect here; it needs objective=expected with advantage=group, loo or value (the others use log_prob).")
-        if reward_funcs is not None and args.thoughts in SOFT:
-            raise ValueError("reward_funcs has no effect here; it needs thoughts=discrete (soft thoughts learn from the cross-entropy that follows them).")
+            raise ValueError(f"reward_funcs has no effect here; it needs {REWARDED_BY_FUNCTIONS}.")
+        if reward_funcs is not None and args.thoughts in (*SOFT, "filler"):
+            raise ValueError(f"reward_funcs has no effect here; it needs thoughts=discrete or text ({args.thoughts} has no rewards).")
         if speaker is not None and args.policies != "split":
             raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
         if speaker is not None and peft_config is not None:
@@ -113,6 +113,10 @@ class ThinkTokTrainer(SFTTrainer):
             raise ValueError("policies=split with an adapter runs one model as two, which checkpointing would confuse: set gradient_checkpointing=False.")
         if args.rollout == "free" and args.teacher is None and teacher is None:
             raise ValueError("rollout=free needs a teacher, as nobody else says what should follow a text that the model made up: set teacher.")
+        if teacher is not None and args.num_think_tokens == 0:
+            raise ValueError("A teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
+        if teacher is not None and teacher is model:
+            raise ValueError("The teacher and the model are the same object, and a teacher stays as it is: load it once more.")
         model, tokenizer = load_model(model, processing_class, args)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
@@ -123,6 +127,8 @@ class ThinkTokTrainer(SFTTrainer):
             if speaker is not None:  # each model gets its own rows; the tokenizer learns the tokens once
                 add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
+            if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
+                raise ValueError("thoughts=text needs a start and an end token, and the model has one thinking token: start from its base model.")
             if args.policies == "split" and not two_adapters:
                 model.speaker = copy.deepcopy(model) if speaker is None else speaker
             stored = ("max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts")
@@ -130,8 +136,6 @@ class ThinkTokTrainer(SFTTrainer):
             if args.thoughts == "continuous":
                 model.config.thinktok["continuous_layer"] = args.continuous_layer
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary)
-        if args.disable_dropout:
-            disable_dropout_in_model(model)
         loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
         super().__init__(
             model=model,
@@ -146,6 +150,8 @@ class ThinkTokTrainer(SFTTrainer):
         args.model_init_kwargs = loading
         if two_adapters:
             add_speaker(self.model, peft_config)
+        if args.disable_dropout:  # an adapter's as well
+            disable_dropout_in_model(self.model)
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
         if not self.plain:
             self._prepare_to_think(teacher)
@@ -241,7 +247,8 @@ class ThinkTokTrainer(SFTTrainer):
         """The batch with labels of the teacher's, and with `rollout: free` with text of the model's own. The loss counts tokens as the data had them."""
         generator = self._generator(2, turn, self.state.global_step)
         if self.args.rollout == "free":
-            with unwrap_model_for_generation(model, self.accelerator) as writer:
+            checkpointing = self.args.gradient_checkpointing_kwargs
+            with unwrap_model_for_generation(model, self.accelerator, gradient_checkpointing_kwargs=checkpointing) as writer:
                 inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
         return taught(self.teacher, inputs, generator)
 
@@ -457,16 +464,18 @@ class ThinkTokTrainer(SFTTrainer):
                 raise ValueError(f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was.")
         if folder and not self.plain and (parts := self._stateful()):
             state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
+            if missing := set(parts) - set(state):
+                raise ValueError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """With a speaker, two ordinary checkpoints: the thinker's, and the speaker's in a folder of it. PEFT does so with two adapters by itself."""
+        """With a speaker, two ordinary checkpoints or adapters: the thinker's, and the speaker's in a folder of it."""
         folder = output_dir or self.args.output_dir
         if is_peft_model(self.model) and not self.plain:
-            save_adapter(self.model, folder, state_dict)
-            self.processing_class.save_pretrained(folder)
+            for each in save_adapter(self.model, folder, state_dict):
+                self.processing_class.save_pretrained(each)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
             return
         if not hasattr(self.model, SPEAKER):
@@ -486,6 +495,12 @@ class ThinkTokTrainer(SFTTrainer):
         if hasattr(self.model, SPEAKER):
             saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, SPEAKER), dtype=self.model.speaker.dtype)
             self.model.speaker.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.args.policies == "split" and not self.plain:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _save_rng_state(self, output_dir: str) -> None:
         """What else a resumed run needs to go on as if it had never stopped: running frequencies, and the levels passed."""

@@ -61,7 +61,7 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
 def on_text(trainer: ThinkTokTrainer, held_out: Dataset) -> dict[str, float]:
     """Bits per token of held-out text, and how long its thoughts are where it may think."""
     metrics = trainer.evaluate(held_out)
-    names = {"bits_no_think", "bits_think", "bits_random_thought", "gain", "gain_stderr", "mean_think_length"} if trainer.args.thinks else set()
+    names = ["bits_no_think", "bits_think", "bits_random_thought", "gain", "gain_stderr", "mean_think_length"] if trainer.args.thinks else []
     return {"loss": metrics["eval_loss"]} | {name: metrics[f"eval_{name}"] for name in names}
 
 

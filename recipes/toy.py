@@ -24,7 +24,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
-from hf_thinktok.config import default_of
+from hf_thinktok.config import OF_DRAWN_THOUGHTS, OF_REWARDED_THOUGHTS, default_of
 from hf_thinktok.data import levels_of
 from hf_thinktok.language import describe_language, draw_language, print_language
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
@@ -111,9 +111,8 @@ def control_of(args: ThinkTokConfig, control: str) -> ThinkTokConfig:
     if control == "none":
         return args
     about_thoughts = (
-        "objective", "posterior_temperature", "posterior_smoothing", "advantage", "search", "search_random", "search_until", "epsilon_greedy",
-        "coverage_coef", "coverage_decay", "balance_coef", "balance_given", "thought_entropy_target", "curriculum_threshold", "curriculum_replay",
-        "think_loss_weight", "supply_thoughts", "thought_ce_weight", "alternate", "continuous_layer",
+        *OF_REWARDED_THOUGHTS, *OF_DRAWN_THOUGHTS, "posterior_temperature", "posterior_smoothing", "search_random", "search_until", "coverage_decay",
+        "balance_given", "curriculum_threshold", "curriculum_replay", "thought_ce_weight", "continuous_layer",
     )  # fmt: skip
     plain = {name: default_of(ThinkTokConfig, name) for name in about_thoughts}
     if control == "no_think":

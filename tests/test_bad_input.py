@@ -130,7 +130,12 @@ BAD_FITS = [
     ({"advantage": "value", "num_generations": 1, "scale_rewards": "group"}, ["scale_rewards=group", "set num_generations"]),
     ({"advantage": "loo", "num_generations": 1}, ["num_generations=1", "set num_generations to 2"]),
     ({"rollout": "free", "packing": True}, ["rollout=free", "packing=False"]),
-    ({"rollout": "free", "num_iterations": 2, "save_steps": 2}, ["rollout=free", "num_iterations > 1"]),
+    ({"teacher": "x", "num_iterations": 2, "save_steps": 2}, ["A teacher", "num_iterations > 1"]),
+    ({"rollout": "free", "thoughts": "text", "stop": "fixed"}, ["rollout=free", "thoughts=discrete or gumbel"]),
+    ({"rollout": "free", "supply_thoughts": True, "num_forks": 1, "stop": "fixed"}, ["rollout=free", "leave supply_thoughts"]),
+    ({"rollout": "free", "prompt_length": 64, "max_length": 64}, ["prompt_length=64", "max_length=64"]),
+    ({"advantage": "value", "num_iterations": 2, "save_steps": 2}, ["advantage=value", "num_iterations > 1"]),
+    ({"thoughts": "text", "stop": "fixed", "num_generations": 1}, ["num_generations=1", "set num_generations to 2"]),
     ({"rollout": "free", "policies": "split"}, ["rollout=free", "policies=shared"]),
     ({"teacher": "x", "num_think_tokens": 0}, ["teacher", "num_forks=0"]),
     ({"thoughts": "text"}, ["thoughts=text", "set stop=fixed"]),
@@ -182,7 +187,7 @@ NO_EFFECT = [
     ({"balance_given": "token"}, ["balance_given='token'", "balance_coef"]),
     ({"curriculum_replay": 0.1}, ["curriculum_replay=0.1", "curriculum_threshold"]),
     *(
-        ({"thoughts": "filler", "stop": "fixed", name: value}, [f"{name}=", "thoughts=discrete"])
+        ({"thoughts": "filler", "stop": "fixed", name: value}, [f"{name}=", "thoughts=discrete or"])
         for name, value in {
             "search": 4,
             "epsilon_greedy": [0.1],
@@ -190,6 +195,10 @@ NO_EFFECT = [
             "balance_coef": [0.1],
             "thought_entropy_target": [0.1],
             "beta": 0.1,
+            "advantage": "loo",
+            "think_loss_weight": 2.0,
+            "temperature": 0.5,
+            "reward_funcs": ["accuracy"],
         }.items()
     ),
     *(

@@ -38,6 +38,13 @@ CASES = {
     "learned stop": {},
     "sampled stop, thoughts that stay": {"stop": "sampled", "memory": "persistent", "lookahead": 3},
     "two models": {"policies": "split", "stop": "fixed", "blind": True, "objective": "marginal", "search": 6},
+    "two models, checkpointed, one of them idle at first": {
+        "policies": "split",
+        "stop": "fixed",
+        "blind": True,
+        "think_start": 1,
+        "gradient_checkpointing": True,
+    },
     "two adapters": {"policies": "split", "stop": "fixed", "adapter": True},
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
 }

@@ -323,12 +323,16 @@ def test_a_value_baseline_foresees_what_hidden_states_tell():
         hidden = torch.randn(8, 16, 16, generator=generator)
         rewards = 2.0 + hidden @ slope + 0.1 * torch.randn(8, 16, generator=generator)
         valid = torch.rand(8, 16, generator=generator) < 0.8
-        return hidden, rewards.where(valid, 1e4), valid
+        return hidden, rewards.where(valid, float("nan")), valid
 
     hidden, rewards, valid = batch()
     torch.testing.assert_close(value(hidden, rewards, valid), rewards[valid].mean().expand(8, 16))
     for _ in range(20):
         value(*batch())
+    hidden, rewards, valid = batch()
+    rewards[0, :3] = float("nan")
+    valid[0, :3] = True
+    value(hidden, rewards, valid)  # is forgotten
     state = copy.deepcopy(value.state_dict())
     hidden, rewards, valid = batch()
     expected = value(hidden, rewards, valid)

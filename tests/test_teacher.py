@@ -55,7 +55,9 @@ def test_own_text_is_what_the_model_writes_without_its_thoughts(make):
     trainer, _ = make()
     with torch.no_grad():  # think about as often as speak
         trainer.model.get_output_embeddings().weight[list(trainer.vocabulary.ids)] *= 6.0
-    inputs = trainer.data_collator([{"input_ids": trainer._tokenizer(text)["input_ids"][:T]} for text in CORPUS[:3]])
+    inputs = trainer.data_collator([{"input_ids": trainer._tokenizer(text)["input_ids"][: T - i]} for i, text in enumerate(CORPUS[:3])])
+    trainer.model.generation_config.repetition_penalty = 50.0  # must have no part in it
+    plain = trainer.model.generation_config
     written = []
     generate = trainer.model.generate
     trainer.model.generate = lambda **kwargs: written.append(generate(**kwargs)) or written[-1]
@@ -63,16 +65,22 @@ def test_own_text_is_what_the_model_writes_without_its_thoughts(make):
     texts = [own_text(trainer.model, inputs, 4, trainer.vocabulary, trainer._tokenizer.eos_token_id, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert trainer.vocabulary.is_thought(written[0]).any(), "the model must think to be a test"
+    assert trainer.model.generation_config is plain
     assert torch.equal(texts[0]["input_ids"], texts[1]["input_ids"])
     assert not torch.equal(texts[0]["input_ids"], texts[2]["input_ids"])
+    assert len(set((inputs["documents"] >= 0).sum(1).tolist())) > 1, "rows of several lengths"
+    inputs["labels"][1, :6] = -100
+    texts.append(own_text(trainer.model, inputs, 4, trainer.vocabulary, None, torch.Generator().manual_seed(2)))
     for text, raw in zip(texts, written, strict=True):
         assert torch.equal(text["input_ids"][:, :4], inputs["input_ids"][:, :4])
         for row in range(3):
-            said = [i for i in raw[row].tolist() if i < trainer.vocabulary.num_real]
+            length = int((inputs["documents"][row] >= 0).sum())
+            said = [i for i in raw[row].tolist() if i < trainer.vocabulary.num_real][:length]
             there = text["documents"][row] >= 0
             assert text["input_ids"][row][there].tolist() == said
             assert there.tolist() == [True] * len(said) + [False] * (len(there) - len(said))
-            assert text["labels"][row][there].tolist() == said
+            silent = 6 if row == 1 and text is texts[-1] else 0
+            assert text["labels"][row][there].tolist() == [-100] * silent + said[silent:]
 
 
 def test_a_student_learns_what_its_teacher_says_about_its_own_text(make):

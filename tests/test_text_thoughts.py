@@ -117,6 +117,16 @@ def test_answers_are_those_of_greedy_words(make):
         assert said.logps_D[i] == pytest.approx(expected.item(), abs=1e-4)
 
 
+def test_answers_after_random_words(make):
+    rows = questions(6)
+    trainer = make(rows)
+    said = answer(trainer, rows, "random").thoughts_DL
+    assert (said[:, 0] == trainer.vocabulary.first_id).all()
+    assert (said[:, -1] == trainer.vocabulary.guard_id - 1).all()
+    assert said[:, 1:-1].max() < trainer.vocabulary.num_real
+    assert (answer(trainer, rows, "none").thoughts_DL == -1).all()
+
+
 def test_thoughts_of_given_lengths_begin_and_end(make):
     rows = questions(5, length=5)
     trainer = make(rows)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer
@@ -246,6 +246,7 @@ def test_an_adapter_folder_and_its_base_are_the_thinking_model(make_trainer, tmp
     suppressed = GenerationConfig.from_pretrained(tmp_path / "merged").suppress_tokens
     assert trainer.vocabulary.guard_id in suppressed
     assert ThinkingVocabulary.from_pretrained(tmp_path / "merged") == ThinkingVocabulary.from_pretrained(tmp_path / "adapter") == trainer.vocabulary
+    assert main(["generate", str(tmp_path / "adapter"), "the cat"]) == 2, "it is to be merged first"
     program = f"""
 import sys
 sys.modules["hf_thinktok"] = None
@@ -260,6 +261,32 @@ for kind, folder in ((AutoPeftModelForCausalLM, "adapter"), (AutoModelForCausalL
     AutoTokenizer.from_pretrained({str(tmp_path)!r} + "/" + folder)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_adapter_keeps_its_precision_and_loses_its_dropout(make_trainer):
+    adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
+    model = tiny_model("llama", vocab_size=len(tiny_tokenizer())).bfloat16()
+    trainer = make_trainer(model=model, peft_config=adapter, disable_dropout=True, max_steps=1)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+    assert all(module.p == 0 for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout))
+    trainer.train()
+
+
+def test_adapters_that_cannot_carry_thoughts(make_trainer):
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="LM head of this model has a bias"):
+        make_trainer(model=tiny_model("phi", tie=False, vocab_size=len(tokenizer)), peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="IA3Config, which cannot train new rows"):
+        make_trainer(peft_config=IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+
+
+def test_the_value_baseline_waits_for_thoughts_and_is_missed_on_resume(make_trainer, tmp_path):
+    options = {"advantage": "value", "stop": "fixed", "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(think_start=2, **options).train()
+    make_trainer(**options | {"advantage": "group", "output_dir": str(tmp_path / "plain")}).train()
+    with pytest.raises(ValueError, match="was made without value"):
+        make_trainer(**options).train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-1"))
 
 
 def test_checkpoint_thinks_in_plain_transformers(make_trainer, tmp_path):

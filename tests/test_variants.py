@@ -8,11 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from models import tiny_model
-from peft import LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
 from hf_thinktok.peft import is_speaker
@@ -115,10 +114,8 @@ def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_b
 def test_two_adapters_are_two_policies(make, tokenizer, tie, tmp_path):
     """Each adapter, loaded alone onto the plain model, says what it said as thinker or speaker; each has its own gradient."""
     rows = questions(levels=(3,))
-    model = tiny_model("llama", tie=tie, vocab_size=len(tokenizer))
-    add_thinking_tokens(model, tokenizer, N)
-    plain = copy.deepcopy(model)
-    trainer = make(rows, model=model, tokenizer=tokenizer, policies="split", peft_config=ADAPTER, gradient_checkpointing=False)
+    tiny_model("llama", tie=tie, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    trainer = make(rows, model=str(tmp_path / "base"), tokenizer=tokenizer, policies="split", peft_config=ADAPTER, gradient_checkpointing=False)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if is_speaker(name):
@@ -135,7 +132,7 @@ def test_two_adapters_are_two_policies(make, tokenizer, tie, tmp_path):
 
     trainer.save_model(str(tmp_path / "both"))
     folders = {"thinker": tmp_path / "both", "speaker": tmp_path / "both" / "speaker"}
-    said = {who: PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval() for who, folder in folders.items()}
+    said = {who: AutoPeftModelForCausalLM.from_pretrained(folder).eval() for who, folder in folders.items()}
     first, guard = trainer.vocabulary.first_id, trainer.vocabulary.guard_id
     for row, group in itertools.product(range(3), range(2)):
         ids, thought = rows[row]["input_ids"], rollout.thoughts_BKGL[row, 0, group].tolist()
@@ -150,6 +147,25 @@ def test_two_adapters_resume_bit_for_bit(make, resumed):
     options = {"policies": "split", "peft_config": ADAPTER, "gradient_checkpointing": False, "speaker_learning_rate": 5e-3}
     whole, _ = resumed(make, rows=questions(levels=(3,)), **options)
     assert {group["lr"] for group in whole.optimizer.param_groups} != {1e-3}
+
+
+@pytest.mark.parametrize("peft_config", [None, ADAPTER], ids=["models", "adapters"])
+def test_the_best_pair_is_restored_whole(make, tmp_path, peft_config):
+    rows = questions(levels=(3,))
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-2}
+    trainer = make(
+        rows, policies="split", peft_config=peft_config, gradient_checkpointing=False, load_best_model_at_end=True, metric_for_best_model="loss",
+        greater_is_better=True, eval_dataset=rows, output_dir=str(tmp_path / "out"), **options,
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("-1"), "training makes the loss smaller, and the largest is asked for"
+    folders = {False: best, True: f"{best}/speaker"}
+    for speaks, folder in folders.items():
+        saved = load_file(f"{folder}/{'model' if peft_config is None else 'adapter_model'}.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight" if peft_config is None else "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+        own = name.replace("lora_A", f"lora_A.{'speaker' if speaks else 'default'}") if peft_config else ("speaker." if speaks else "") + name
+        assert torch.equal(dict(trainer.model.named_parameters())[own], saved[name])
 
 
 # ---------------------------------------------------------------- lengths, levels
