@@ -1,4 +1,4 @@
-"""Renders the figures in README.md from the results files that runs wrote: `python docs/render.py`, or `--check` to say whether they agree.
+"""Renders the figures in README.md and docs/ from the results files that runs wrote: `python docs/render.py`, or `--check` to say whether they agree.
 
 Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it. A picture `docs/results/NAME.svg` is drawn from
 `docs/results/NAME.json`.
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_thinktok.results import draw_task, print_ablation, print_mixture, print_results, print_task
+from hf_thinktok.results import draw_ablation, draw_task, print_ablation, print_mixture, print_results, print_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-PICTURE = re.compile(r"\((docs/results/\S+\.svg)\)")
+PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
+PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md"]
 
 
 def table(file: str) -> str:
@@ -37,10 +38,13 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = rendered(readme.read_text())
-    if "--check" in sys.argv:
-        sys.exit(0 if text == readme.read_text() else "README.md does not agree with the results files: run python docs/render.py")
-    for picture in PICTURE.findall(text):
-        draw_task(json.loads((ROOT / picture).with_suffix(".json").read_text()), ROOT / picture)
-    readme.write_text(text)
+    for page in PAGES:
+        text = rendered(page.read_text())
+        if "--check" in sys.argv:
+            if text != page.read_text():
+                sys.exit(f"{page.name} does not agree with the results files: run python docs/render.py")
+            continue
+        for picture in PICTURE.findall(text):
+            results = json.loads((page.parent / picture).with_suffix(".json").read_text())
+            (draw_ablation if "ablation" in results else draw_task)(results, page.parent / picture)
+        page.write_text(text)

@@ -210,6 +210,33 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_ablation(results: dict[str, Any], path: Path) -> None:
+    """Accuracy of variants against level, a mean over seeds, and where the models themselves end their thoughts, how long those are."""
+    from matplotlib.figure import Figure
+
+    variants = results["ablation"]
+    levels = _levels(next(iter(variants.values())))
+    ends_itself = any(run.get("think_length") for runs in variants.values() for run in runs)
+    figure = Figure(figsize=(10 if ends_itself else 6, 4), layout="constrained")
+    panels = figure.subplots(1, 1 + ends_itself, squeeze=False)[0]
+
+    def mean(runs: list[dict[str, Any]], table) -> list[float]:
+        return [sum(table(run)[level] for run in runs) / len(runs) for level in levels]
+
+    places = [int(level) for level in levels]
+    for name, runs in variants.items():
+        how = _hows(runs)[0]
+        panels[0].plot(places, mean(runs, lambda run, how=how: run["accuracy"][how]), marker="o", label=name)
+        if ends_itself and all(run.get("think_length") for run in runs):
+            panels[1].plot(places, mean(runs, lambda run: run["think_length"]), marker="o", label=name)
+    panels[0].set(xlabel="level", ylabel="accuracy on test rows", ylim=(0, 1.03), title=results["task"])
+    if ends_itself:
+        panels[1].set(xlabel="level", ylabel="mean length of thoughts", title="thinking tokens")
+    panels[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def verdict(results: dict[str, Any]) -> str:
     """What the figures of a run carry, at two standard errors over documents."""
     gain, over_random = results["gain"] / results["gain_stderr"], results["gain_over_random"] / results["gain_over_random_stderr"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from hf_thinktok.results import print_ablation, write_json
+from hf_thinktok.results import draw_ablation, print_ablation, write_json
 
 TOY = Path(__file__).parent / "toy.py"
 
@@ -47,4 +47,5 @@ if __name__ == "__main__":
         results["ablation"][name] = last["runs"]
         results |= {key: last[key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")}
         write_json(args.output_dir / "results.json", results)
+    draw_ablation(results, args.output_dir / "accuracy.svg")
     print_ablation(results)
