@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +13,13 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
 from ._compat import RepeatSampler, disable_dropout_in_model
 from .advantages import ValueBaseline
 from .callbacks import NonFiniteGuard, print_thoughts, sample_thoughts_to_print
+from .checkpoints import CheckpointingTrainer
 from .config import REWARDED_BY_FUNCTIONS, ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
 from .data import TASK_COLUMNS, TreeCollator, levels_of
@@ -32,7 +29,7 @@ from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, load_teacher, sample_text
 from .objective import actions, speak, thinking_loss
-from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker, load_adapters, save_adapter
+from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
@@ -42,10 +39,8 @@ from .thoughts import SOFT, check_feedback, control_thoughts, think_softly, thou
 from .tokens import ThinkingVocabulary, add_thinking_tokens
 from .tree import ThoughtTree
 
-STATE_FILE = "thinktok_state.pt"
 
-
-class ThinkTokTrainer(SFTTrainer):
+class ThinkTokTrainer(CheckpointingTrainer):
     r"""
     Trains a pretrained causal LM to think in extra vocabulary ids where that helps it predict real text.
 
@@ -455,59 +450,6 @@ class ThinkTokTrainer(SFTTrainer):
         if not self.plain:
             self._gains, self._micro_step, self._prefix = GainByDocument(), (-1, -1), metric_key_prefix
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if folder and not self.plain and not is_peft_model(self.model):
-            found = ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))
-            if found != self.vocabulary:
-                raise ValueError(f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was.")
-        if folder and not self.plain and (parts := self._stateful()):
-            state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
-            if missing := set(parts) - set(state):
-                raise ValueError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """With a speaker, two ordinary checkpoints or adapters: the thinker's, and the speaker's in a folder of it."""
-        folder = output_dir or self.args.output_dir
-        if is_peft_model(self.model) and not self.plain:
-            for each in save_adapter(self.model, folder, state_dict):
-                self.processing_class.save_pretrained(each)
-            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
-            return
-        if not hasattr(self.model, SPEAKER):
-            super()._save(output_dir, state_dict)
-            return
-        weights = self.model.state_dict() if state_dict is None else state_dict
-        theirs = {name.removeprefix(f"{SPEAKER}."): value for name, value in weights.items() if is_speaker(name)}
-        super()._save(output_dir, {name: value for name, value in weights.items() if not is_speaker(name)})
-        self.model.speaker.save_pretrained(os.path.join(folder, SPEAKER), state_dict=theirs)
-        self.processing_class.save_pretrained(os.path.join(folder, SPEAKER))
-
-    def _load_from_checkpoint(self, folder: str, model=None) -> None:
-        if is_peft_model(self.model) and SPEAKER in self.model.peft_config:
-            load_adapters(self.model, folder)  # the base class would load only the one
-            return
-        super()._load_from_checkpoint(folder, model)
-        if hasattr(self.model, SPEAKER):
-            saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, SPEAKER), dtype=self.model.speaker.dtype)
-            self.model.speaker.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if self.args.policies == "split" and not self.plain:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """What else a resumed run needs to go on as if it had never stopped: running frequencies, and the levels passed."""
-        super()._save_rng_state(output_dir)
-        if not self.plain and self.args.should_save:
-            state = {name: part.state_dict() for name, part in self._stateful().items()}
-            torch.save(state, os.path.join(output_dir, STATE_FILE))
 
     def _stateful(self) -> dict[str, Any]:
         parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value}

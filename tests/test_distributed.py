@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import main
+from tiny_run import main
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,7 @@ def launched(folder: Path, options: dict) -> dict:
     folder.mkdir()
     # accelerate's own CPU modes run a single process without a word; with this one `use_cpu` in the options makes it gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", str(free_port()), str(HERE / "distributed_worker.py"), str(folder), json.dumps(options)]
+    command += ["--dynamo_backend", "no", "--main_process_port", str(free_port()), str(HERE / "tiny_run.py"), str(folder), json.dumps(options)]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

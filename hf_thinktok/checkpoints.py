@@ -1,0 +1,124 @@
+"""Checkpoints: what is written, when one counts, and how a run goes on from it as if it had never stopped."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
+from .tokens import ThinkingVocabulary
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "thinktok_state.pt"
+# Written when all ranks have written everything else. A rename would say the same, but pushes to the Hub read from the folder meanwhile.
+COMPLETE_FILE = "complete"
+
+
+def newest_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint of a run that was written to its end, if there is one."""
+    found = {int(match[1]): path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (match := re.search(r"-(\d+)$", path.name))}
+    for step in sorted(found, reverse=True):
+        if (found[step] / COMPLETE_FILE).exists():
+            return str(found[step])
+        logger.warning("%s was not written to its end and is left alone.", found[step])
+    return None
+
+
+class CheckpointingTrainer(SFTTrainer):
+    """A trainer whose checkpoints hold all that it knows. `_stateful` names what it knows beside weights, optimizer and position."""
+
+    vocabulary: ThinkingVocabulary
+    plain: bool
+
+    def _stateful(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Trains.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; `True` (or `"true"`, as from a command line) for the newest of `output_dir` that is whole.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is of another run.
+        """
+        if str(resume_from_checkpoint).lower() == "false":
+            resume_from_checkpoint = None
+        if str(resume_from_checkpoint).lower() == "true":
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
+        if resume_from_checkpoint:
+            self._check_checkpoint(str(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_checkpoint(self, folder: str) -> None:
+        if not os.path.exists(os.path.join(folder, COMPLETE_FILE)):
+            why = "was not written to its end" if os.path.isdir(folder) else "does not exist"
+            raise ValueError(f"The checkpoint {folder} {why}: resume from another one, or with resume_from_checkpoint=true from the newest whole one.")
+        if self.plain:
+            return
+        if (found := ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))) != self.vocabulary:
+            raise ValueError(f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was.")
+        parts = self._stateful()
+        state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
+        if missing := set(parts) - set(state):
+            raise ValueError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save and folder.exists():
+            (folder / COMPLETE_FILE).touch()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """With a speaker, two ordinary checkpoints or adapters: the thinker's, and the speaker's in a folder of it."""
+        folder = output_dir or self.args.output_dir
+        if is_peft_model(self.model) and not self.plain:
+            for each in save_adapter(self.model, folder, state_dict):
+                self.processing_class.save_pretrained(each)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+            return
+        if not hasattr(self.model, SPEAKER):
+            super()._save(output_dir, state_dict)
+            return
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        theirs = {name.removeprefix(f"{SPEAKER}."): value for name, value in weights.items() if is_speaker(name)}
+        super()._save(output_dir, {name: value for name, value in weights.items() if not is_speaker(name)})
+        self.model.speaker.save_pretrained(os.path.join(folder, SPEAKER), state_dict=theirs)
+        self.processing_class.save_pretrained(os.path.join(folder, SPEAKER))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What else a resumed run needs: running frequencies, the levels passed, what was expected."""
+        super()._save_rng_state(output_dir)
+        if not self.plain and self.args.should_save:
+            state = {name: part.state_dict() for name, part in self._stateful().items()}
+            torch.save(state, os.path.join(output_dir, STATE_FILE))
+
+    def _load_from_checkpoint(self, folder: str, model=None) -> None:
+        if is_peft_model(self.model) and SPEAKER in self.model.peft_config:
+            load_adapters(self.model, folder)  # the base class would load only the one
+            return
+        super()._load_from_checkpoint(folder, model)
+        if hasattr(self.model, SPEAKER):
+            saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, SPEAKER), dtype=self.model.speaker.dtype)
+            self.model.speaker.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.args.policies == "split" and not self.plain:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()

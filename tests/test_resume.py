@@ -1,0 +1,53 @@
+"""A run that is killed, wherever, and resumed equals one that never was, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import main
+
+from hf_thinktok.checkpoints import newest_checkpoint
+
+HERE = Path(__file__).parent
+# Checkpoints after two and four of six steps, each with several files: a kill hits between them, in the first of them, or in a later file.
+KILLS = [{"kill_step": 3}, {"kill_write": 1}, {"kill_write": 4}, {"kill_step": 5}, {"kill_write": 6}]
+OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
+# Everything that has a memory: running frequencies, a value function, a thought that stays.
+MEMORIES = {"advantage": "value", "coverage_coef": [0.1], "stop": "sampled", "memory": "persistent", "lookahead": 3}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    main(str(folder), OPTIONS | MEMORIES)
+    return torch.load(folder / "result.pt")
+
+
+@pytest.mark.parametrize("kill", KILLS, ids=lambda kill: "-".join(f"{name}={at}" for name, at in kill.items()))
+def test_killed_and_resumed_is_never_killed(uninterrupted, kill, tmp_path):
+    command = [sys.executable, str(HERE / "tiny_run.py"), str(tmp_path), json.dumps(OPTIONS | MEMORIES | kill)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not (tmp_path / "result.pt").exists()
+    whole = newest_checkpoint(tmp_path)
+    assert whole is None or torch.load(Path(whole) / "thinktok_state.pt")
+    main(str(tmp_path), OPTIONS | MEMORIES | {"resume": whole is not None and "true"})
+    resumed = torch.load(tmp_path / "result.pt")
+    for name, value in uninterrupted["weights"].items():
+        assert torch.equal(resumed["weights"][name], value), name
+
+
+def test_what_cannot_be_resumed_from(tmp_path):
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        main(str(tmp_path), OPTIONS | {"resume": True})
+    with pytest.raises(ValueError, match="does not exist"):
+        main(str(tmp_path), OPTIONS | {"resume": str(tmp_path / "checkpoint-9")})
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="was not written to its end"):
+        main(str(tmp_path), OPTIONS | {"resume": str(tmp_path / "checkpoint-2")})
+    assert newest_checkpoint(tmp_path) is None
