@@ -14,6 +14,8 @@ from .thoughts import SOFT
 from .tree import Branching
 
 FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
+# Options that may change with the step: a number, or start, end and the steps between.
+SCHEDULES = ("epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect on thoughts without rewards, soft ones and fillers, and further ones on thoughts that are not drawn.
 OF_REWARDED_THOUGHTS = (
@@ -101,7 +103,7 @@ class ThinkTokConfig(SFTConfig):
 
         > Finding a language
 
-        A schedule is one number, or start, end and the steps between them; with a curriculum its clock starts again at each level.
+        A schedule is a number, or a list of start, end and the steps between them; with a curriculum its clock starts again at each level.
 
         think_start (`int`, defaults to `0`):
             Step at which thinking begins; before it the model only learns the text. Schedules count from there.
@@ -173,8 +175,8 @@ class ThinkTokConfig(SFTConfig):
             Weight of the cross-entropy of the text itself, without thoughts.
         speaker_learning_rate (`float`, *optional*):
             Learning rate of the speaker, where it differs.
-        think_cost (`float`, defaults to `0.0`):
-            Price of a thinking token, nats.
+        think_cost (schedule, defaults to `[0.0]`):
+            Price of a thinking token, nats. A high one from the start shuts the gate before it has learned where to stop; raised slowly it does not.
         beta (`float`, defaults to `0.0`):
             Weight of the KL divergence of thoughts from the initial model.
         num_iterations (`int`, defaults to `1`):
@@ -253,7 +255,7 @@ class ThinkTokConfig(SFTConfig):
     think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought.")
     text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
     speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")
-    think_cost: float = option(0.0, "Price of a thinking token in nats.")
+    think_cost: list[float] = option([0.0], "Price of a thinking token in nats: a value, or start, end and steps.")
     beta: float = option(0.0, "Weight of the KL divergence of thoughts from the initial model.")
     num_iterations: int = option(1, "Optimizer steps on each rollout.")
     epsilon: float = option(0.2, "Clipping of the importance ratio, below and above.")
@@ -267,6 +269,9 @@ class ThinkTokConfig(SFTConfig):
     max_nonfinite_steps: int = option(10, "Steps in a row that are not finite before training stops.")
 
     def __post_init__(self):
+        for name in SCHEDULES:
+            if isinstance(getattr(self, name), int | float):
+                setattr(self, name, [float(getattr(self, name))])
         self._check_values()
         if self.num_think_tokens != 0:
             self._check_text()
@@ -350,7 +355,7 @@ class ThinkTokConfig(SFTConfig):
         for name in ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
-        for name in ("epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target"):
+        for name in SCHEDULES:
             schedule = getattr(self, name)
             if schedule is not None and (len(schedule) not in (1, 3) or min(schedule) < 0 or schedule[2:] == [0]):
                 raise ValueError(f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them, none negative.")
@@ -358,7 +363,7 @@ class ThinkTokConfig(SFTConfig):
             raise ValueError(f"alternate={self.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
         if self.posterior_temperature <= 0:
             raise ValueError(f"posterior_temperature={self.posterior_temperature} must be above 0.")
-        for name in ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "think_cost", "beta"):
+        for name in ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         resolve_rewards(self.reward_funcs)

@@ -108,7 +108,8 @@ def credit(
         targets=labels_BKH,
         supplied=rollout.thoughts_BKGL[:, :, 0] if rollout.supplied else None,
     )
-    extra_BKG = -config.think_cost * speech.lengths_BKG.detach()
+    cost = scheduled(config.think_cost, step)
+    extra_BKG = -cost * speech.lengths_BKG.detach()
     if rollout.rarity_BKG is not None:
         extra_BKG = extra_BKG + scheduled(config.coverage_coef, step) * rollout.rarity_BKG
     rewards_BKG = rewards_BKG + extra_BKG
@@ -125,7 +126,7 @@ def credit(
         advantages_BKGL = advantages_BKG[..., None].expand(-1, -1, -1, length)
     elif config.advantage == "token":
         reach_BKGP = speech.reach_BKGP.detach()
-        charged_BKGP = scores.prefix_logps_BKGP.detach() - config.think_cost * torch.arange(length + 1, device=reach_BKGP.device)
+        charged_BKGP = scores.prefix_logps_BKGP.detach() - cost * torch.arange(length + 1, device=reach_BKGP.device)
         advantages_BKGL = token_advantages(charged_BKGP[:, :, drawn], reach_BKGP[:, :, drawn], valid_BK, config.scale_rewards)
     elif value is not None:
         assert scores.fork_hidden_BKD is not None
@@ -177,7 +178,7 @@ def thinking_loss(
     if config.stop == "learned":
         gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
         mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
-        loss = loss + thinks * (gate_loss + config.think_cost * mean_length)
+        loss = loss + thinks * (gate_loss + scheduled(config.think_cost, step) * mean_length)
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
     if config.thoughts in ("filler", "continuous"):  # nothing was drawn
         return loss, metrics

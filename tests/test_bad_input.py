@@ -74,7 +74,7 @@ BAD_VALUES = [
     ({"stop_smoothing": 1.5}, ["stop_smoothing=1.5", "between 0 and 1"]),
     ({"top_p": -0.1}, ["top_p=-0.1", "between 0 and 1"]),
     ({"min_p": 1.5}, ["min_p=1.5", "between 0 and 1"]),
-    *(({name: -0.5}, [f"{name}=-0.5", "negative"]) for name in ("think_loss_weight", "think_ce_weight", "think_cost", "beta")),
+    *(({name: -0.5}, [f"{name}=-0.5", "negative"]) for name in ("think_loss_weight", "think_ce_weight", "beta")),
     *(
         ({name: "sometimes"}, [f"{name}='sometimes'", "one of", known])
         for name, known in {
@@ -97,7 +97,7 @@ BAD_VALUES = [
     ({"alternate": [0, 3]}, ["alternate=.0, 3.", "at least 1"]),
     *(
         ({name: value}, [f"{name}=", "no schedule", "start, end and the steps"])
-        for name in ("coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy")
+        for name in ("coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy", "think_cost")
         for value in ([], [0.1, 0.2], [-0.1], [0.3, 0.0, 0])
     ),
     *(
@@ -164,7 +164,7 @@ NO_EFFECT = [
     ({"fork_positions": "all", "num_forks": 3}, ["num_forks=3", "fork_positions other than all"]),
     ({"stop": "fixed", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
     ({"stop": "sampled", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
-    ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=0.1", "stop=learned or stop=sampled"]),
+    ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=.0.1.", "stop=learned or stop=sampled"]),
     ({"objective": "marginal", "advantage": "loo"}, ["advantage='loo'", "objective=expected"]),
     ({"objective": "marginal", "scale_rewards": "group"}, ["scale_rewards='group'", "objective=expected"]),
     ({"objective": "marginal", "reward_funcs": ["prob"]}, ["reward_funcs=", "objective=expected"]),
@@ -276,6 +276,7 @@ def test_combinations_that_are_allowed_train(make_trainer, stop, objective, memo
 
 
 VALID = [
+    {"think_cost": [0.0, 0.3, 100], "coverage_coef": 0.1},
     {"advantage": "value", "num_generations": 1},
     {"lookahead": None, "stop": "sampled"},
     {"lookahead": 47, "stop": "fixed"},

@@ -237,7 +237,7 @@ def token_gain(cost):
 def test_learned_stop_is_unbiased(model, make_config, options, content):
     config = make_config("learned", **options)
     tables = explicit(model, temperature=config.temperature, blind=config.blind)
-    assert_same_gradient(model, expected_loss(model, tables, config), learned_value(tables, config.think_cost, content))
+    assert_same_gradient(model, expected_loss(model, tables, config), learned_value(tables, config.think_cost[0], content))
 
 
 @pytest.mark.parametrize("blind", [False, True])
@@ -285,7 +285,7 @@ def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, blin
 def test_sampled_stop_is_unbiased(model, make_config, options):
     config = make_config("sampled", **options)
     tables = explicit(model, temperature=config.temperature, horizon=config.lookahead, blind=config.blind)
-    assert_same_gradient(model, expected_loss(model, tables, config), sampled_value(tables, config.think_cost))
+    assert_same_gradient(model, expected_loss(model, tables, config), sampled_value(tables, config.think_cost[0]))
 
 
 # ---------------------------------------------------------------- drawn, not enumerated
@@ -299,7 +299,7 @@ def test_sampled_stop_is_unbiased(model, make_config, options):
 def test_mean_of_drawn_gradients(model, make_config, stop, options, draws):
     """Thoughts drawn by the package at two forks of a row: the mean gradient lies within 4 standard errors of the exact one, along 16 directions."""
     config, forks, rows = make_config(stop, advantage="loo", **options), torch.tensor([[1, 4]]), 16
-    values = {"fixed": fixed_value, "learned": learned_value, "sampled": functools.partial(sampled_value, cost=config.think_cost)}
+    values = {"fixed": fixed_value, "learned": learned_value, "sampled": functools.partial(sampled_value, cost=config.think_cost[0])}
     exact = -gradient(model, sum(values[stop](explicit(model, fork, horizon=config.lookahead)) for fork in forks[0].tolist()) / 2)
     generator = torch.Generator().manual_seed(0)
     directions = torch.cat([exact[:, None] / exact.norm(), torch.randn(len(exact), 15, generator=generator)], 1)
@@ -414,7 +414,7 @@ def test_absent_fork_adds_nothing(model, make_config, options):
     def double(values, absent):
         return torch.cat([values, torch.full_like(values, absent)], 1)
 
-    per_fork = {f.name: double(getattr(scores, f.name), 0.0) for f in dataclasses.fields(scores) if "_BK" in f.name}
+    per_fork = {f.name: double(getattr(scores, f.name), 0.0) for f in dataclasses.fields(scores) if "_BK" in f.name and getattr(scores, f.name) is not None}
     both, _ = loss_of(
         dataclasses.replace(scores, **per_fork),
         Rollout(
