@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
@@ -124,6 +125,37 @@ def run_merge(args: argparse.Namespace) -> None:
     )
 
 
+def add_push(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "push",
+        help="upload a trained folder to the Hub",
+        description="Uploads a checkpoint or adapter folder to a Hub repository, which is made where there is none. Training checkpoints stay here. "
+        "A push that was interrupted is completed by the same command.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="checkpoint or adapter folder")
+    parser.add_argument("repository", metavar="REPOSITORY", help="its name on the Hub, as in me/my-model")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (main)")
+    parser.set_defaults(run=run_push)
+
+
+def run_push(args: argparse.Namespace) -> None:
+    if not args.folder.is_dir():
+        raise UsageError(f"{args.folder} is not a folder.")
+    _read_vocabulary(str(args.folder))
+    api = HfApi()
+    try:
+        api.create_repo(args.repository, private=args.private or None, exist_ok=True)
+        if args.revision:
+            api.create_branch(args.repository, branch=args.revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=args.repository, folder_path=args.folder, revision=args.revision, ignore_patterns=["checkpoint-*"], commit_message="Upload by thinktok"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{args.folder} is whole, but its upload to {args.repository} failed: {str(error).splitlines()[0]} Run the command again.") from error
+    Console(stderr=True, highlight=False).print(done.commit_url, style="dim")
+
+
 def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         raise UsageError("Give the prompt as an argument or with --file, not both.")
@@ -206,7 +238,7 @@ def _number(above: float, highest: float, meaning: str):
     return parse
 
 
-COMMANDS = (add_generate, add_merge)
+COMMANDS = (add_generate, add_merge, add_push)
 
 
 def main(argv: list[str] | None = None) -> int:

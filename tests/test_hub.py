@@ -1,0 +1,82 @@
+"""Pushing to the Hub and loading from it by name, against a local server of its HTTP API, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+HERE = Path(__file__).parent
+
+PUSH = """
+import sys
+from datasets import Dataset
+from models import CORPUS, tiny_model, tiny_tokenizer
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+import torch
+torch.set_num_threads(1)
+tokenizer = tiny_tokenizer()
+args = ThinkTokConfig(sys.argv[1], bf16=False, use_cpu=True, max_length=48, max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True,
+                      num_think_tokens=4, num_forks=3, num_generations=2, max_think_length=2, hub_model_id="me/thinker")
+trainer = ThinkTokTrainer(tiny_model(vocab_size=len(tokenizer)), args, train_dataset=Dataset.from_dict({"text": CORPUS}), processing_class=tokenizer)
+trainer.train()
+with torch.no_grad():
+    torch.save(trainer.model.eval()(torch.arange(12)[None]).logits, sys.argv[2])
+trainer.push_to_hub()
+"""
+
+PULL = """
+import sys
+sys.modules["hf_thinktok"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained("me/thinker") for kind in (AutoModelForCausalLM, AutoTokenizer))
+torch.testing.assert_close(model(torch.arange(12)[None]).logits, torch.load(sys.argv[1]))
+assert model.config.thinktok["num_tokens"] == 4
+assert "<|think_3|>" in tokenizer.get_vocab()
+"""
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def python(hub, home, *command, expect=0):
+    """Runs Python with the server as its Hub and an empty cache; gives standard error."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_TOKEN": "hf_none"}
+    environment |= {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt")
+    files = hub.repos["me/thinker"][-1]
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "training_args.bin"} <= set(files)
+    assert not any("checkpoint" in path for path in files)
+    card = files["README.md"].decode()
+    assert "thinktok" in card.split("---")[1], "a tag in the card's head"
+    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt")
+
+
+@pytest.mark.parametrize("trouble", [("PUT", "/lfs/", "drop"), ("POST", "/commit/", "500")], ids=["dropped", "refused"])
+def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_path, trouble):
+    hub.trouble = [trouble] * 20  # clients try again
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", expect=1)
+    assert hub.repos["me/thinker"] == [{}]
+    hub.trouble = []
+    python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/thinker")
+    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt")
+
+
+def test_what_cannot_be_pushed(hub, tmp_path):
+    (tmp_path / "empty").mkdir()
+    error = python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "empty", "me/thinker", expect=2)
+    assert "has no thinking tokens" in error or "cannot be loaded" in error
+    assert hub.repos == {}
