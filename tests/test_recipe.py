@@ -110,11 +110,13 @@ def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
 
 
 CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml"))
-TOYS = [path for path in CONFIGS if "\ntask:" in path.read_text()]
-VARIANTS = [path for path in CONFIGS if path.stem in ("ablations", "pointer_chasing_controls")]
+MIXTURES = [path for path in CONFIGS if "\ntask_share:" in path.read_text()]
+TOYS = [path for path in CONFIGS if "\ntask:" in path.read_text() and path not in MIXTURES]
+# Each with the config that it changes.
+VARIANTS = {"ablations": "mod_add_30", "pointer_chasing_controls": "pointer_chasing", "pointer_chasing_costs": "pointer_chasing_stop"}
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in TOYS + VARIANTS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in TOYS + MIXTURES and path.stem not in VARIANTS], ids=lambda path: path.stem)
 def test_every_yaml_file_is_read_as_it_stands(path, monkeypatch):
     monkeypatch.syspath_prepend(RECIPE.parent)
     recipe = importlib.import_module("pretrain_think")
@@ -140,10 +142,20 @@ def test_every_toy_config_is_read_as_it_stands(path, toy_parser):
     assert bool(toy.model_shape) != bool(model.model_name_or_path)
 
 
-@pytest.mark.parametrize(("variants", "base"), zip(VARIANTS, ("mod_add_100", "pointer_chasing"), strict=True), ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
+def test_every_mixture_is_read_as_it_stands(path, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPE.parent)
+    parser = TrlParser((importlib.import_module("serial_in_text").MixtureArguments, ThinkTokConfig, ModelConfig))
+    mixed, args, model = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
+    assert args.thinks
+    assert mixed.task_options
+    assert model.model_name_or_path
+
+
+@pytest.mark.parametrize(("variants", "base"), VARIANTS.items())
 def test_every_variant_is_a_run_that_can_be_made(variants, base, toy_parser, tmp_path):
     options = yaml.safe_load((ROOT / "recipes" / "toy" / f"{base}.yaml").read_text())
-    for name, changes in yaml.safe_load(variants.read_text()).items():
+    for name, changes in yaml.safe_load((ROOT / "recipes" / "toy" / f"{variants}.yaml").read_text()).items():
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | changes))
         toy, args, _ = toy_parser().parse_args_and_config(["--config", str(tmp_path / "config.yaml")], fail_with_unknown_args=True)
         controlled = importlib.import_module("toy").control_of(args, toy.control)
