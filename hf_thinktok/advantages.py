@@ -12,18 +12,20 @@ from torch import Tensor
 EPSILON = 1e-4
 
 
-def group_advantages(rewards_BKG: Tensor, valid_BK: Tensor, advantage: str = "group", scale_rewards: str = "none") -> Tensor:
-    """Reward minus a baseline from the fork's own group, `[B, K, G]`; 0 at forks that are not there.
+def group_advantages(rewards_BKG: Tensor, valid_BK: Tensor, advantage: str = "group", scale_rewards: str = "none", expected_BK: Tensor | None = None) -> Tensor:
+    """Reward minus a baseline from the fork's own group, or minus what was expected, `[B, K, G]`; 0 at forks that are not there.
 
     Args:
         advantage: `group`: minus the group's mean (GRPO, https://huggingface.co/papers/2402.03300). `loo`: minus the mean of the others (RLOO,
             https://huggingface.co/papers/2402.14740), which makes the gradient unbiased; it is G / (G - 1) times the former.
         scale_rewards: divide by the standard deviation: `none` (Dr. GRPO), `group`, or of the whole `batch`.
+        expected_BK: a `ValueBaseline`'s, which takes the place of the group's mean.
     """
-    advantages_BKG = rewards_BKG - rewards_BKG.mean(-1, keepdim=True)
+    baseline_BK = rewards_BKG.mean(-1) if expected_BK is None else expected_BK
+    advantages_BKG = rewards_BKG - baseline_BK[..., None]
     if advantage == "loo":
         advantages_BKG = advantages_BKG * (rewards_BKG.shape[-1] / (rewards_BKG.shape[-1] - 1))
-    return scaled(advantages_BKG, rewards_BKG, valid_BK, scale_rewards)
+    return _scaled(advantages_BKG, rewards_BKG, valid_BK, scale_rewards)
 
 
 def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Tensor, scale_rewards: str = "none") -> Tensor:
@@ -40,7 +42,7 @@ def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Te
     to_come_BKGL = gained_BKGL.flip(-1).cumsum(-1).flip(-1)
     groups = to_come_BKGL.shape[2]
     advantages_BKGL = (to_come_BKGL - to_come_BKGL.mean(2, keepdim=True)) * (groups / (groups - 1))
-    return scaled(advantages_BKGL.transpose(2, 3), to_come_BKGL.transpose(2, 3), valid_BK, scale_rewards).transpose(2, 3)
+    return _scaled(advantages_BKGL.transpose(2, 3), to_come_BKGL.transpose(2, 3), valid_BK, scale_rewards).transpose(2, 3)
 
 
 def posterior(log_likelihoods_BKG: Tensor, valid_BK: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ class ValueBaseline:
         self.moments = state["moments"]
 
 
-def scaled(advantages: Tensor, rewards: Tensor, valid_BK: Tensor, scale_rewards: str) -> Tensor:
+def _scaled(advantages: Tensor, rewards: Tensor, valid_BK: Tensor, scale_rewards: str) -> Tensor:
     """Divides by a standard deviation (`rewards` has the group as its last dimension) and clears forks that are not there."""
     valid = valid_BK.view(*valid_BK.shape, *[1] * (advantages.ndim - 2))
     if scale_rewards == "group":

@@ -1,5 +1,7 @@
 """From the trainer's arguments to a model and a tokenizer, refused with one sentence where they do not fit."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,10 +47,8 @@ def load_model(
     options = dict(args.model_init_kwargs or {})
     options.setdefault("trust_remote_code", args.trust_remote_code)
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
-    try:
+    with _there("model", model):
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
-    except OSError as error:
-        raise ValueError(f"There is no model at {model!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
     check_supported(config)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **where)
@@ -70,15 +70,22 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokCo
         ValueError: there is none of this name, or its tokens are other ones.
     """
     how = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in ("dtype", "attn_implementation", "device_map")}
-    try:
+    with _there("teacher", name):
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         teacher = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
-    except OSError as error:
-        raise ValueError(f"There is no teacher at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
     own, others = ({word: i for word, i in one.get_vocab().items() if not word.startswith(GUARD)} for one in (tokenizer, theirs))
     if own != others:
         raise ValueError(f"The teacher {name!r} has another tokenizer: it must be a model of the same family, whose tokens mean the same.")
     return teacher
+
+
+@contextlib.contextmanager
+def _there(what: str, name: Any) -> Iterator[None]:
+    """Makes one sentence of a name that leads nowhere."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"There is no {what} at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
 
 
 def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, count: int = 64):

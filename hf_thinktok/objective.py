@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .advantages import ValueBaseline, group_advantages, posterior, scaled, token_advantages
+from .advantages import ValueBaseline, group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
 from .exploration import choice_entropy, entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
@@ -128,13 +128,12 @@ def credit(
         reach_BKGP = speech.reach_BKGP.detach()
         charged_BKGP = scores.prefix_logps_BKGP.detach() - cost * torch.arange(length + 1, device=reach_BKGP.device)
         advantages_BKGL = token_advantages(charged_BKGP[:, :, drawn], reach_BKGP[:, :, drawn], valid_BK, config.scale_rewards)
-    elif value is not None:
-        assert scores.fork_hidden_BKD is not None
-        expected_BK = value(scores.fork_hidden_BKD, rewards_BKG[..., drawn].mean(-1), valid_BK)
-        surplus_BKG = rewards_BKG[..., drawn] - expected_BK[..., None]
-        advantages_BKGL = scaled(surplus_BKG, rewards_BKG[..., drawn], valid_BK, config.scale_rewards)[..., None].expand(-1, -1, -1, length)
     else:
-        advantages_BKG = group_advantages(rewards_BKG[..., drawn], valid_BK, config.advantage, config.scale_rewards)
+        expected_BK = None
+        if value is not None:
+            assert scores.fork_hidden_BKD is not None
+            expected_BK = value(scores.fork_hidden_BKD, rewards_BKG[..., drawn].mean(-1), valid_BK)
+        advantages_BKG = group_advantages(rewards_BKG[..., drawn], valid_BK, config.advantage, config.scale_rewards, expected_BK)
         advantages_BKGL = advantages_BKG[..., None].expand(-1, -1, -1, length)
     if rollout.supplied:
         advantages_BKGL = torch.cat([torch.zeros_like(advantages_BKGL[:, :, :1]), advantages_BKGL], 2)
@@ -258,12 +257,11 @@ def _metrics(
         "frac_reward_zero_std": masked_mean((spread_BK < 1e-6).float(), valid_BK, None),
         "think_length": masked_mean(speech.lengths_BKG, valid, None),
         "accuracy": masked_mean(speech.correct_BKGH.float(), scores.mask_BKH[:, :, None], None),
-        "thought_entropy": masked_mean(choice_entropy(scores.think_logits_BKGLN).mean(-1), valid, None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
         "think_gain": masked_mean(gained_BKG, valid, None) / torch.log(torch.tensor(2.0)),
     }
-    if rollout.text:
-        del metrics["thought_entropy"]  # of the thinking vocabulary, which wrote nothing here
+    if not rollout.text:  # of the thinking vocabulary, which does not write text
+        metrics["thought_entropy"] = masked_mean(choice_entropy(scores.think_logits_BKGLN).mean(-1), valid, None)
     if config.needs_gate:
         metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None)
     for function, values_BKG in zip(rewards, each_FBKG, strict=True):

@@ -99,17 +99,18 @@ def score_tree(
         rows_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None]
         extra.append(HiddenInputs((thinkers[:, :, 0, 0] + rows_B1 * targets_BS.shape[1]).flatten()))
     passes = [Pass([*heads, *extra], tree.thinker_nodes if split else None)]
-    spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
+    speaking: list[HeadInputs] = []
     if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
-        passes.append(Pass([HeadInputs(spoken_M, targets_BS.flatten()[spoken_M])], tree.speaker_nodes, speaks=True))
+        spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
+        speaking.append(HeadInputs(spoken_M, targets_BS.flatten()[spoken_M]))
+        passes.append(Pass(speaking, tree.speaker_nodes, speaks=True))
     out, *spoken = run(passes)
     fork_hidden_BKD = out.pop().detach().float().unflatten(0, thinkers.shape[:2]) if hidden else None
-    said = [(full_M, out[0]), *((spoken_M, one) for (one,) in spoken)]
     think = think.index_put((heads[-1].nodes_M,), out[-1].think_logits_MN)
     if gate:
         gates = gates.index_put((full_M,), out[0].gate_logit_M)
-    for nodes_M, one in said:
-        logps, correct = logps.index_put((nodes_M,), one.target_logps_M), correct.index_put((nodes_M,), one.correct_M.float())
+    for head, one in zip(heads[:1] + speaking, [out[0], *(one for (one,) in spoken)], strict=True):
+        logps, correct = logps.index_put((head.nodes_M,), one.target_logps_M), correct.index_put((head.nodes_M,), one.correct_M.float())
 
     def at(values: Tensor, nodes: Tensor) -> Tensor:
         return values.view(targets_BS.shape).gather(1, nodes.flatten(1)).view(nodes.shape)

@@ -10,7 +10,6 @@ does not think.
 """
 
 import copy
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from pretrain_think import TextArguments, load_text, split
-from toy import by_level, tokenized
+from toy import by_level, read_mappings, tokenized
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -102,8 +101,7 @@ if __name__ == "__main__":
     parser = TrlParser((MixtureArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     try:
         mixture_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
-        if isinstance(mixture_args.task_options, str):
-            mixture_args.task_options = json.loads(mixture_args.task_options)
+        read_mappings(mixture_args, "task_options")
         if not mixture_args.text_files:
             raise ValueError("There is no text: name local files with --text_files.")
         if not model_args.model_name_or_path:

@@ -81,6 +81,13 @@ class Progress(TrainerCallback):
         control.should_training_stop |= accuracy >= self.enough
 
 
+def read_mappings(arguments: Any, *names: str) -> None:
+    """Options that are mappings in a config file and JSON on a command line."""
+    for name in names:
+        if isinstance(getattr(arguments, name), str):
+            setattr(arguments, name, json.loads(getattr(arguments, name)))
+
+
 def tokenized(rows: Dataset, tokenizer) -> Dataset:
     """Prompt and completion as ids, tokenised apart so that their border is a border of tokens."""
     prompts, completions = (tokenizer(list(rows[name]), add_special_tokens=False)["input_ids"] for name in ("prompt", "completion"))
@@ -203,9 +210,7 @@ if __name__ == "__main__":
     parser = TrlParser((ToyArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     try:
         toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
-        for name in ("task_options", "model_shape"):
-            if isinstance(getattr(toy_args, name), str):
-                setattr(toy_args, name, json.loads(getattr(toy_args, name)))
+        read_mappings(toy_args, "task_options", "model_shape")
         the_task = make_task(toy_args.task, **toy_args.task_options or {})
     except ValueError as error:
         sys.exit(f"error: {error}")
