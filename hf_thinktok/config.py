@@ -103,7 +103,7 @@ class ThinkTokConfig(SFTConfig):
 
         > Finding a language
 
-        A schedule is a number, or a list of start, end and the steps between them; with a curriculum its clock starts again at each level.
+        A schedule is a number, or a list of start, end and the steps between them; with a curriculum each level's rows have a clock of their own.
 
         think_start (`int`, defaults to `0`):
             Step at which thinking begins; before it the model only learns the text. Schedules count from there.

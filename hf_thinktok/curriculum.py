@@ -38,9 +38,9 @@ class Curriculum:
         """The levels that are drawn from at a step; the last is the current one."""
         return self.levels[: sum(begin <= step for begin in self.begins)]
 
-    def stage_step(self, step: int) -> int:
-        """Steps since the current level began: the clock of all schedules."""
-        return step - max(begin for begin in self.begins if begin <= step)
+    def stage_step(self, step: int, level: int) -> int:
+        """Steps since a level began, the clock of all schedules on its rows: a new level explores, and those below it keep what they have found."""
+        return step - self.begins[self.levels.index(level)]
 
     def observe(self, step: int, level: int, accuracy: float) -> None:
         self.sums[level] = self.sums.get(level, 0.0) * (1 - RATE) + RATE * accuracy

@@ -30,15 +30,19 @@ class Explorer:
         num_tokens, length, device = self.vocabulary.num_tokens, self.args.max_think_length, trainer.accelerator.device
         self.coverage = Coverage(num_tokens, length, self.args.coverage_decay, device) if wanted else None
 
-    def __call__(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling) -> Rollout:
+    def __call__(
+        self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, step: int
+    ) -> Rollout:
+        """A batch's rollout with what exploration adds to it; `step` is the schedules' clock."""
         args, first = self.args, self.vocabulary.first_id
         if rollout.forks_BK.shape[1] == 0:
             return rollout
         if args.supply_thoughts:
             given_B1L = first + inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
             rollout = replace(_with_first(rollout, given_B1L, rollout.forks_BK >= 0), supplied=True)
-        if args.search and (args.search_until is None or self.trainer.schedule_step < args.search_until):
-            rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling)
+        if args.search and (args.search_until is None or step < args.search_until):
+            coefficient = scheduled(args.coverage_coef, step)
+            rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling, coefficient)
         if self.coverage is not None:
             codes_BKG = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)
             there_BKG = (rollout.forks_BK >= 0)[..., None].expand_as(codes_BKG)
@@ -46,9 +50,10 @@ class Explorer:
             rollout = replace(rollout, rarity_BKG=self.coverage.rarity(codes_BKG))
         return rollout
 
-    def _search(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling) -> Rollout:
+    def _search(
+        self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, coefficient: float
+    ) -> Rollout:
         args, trainer = self.args, self.trainer
-        coefficient = scheduled(args.coverage_coef, trainer.schedule_step)
 
         def bonus(choices: Tensor) -> Tensor:
             if self.coverage is None:

@@ -222,7 +222,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 old_logps_BKGA=self._old_logps[turn],
                 reference=self._reference_scores(tree, tokens_BT, labels_BT, rollout),
                 global_mean=self._global_mean,
-                step=self.schedule_step,
+                step=self._schedule_step(inputs),
                 first_id=self.vocabulary.first_id,
                 value=self.value,
             )
@@ -232,11 +232,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self._record(loss, metrics, tree, inputs, labels_BT, rollout, scores)
         return loss
 
-    @property
-    def schedule_step(self) -> int:
-        """The clock of all schedules: optimizer steps since thinking began, with a curriculum those of the present level."""
+    def _schedule_step(self, inputs: dict[str, Tensor]) -> int:
+        """The clock of all schedules: optimizer steps since thinking began, with a curriculum those since the batch's level began."""
         step = self.state.global_step
-        return max(step - self.args.think_start, 0) if self.curriculum is None else self.curriculum.stage_step(step)
+        return max(step - self.args.think_start, 0) if self.curriculum is None else self.curriculum.stage_step(step, int(inputs["level"][0]))
 
     def _taught(self, model, inputs: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
         """The batch with labels of the teacher's, and with `rollout: free` with text of the model's own. The loss counts tokens as the data had them."""
@@ -253,9 +252,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
             del self._rollouts[turn:], self._old_logps[turn:]
             generator = self._generator(0, turn, self.state.global_step)
             forks_BK = self._forks(model, inputs["input_ids"], inputs["documents"], labels_BT, generator, self.args.fork_positions)
-            sampling = self.args.sampling(self.schedule_step)
+            step = self._schedule_step(inputs)
+            sampling = self.args.sampling(step)
             rollout = self._sample(model, inputs, forks_BK, generator, sampling)
-            self._rollouts.append(self.explore(model, inputs, labels_BT, rollout, generator, sampling))
+            self._rollouts.append(self.explore(model, inputs, labels_BT, rollout, generator, sampling, step))
             self._old_logps.append(None)
         return self._rollouts[turn]
 

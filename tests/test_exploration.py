@@ -134,8 +134,8 @@ def test_a_level_begins_after_the_one_before_is_passed():
     assert curriculum.begins == [0, first, first + LEAST_STEPS - 1 + LAG]
     assert curriculum.reached(first - 1) == [1]
     assert curriculum.reached(first) == [1, 2]
-    assert curriculum.stage_step(first) == 0
-    assert curriculum.stage_step(99) == 99 - curriculum.begins[-1]
+    assert curriculum.stage_step(first, 2) == 0
+    assert [curriculum.stage_step(99, level) for level in (1, 2, 5)] == [99, 99 - first, 99 - curriculum.begins[-1]]
     again = Curriculum([1, 2, 5], threshold=0.9)
     again.load_state_dict(curriculum.state_dict())
     assert again.begins == curriculum.begins
