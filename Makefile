@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serial test style types
+.PHONY: help demo demo-serial test test-distributed test-hub style types
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 demo: $(VENV)/demo  ## SmolLM2-135M learns to think on real text: two CPU cores, a few minutes, no account
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain_think.py --config recipes/smollm2-135m/quickstart.yaml
@@ -18,6 +18,12 @@ demo-serial: $(VENV)/demo  ## SmolLM2-135M invents tokens to think step by step 
 
 test: $(VENV)/dev  ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-distributed: $(VENV)/dev  ## the tests among them that start several processes: DDP, ZeRO-1, 2, 3 and FSDP2, each against one process
+	$(BIN)/python -m pytest --verbose tests/test_distributed.py
+
+test-hub: $(VENV)/dev  ## those that push to a Hub server of their own and load from it
+	$(BIN)/python -m pytest --verbose tests/test_hub.py
 
 style: $(VENV)/dev  ## ruff: format and lint
 	$(BIN)/ruff format --check .

@@ -8,14 +8,19 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
+from trl.models.utils import add_hooks, prepare_deepspeed, prepare_fsdp, remove_hooks
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model
 
 __all__ = [
     "DataCollatorForLanguageModeling",
     "RepeatSampler",
+    "add_hooks",
     "create_model_from_path",
     "disable_dropout_in_model",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+    "remove_hooks",
     "running_adapter",
     "trainable_token_rows",
 ]

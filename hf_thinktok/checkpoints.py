@@ -1,15 +1,21 @@
 """Checkpoints: what is written, when one counts, and how a run goes on from it as if it had never stopped."""
 
+import contextlib
 import logging
 import os
 import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
@@ -34,6 +40,32 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
+class Preemption(TrainerCallback):
+    """On SIGTERM, to any one of the processes: the step is finished, all save, and training stops."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.asked = self.agreed = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals can be handled in the main thread only; elsewhere they do what they did."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor([self.asked], device=self.accelerator.device)
+        self.agreed = bool(self.accelerator.gather(asked).any())
+        control.should_save |= self.agreed
+        control.should_training_stop |= self.agreed
+
+
 class CheckpointingTrainer(SFTTrainer):
     """A trainer whose checkpoints hold all that it knows. `_stateful` names what it knows beside weights, optimizer and position."""
 
@@ -44,13 +76,14 @@ class CheckpointingTrainer(SFTTrainer):
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Trains.
+        """Trains. On SIGTERM, as of a cluster that wants its machines back, a checkpoint is written and the process ends.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; `True` (or `"true"`, as from a command line) for the newest of `output_dir` that is whole.
 
         Raises:
             ValueError: there is no such checkpoint, or it is of another run.
+            SystemExit: with code 143, after SIGTERM.
         """
         if str(resume_from_checkpoint).lower() == "false":
             resume_from_checkpoint = None
@@ -60,7 +93,20 @@ class CheckpointingTrainer(SFTTrainer):
                 raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
         if resume_from_checkpoint:
             self._check_checkpoint(str(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.save_strategy == "no":
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        preemption = Preemption(self.accelerator)
+        self.add_callback(preemption)
+        try:
+            with preemption.listening():
+                done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.remove_callback(preemption)
+        if preemption.agreed:
+            if self.is_world_process_zero():
+                print(f"SIGTERM: saved after step {self.state.global_step} in {self.args.output_dir}. Go on with resume_from_checkpoint=true.", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM)
+        return done
 
     def _check_checkpoint(self, folder: str) -> None:
         if not os.path.exists(os.path.join(folder, COMPLETE_FILE)):

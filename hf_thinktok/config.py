@@ -75,6 +75,9 @@ class ThinkTokConfig(SFTConfig):
             `none`: a thought is forgotten once a real token follows. `persistent`: one thought per fork stays in the text, as in generation.
         blind (`bool`, defaults to `False`):
             The text is hidden from whoever predicts; all it knows is the thought.
+        gather_for_rollout (`bool`, defaults to `True`):
+            With ZeRO-3 or FSDP2: each process gathers the whole model once for a rollout. Without it layers are gathered one by one, at every token, which
+            takes less memory and more time.
         engine (`str`, defaults to `"auto"`):
             `tree` (one packed pass), `replicated` (each thought in a row of its own), or `auto`: the tree where a check on this very model finds it exact.
 
@@ -210,6 +213,7 @@ class ThinkTokConfig(SFTConfig):
     stop_smoothing: float = option(0.5, "With stop=learned: part of the weight that content and speaker give to all lengths alike (0 to 1).")
     memory: str = option("none", "Whether a thought stays in the text.", ("none", "persistent"))
     blind: bool = option(False, "Hide the text from whoever predicts; all it knows is the thought.")
+    gather_for_rollout: bool = option(True, "ZeRO-3, FSDP2: gather all parameters once for a rollout, not layer by layer at every token.")
     engine: str = option("auto", "How the model runs a tree of thoughts.", ("auto", "tree", "replicated"))
 
     policies: str = option("shared", "One model, or a second one that speaks.", ("shared", "split"))

@@ -7,6 +7,7 @@ Shape suffixes as in tree.py; M scored nodes.
 """
 
 import contextlib
+import copy
 import functools
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .architectures import attention_inputs
-from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs
+from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs, attach_head
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
@@ -240,6 +241,25 @@ def choose_engine(
         )
     logger.warning("%s cannot run a packed tree (%s): taking the replicated path, which is exact and slower.", model.config.model_type, reason)
     return ReplicatedEngine()
+
+
+def small_twin(model: PreTrainedModel, vocabulary: ThinkingVocabulary, device: torch.device) -> PreTrainedModel:
+    """A random model of the same architecture with as few layers as show every kind of them: what is checked where no process holds the whole model."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    kinds, layers = getattr(text, "layer_types", None) or [None], text.num_hidden_layers
+    kept = min(layers, max(2, 1 + max(kinds.index(kind) for kind in set(kinds))))
+    for name, value in vars(text).copy().items():
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, name, value[:kept])
+    text.num_hidden_layers = kept
+    twin = type(model)(config).to(device=device, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3.0)  # as it is initialised attention looks everywhere alike
+    attach_head(twin, vocabulary)
+    return twin
 
 
 class _Probe:

@@ -16,9 +16,9 @@ Shape suffixes: M scored nodes, D hidden size, R embedding rows, V real rows, N 
 import contextlib
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,8 +96,7 @@ class ThoughtInputs:
         return torch.where((self.index_BS >= 0)[..., None], embeds_BSD + read_BSD if self.mixes else read_BSD, embeds_BSD)
 
 
-@dataclass
-class HeadOutputs:
+class HeadOutputs(NamedTuple):
     """What the scored nodes say, in fp32.
 
     Attributes:
@@ -287,8 +286,8 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     With `thoughts=ThoughtInputs` some nodes read vectors in place of their ids. With `speaks=True` the call goes to the second policy of
     `policies: split`: the model `model.speaker`, or this model with the adapter of that name. With `then`, keyword arguments of further calls, all are
     made in one, and a list comes back.
-    Without `head` the forward is the original one. The head lives inside the forward because DDP, DeepSpeed and FSDP gather
-    parameters there. The backbone and the LM head are looked up at each call: PEFT and FSDP replace them later.
+    Without `head` the forward is the original one. The head lives inside the forward, and there inside that of the LM head, because DDP, DeepSpeed and
+    FSDP gather parameters there. The backbone and the LM head are looked up at each call: PEFT and FSDP replace them later.
 
     Args:
         model: a causal LM whose backbone is `model.base_model`, before it is wrapped by a launcher.
@@ -316,19 +315,33 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
             kwargs["output_hidden_states"] = True
         out = self.base_model(*args, **kwargs)
 
-        def give(one: HeadInputs | HiddenInputs) -> HeadOutputs | Tensor:
-            if isinstance(one, HiddenInputs):
-                return _hidden_states(out, one.layer).flatten(0, 1)[one.nodes_M]
-            return score(out.last_hidden_state.flatten(0, 1)[one.nodes_M], self.get_output_embeddings(), one, vocabulary, transform)
+        lm_head = self.get_output_embeddings()
 
-        return [give(one) for one in wanted] if isinstance(head, list) else give(head)
+        def give(last_hidden: Tensor, one: HeadInputs | HiddenInputs) -> HeadOutputs | Tensor:
+            if isinstance(one, HiddenInputs):
+                return (last_hidden if one.layer == -1 else _hidden_states(out, one.layer)).flatten(0, 1)[one.nodes_M]
+            return score(last_hidden.flatten(0, 1)[one.nodes_M], lm_head, one, vocabulary, transform)
+
+        given = _as_forward_of(lm_head, lambda last_hidden: [give(last_hidden, one) for one in wanted], out.last_hidden_state)
+        return given if isinstance(head, list) else given[0]
 
     model.forward = types.MethodType(forward, model)
 
 
+def _as_forward_of(module: torch.nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """Calls a module with another forward: launchers that divide parameters gather a module's own for its forward, and again for its backward."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return module(hidden)
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
 def _hidden_states(out, layer: int) -> Tensor:
-    if layer == -1:
-        return out.last_hidden_state
     if not -len(out.hidden_states) <= layer < len(out.hidden_states):
         raise ValueError(f"continuous_layer={layer} is no layer: this model has hidden states 0 to {len(out.hidden_states) - 1}, and -1 is the last.")
     return out.hidden_states[layer]

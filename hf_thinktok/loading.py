@@ -12,6 +12,7 @@ from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
 from .data import check_dataset
+from .distributed import embedding_rows
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 
@@ -53,8 +54,7 @@ def load_model(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **where)
     if args.num_think_tokens != 0:
-        rows = None if isinstance(model, str) else model.get_input_embeddings().weight.shape[0]
-        check_vocabulary(config, tokenizer, args.num_think_tokens, rows)
+        check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
     attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
     if args.num_think_tokens != 0 and "flash" in (attention or ""):
         raise ValueError(f"attn_implementation={attention} cannot take a tree's mask: use sdpa or eager.")

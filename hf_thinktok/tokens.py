@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import LogitTransform
+from .distributed import embedding_rows, whole
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ def add_thinking_tokens(
         ValueError: the tokenizer and the model disagree, or the model has another number of thinking tokens.
     """
     existing = ThinkingVocabulary.from_config(model.config)
-    check_vocabulary(model.config, tokenizer, num_tokens, model.get_input_embeddings().weight.shape[0])
+    rows = embedding_rows(model)
+    check_vocabulary(model.config, tokenizer, num_tokens, rows)
     if existing is not None:
         return existing
     num_tokens = 16 if num_tokens is None else num_tokens
@@ -138,11 +140,11 @@ def add_thinking_tokens(
         )
     _refuse_injection(tokenizer, vocabulary)
 
-    rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary.guard_id >= rows:
         rows = math.ceil((vocabulary.guard_id + 1) / ROW_MULTIPLE) * ROW_MULTIPLE
         model.resize_token_embeddings(rows, mean_resizing=False)
-    _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed)
+    with whole(model, written_by=0):
+        _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed)
 
     model.config.thinktok = asdict(vocabulary)
     # Rows that belong to no token stay out of plain sampling; the guard is only ever read.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -23,7 +24,8 @@ from .checkpoints import CheckpointingTrainer
 from .config import REWARDED_BY_FUNCTIONS, ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
 from .data import TASK_COLUMNS, TreeCollator, levels_of
-from .engine import ReplicatedEngine, choose_engine, evaluating, longest_row
+from .distributed import check_launcher, for_rollout, is_partitioned, prepare_frozen
+from .engine import ReplicatedEngine, choose_engine, evaluating, longest_row, small_twin
 from .evaluation import GainByDocument
 from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
@@ -125,6 +127,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
                 raise ValueError("thoughts=text needs a start and an end token, and the model has one thinking token: start from its base model.")
             if args.policies == "split" and not two_adapters:
+                if is_partitioned(model):
+                    raise ValueError("policies=split trains two whole models, which ZeRO-3 cannot: take ZeRO-2, or two adapters of one model (peft_config).")
                 model.speaker = copy.deepcopy(model) if speaker is None else speaker
             stored = ("max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts")
             model.config.thinktok |= {name: getattr(args, name) for name in stored}
@@ -143,6 +147,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             **kwargs,
         )
         args.model_init_kwargs = loading
+        check_launcher(self.accelerator, self.model)
         if two_adapters:
             add_speaker(self.model, peft_config)
         if args.disable_dropout:  # an adapter's as well
@@ -174,12 +179,16 @@ class ThinkTokTrainer(CheckpointingTrainer):
             raise ValueError(
                 f"max_length={longest} and a thought with its lookahead exceed the model's {longest_row(base)} positions: lower max_length or lookahead."
             )
-        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine) for one in models]
+        sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
+        if not sharded and not args.gather_for_rollout:
+            raise ValueError("gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2.")
+        tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
+        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine) for one in tried]
         self.engine = next((engine for engine in engines if isinstance(engine, ReplicatedEngine)), engines[0])  # exact for both
         self.reference = self._reference_model() if args.beta > 0 else None
         self.teacher = None
         if teacher is not None:
-            self.teacher = self.accelerator.prepare_model(real_tokens_only(teacher, self.vocabulary), evaluation_mode=True)
+            self.teacher = prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)
         self.add_callback(self.guard)
         self.explore = Explorer(self)
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
@@ -267,9 +276,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         length = None if given_B is None else max(int(self.accelerator.gather(given_B.max()[None]).max()), 1)
         branching = self.args.branching(inputs["input_ids"].shape[1], length)
         branching = dataclasses.replace(branching, num_generations=num_generations or branching.num_generations)
-        with self.accelerator.autocast():  # around all passes, so that weights are cast once and not at every token
+        # Around all passes, so that weights are cast, and gathered, once and not at every token.
+        with self.accelerator.autocast(), for_rollout(model, self.accelerator, self.args.gather_for_rollout) as whole_model:
             return sample_thoughts(
-                self.engine, model, inputs["input_ids"], inputs["documents"], forks_BK, branching, sampling, self.vocabulary, generator, given_B
+                self.engine, whole_model, inputs["input_ids"], inputs["documents"], forks_BK, branching, sampling, self.vocabulary, generator, given_B
             )
 
     def _think(self, model, inputs: dict[str, Tensor], rollout: Rollout) -> Rollout:
@@ -383,9 +393,11 @@ class ThinkTokTrainer(CheckpointingTrainer):
         """A frozen copy of the model as it starts; with an adapter, the model without it serves."""
         if is_peft_model(self.model):
             return None
+        if is_partitioned(self.model):
+            raise ValueError("beta > 0 keeps a copy of the model, which ZeRO-3 cannot make: take ZeRO-2, or an adapter (peft_config), whose base is its copy.")
         reference = copy.deepcopy(self.model)
         attach_head(reference, self.vocabulary)  # a copied forward would still be bound to the model it was copied from
-        return self.accelerator.prepare_model(reference.requires_grad_(False), evaluation_mode=True)
+        return prepare_frozen(reference, self.accelerator)
 
     def _reference_scores(self, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores | None:
         if self.args.beta == 0:

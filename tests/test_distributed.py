@@ -1,37 +1,15 @@
-"""Two processes under `accelerate launch` against one process that accumulates as many batches."""
+"""Two processes under `accelerate launch`, with every launcher, against one process that accumulates as many batches."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import main
+from launchers import HERE, LAUNCHERS, alone, launch, launched, save_tiny_model, weight_gap
+from transformers import AutoModelForCausalLM
 
-HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def launched(folder: Path, options: dict) -> dict:
-    """What two processes on this machine's CPU make of it."""
-    folder.mkdir()
-    # accelerate's own CPU modes run a single process without a word; with this one `use_cpu` in the options makes it gloo.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", str(free_port()), str(HERE / "tiny_run.py"), str(folder), json.dumps(options)]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "result.pt")
-
+pytestmark = pytest.mark.timeout(600)  # DeepSpeed compiles a part of itself the first time
 
 # Running statistics (coverage, the value baseline) are over all ranks' batches, so they see more at once than one process does: not among these.
 CASES = {
@@ -48,15 +26,67 @@ CASES = {
     "two adapters": {"policies": "split", "stop": "fixed", "adapter": True},
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
 }
+KINDS = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+
+
+def assert_same(one: dict, together: dict, launcher: str) -> None:
+    assert (one["world"], together["world"], together["launcher"]) == (1, 2, KINDS[launcher])
+    assert together["sharded"] == (launcher in ("zero3", "fsdp2"))
+    assert together["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert weight_gap(one, together) < 1e-5
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_two_processes_are_one_that_accumulates(tmp_path, options):
-    together = launched(tmp_path / "two", {**options, "per_device_train_batch_size": 2})
-    (tmp_path / "one").mkdir()
-    main(str(tmp_path / "one"), {**options, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
-    alone = torch.load(tmp_path / "one" / "result.pt")
-    assert (alone["world"], together["world"]) == (1, 2)
-    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-4)
-    for name, value in alone["weights"].items():
-        torch.testing.assert_close(together["weights"][name.removeprefix("module.")], value, atol=1e-5, rtol=1e-4, msg=name)
+    together = launched("ddp", tmp_path / "two", options)
+    assert_same(alone(tmp_path / "one", dict(options)), together, "ddp")
+
+
+@pytest.mark.parametrize("launcher", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_every_launcher_trains_what_one_process_trains_and_resumes(tmp_path, launcher):
+    """The resumed run is the second half of the other one; layers are gathered one by one in it, where that is a choice."""
+    options = {"model_folder": save_tiny_model(tmp_path / "model"), "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    one = alone(tmp_path / "one", dict(options))
+    together = launched(launcher, tmp_path / "two", options)
+    assert_same(one, together, launcher)
+
+    halves = {"resume": str(tmp_path / "two" / "checkpoint-2")} | ({"gather_for_rollout": False} if together["sharded"] else {})
+    resumed = launched(launcher, tmp_path / "two", options | halves)
+    assert_same(one, resumed, launcher)
+    assert weight_gap(together, resumed) < 1e-6
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint-4")
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(value.detach(), one["weights"][name], atol=1e-5, rtol=0.0, msg=name)
+
+
+@pytest.mark.parametrize(("launcher", "tie"), [("zero2", True), ("fsdp2", False)])
+def test_an_adapter_and_its_rows_are_trained_alike(tmp_path, launcher, tie):
+    options = {"adapter": True, "tie": tie, "optim": "adamw_torch"}
+    together = launched(launcher, tmp_path / "two", options)
+    assert_same(alone(tmp_path / "one", dict(options)), together, launcher)
+
+
+def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
+    options = {"streaming": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
+    ended = launch("ddp", tmp_path / "two", options | {"terminate_step": 1})
+    assert "SIGTERM: saved after step 2" in ended.stderr
+    resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
+    one = alone(tmp_path / "one", dict(options))
+    assert_same(one, resumed, "ddp")
+
+
+def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
+    """The first and the last of these would train, alone, and say nothing."""
+    options = '{"per_device_train_batch_size": 2}'
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    single = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(HERE / "tiny_run.py"), str(tmp_path), options]
+    done = subprocess.run(single, capture_output=True, text=True, env=environment, timeout=300)
+    assert "ValueError: The launcher was asked for several processes and started one" in done.stderr
+
+    done = launch("fsdp2", tmp_path, {"adapter": True})
+    assert "ValueError: With FSDP2 an adapter needs an LM head of its own" in done.stderr
+
+    if not torch.cuda.is_available():
+        monkeypatch.setitem(LAUNCHERS, "as on GPUs", (["--config_file", str(HERE.parent / "accelerate_configs/fsdp2.yaml")], {}))
+        assert "ValueError: The launcher's config asks for FSDP, and MULTI_CPU came up" in launch("as on GPUs", tmp_path, {}).stderr

@@ -28,10 +28,14 @@ def uninterrupted(tmp_path_factory):
     return torch.load(folder / "result.pt")
 
 
+def run(folder: Path, options: dict) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(HERE / "tiny_run.py"), str(folder), json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+
+
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: "-".join(f"{name}={at}" for name, at in kill.items()))
 def test_killed_and_resumed_is_never_killed(uninterrupted, kill, tmp_path):
-    command = [sys.executable, str(HERE / "tiny_run.py"), str(tmp_path), json.dumps(OPTIONS | MEMORIES | kill)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    done = run(tmp_path, OPTIONS | MEMORIES | kill)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not (tmp_path / "result.pt").exists()
     whole = newest_checkpoint(tmp_path)
@@ -40,6 +44,21 @@ def test_killed_and_resumed_is_never_killed(uninterrupted, kill, tmp_path):
     resumed = torch.load(tmp_path / "result.pt")
     for name, value in uninterrupted["weights"].items():
         assert torch.equal(resumed["weights"][name], value), name
+
+
+@pytest.mark.parametrize("data", [{}, {"streaming": True}], ids=["rows", "stream"])
+def test_asked_to_end_it_saves_and_says_how_to_go_on(data, tmp_path):
+    options = OPTIONS | MEMORIES | data | {"save_steps": 100}
+    (tmp_path / "whole").mkdir()
+    main(str(tmp_path / "whole"), dict(options))
+    done = run(tmp_path, options | {"terminate_step": 3})
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
+    assert f"SIGTERM: saved after step 4 in {tmp_path}. Go on with resume_from_checkpoint=true." in done.stderr
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    main(str(tmp_path), options | {"resume": True})
+    for name, value in torch.load(tmp_path / "whole" / "result.pt")["weights"].items():
+        assert torch.equal(torch.load(tmp_path / "result.pt")["weights"][name], value), name
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_what_cannot_be_resumed_from(tmp_path):

@@ -1,0 +1,103 @@
+"""Several processes, and parameters of which each process holds a part (DeepSpeed ZeRO-3, FSDP2)."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import is_peft_model, str_to_bool
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from ._compat import add_hooks, prepare_deepspeed, prepare_fsdp, remove_hooks
+
+# What a launcher tells its processes, and what must have come of it.
+ASKED_FOR = {"ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED, "ACCELERATE_USE_FSDP": DistributedType.FSDP}
+
+
+def check_launcher(accelerator: Accelerator, model: PreTrainedModel, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuses to train in silence as something else than the launcher was asked for.
+
+    Raises:
+        ValueError: fewer processes than were started know of each other, DeepSpeed or FSDP did not come up, or they cannot divide this model.
+    """
+    asked, kind = int(environment.get("WORLD_SIZE", 1)), accelerator.distributed_type
+    cpu = "On CPUs take `accelerate launch --multi_gpu --num_processes N` and use_cpu=True, or for DeepSpeed ddp_backend=gloo."
+    if asked != accelerator.num_processes:
+        raise ValueError(f"The launcher started {asked} processes, and this one knows of {accelerator.num_processes}, so each would train alone. {cpu}")
+    if asked == 1 and "MASTER_PORT" in environment and str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
+        raise ValueError(f"The launcher was asked for several processes and started one, as accelerate's CPU modes do without mpirun. {cpu}")
+    for name, wanted in ASKED_FOR.items():
+        if str_to_bool(environment.get(name, "false")) and kind != wanted:
+            raise ValueError(f"The launcher's config asks for {wanted.value}, and {kind.value} came up: it needs a GPU here, or use_cpu=False.")
+    if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in the launcher's config, as accelerate_configs/fsdp2.yaml does.")
+    if kind == DistributedType.FSDP and is_peft_model(model) and model.config.get_text_config().tie_word_embeddings:
+        raise ValueError("With FSDP2 an adapter needs an LM head of its own, and this model's is tied to its input rows: take DDP or ZeRO-2.")
+
+
+def is_partitioned(model: torch.nn.Module) -> bool:
+    """Whether ZeRO-3 has divided the model's parameters among the processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether each process holds a part of the model's parameters."""
+    return is_partitioned(model) or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor behind
+
+
+@contextlib.contextmanager
+def whole(model: torch.nn.Module, written_by: int | None = None) -> Iterator[None]:
+    """All parameters of a model on every process for a while; with `written_by`, what that rank has made of them is kept."""
+    if not is_partitioned(model):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=written_by):
+        yield
+
+
+@contextlib.contextmanager
+def for_rollout(model: torch.nn.Module, accelerator: Accelerator, gather: bool) -> Iterator[torch.nn.Module]:
+    """The model as it is sampled from. Sharded parameters are gathered once where asked for, and not layer by layer at every token.
+
+    Args:
+        model: as the launcher has wrapped it.
+    """
+    if not gather or not is_sharded(model):
+        yield model
+    elif is_partitioned(model):
+        with whole(model):
+            remove_hooks(model)  # they would give every layer's parameters back after its pass
+            try:
+                yield accelerator.unwrap_model(model)
+            finally:
+                add_hooks(model)
+    else:
+        shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for shard in shards:
+            shard.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield model
+        finally:
+            for shard in shards:
+                shard.reshard()
+                shard.set_reshard_after_forward(shard is not model, recurse=False)
+
+
+def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """A model that is only read: on this process's device, or in parts where the trained one is."""
+    model.requires_grad_(False)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)

@@ -1,0 +1,85 @@
+"""Every launcher on two processes of this machine's CPU: `python tests/launchers.py` writes docs/results/launchers.json, how far each is from one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from models import tiny_model, tiny_tokenizer
+from tiny_run import main
+
+HERE = Path(__file__).parent
+# accelerate's own CPU modes run a single process without a word; as for GPUs, with these options, two of them meet over gloo.
+DDP = ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"]
+GLOO = {"use_cpu": False, "ddp_backend": "gloo"}
+LAUNCHERS: dict[str, tuple[list[str], dict]] = {
+    "ddp": (DDP, {"use_cpu": True}),
+    **{name: (["--config_file", str(HERE.parent / f"accelerate_configs/{name}.yaml")], GLOO) for name in ("zero1", "zero2", "zero3")},
+    "fsdp2": (DDP, {"use_cpu": True, "fsdp2_on_cpu": True}),
+}
+BATCH = {"per_device_train_batch_size": 2}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def launch(launcher: str, folder: Path, options: dict, script: Path = HERE / "tiny_run.py") -> subprocess.CompletedProcess:
+    """Two processes of a script that takes a folder and options."""
+    arguments, own = LAUNCHERS[launcher]
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "--num_processes", "2", "--mixed_precision", "no"]
+    command += ["--main_process_port", str(free_port()), str(script), str(folder), json.dumps(BATCH | own | options)]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    # DeepSpeed looks for ninja on the path.
+    environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
+
+
+def launched(launcher: str, folder: Path, options: dict) -> dict:
+    """What two processes make of a run."""
+    done = launch(launcher, folder, options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "result.pt")
+
+
+def alone(folder: Path, options: dict) -> dict:
+    """What one process makes of it that accumulates as many batches."""
+    folder.mkdir(exist_ok=True)
+    main(str(folder), BATCH | {"gradient_accumulation_steps": 2} | options)
+    return torch.load(folder / "result.pt")
+
+
+def weight_gap(one: dict, other: dict) -> float:
+    """The largest difference between two runs' weights."""
+    theirs = {name.removeprefix("module."): value for name, value in other["weights"].items()}
+    return max((theirs[name] - value).abs().max().item() for name, value in one["weights"].items())
+
+
+def save_tiny_model(folder: Path) -> str:
+    """A model to be loaded by name, as ZeRO-3 divides it."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+if __name__ == "__main__":
+    from hf_thinktok.results import environment, write_json
+
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        options = {"model_folder": save_tiny_model(root / "model"), "optim": "adamw_torch"}
+        one = alone(root / "one", dict(options))
+        rows = {"one process": {"processes": 1, "losses": one["losses"], "weight_gap": 0.0}}
+        for launcher in LAUNCHERS:
+            print(launcher, flush=True)
+            run = launched(launcher, root / launcher, options)
+            rows[launcher] = {"processes": run["world"], "losses": run["losses"], "weight_gap": weight_gap(one, run)}
+    write_json(HERE.parent / "docs/results/launchers.json", {"launchers": rows} | environment())
