@@ -88,6 +88,8 @@ def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config
     train, held_out = split(load_text(script), script.max_documents, script.held_out_documents, script.data_split_seed)
     loading = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     args.model_init_kwargs = {name: value for name, value in loading.items() if value is not None} | (args.model_init_kwargs or {})
+    compares = held_out is not None and args.thinks
+    args.eval_on_start = args.eval_on_start or compares  # within training, where launchers have set up what they run
     trainer = ThinkTokTrainer(
         resolve_model(model.model_name_or_path),
         args,
@@ -96,10 +98,10 @@ def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    before = trainer.evaluate() if held_out is not None and args.thinks else None
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     trainer.save_model(args.output_dir)
-    if before is not None:
+    if compares:
+        before = next(entry for entry in trainer.state.log_history if "eval_gain" in entry)
         results = training_results(before, trainer.evaluate(), training, config)
         if trainer.is_world_process_zero():
             write_json(Path(args.output_dir) / "results.json", results)

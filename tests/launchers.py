@@ -30,21 +30,24 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def launch(launcher: str, folder: Path, options: dict, script: Path = HERE / "tiny_run.py") -> subprocess.CompletedProcess:
-    """Two processes of a script that takes a folder and options."""
-    arguments, own = LAUNCHERS[launcher]
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "--num_processes", "2", "--mixed_precision", "no"]
-    command += ["--main_process_port", str(free_port()), str(script), str(folder), json.dumps(BATCH | own | options)]
+def launch(launcher: str, script: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """Runs a script in two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[launcher][0], "--num_processes", "2", "--mixed_precision", "no"]
+    command += ["--main_process_port", str(free_port()), str(script), *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     # DeepSpeed looks for ninja on the path.
     environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
 
 
+def launch_tiny(launcher: str, folder: Path, options: dict) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    return launch(launcher, HERE / "tiny_run.py", folder, json.dumps(BATCH | LAUNCHERS[launcher][1] | options))
+
+
 def launched(launcher: str, folder: Path, options: dict) -> dict:
     """What two processes make of a run."""
-    done = launch(launcher, folder, options)
+    done = launch_tiny(launcher, folder, options)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "result.pt")
 

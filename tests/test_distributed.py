@@ -1,13 +1,18 @@
 """Two processes under `accelerate launch`, with every launcher, against one process that accumulates as many batches."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from launchers import HERE, LAUNCHERS, alone, launch, launched, save_tiny_model, weight_gap
+from accelerate import Accelerator
+from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, launched, save_tiny_model, weight_gap
+from models import CORPUS, tiny_model
 from transformers import AutoModelForCausalLM
+
+from hf_thinktok.distributed import check_launcher
 
 pytestmark = pytest.mark.timeout(600)  # DeepSpeed compiles a part of itself the first time
 
@@ -67,13 +72,39 @@ def test_an_adapter_and_its_rows_are_trained_alike(tmp_path, launcher, tie):
     assert_same(alone(tmp_path / "one", dict(options)), together, launcher)
 
 
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
+    """Evaluation included, before training and after it."""
+    (tmp_path / "text.txt").write_text("\n".join(CORPUS))
+    options = {
+        "model_name_or_path": save_tiny_model(tmp_path / "model"), "data_files": tmp_path / "text.txt", "max_steps": 2, "max_length": 48,
+        "num_forks": 3, "num_generations": 2, "num_think_tokens": 4, "held_out_documents": 8, "bf16": False, "report_to": "none", "optim": "adamw_torch",
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_checkpointing": False, "save_strategy": "no",
+    }  # fmt: skip
+    recipe, words = HERE.parent / "recipes/pretrain_think.py", [word for name, value in options.items() for word in (f"--{name}", value)]
+    done = launch(launcher, recipe, *words, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo")
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, recipe, *words, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    together, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
+    assert together["bits_per_token"]["base"] == pytest.approx(one["bits_per_token"]["base"], abs=1e-4)
+    assert together["bits_per_token"]["no_think"] == pytest.approx(one["bits_per_token"]["no_think"], abs=1e-4)
+    assert together["bits_per_token"]["no_think"] < together["bits_per_token"]["base"]
+    assert together["documents"] == one["documents"] == 8
+
+
 def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     options = {"streaming": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
-    ended = launch("ddp", tmp_path / "two", options | {"terminate_step": 1})
+    ended = launch_tiny("ddp", tmp_path / "two", options | {"terminate_step": 1})
     assert "SIGTERM: saved after step 2" in ended.stderr
     resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
     one = alone(tmp_path / "one", dict(options))
     assert_same(one, resumed, "ddp")
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused():
+    with pytest.raises(ValueError, match="started 2 processes, and this one knows of 1"):
+        check_launcher(Accelerator(cpu=True), tiny_model(), {"WORLD_SIZE": "2"})
 
 
 def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
@@ -84,9 +115,9 @@ def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
     done = subprocess.run(single, capture_output=True, text=True, env=environment, timeout=300)
     assert "ValueError: The launcher was asked for several processes and started one" in done.stderr
 
-    done = launch("fsdp2", tmp_path, {"adapter": True})
+    done = launch_tiny("fsdp2", tmp_path, {"adapter": True})
     assert "ValueError: With FSDP2 an adapter needs an LM head of its own" in done.stderr
 
     if not torch.cuda.is_available():
         monkeypatch.setitem(LAUNCHERS, "as on GPUs", (["--config_file", str(HERE.parent / "accelerate_configs/fsdp2.yaml")], {}))
-        assert "ValueError: The launcher's config asks for FSDP, and MULTI_CPU came up" in launch("as on GPUs", tmp_path, {}).stderr
+        assert "ValueError: The launcher's config asks for FSDP, and MULTI_CPU came up" in launch_tiny("as on GPUs", tmp_path, {}).stderr
