@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -21,6 +21,11 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ValueError(f"{name} reads images or audio; thinking tokens are trained on text alone: give the text model (`AutoModelForCausalLM`).")
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config.to_dict():
         raise ValueError(f"{name} has no causal LM head in transformers (`AutoModelForCausalLM` does not know it).")
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """A causal LM without its LM head."""
+    return model.model if model.base_model is model else model.base_model  # Llama 4's text model is no `base_model` of its causal LM
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class LogitTransform:
         else:
             if isinstance(value := getattr(text, "logits_scaling", None), (int, float)):
                 scale = value if text.model_type == "hyperclovax" else 1 / value
-        return cls(scale, getattr(text, "final_logit_softcapping", None))
+        caps = (getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+        return cls(scale, next((cap for cap in caps if cap is not None), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale if self.scale != 1 else logits
@@ -53,6 +59,15 @@ class LogitTransform:
         if self.softcap is not None:
             return (1 - (logits / self.softcap).square_()).mul_(self.scale)
         return self.scale if self.scale != 1 else None
+
+
+def counts_places(config: PretrainedConfig) -> bool:
+    """Whether attention depends on places in the row whatever the positions are (GPT-Neo's windows, Llama 4's temperature).
+
+    It would do so from some number of nodes on. The self-check's tree may be smaller than that, and the run's may not.
+    """
+    text = config.get_text_config()
+    return text.model_type == "gpt_neo" or bool(getattr(text, "attn_temperature_tuning", False))
 
 
 def attention_inputs(visible_BQC: Tensor, query_positions_BQ: Tensor, key_positions_BC: Tensor, config: PretrainedConfig, dtype: torch.dtype):

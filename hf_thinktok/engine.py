@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .architectures import attention_inputs
+from .architectures import attention_inputs, counts_places
 from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs, attach_head
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
@@ -202,17 +202,18 @@ def evaluating(model) -> Iterator[None]:
 def choose_engine(
     model: PreTrainedModel, vocabulary: ThinkingVocabulary, branching: Branching, trunk_length: int, num_forks: int, wanted: str = "auto"
 ) -> Engine:
-    """Finds out how this model can run a tree of this size, with about five forward passes.
+    """Finds out how this model can run a tree of this size, with about six forward passes.
 
-    Checked in fp32, at the lengths of the training run: the head gives the model's own log-probabilities; nodes that the last branch must
-    not see change nothing in it; the last branch equals the same tokens as an ordinary row; cached decoding equals the packed pass.
+    Checked in fp32, at the lengths of the training run: the head gives the model's own log-probabilities; later tokens change nothing before them; nodes
+    that the last branch must not see change nothing in it; the last branch equals the same tokens as an ordinary row; cached decoding equals the
+    packed pass.
 
     Args:
         model: with `attach_head` applied, not yet wrapped by a launcher.
         wanted: `auto`, or `tree` or `replicated` to insist.
 
     Raises:
-        ValueError: the head does not fit the architecture, or `tree` is asked for and is not exact.
+        ValueError: the head does not fit the architecture, the model is not causal, or `tree` is asked for and is not exact.
     """
     with evaluating(model), _in_fp32(model):
         probe = _Probe(model, vocabulary, branching, trunk_length, num_forks)
@@ -221,15 +222,21 @@ def choose_engine(
                 f"{model.config.model_type} does more between its hidden states and its logits than scale, cap and bias: our scores differ "
                 f"from its own by {gap:.1e} standard deviations. This architecture is not supported."
             )
+        if (gap := probe.future_gap()) > TOLERANCE:
+            raise ValueError(
+                f"{model.config.model_type} is not causal: later tokens change what is predicted before them, by {gap:.1e} standard deviations. "
+                "Thinking tokens need a causal language model."
+            )
         if wanted == "replicated":
             return ReplicatedEngine()
+        reason = "its attention counts places in the row, not positions" if counts_places(model.config) else None
         try:
             gaps = {
                 "a hidden sibling changes it": probe.leak_gap,
                 "it differs from an ordinary row": probe.path_gap,
                 "cached decoding differs": probe.cache_gap,
             }
-            reason = next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
+            reason = reason or next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
         except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     if reason is None:
@@ -281,6 +288,7 @@ class _Probe:
         self.last = torch.arange(self.tree.num_nodes - branching.width, self.tree.num_nodes, device=device)
         self.last = self.last[self.tree.valid_BS[0, self.last]]  # a row that ends soon after its last fork cuts the lookahead short
         self.targets = torch.randint(vocabulary.num_real, (len(self.last),), generator=generator).to(device)
+        self.trunk_targets = self.targets[torch.arange(trunk_length, device=device) % len(self.targets)]
 
     def _scores(self, tokens_BS: Tensor) -> Tensor:
         """The last branch in the packed tree."""
@@ -297,15 +305,31 @@ class _Probe:
     def _gap(self, a: Tensor, b: Tensor) -> float:
         return ((a - b).abs().max() / self.scale).item()
 
+    def _trunk(self, tokens_BT: Tensor) -> Tensor:
+        """A text as an ordinary row."""
+        nodes = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return self._columns(self.model(input_ids=tokens_BT, use_cache=False, head=HeadInputs(nodes, self.trunk_targets)))
+
+    @functools.cached_property
+    def _plain(self) -> Tensor:
+        return self._trunk(self.tokens_BT)
+
     def head_gap(self) -> float:
         """The head against the model's own logits, on the trunk."""
         logits_TV = self.model(input_ids=self.tokens_BT, use_cache=False).logits[0].float()
         self.scale = logits_TV.std().clamp_min(1e-6)
-        targets = self.targets[torch.arange(len(logits_TV), device=logits_TV.device) % len(self.targets)]
-        out = self.model(input_ids=self.tokens_BT, use_cache=False, head=HeadInputs(torch.arange(len(logits_TV), device=logits_TV.device), targets))
         real, think = logits_TV[:, : self.vocabulary.num_real], logits_TV[:, self.vocabulary.first_id : self.vocabulary.guard_id]
-        expected = torch.cat([real.log_softmax(-1).gather(1, targets[:, None]), (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1)
-        return self._gap(self._columns(out), expected)
+        target = real.log_softmax(-1).gather(1, self.trunk_targets[:, None])
+        return self._gap(self._plain, torch.cat([target, (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1))
+
+    def future_gap(self) -> float:
+        """Changes the second half of the text, which the first half must not see.
+
+        The median over places: in a mixture of experts rounding depends on who else is there, and may break a tie between two experts.
+        """
+        half = self.tokens_BT.shape[1] // 2
+        other = torch.cat([self.tokens_BT[:, :half], (self.tokens_BT[:, half:] + 1) % self.vocabulary.num_real], 1)
+        return ((self._trunk(other) - self._plain)[:half].abs().amax(-1).median() / self.scale).item()
 
     def leak_gap(self) -> float:
         """Changes every token that the last branch must not see."""

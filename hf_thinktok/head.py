@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ._compat import running_adapter, trainable_token_rows
-from .architectures import LogitTransform
+from .architectures import LogitTransform, backbone
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 
@@ -290,7 +290,7 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     FSDP gather parameters there. The backbone and the LM head are looked up at each call: PEFT and FSDP replace them later.
 
     Args:
-        model: a causal LM whose backbone is `model.base_model`, before it is wrapped by a launcher.
+        model: a causal LM, before it is wrapped by a launcher.
     """
     original = model.forward.__func__  # unbound: a copy of the model must run itself
     transform = LogitTransform.from_config(model.config)
@@ -313,7 +313,7 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
         wanted = head if isinstance(head, list) else [head]
         if any(isinstance(one, HiddenInputs) and one.layer != -1 for one in wanted):
             kwargs["output_hidden_states"] = True
-        out = self.base_model(*args, **kwargs)
+        out = backbone(self)(*args, **kwargs)
 
         lm_head = self.get_output_embeddings()
 

@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .architectures import LogitTransform
+from .architectures import LogitTransform, backbone
 from .distributed import embedding_rows, whole
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def add_thinking_tokens(
         `ThinkingVocabulary`: also written to `model.config.thinktok`.
 
     Raises:
-        ValueError: the tokenizer and the model disagree, or the model has another number of thinking tokens.
+        ValueError: the tokenizer and the model disagree, the model has another number of thinking tokens, or its embedding cannot grow.
     """
     existing = ThinkingVocabulary.from_config(model.config)
     rows = embedding_rows(model)
@@ -142,7 +142,10 @@ def add_thinking_tokens(
 
     if vocabulary.guard_id >= rows:
         rows = math.ceil((vocabulary.guard_id + 1) / ROW_MULTIPLE) * ROW_MULTIPLE
-        model.resize_token_embeddings(rows, mean_resizing=False)
+        try:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        except AttributeError as error:  # xLSTM's own way to fill new rows
+            raise ValueError(f"transformers cannot add rows to the embedding of {model.config.model_type}, and thinking tokens need them: {error}.") from error
     with whole(model, written_by=0):
         _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed)
 
@@ -323,6 +326,6 @@ def _sample_hidden(model, tokenizer, sample_text, vocabulary: ThinkingVocabulary
     rows = rows.to(model.device)
     training = model.training
     model.eval()
-    hidden = [model.base_model(row, use_cache=False).last_hidden_state[:, 1:].flatten(0, 1).float() for row in rows.split(4)]
+    hidden = [backbone(model)(row, use_cache=False).last_hidden_state[:, 1:].flatten(0, 1).float() for row in rows.split(4)]
     model.train(training)
     return torch.cat(hidden)

@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CORPUS = [
     "the cat sat on the mat and looked at the moon. ",
@@ -12,20 +12,37 @@ CORPUS = [
 ] * 8
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
+HEAD = {"head_dim": 8}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+# Four experts, two of them at a time, under the names that families give them.
+MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DEEPSEEK = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 1}
+DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 
 # What makes each family's tiny model; the vocabulary size comes from the tokenizer.
 TINY: dict[str, dict] = {
-    "llama": BASE,
-    "qwen2": BASE,
-    "qwen3": BASE | {"head_dim": 8},
+    **dict.fromkeys("llama qwen2 gpt_neox olmo olmo2 phi stablelm nemotron arcee apertus falcon diffllama nanochat starcoder2 olmo3 exaone4".split(), BASE),
+    **dict.fromkeys("qwen3 gemma ernie4_5 hunyuan_v1_dense seed_oss helium".split(), BASE | HEAD),
+    **dict.fromkeys("phi3 glm glm4".split(), BASE | HEAD | {"pad_token_id": 0}),
+    "smollm3": BASE | {"no_rope_layers": [1, 0], "pad_token_id": 0},
     "gpt2": GPT2,
-    "gpt_neox": BASE,
-    "mistral": BASE | {"sliding_window": None, "head_dim": 8},
-    "gemma2": BASE | {"head_dim": 8, "sliding_window": 256, "query_pre_attn_scalar": 8},
-    "gemma3_text": BASE | {"head_dim": 8, "sliding_window": 256, "query_pre_attn_scalar": 8},
-    "phi3": BASE | {"pad_token_id": 0},
-    "olmo2": BASE,
+    "gpt_bigcode": GPT2,
+    "gptj": GPT2 | {"rotary_dim": 4},
+    "codegen": GPT2 | {"rotary_dim": 4},
+    "openai-gpt": GPT2,
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 256,
+        "max_position_embeddings": 256,
+        "resid_dropout": 0.0,
+        "embed_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
     "opt": {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -35,11 +52,58 @@ TINY: dict[str, dict] = {
         "word_embed_proj_dim": 32,
         "dropout": 0.0,
     },
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64, "max_position_embeddings": 256, "dropout": 0.0, "attention_dropout": 0.0},
     "granite": BASE | {"logits_scaling": 4.0},
+    "cohere": BASE | {"logit_scale": 0.25},
     "cohere2": BASE | {"sliding_window": 256, "logit_scale": 0.25},
-    "phi": BASE,
+    "mistral": BASE | HEAD | {"sliding_window": None},
+    "gemma2": BASE | HEAD | {"sliding_window": 256, "query_pre_attn_scalar": 8},
+    "gemma3_text": BASE | HEAD | {"sliding_window": 256, "query_pre_attn_scalar": 8},
+    "gemma4_text": BASE
+    | HEAD
+    | {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0, "sliding_window": 256},
+    "modernbert-decoder": BASE | {"cls_token_id": 0, "sep_token_id": 0, "pad_token_id": 0},
+    **dict.fromkeys("mixtral qwen3_moe olmoe granitemoe phimoe minimax_m2".split(), BASE | HEAD | MOE),
+    "qwen2_moe": BASE | MOE | {"shared_expert_intermediate_size": 16},
+    "deepseek_v2": BASE | MOE | DEEPSEEK | {"first_k_dense_replace": 1, "topk_method": "greedy"},
+    "deepseek_v3": BASE | MOE | DEEPSEEK | {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+    "minicpm3": BASE | DEEPSEEK,
+    "glm4_moe": BASE | HEAD | MOE | {"n_group": 1, "topk_group": 1, "pad_token_id": 0},
+    "ernie4_5_moe": BASE | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "hunyuan_v1_moe": BASE | HEAD | {"num_experts": 4, "moe_topk": 2},
+    "gpt_oss": BASE | HEAD | MOE | {"sliding_window": 256},
+    "llama4_text": BASE | HEAD | MOE | {"attention_chunk_size": 256, "intermediate_size_mlp": 64, "no_rope_layers": [1, 0]},
+    "jetmoe": BASE | MOE | {"kv_channels": 8},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 256,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 256},
+    "xlstm": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 8},
+    "jamba": BASE | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "use_mamba_kernels": False},
+    "bamba": BASE | MAMBA2 | {"attn_layer_indices": [1]},
+    "falcon_h1": BASE | MAMBA2,
+    "zamba2": BASE | {"layers_block_type": ["linear_attention", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 4, "chunk_size": 8, "num_key_value_heads": 4},
+    "nemotron_h": BASE
+    | {"layers_block_type": ["mamba", "attention"], "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "granitemoehybrid": BASE | MOE | MAMBA2 | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 16},
+    "recurrent_gemma": BASE | {"block_types": ["recurrent", "attention"], "attention_window_size": 8, "lru_width": 32},
+    "lfm2": BASE | {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": BASE | HEAD | MOE | DELTA | LINEAR | {"shared_expert_intermediate_size": 16},
+    "qwen3_5_text": BASE | HEAD | DELTA | LINEAR,
+    "olmo_hybrid": BASE | LINEAR | {"pad_token_id": 0},
+    "kimi_linear": BASE | MOE | DEEPSEEK | LINEAR | {"linear_head_dim": 8, "linear_num_heads": 4, "pad_token_id": 0},
+    "minimax": BASE | MOE | LINEAR,
+    **dict.fromkeys(["bert", "bert-generation"], BASE | {"is_decoder": True}),
 }
 
 
@@ -56,17 +120,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=template)
 
 
+def has_sdpa(family: str) -> bool:
+    """Whether transformers offers sdpa for a family."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]._supports_sdpa
+
+
 def tiny_model(
     family: str = "llama", attn: str = "sdpa", tie: bool = True, vocab_size: int = 320, seed: int = 0, scale: float = 1.0, **changes
 ) -> torch.nn.Module:
-    """A random model in fp32. Weights are scaled up so that attention matters."""
-    options = TINY[family] | {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0} | changes
-    if family not in ("bloom", "mamba", "opt", "gpt2"):
-        options["tie_word_embeddings"] = tie
+    """A random model in fp32. Weights are scaled up so that attention matters. Where there is no sdpa, attention is eager."""
+    options = TINY[family] | {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": tie} | changes
     config = AutoConfig.for_model(family, **options)
     torch.manual_seed(seed)
-    kwargs = {} if family in ("bloom", "mamba") else {"attn_implementation": attn}
-    model = AutoModelForCausalLM.from_config(config, **kwargs).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn if has_sdpa(family) else "eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -5,18 +5,16 @@ import logging
 
 import pytest
 import torch
-from models import TINY, tiny_model, tiny_tokenizer
-from torch import Tensor
+from models import TINY
+from plain_rows import T, Text, close, sample, thinker, thought_mask
 from transformers import AutoConfig
 
-from hf_thinktok import add_thinking_tokens, engine
+from hf_thinktok import engine
 from hf_thinktok.architectures import LogitTransform, check_supported
-from hf_thinktok.engine import ReplicatedEngine, TreeEngine, choose_engine
-from hf_thinktok.head import HeadInputs, HeadOutputs, attach_head
-from hf_thinktok.rollout import Sampling, sample_thoughts, thought_logps
-from hf_thinktok.tree import Branching, ThoughtTree
+from hf_thinktok.engine import ReplicatedEngine, TreeEngine, choose_engine, small_twin
+from hf_thinktok.rollout import Sampling, thought_logps
+from hf_thinktok.tree import Branching
 
-T = 24
 MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 QWEN_MIXED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 # family, attention, changes: what must run as one packed tree.
@@ -39,102 +37,6 @@ DIVERSE = [("llama", "sdpa", {}), ("gpt2", "eager", {}), ("mistral", "sdpa", {"s
 
 def name(case) -> str:
     return case if isinstance(case, str) else "-".join(str(v) for v in case.values()) if isinstance(case, dict) else None
-
-
-def thinker(family: str = "llama", attn: str = "sdpa", dtype: torch.dtype = torch.float32, **changes):
-    """A tiny model with so many thinking tokens, their rows like those of real ones, that it starts and stops thinking now and then."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(family, attn, scale=2.0, **changes)
-    vocabulary = add_thinking_tokens(model, tokenizer, 160)
-    with torch.no_grad():
-        for rows in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            rows[vocabulary.ids] = torch.randn(160, rows.shape[1], generator=torch.Generator().manual_seed(1)) * rows[: vocabulary.first_id].std()
-    model.to(dtype)
-    attach_head(model, vocabulary)
-    return model, vocabulary
-
-
-class Text:
-    """Two rows, forks on them (one is not there) and random thoughts of random lengths."""
-
-    def __init__(self, vocabulary, packed: bool, shape: Branching, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        self.shape = shape
-        self.documents_BT = torch.tensor([[0] * 10 + [1] * 9 + [-1] * 5, [0] * 4 + [1] * 20] if packed else [[0] * T, [0] * T])
-        self.tokens_BT = torch.randint(vocabulary.num_real, (2, T), generator=generator)
-        self.labels_BT = torch.where(self.documents_BT >= 0, self.tokens_BT, -100)
-        self.forks_BK = torch.tensor([[3, 9, 14], [0, 16, -1]])
-        shape_BKG = (2, 3, shape.num_generations)
-        self.lengths_BKG = torch.randint(shape.max_length + 1, shape_BKG, generator=generator)
-        self.thoughts_BKGL = vocabulary.first_id + torch.randint(vocabulary.num_tokens, (*shape_BKG, shape.max_length), generator=generator)
-
-    def tree(self) -> ThoughtTree:
-        return ThoughtTree(self.documents_BT, self.forks_BK, self.shape, self.lengths_BKG)
-
-    def scores(self, engine, model) -> HeadOutputs:
-        """An engine's outputs for all nodes."""
-        tree = self.tree()
-        targets_M = tree.targets(self.labels_BT).flatten()
-        return engine(model, tree, tree.tokens(self.tokens_BT, self.thoughts_BKGL), HeadInputs(torch.arange(len(targets_M)), targets_M, entropy=True))
-
-    def rows(self):
-        """Every document and every branch as an ordinary row: batch row, token ids, and the tree's nodes, `None` for those of another row."""
-        shape = self.shape
-        for b, (documents, tokens, forks) in enumerate(zip(self.documents_BT.tolist(), self.tokens_BT.tolist(), self.forks_BK.tolist())):
-            for document in {*documents} - {-1}:
-                ids, nodes = [], []
-                for t in [t for t in range(T) if documents[t] == document]:
-                    ids, nodes = [*ids, tokens[t]], [*nodes, t]
-                    if t not in forks:
-                        continue
-                    k = forks.index(t)
-                    stays = []
-                    for g in range(shape.num_generations):
-                        first = T + (k * shape.num_generations + g) * shape.width
-                        length = self.lengths_BKG[b, k, g].item()
-                        thought = self.thoughts_BKGL[b, k, g, :length].tolist()
-                        ahead = [t + h for h in range(1, shape.lookahead) if t + h < T and documents[t + h] == document]
-                        thought_nodes = list(range(first, first + length))
-                        read_nodes = list(range(first + shape.max_length, first + shape.max_length + length)) if shape.blind else []
-                        ahead_nodes = [first + shape.width - shape.lookahead + h for h in range(1, len(ahead) + 1)]
-                        ahead_ids = [tokens[place] for place in ahead]
-                        if shape.blind:
-                            yield b, ids + thought, [None] * len(ids) + thought_nodes
-                            if length:
-                                yield b, thought + ahead_ids, read_nodes + ahead_nodes
-                        else:
-                            yield b, ids + thought + ahead_ids, [None] * len(ids) + thought_nodes + ahead_nodes
-                        if g == 0 and shape.persistent:
-                            stays = thought
-                    ids, nodes = ids + stays, nodes + [None] * len(stays)
-                yield b, ids, nodes
-
-    def check(self, out: HeadOutputs, model, vocabulary, tolerance: float = 1e-4) -> None:
-        """Compares scores with a plain loop over `rows`, through the architecture's own forward and full logits."""
-        tree = self.tree()
-        num_nodes, targets_BS, seen = tree.num_nodes, tree.targets(self.labels_BT), set()
-        for b, ids, nodes in self.rows():
-            logits_PR = type(model).forward(model, input_ids=torch.tensor([ids])).logits[0].float()
-            here = [(place, node) for place, node in enumerate(nodes) if node is not None]
-            if not here:
-                continue
-            places, nodes = torch.tensor(here).T
-            real, think = logits_PR[places, : vocabulary.first_id], logits_PR[places, vocabulary.first_id : vocabulary.guard_id]
-            logps, targets, flat = real.log_softmax(-1), targets_BS[b, nodes], b * num_nodes + nodes
-            judged = targets >= 0
-            target_logps = torch.where(judged, logps.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0.0)
-            close(out.target_logps_M[flat], target_logps, tolerance)
-            close(out.log_z_real_M[flat], real.logsumexp(-1), tolerance)
-            close(out.think_logits_MN[flat], think, tolerance)
-            close(out.gate_logit_M[flat], think.logsumexp(-1) - real.logsumexp(-1), tolerance)
-            close(out.entropy_M[flat], -(logps.exp() * logps).sum(-1), tolerance)
-            assert torch.equal(out.correct_M[flat], judged & (logps.argmax(-1) == targets))
-            seen |= {(b, node) for node in nodes.tolist()}
-        assert seen == {tuple(place) for place in tree.valid_BS.nonzero().tolist()}
-
-
-def close(a: Tensor, b: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0.0)
 
 
 @pytest.mark.parametrize(("family", "attn", "changes"), [*PACKABLE, *REPLICATED], ids=name)
@@ -165,6 +67,29 @@ def test_variants_equal_plain_rows(family, attn, changes, variant):
 def test_every_model_gets_the_fastest_engine_that_is_exact(family, attn, changes):
     model, vocabulary = thinker(family, attn, **changes)
     assert choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3).name == ("replicated" if family in ("bloom", "mamba") else "tree")
+
+
+FIVE = {"num_hidden_layers": 5}
+DEEP = [
+    ("llama", FIVE),
+    ("gpt2", {"n_layer": 5}),
+    ("gemma3_text", FIVE | {"sliding_window": 8, "layer_types": [*["sliding_attention"] * 3, "full_attention", "sliding_attention"]}),
+    ("qwen2", FIVE | QWEN_MIXED | {"max_window_layers": 3}),
+    ("bloom", {"n_layer": 5}),
+    ("mamba", FIVE),
+    ("lfm2", FIVE | {"layer_types": ["conv", "conv", "conv", "full_attention", "conv"]}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), DEEP, ids=name)
+def test_a_small_twin_is_run_as_the_model_itself(family, changes):
+    model, vocabulary = thinker(family, **changes)
+    twin = small_twin(model, vocabulary, torch.device("cpu"))
+    assert sum(map(torch.numel, twin.parameters())) < sum(map(torch.numel, model.parameters()))
+    kinds = [set(getattr(one.config, "layer_types", None) or ()) for one in (model, twin)]
+    assert kinds[0] == kinds[1]
+    shape = (Branching(2, 3, 2), T, 3)
+    assert choose_engine(twin, vocabulary, *shape).name == choose_engine(model, vocabulary, *shape).name
 
 
 @pytest.mark.parametrize("lookahead", [1, 2, 5, T])
@@ -238,6 +163,27 @@ def test_a_model_that_ignores_position_ids_is_not_given_the_tree(monkeypatch):
     assert choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3).name == "replicated"
 
 
+@pytest.mark.parametrize(("family", "changes"), [("gpt_neo", {"window_size": 100}), ("llama4_text", {"floor_scale": 100})])
+@torch.no_grad()
+def test_a_model_that_counts_places_is_not_given_the_tree(family, changes, monkeypatch):
+    # In a tree as small as the check's nothing is wrong; in the run's it is.
+    model, vocabulary = thinker(family, "eager", **changes)
+    small, large = (Text(vocabulary, False, Branching(groups, 3, 3)) for groups in (2, 8))
+    small.check(small.scores(TreeEngine(), model), model, vocabulary)
+    with pytest.raises(AssertionError):
+        large.check(large.scores(TreeEngine(), model), model, vocabulary)
+    assert choose_engine(model, vocabulary, Branching(8, 3, 3), T, 3).name == "replicated"
+    monkeypatch.setattr(engine, "counts_places", lambda config: False)
+    assert choose_engine(model, vocabulary, Branching(8, 3, 3), T, 3).name == "tree"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "tree", "replicated"])
+def test_a_model_that_sees_what_comes_later_is_refused(wanted):
+    model, vocabulary = thinker("bert-generation", is_decoder=False)
+    with pytest.raises(ValueError, match="bert-generation is not causal"):
+        choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3, wanted)
+
+
 def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
     monkeypatch.setattr(LogitTransform, "from_config", classmethod(lambda cls, config: cls()))
     model, vocabulary = thinker("granite")
@@ -284,16 +230,6 @@ def test_text_decoders_are_supported(family):
     check_supported(AutoConfig.for_model(family, **TINY[family]))
 
 
-def sample(each, model, vocabulary, text: Text, sampling: Sampling, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    return sample_thoughts(each, model, text.tokens_BT, text.documents_BT, text.forks_BK, text.shape, sampling, vocabulary, generator)
-
-
-def thought_mask(text: Text, rollout) -> Tensor:
-    """Thinking tokens that were thought, `[B, K, G, L]`."""
-    return (torch.arange(text.shape.max_length) < rollout.lengths_BKG[..., None]) & (text.forks_BK >= 0)[:, :, None, None]
-
-
 @pytest.mark.parametrize("draw_stops", [False, True], ids=["fixed", "stops"])
 @pytest.mark.parametrize("persistent", [False, True], ids=["none", "persistent"])
 @pytest.mark.parametrize(("family", "attn", "changes"), [*DIVERSE, ("qwen3", "sdpa", QWEN_MIXED), *REPLICATED], ids=name)
@@ -309,8 +245,7 @@ def test_rollout_logps_are_the_gradient_pass_logps(family, attn, changes, persis
         text.thoughts_BKGL, text.lengths_BKG = rollout.thoughts_BKGL, rollout.lengths_BKG
         out = text.scores(each, model)
         assert out.think_logits_MN.requires_grad
-        tree, thinkers_BKGL = text.tree(), text.tree().prefixes()[..., :-1]
-        think_BKGLN = out.think_logits_MN.view(2, tree.num_nodes, -1)[torch.arange(2)[:, None, None, None], thinkers_BKGL]
+        think_BKGLN = text.think_logits(out)
         logps_BKGL = thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature=0.7)
         assert torch.equal(logps_BKGL, (think_BKGLN / 0.7).log_softmax(-1).gather(-1, rollout.thoughts_BKGL[..., None] - vocabulary.first_id)[..., 0])
         mask_BKGL = thought_mask(text, rollout)
