@@ -1,10 +1,12 @@
 """From the trainer's arguments to a model and a tokenizer, refused with one sentence where they do not fit."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,6 +41,8 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         )
     if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
         raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
+    if all(str_to_bool(os.environ.get(name, "false")) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")):
+        raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
 
 
 def load_model(

@@ -171,6 +171,17 @@ def print_mixture(results: dict[str, Any], console: Console | None = None) -> No
         console.print(table)
 
 
+def print_launchers(results: dict[str, Any], console: Console | None = None) -> None:
+    """How far each launcher's run is from that of one process which accumulates as many batches."""
+    runs = results["launchers"]
+    table = Table(padding=0, title=f"{len(runs['one process']['losses'])} steps of a tiny model")
+    for column in ("launcher", "processes", "last loss", "largest difference of a weight"):
+        table.add_column(column, justify="left" if column == "launcher" else "right")
+    for name in sorted(runs, key=lambda name: (runs[name]["processes"], name)):
+        table.add_row(name, str(runs[name]["processes"]), f"{runs[name]['losses'][-1]:.6f}", f"{runs[name]['weight_gap']:.1e}")
+    (console or Console()).print(table)
+
+
 def _per_cent(part: float) -> str:
     """With as many places as the test rows carry; 100 means every one."""
     return "100" if part == 1 else f"{100 * part:.2f}" if part > 0.99 else f"{100 * part:.1f}"

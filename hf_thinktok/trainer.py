@@ -180,7 +180,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 f"max_length={longest} and a thought with its lookahead exceed the model's {longest_row(base)} positions: lower max_length or lookahead."
             )
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
-        if not sharded and not args.gather_for_rollout:
+        if args.thinks and not sharded and not args.gather_for_rollout:
             raise ValueError("gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2.")
         tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
         engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine) for one in tried]

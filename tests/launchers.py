@@ -74,7 +74,7 @@ def save_tiny_model(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    from hf_thinktok.results import environment, write_json
+    from hf_thinktok.results import environment, print_launchers, write_json
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -85,4 +85,6 @@ if __name__ == "__main__":
             print(launcher, flush=True)
             run = launched(launcher, root / launcher, options)
             rows[launcher] = {"processes": run["world"], "losses": run["losses"], "weight_gap": weight_gap(one, run)}
-    write_json(HERE.parent / "docs/results/launchers.json", {"launchers": rows} | environment())
+    results = {"launchers": rows} | environment()
+    write_json(HERE.parent / "docs/results/launchers.json", results)
+    print_launchers(results)

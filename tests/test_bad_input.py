@@ -411,6 +411,19 @@ def test_data_parallel(train, monkeypatch):
     one_sentence(error, "accelerate launch", "CUDA_VISIBLE_DEVICES")
 
 
+def test_loading_on_one_process_alone(train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ValueError, match="set fsdp_cpu_ram_efficient_loading: false") as error:
+        train()
+    one_sentence(error)
+
+
+def test_gathering_what_is_whole(make_trainer):
+    with pytest.raises(ValueError, match="gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2"):
+        make_trainer(gather_for_rollout=False)
+
+
 def test_context_parallel(train, make_config):
     class Parallelism:
         cp_enabled, sp_enabled = True, False
