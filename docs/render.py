@@ -7,12 +7,9 @@ Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that fil
 import json
 import re
 import sys
-from io import StringIO
 from pathlib import Path
 
-from rich.console import Console
-
-from hf_thinktok.results import draw_ablation, draw_task, print_ablation, print_launchers, print_mixture, print_results, print_task
+from hf_thinktok.results import as_text, draw_ablation, draw_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -22,15 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "sc
 
 
 def table(file: str) -> str:
-    results = json.loads((ROOT / file).read_text())
-    console = Console(file=StringIO(), width=80)
-    kinds = {"ablation": print_ablation, "launchers": print_launchers, "mixture": print_mixture, "task": print_task}
-    printer = next((print_kind for name, print_kind in kinds.items() if name in results), print_results)
-    printer(results, console)
-    hardware, versions = results["hardware"], results["versions"]
-    where = f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}"
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    return "```text\n" + "\n".join(lines) + f"\n{where}; commit {results['commit'][:12]}\n```\n"
+    return f"```text\n{as_text(json.loads((ROOT / file).read_text()))}```\n"
 
 
 def rendered(text: str) -> str:

@@ -1,9 +1,11 @@
 """Checkpoints: what is written, when one counts, and how a run goes on from it as if it had never stopped."""
 
 import contextlib
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -21,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
+from .results import as_text, changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,15 @@ def newest_checkpoint(folder: str | Path) -> str | None:
             return str(found[step])
         logger.warning("%s was not written to its end and is left alone.", found[step])
     return None
+
+
+CARD = """
+## Thinking tokens
+
+This model can think in {num_tokens} tokens without text, `{first}` to `{last}`, that nobody supervised. Plain `generate` emits them where it samples them;
+decode with `skip_special_tokens=True` to hide them. Trained with [hf-thinktok](https://github.com/hf-thinktok/hf-thinktok), whose `thinktok generate` shows
+text and thoughts apart.
+"""
 
 
 class Preemption(TrainerCallback):
@@ -153,6 +165,30 @@ class CheckpointingTrainer(SFTTrainer):
         if not self.plain and self.args.should_save:
             state = {name: part.state_dict() for name, part in self._stateful().items()}
             torch.save(state, os.path.join(output_dir, STATE_FILE))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card; with thinking tokens what they are, and the figures that the run wrote beside the model."""
+        super().create_model_card(*args, **kwargs)
+        if self.plain or not self.is_world_process_zero():
+            return
+        card, results = Path(self.args.output_dir, "README.md"), Path(self.args.output_dir, "results.json")
+        text = CARD.format(num_tokens=self.vocabulary.num_tokens, first=self.vocabulary.tokens[0], last=self.vocabulary.tokens[-1])
+        figures = f"\n## Results\n\n```text\n{as_text(json.loads(results.read_text()))}```\n" if results.exists() else ""
+        card.write_text(card.read_text() + text + figures)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Uploads model, tokenizer, card, and in `training.json` the options and the last metrics of this run."""
+        if self.is_world_process_zero():
+            metrics: dict[str, Any] = {}
+            for entry in self.state.log_history:
+                metrics |= entry
+            write_json(Path(self.args.output_dir, "training.json"), {"config": changed_options(self.args), "metrics": metrics} | environment())
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():
+            shutil.copytree(speaker, Path(self.args.output_dir, SPEAKER), dirs_exist_ok=True)  # the base class copies files alone
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, folder: str, model=None) -> None:
         if is_peft_model(self.model) and SPEAKER in self.model.peft_config:

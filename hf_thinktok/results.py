@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from math import log
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ def _commit() -> str | None:
 
 
 def changed_options(*groups: Any) -> dict[str, Any]:
-    """The options that differ from their defaults: what makes this run."""
+    """The options that differ from their defaults: what makes this run. Tokens for the Hub are left out, as results go there."""
     changed: dict[str, Any] = {}
     for group in groups:
         plain = type(group)(output_dir=group.output_dir) if hasattr(group, "output_dir") else type(group)()
-        changed |= {name: value for name, value in vars(group).items() if not name.startswith("_") and value != getattr(plain, name, None)}
+        told = {name: value for name, value in vars(group).items() if not name.startswith("_") and not name.endswith("_token")}
+        changed |= {name: value for name, value in told.items() if value != getattr(plain, name, None)}
     return changed
 
 
@@ -96,6 +98,18 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(results, indent=2, sort_keys=True, default=str) + "\n")
     os.replace(unfinished, path)
+
+
+def as_text(results: dict[str, Any]) -> str:
+    """The table of a results file as its run printed it, and where it ran."""
+    file = StringIO()
+    console = Console(file=file, width=80)
+    kinds = {"ablation": print_ablation, "launchers": print_launchers, "mixture": print_mixture, "task": print_task}
+    next((printer for name, printer in kinds.items() if name in results), print_results)(results, console)
+    hardware, versions = results["hardware"], results["versions"]
+    where = f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}"
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    return "\n".join([*lines, f"{where}; commit {(results['commit'] or 'unknown')[:12]}\n"])
 
 
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:

@@ -1,6 +1,8 @@
 """Pushing to the Hub and loading from it by name, against a local server of its HTTP API, in processes of their own."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +13,9 @@ from hub_server import HubServer
 HERE = Path(__file__).parent
 
 PUSH = """
-import sys
-from datasets import Dataset
-from models import CORPUS, tiny_model, tiny_tokenizer
-from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-import torch
-torch.set_num_threads(1)
-tokenizer = tiny_tokenizer()
-args = ThinkTokConfig(sys.argv[1], bf16=False, use_cpu=True, max_length=48, max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True,
-                      num_think_tokens=4, num_forks=3, num_generations=2, max_think_length=2, hub_model_id="me/thinker")
-trainer = ThinkTokTrainer(tiny_model(vocab_size=len(tokenizer)), args, train_dataset=Dataset.from_dict({"text": CORPUS}), processing_class=tokenizer)
-trainer.train()
+import json, sys, torch
+from tiny_run import main
+trainer = main(sys.argv[1], {"hub_model_id": "me/thinker", "hub_token": "hf_secret"} | json.loads(sys.argv[3]))
 with torch.no_grad():
     torch.save(trainer.model.eval()(torch.arange(12)[None]).logits, sys.argv[2])
 trainer.push_to_hub()
@@ -56,19 +50,36 @@ def python(hub, home, *command, expect=0):
 
 
 def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt")
+    (tmp_path / "out").mkdir()
+    shutil.copy(HERE.parent / "docs/results/quickstart.json", tmp_path / "out/results.json")
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", "{}")
     files = hub.repos["me/thinker"][-1]
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "training_args.bin"} <= set(files)
     assert not any("checkpoint" in path for path in files)
     card = files["README.md"].decode()
     assert "thinktok" in card.split("---")[1], "a tag in the card's head"
+    assert "`<|think_0|>` to `<|think_3|>`" in card
+    assert "gain from thinking          │ -0.0077" in card
+    training = json.loads(files["training.json"])
+    assert (training["config"]["num_think_tokens"], training["metrics"]["step"]) == (4, 3)
+    assert "hf_secret" not in files["training.json"].decode()
     python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt")
+
+
+def test_every_save_is_pushed_with_both_models(hub, tmp_path):
+    options = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps(options | {"policies": "split", "stop": "fixed"}))
+    _, *during, last = hub.repos["me/thinker"]
+    assert during
+    for commit in (*during, last):
+        assert {"model.safetensors", "speaker/model.safetensors", "speaker/config.json", "tokenizer.json"} <= set(commit)
+    assert during[0]["speaker/model.safetensors"] != during[0]["model.safetensors"]
 
 
 @pytest.mark.parametrize("trouble", [("PUT", "/lfs/", "drop"), ("POST", "/commit/", "500")], ids=["dropped", "refused"])
 def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_path, trouble):
     hub.trouble = [trouble] * 20  # clients try again
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", expect=1)
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", "{}", expect=1)
     assert hub.repos["me/thinker"] == [{}]
     hub.trouble = []
     python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/thinker")

@@ -63,7 +63,7 @@ def partition_small_parameters(args: ThinkTokConfig) -> None:
         plugin.hf_ds_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
-def main(folder: str, options: dict) -> None:
+def main(folder: str, options: dict) -> ThinkTokTrainer:
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer()
     adapter = LoraConfig(r=4, target_modules="all-linear") if options.pop("adapter", False) else None
@@ -102,9 +102,12 @@ def main(folder: str, options: dict) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {"losses": losses, "weights": weights, "world": trainer.accelerator.num_processes, "sharded": sharded}
         torch.save(result | {"launcher": trainer.accelerator.distributed_type.value}, f"{folder}/result.pt")
+    return trainer
 
 
 if __name__ == "__main__":
     main(sys.argv[1], json.loads(sys.argv[2]))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads now and then abort a process that tidies up
