@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-serial test test-distributed test-hub style types
+.PHONY: help demo demo-lora demo-serial test test-distributed test-hub style types
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 demo: $(VENV)/demo  ## SmolLM2-135M learns to think on real text: two CPU cores, a few minutes, no account
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain_think.py --config recipes/smollm2-135m/quickstart.yaml
+
+demo-lora: $(VENV)/demo  ## the main job with an adapter: LoRA and the new rows alone are trained
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain_think.py --config recipes/smollm2-135m/quickstart.yaml \
+		--use_peft --lora_target_modules all-linear --learning_rate 5e-4 --output_dir outputs/quickstart_lora
 
 demo-serial: $(VENV)/demo  ## SmolLM2-135M invents tokens to think step by step with, rewarded by the answer alone: two CPU cores, 15 minutes
 	$(BIN)/python recipes/toy.py --config recipes/toy/serial_smollm2.yaml --test_rows 32

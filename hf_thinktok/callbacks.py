@@ -13,6 +13,17 @@ logger = logging.getLogger(__name__)
 THOUGHT_STYLE, TEXT_STYLE = "cyan", "blue"
 
 
+class SayWhatIsTrained(TrainerCallback):
+    """With an adapter: which part of the model gets gradients, and what it will take on disk."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        sizes = [(getattr(one, "ds_numel", one.numel()), one.element_size(), one.requires_grad) for one in model.parameters()]
+        total, trained = sum(size for size, *_ in sizes), sum(size for size, _, trains in sizes if trains)
+        megabytes = sum(size * width for size, width, trains in sizes if trains) / 1e6
+        if state.is_world_process_zero:
+            print(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %): adapter and thinking rows, {megabytes:.1f} MB on disk.")
+
+
 class NonFiniteGuard(TrainerCallback):
     """Skips optimizer steps whose loss, gradient or rewards were not finite, counts them, and ends a run that does nothing else.
 

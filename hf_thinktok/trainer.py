@@ -19,7 +19,7 @@ from trl.models import unwrap_model_for_generation
 
 from ._compat import RepeatSampler, disable_dropout_in_model
 from .advantages import ValueBaseline
-from .callbacks import NonFiniteGuard, print_thoughts, sample_thoughts_to_print
+from .callbacks import NonFiniteGuard, SayWhatIsTrained, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .config import REWARDED_BY_FUNCTIONS, ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
@@ -150,6 +150,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         check_launcher(self.accelerator, self.model)
         if two_adapters:
             add_speaker(self.model, peft_config)
+        if is_peft_model(self.model):
+            self.add_callback(SayWhatIsTrained())
         if args.disable_dropout:  # an adapter's as well
             disable_dropout_in_model(self.model)
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)

@@ -39,12 +39,12 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/toy/ablations"))
     args, further = parser.parse_known_args()
     base, variants = (yaml.safe_load(path.read_text()) for path in (args.config, args.variants))
-    results: dict[str, Any] = {"ablation": {}, "variants": variants}
+    results: dict[str, Any] = {"ablation": {}, "variants": variants, "commits": {}}
     for name, changes in variants.items():
         print(f"== {name}: {changes or 'nothing changed'}", flush=True)
         folder = args.output_dir / name.replace(" ", "_").replace(",", "")
         last = run_variant(folder, base, changes, args.seeds, further)
-        results["ablation"][name] = last["runs"]
+        results["ablation"][name], results["commits"][name] = last["runs"], last["commit"]
         results |= {key: last[key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")}
         write_json(args.output_dir / "results.json", results)
     draw_ablation(results, args.output_dir / "accuracy.svg")

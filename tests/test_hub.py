@@ -33,6 +33,26 @@ assert "<|think_3|>" in tokenizer.get_vocab()
 """
 
 
+BASE = """
+from models import tiny_model, tiny_tokenizer
+tokenizer = tiny_tokenizer()
+for part in (tokenizer, tiny_model(vocab_size=len(tokenizer))):
+    part.push_to_hub("me/base")
+"""
+
+PULL_ADAPTER = """
+import sys
+sys.modules["hf_thinktok"] = None
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("me/thinker"), AutoTokenizer.from_pretrained("me/thinker")
+torch.testing.assert_close(model(torch.arange(12)[None]).logits, torch.load(sys.argv[1])[..., : len(tokenizer)])
+ids = model.generate(**tokenizer("the cat sat", return_tensors="pt"), do_sample=True, max_new_tokens=24)
+assert ids.max() < len(tokenizer)
+"""
+
+
 @pytest.fixture
 def hub():
     with HubServer() as server:
@@ -64,6 +84,15 @@ def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
     assert (training["config"]["num_think_tokens"], training["metrics"]["step"]) == (4, 3)
     assert "hf_secret" not in files["training.json"].decode()
     python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt")
+
+
+def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
+    python(hub, tmp_path / "home", "-c", BASE)
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps({"adapter": True, "model_folder": "me/base"}))
+    files = hub.repos["me/thinker"][-1]
+    assert "model.safetensors" not in files
+    assert len(files["adapter_model.safetensors"]) < len(hub.repos["me/base"][-1]["model.safetensors"]) / 2
+    python(hub, tmp_path / "other", "-c", PULL_ADAPTER, tmp_path / "logits.pt")
 
 
 def test_every_save_is_pushed_with_both_models(hub, tmp_path):

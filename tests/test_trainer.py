@@ -227,7 +227,7 @@ def test_adapter_trains_itself_and_the_thinking_rows_only(make_trainer, tie):
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_an_adapter_folder_and_its_base_are_the_thinking_model(make_trainer, tmp_path, tie):
+def test_an_adapter_folder_and_its_base_are_the_thinking_model(make_trainer, tmp_path, tie, capsys):
     """In plain PEFT, in a process without this package; merged, in plain transformers; and small."""
     tokenizer = tiny_tokenizer()
     tiny_model("llama", vocab_size=len(tokenizer), tie=tie).save_pretrained(tmp_path / "base")
@@ -242,6 +242,7 @@ def test_an_adapter_folder_and_its_base_are_the_thinking_model(make_trainer, tmp
     torch.save({"ids": ids, "logits": logits}, tmp_path / "expected.pt")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not any(len(value) > 128 for value in weights.values()), "no embedding is in it"
+    assert f"Training {sum(value.numel() for value in weights.values()):,} of " in capsys.readouterr().out
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
     suppressed = GenerationConfig.from_pretrained(tmp_path / "merged").suppress_tokens
     assert trainer.vocabulary.guard_id in suppressed
