@@ -1,6 +1,7 @@
 """Two processes under `accelerate launch`, with every launcher, against one process that accumulates as many batches."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def test_two_processes_are_one_that_accumulates(tmp_path, options):
 def test_every_launcher_trains_what_one_process_trains_and_resumes(tmp_path, launcher):
     """The resumed run is the second half of the other one; layers are gathered one by one in it, where that is a choice."""
     options = {"model_folder": save_tiny_model(tmp_path / "model"), "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    if launcher in ("zero2", "fsdp2"):
+        options["beta"] = 0.5  # a frozen copy of the model beside it
     one = alone(tmp_path / "one", dict(options))
     together = launched(launcher, tmp_path / "two", options)
     assert_same(one, together, launcher)
@@ -63,6 +66,14 @@ def test_every_launcher_trains_what_one_process_trains_and_resumes(tmp_path, lau
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint-4")
     for name, value in plain.named_parameters():
         torch.testing.assert_close(value.detach(), one["weights"][name], atol=1e-5, rtol=0.0, msg=name)
+
+
+@pytest.mark.parametrize("options", [{"per_device_train_batch_size": 3}, {"per_device_train_batch_size": 4, "accelerator_config": {"split_batches": True}}])
+def test_batches_that_do_not_divide_evenly(tmp_path, options):
+    """32 rows, two epochs: the last batch of an epoch is short, or all are cut in two."""
+    run = launched("ddp", tmp_path / "two", options | {"num_train_epochs": 2, "max_steps": -1})
+    assert len(run["losses"]) == (2 * 6 if options["per_device_train_batch_size"] == 3 else 2 * 8)
+    assert all(map(math.isfinite, run["losses"]))
 
 
 @pytest.mark.parametrize(("launcher", "tie"), [("zero2", True), ("fsdp2", False)])
