@@ -1,4 +1,4 @@
-"""As much of the Hub's HTTP API as a push and a pull need, kept in memory: repositories, one branch each, regular and large files."""
+"""As much of the Hub's HTTP API as a push and a pull need, kept in memory: repositories, their branches, regular and large files."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ class HubServer(ThreadingHTTPServer):
     """Start with `with HubServer() as hub:`; `hub.url` is its `HF_ENDPOINT`.
 
     Attributes:
-        repos: for each repository its commits, newest last, each a dict of path to content.
+        repos: for each repository its commits, newest last, each a dict of path to content; those of another branch than main as `name@branch`.
         trouble: requests still to be refused: method and part of a path to "500" (an error), or "drop" (the connection ends halfway).
         requests: what was asked for.
     """
@@ -24,6 +24,12 @@ class HubServer(ThreadingHTTPServer):
         self.trouble: list[tuple[str, str, str]] = []
         self.requests: list[tuple[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def commits(self, repo: str, revision: str | None) -> list[dict[str, bytes]] | None:
+        """Those of a branch, named itself or by its last commit's hash."""
+        branches = {name: commits for name, commits in self.repos.items() if name.split("@")[0] == repo}
+        by_hash = {sha(name, commits): commits for name, commits in branches.items()}
+        return branches.get(repo if revision in (None, "main") else f"{repo}@{revision}", by_hash.get(revision))
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -95,11 +101,17 @@ class Handler(BaseHTTPRequestHandler):
         self.server.repos.setdefault(name, [{}])
         self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
 
+    def branch(self, repo: str, revision: str) -> None:
+        self.body()
+        known = f"{repo}@{revision}" in self.server.repos
+        self.server.repos.setdefault(f"{repo}@{revision}", [{}])
+        self.answer(409 if known else 200, {})
+
     def validate(self) -> None:
         self.body()
         self.answer(200, {"errors": [], "warnings": []})
 
-    def preupload(self, repo: str) -> None:
+    def preupload(self, repo: str, revision: str) -> None:
         files = json.loads(self.body())["files"]
         modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".bin")) else "regular"} for f in files]
         self.answer(200, {"files": [mode | {"shouldIgnore": False} for mode in modes]})
@@ -118,8 +130,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.large[oid] = content
         self.answer(200 if whole else 400, {})
 
-    def commit(self, repo: str) -> None:
-        files = dict(self.server.repos[repo][-1])
+    def commit(self, repo: str, revision: str) -> None:
+        commits = self.server.commits(repo, revision)
+        files = dict(commits[-1])
         for line in self.body().splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -127,47 +140,54 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.large[value["oid"]]
-        self.server.repos[repo].append(files)
-        oid = sha(self.server.repos[repo])
+        commits.append(files)
+        oid = self.hash(commits)
         self.answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo}/commit/{oid}"})
 
     # ---------------------------------------------------------------- pull
 
     def info(self, repo: str, revision: str | None = None) -> None:
         self.body()
-        if repo not in self.server.repos:
+        commits = self.server.commits(repo, revision)
+        if commits is None:
             self.answer(404, {"error": "no such repository"}, X_Error_Code="RepoNotFound")
             return
-        commits = self.server.repos[repo]
         siblings = [{"rfilename": path} for path in commits[-1]]
-        self.answer(200, {"id": repo, "modelId": repo, "sha": sha(commits), "private": False, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
+        self.answer(
+            200, {"id": repo, "modelId": repo, "sha": self.hash(commits), "private": False, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
+        )
 
     def tree(self, repo: str, revision: str) -> None:
         self.body()
-        files = self.server.repos[repo][-1]
+        files = self.server.commits(repo, revision)[-1]
         self.answer(200, [{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for path, content in files.items()])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
-        commits = self.server.repos.get(repo)
+        commits = self.server.commits(repo, revision)
         if commits is None or path not in commits[-1]:
             self.answer(404, {"error": "not there"}, X_Error_Code="RepoNotFound" if commits is None else "EntryNotFound")
             return
         content = commits[-1][path]
-        self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=sha(commits))
+        self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=self.hash(commits))
+
+    def hash(self, commits: list[dict[str, bytes]]) -> str:
+        return next(sha(name, known) for name, known in self.server.repos.items() if known is commits)
 
 
-def sha(commits: list[dict[str, bytes]]) -> str:
-    return hashlib.sha1(str(len(commits)).encode()).hexdigest()
+def sha(branch: str, commits: list[dict[str, bytes]]) -> str:
+    """The hash of a branch's last commit."""
+    return hashlib.sha1(f"{branch} {len(commits)}".encode()).hexdigest()
 
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = [
     (("POST",), "/api/repos/create", Handler.create),
     (("POST",), "/api/validate-yaml", Handler.validate),
-    (("POST",), rf"/api/models/{REPO}/preupload/[^/]+", Handler.preupload),
+    (("POST",), rf"/api/models/{REPO}/branch/(?P<revision>[^/]+)", Handler.branch),
+    (("POST",), rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", Handler.preupload),
     (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     (("PUT",), "/lfs/(?P<oid>[0-9a-f]+)", Handler.put),
-    (("POST",), rf"/api/models/{REPO}/commit/[^/]+", Handler.commit),
+    (("POST",), rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", Handler.commit),
     (("GET",), rf"/api/models/{REPO}/tree/(?P<revision>[^/]+).*", Handler.tree),
     (("GET",), rf"/api/models/{REPO}(?:/revision/(?P<revision>.+))?", Handler.info),
     (("GET", "HEAD"), rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),

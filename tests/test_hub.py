@@ -26,7 +26,7 @@ import sys
 sys.modules["hf_thinktok"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained("me/thinker") for kind in (AutoModelForCausalLM, AutoTokenizer))
+model, tokenizer = (kind.from_pretrained("me/thinker", revision=sys.argv[2]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 torch.testing.assert_close(model(torch.arange(12)[None]).logits, torch.load(sys.argv[1]))
 assert model.config.thinktok["num_tokens"] == 4
 assert "<|think_3|>" in tokenizer.get_vocab()
@@ -83,7 +83,19 @@ def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
     training = json.loads(files["training.json"])
     assert (training["config"]["num_think_tokens"], training["metrics"]["step"]) == (4, 3)
     assert "hf_secret" not in files["training.json"].decode()
-    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt")
+    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "main")
+
+
+def test_checkpoints_are_pushed_as_revisions(hub, tmp_path):
+    options = json.dumps({"save_strategy": "steps", "save_steps": 1, "max_steps": 2})
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
+    for step in (1, 2):
+        command = ("-m", "hf_thinktok.cli", "push", tmp_path / f"out/checkpoint-{step}", "me/thinker", "--revision", f"step-{step}")
+        python(hub, tmp_path / "home", *command)
+    first, second = (hub.repos[f"me/thinker@step-{step}"][-1]["model.safetensors"] for step in (1, 2))
+    assert first != second
+    assert second == hub.repos["me/thinker"][-1]["model.safetensors"]
+    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "step-2")
 
 
 def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
@@ -112,7 +124,7 @@ def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_pat
     assert hub.repos["me/thinker"] == [{}]
     hub.trouble = []
     python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/thinker")
-    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt")
+    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "main")
 
 
 def test_what_cannot_be_pushed(hub, tmp_path):
