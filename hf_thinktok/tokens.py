@@ -68,6 +68,11 @@ class ThinkingVocabulary:
         return self.first_id
 
     @property
+    def num_rows(self) -> int:
+        """Rows of an embedding that grows to hold all ids."""
+        return math.ceil((self.guard_id + 1) / ROW_MULTIPLE) * ROW_MULTIPLE
+
+    @property
     def ids(self) -> range:
         return range(self.first_id, self.first_id + self.num_tokens)
 
@@ -140,7 +145,7 @@ def add_thinking_tokens(
 
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary.guard_id >= rows:
-        rows = math.ceil((vocabulary.guard_id + 1) / ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = vocabulary.num_rows
         model.resize_token_embeddings(rows, mean_resizing=False)
     _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed)
 
