@@ -54,6 +54,7 @@ HOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ZeRO-2, 8 GPUs": ({"zero": 2, "num_processes": 8}, {}),
     "ZeRO-3, 8 GPUs": ({"zero": 3, "num_processes": 8}, {}),
     "LoRA, 1 GPU": ({"dtype": torch.bfloat16, "peft_config": LORA}, {}),
+    "1 GPU, evaluation": ({}, {"do_eval": True}),
 }
 TREE = {"max_length": 2048, "num_forks": 64, "num_generations": 8, "max_think_length": 8, "lookahead": 8, "stop": "fixed", "num_think_tokens": 16}
 
@@ -170,7 +171,8 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, help="where the figures go")
     chosen = parser.parse_args()
     if chosen.what == "plans":
-        wanted = [(name, how) for name in SHAPES for how in HOWS if how != "LoRA, 1 GPU" or name.startswith("Qwen")]
+        only = {"LoRA, 1 GPU": ("Qwen2.5-7B", "Qwen2.5-32B"), "1 GPU, evaluation": ("SmolLM2-135M",)}
+        wanted = [(name, how) for name in SHAPES for how in HOWS if name in only.get(how, SHAPES)]
         results = {"plans": [plan_of(*each) for each in wanted], "tree": TREE}
         print_plans(results)
     else:
