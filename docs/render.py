@@ -12,19 +12,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_thinktok.results import draw_ablation, draw_task, print_ablation, print_mixture, print_results, print_task
+from hf_thinktok.results import draw_ablation, draw_task, print_ablation, print_measured, print_mixture, print_plans, print_results, print_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
-PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "scaling.md"]
 
 
 def table(file: str) -> str:
     results = json.loads((ROOT / file).read_text())
     console = Console(file=StringIO(), width=80)
-    kinds = {"ablation": print_ablation, "mixture": print_mixture, "task": print_task}
+    kinds = {"ablation": print_ablation, "mixture": print_mixture, "task": print_task, "plans": print_plans, "measured": print_measured}
     printer = next((print_kind for name, print_kind in kinds.items() if name in results), print_results)
     printer(results, console)
     hardware, versions = results["hardware"], results["versions"]

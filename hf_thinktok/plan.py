@@ -26,8 +26,8 @@ from .dry_run import DryRun, Phase, Rows, model_without_data
 from .loading import check_attention
 from .memory import Part
 
-# DeepSpeed's defaults, in numbers: a bucket of gradients, and the parameters that ZeRO-3 may hold gathered.
-ZERO_BUCKET, ZERO_GATHERED = 500_000_000, 1_000_000_000
+# DeepSpeed's defaults, in numbers: a bucket of gradients, and the parameters that ZeRO-3 may hold gathered, or steps at a time.
+ZERO_BUCKET, ZERO_GATHERED, ZERO_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
 
 
 @dataclass
@@ -134,8 +134,9 @@ class _Sharding:
             states = alone.get(Part.OPTIMIZER, 0) / self.trained_bytes * fp32  # the optimizer's own, two for AdamW
             parts[Part.GRADIENTS] = parts.get(Part.GRADIENTS, 0) * self.gradient_share
             parts[Part.OPTIMIZER] = (states + (0 if self.fsdp2 else fp32)) * share
-            if self.zero and phase == Phase.STEP:
-                parts[Part.GRADIENTS] += fp32 * share  # for the fp32 copy of the weights, which is part of ZeRO's optimizer state
+            if self.zero and phase == Phase.STEP:  # the process's own gradients once more, flat, and in fp32
+                group = self.trained * share
+                parts[Part.GRADIENTS] += (self.size + 4) * (min(group, ZERO_GROUP) if self.zero == 3 else group)
             if phase == Phase.PASS:
                 parts[Part.BUFFERS] = self.waiting
             if self.fsdp2:
