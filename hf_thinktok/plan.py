@@ -199,8 +199,8 @@ def print_plan(made: Plan, gpu_gib: float | None = None, console: Console | None
     console.print(table)
     console.print(f"{made.parameters:,} parameters, {made.trainable / made.parameters:.2%} of them trained.")
     console.print(f"{made.nodes:,} nodes a row; {made.visible_pairs:,} pairs of its tree see each other.")
-    verdict = "" if gpu_gib is None else f": {'fits' if made.peak <= gpu_gib * 2**30 else 'does not fit'} in {gpu_gib:g} GiB"
-    console.print(f"Peak {_gib(made.peak)} GiB, {made.peak_phase}{verdict}.")
+    share = "" if gpu_gib is None else f", {made.peak / gpu_gib / 2**30:.0%} of {gpu_gib:g} GiB: {'fits' if made.peak <= gpu_gib * 2**30 else 'does not fit'}"
+    console.print(f"Peak {_gib(made.peak)} GiB in the {made.peak_phase}{share}.")
 
 
 def _gib(size: float) -> str:
