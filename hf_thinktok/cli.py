@@ -2,10 +2,13 @@
 
 import argparse
 import contextlib
+import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,10 +16,15 @@ from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
+from trl import ModelConfig, TrlParser, get_peft_config
+from yaml import YAMLError
 
 from . import __version__
+from .config import ThinkTokConfig
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
 from .peft import merge
+from .plan import plan, print_plan
+from .sources import resolve_model
 from .tokens import ThinkingVocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -156,6 +164,67 @@ def run_push(args: argparse.Namespace) -> None:
     Console(stderr=True, highlight=False).print(done.commit_url, style="dim")
 
 
+def add_plan(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="estimate the memory that a training run needs",
+        description="Estimates the peak memory of one process of a training run, by part, from the model's config alone. All options of the training recipe "
+        "are taken as well, such as --max_length, --num_forks, --per_device_train_batch_size, --gradient_checkpointing, --dtype, --use_peft, --lora_r and "
+        "--config recipe.yaml.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="MODEL", help="folder with a config.json, or Hub repository (the recipe's model_name_or_path)")
+    parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of DeepSpeed's ZeRO (0)")
+    parser.add_argument("--fsdp2", action="store_true", help="sharded by FSDP2")
+    parser.add_argument("--num_processes", type=_whole(1), default=1, metavar="N", help="processes, one for each GPU (1)")
+    parser.add_argument("--cpu", action="store_true", help="for training on a CPU, where the head makes fp32 copies of low-precision numbers")
+    parser.add_argument("--gpu_gib", type=_number(0, math.inf, "above 0"), metavar="GIB", help="say whether it fits in so much memory")
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON instead of a table")
+    parser.set_defaults(run=run_plan, recipe=[])
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    config, model = _read_recipe(args.recipe)
+    if (name := args.model or model.model_name_or_path) is None:
+        raise UsageError("There is no model: give --model, or a --config with model_name_or_path.")
+    if model.load_in_4bit or model.load_in_8bit:
+        raise UsageError("Quantized weights are not planned: leave load_in_4bit and load_in_8bit out.")
+    loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation} | (config.model_init_kwargs or {})
+    try:
+        name = resolve_model(name)
+        with _loading(name):
+            shape = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=config.trust_remote_code)
+        dtype = (shape.dtype or torch.float32) if loading["dtype"] == "auto" else getattr(torch, str(loading["dtype"]).removeprefix("torch."))
+        made = plan(shape, config, dtype, loading["attn_implementation"], get_peft_config(model), args.zero, args.fsdp2, args.num_processes, gpu=not args.cpu)
+    except (ImportError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    if not args.json:
+        print_plan(made, args.gpu_gib)
+        return
+    fits = {} if args.gpu_gib is None else {"fits": made.peak <= args.gpu_gib * 2**30}
+    print(json.dumps(asdict(made) | {"peak": made.peak, "peak_phase": made.peak_phase} | fits, indent=2))
+
+
+def _read_recipe(words: list[str]) -> tuple[ThinkTokConfig, ModelConfig]:
+    """The options of a training recipe. What its file says about data is of no concern here."""
+    parser = TrlParser((ThinkTokConfig, ModelConfig), allow_abbrev=False)
+
+    def refuse(message: str):
+        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
+
+    parser.error = refuse
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            config, model, _, unknown = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+    except OSError as error:
+        raise UsageError(f"The file {error.filename} cannot be read: {error.strerror}.") from error
+    except (ValueError, IndexError, YAMLError) as error:
+        raise UsageError(str(error).splitlines()[0] if isinstance(error, ValueError) else "--config needs a YAML file.") from error
+    if unknown:
+        raise UsageError(f"There is no option {unknown[0]}.")
+    return config, model
+
+
 def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         raise UsageError("Give the prompt as an argument or with --file, not both.")
@@ -238,7 +307,7 @@ def _number(above: float, highest: float, meaning: str):
     return parse
 
 
-COMMANDS = (add_generate, add_merge, add_push)
+COMMANDS = (add_generate, add_merge, add_push, add_plan)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -251,7 +320,13 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     # A known command's words go to its own parser: only a parser without subparsers lets options stand between MODEL and PROMPT.
     command = subparsers.choices.get(words[0]) if words else None
-    args = parser.parse_args(words) if command is None else command.parse_intermixed_args(words[1:])
+    if command is None:
+        args = parser.parse_args(words)
+    elif command.get_default("recipe") is None:
+        args = command.parse_intermixed_args(words[1:])
+    else:
+        args, recipe = command.parse_known_args(words[1:])
+        args.recipe = recipe
     # Errors are told in a sentence below; the libraries' warnings and bars would run into the streamed text.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

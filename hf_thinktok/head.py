@@ -130,6 +130,11 @@ def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return -waiting.clamp(min=torch.finfo(waiting.dtype).tiny).log()
 
 
+def sums_in_fp32(hidden_MD: Tensor) -> bool:
+    """Whether the device itself sums products of low-precision numbers in fp32."""
+    return hidden_MD.is_cuda
+
+
 @contextlib.contextmanager
 def _fp32_sums(hidden_MD: Tensor) -> Iterator[torch.dtype]:
     """Products of low-precision numbers with fp32 sums and fp32 results; gives the type to multiply in. Autocast is off meanwhile.
@@ -139,13 +144,13 @@ def _fp32_sums(hidden_MD: Tensor) -> Iterator[torch.dtype]:
     """
     low_precision = hidden_MD.dtype in (torch.bfloat16, torch.float16)
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    relaxed = low_precision and not hidden_MD.is_cuda and hasattr(matmul, "fp32_precision")
+    relaxed = low_precision and not sums_in_fp32(hidden_MD) and hasattr(matmul, "fp32_precision")
     with torch.autocast(hidden_MD.device.type, enabled=False):
         before = getattr(matmul, "fp32_precision", None)
         try:
             if relaxed:
                 matmul.fp32_precision = "bf16"
-            yield hidden_MD.dtype if low_precision and hidden_MD.is_cuda else torch.float32
+            yield hidden_MD.dtype if low_precision and sums_in_fp32(hidden_MD) else torch.float32
         finally:
             if relaxed:
                 matmul.fp32_precision = before
@@ -267,6 +272,7 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
     if head.think_only:
         first, last = vocabulary.first_id, vocabulary.first_id + vocabulary.num_tokens
         with _fp32_sums(hidden_MD) as dtype:
+            dtype = torch.float32 if torch.is_grad_enabled() else dtype  # a GPU's fp32 sums of low-precision products have no derivative
             rows_ND = (weight_RD[first:last] if think_weight_ND is None else think_weight_ND).to(dtype)
             think_logits = _logits(hidden_MD.to(dtype), rows_ND, None if bias_R is None else bias_R[first:last].float(), transform)
         nothing = think_logits.new_zeros(len(hidden_MD))

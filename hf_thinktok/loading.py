@@ -60,11 +60,16 @@ def load_model(
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
     attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
-    if args.num_think_tokens != 0 and "flash" in (attention or ""):
-        raise ValueError(f"attn_implementation={attention} cannot take a tree's mask: use sdpa or eager.")
+    if args.num_think_tokens != 0:
+        check_attention(attention)
     if isinstance(model, str):
         model = create_model_from_path(model, **options)
     return model, tokenizer
+
+
+def check_attention(name: str | None) -> None:
+    if "flash" in (name or ""):
+        raise ValueError(f"attn_implementation={name} cannot take a tree's mask: use sdpa or eager.")
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokConfig) -> PreTrainedModel:

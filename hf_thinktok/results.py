@@ -104,7 +104,14 @@ def as_text(results: dict[str, Any]) -> str:
     """The table of a results file as its run printed it, and where it ran."""
     file = StringIO()
     console = Console(file=file, width=80)
-    kinds = {"ablation": print_ablation, "launchers": print_launchers, "mixture": print_mixture, "task": print_task}
+    kinds = {
+        "ablation": print_ablation,
+        "launchers": print_launchers,
+        "measured": print_measured,
+        "mixture": print_mixture,
+        "plans": print_plans,
+        "task": print_task,
+    }
     next((printer for name, printer in kinds.items() if name in results), print_results)(results, console)
     hardware, versions = results["hardware"], results["versions"]
     where = f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}"
@@ -290,3 +297,36 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     console = console or Console()
     console.print(table)
     console.print(verdict(results))
+
+
+def print_plans(results: dict[str, Any], console: Console | None = None) -> None:
+    """Planned peaks of models, GiB: what weights, gradients, the optimizer and the passes take of each."""
+    columns = {
+        "weights": ("parameters", "gathered parameters", "cast parameters"),
+        "gradients": ("gradients", "communication buffers"),
+        "optimizer": ("optimizer state",),
+        "passes": ("masks and scores", "KV cache", "activations", "working memory"),
+    }
+    table = Table(padding=0, title="Planned peak memory of one process, GiB")
+    for name in ("model", "how"):
+        table.add_column(name)
+    for name in (*columns, "peak"):
+        table.add_column(name, justify="right")
+    for i, made in enumerate(results["plans"]):
+        if i and made["model"] != results["plans"][i - 1]["model"]:
+            table.add_section()
+        parts = made["phases"][made["peak_phase"]]
+        sums = [sum(parts.get(part, 0) for part in members) for members in columns.values()]
+        table.add_row(made["model"], made["how"], *(f"{size / 2**30:.1f}" for size in (*sums, made["peak"])))
+    (console or Console()).print(table)
+
+
+def print_measured(results: dict[str, Any], console: Console | None = None) -> None:
+    """Planned against measured peaks, MiB."""
+    table = Table(padding=0, title="Peak memory, MiB")
+    table.add_column("")
+    for name in ("planned", "measured", "ratio"):
+        table.add_column(name, justify="right")
+    for row in results["measured"]:
+        table.add_row(row["case"], f"{row['planned'] / 2**20:.1f}", f"{row['measured'] / 2**20:.1f}", f"{row['ratio']:.3f}")
+    (console or Console()).print(table)

@@ -69,6 +69,11 @@ class ThinkingVocabulary:
         return self.first_id
 
     @property
+    def num_rows(self) -> int:
+        """Rows of an embedding that grows to hold all ids."""
+        return math.ceil((self.guard_id + 1) / ROW_MULTIPLE) * ROW_MULTIPLE
+
+    @property
     def ids(self) -> range:
         return range(self.first_id, self.first_id + self.num_tokens)
 
@@ -141,7 +146,7 @@ def add_thinking_tokens(
     _refuse_injection(tokenizer, vocabulary)
 
     if vocabulary.guard_id >= rows:
-        rows = math.ceil((vocabulary.guard_id + 1) / ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = vocabulary.num_rows
         try:
             model.resize_token_embeddings(rows, mean_resizing=False)
         except AttributeError as error:  # xLSTM's own way to fill new rows

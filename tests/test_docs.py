@@ -1,5 +1,6 @@
 """What the documents say is what the results files and the code say."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -33,6 +34,15 @@ def test_results_say_where_they_come_from():
 )
 def test_verdict_needs_two_standard_errors(gain, over_random, words):
     assert words in verdict({"gain": gain, "gain_stderr": 0.02, "gain_over_random": over_random, "gain_over_random_stderr": 0.02})
+
+
+def test_plans_on_the_page_are_what_the_code_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    rows = json.loads((ROOT / "docs" / "results" / "plan.json").read_text())["plans"]
+    row = next(row for row in rows if (row["model"], row["how"]) == ("SmolLM2-135M", "ZeRO-3, 8 GPUs"))
+    now = importlib.import_module("memory").plan_of("SmolLM2-135M", "ZeRO-3, 8 GPUs")
+    assert now["nodes"] == row["nodes"]
+    assert now["phases"][now["peak_phase"]] == pytest.approx(row["phases"][row["peak_phase"]], rel=0.01), "run python recipes/memory.py plans"
 
 
 def test_links_and_images_exist():

@@ -8,6 +8,7 @@ import torch
 from models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens, head
 from hf_thinktok.architectures import LogitTransform
@@ -296,6 +297,18 @@ def test_bf16_gradients_are_those_of_fp32_but_for_rounding():
     for ours, expected in ((hidden.grad, exact_hidden.grad), (linear.weight.grad, exact_linear.weight.grad)):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("think_only", [False, True])
+def test_low_precision_scores_have_a_gradient_on_a_gpu(monkeypatch, think_only):
+    """On tensors without data: a CPU cannot multiply so. Not every product that a GPU can make has a derivative."""
+    monkeypatch.setattr(head, "sums_in_fp32", lambda hidden_MD: True)
+    with FakeTensorMode():
+        hidden = torch.randn(NODES, SIZE, dtype=torch.bfloat16, requires_grad=True)
+        linear = torch.nn.Linear(SIZE, ROWS, dtype=torch.bfloat16)
+        inputs = HeadInputs(torch.arange(NODES), torch.zeros(NODES, dtype=torch.long), think_only=think_only)
+        score(hidden, linear, inputs, VOCABULARY, TRANSFORMS[0]).gate_logit_M.sum().backward()
+    assert hidden.grad.dtype == linear.weight.grad.dtype == torch.bfloat16
 
 
 def test_autocast_does_not_round_the_scores():

@@ -1,0 +1,207 @@
+"""A training step on weights that have shapes and types and no data, and what of it is alive.
+
+It is made by the trainer's own tree, engine, head and loss on PyTorch's fake tensors. So architectures, attention implementations, checkpointing and
+adapters need no description of their own here.
+
+Bytes throughout. Shape suffixes as in tree.py.
+"""
+
+import copy
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
+
+from .config import ThinkTokConfig
+from .engine import ReplicatedEngine, TreeEngine, evaluating
+from .forks import choose_forks, eligible_forks
+from .head import attach_head
+from .memory import LiveBytes, Part
+from .objective import thinking_loss
+from .peft import add_thinking_rows
+from .rewards import resolve_rewards
+from .rollout import Rollout
+from .scores import TreeScores, score_tree
+from .tokens import ThinkingVocabulary
+from .tree import Branching, ThoughtTree
+
+
+class Phase(StrEnum):
+    """What a step does, one after the other."""
+
+    TEXT = "rollout: text"
+    THOUGHTS = "rollout: thoughts"
+    PASS = "gradient pass"
+    STEP = "optimizer step"
+    EVALUATION = "evaluation"
+
+
+def model_without_data(config: PretrainedConfig, args: ThinkTokConfig, dtype: torch.dtype, attn_implementation: str | None, peft_config: Any):
+    """The model as the trainer makes it ready, on the meta device, and its thinking vocabulary."""
+    vocabulary = ThinkingVocabulary.from_config(config)
+    if vocabulary is None:  # a tokenizer might leave rows of the embedding free; here none are
+        config = copy.deepcopy(config)
+        text, num_tokens = config.get_text_config(), args.num_think_tokens or 16
+        vocabulary = ThinkingVocabulary(text.vocab_size, num_tokens, text.vocab_size + num_tokens)
+        text.vocab_size = vocabulary.num_rows
+    with torch.device("meta"):
+        model = base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        if peft_config is not None:
+            model = get_peft_model(base, add_thinking_rows(peft_config, base, vocabulary))
+    attach_head(base, vocabulary)
+    if args.gradient_checkpointing:
+        options = dict(args.gradient_checkpointing_kwargs or {})
+        layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None, **layers)
+        if peft_config is not None:
+            model.enable_input_require_grads()
+    return model.train(), vocabulary
+
+
+class Rows:
+    """Full rows of text with forks evenly spaced, and thoughts of full length."""
+
+    def __init__(self, args: ThinkTokConfig, batch: int, num_generations: int):
+        documents_BT = torch.zeros(batch, args.max_length, dtype=torch.long)
+        self.labels_BT = torch.zeros_like(documents_BT)
+        how = "all" if args.fork_positions == "all" else "stride"
+        forks_BK = choose_forks(eligible_forks(self.labels_BT, documents_BT), args.num_forks, how, torch.Generator())
+        branching = replace(args.branching(args.max_length), num_generations=num_generations)
+        self.rollout = replace(Rollout.empty(forks_BK, branching), supplied=args.supply_thoughts, text=args.thoughts == "text")
+        self.rollout.lengths_BKG.fill_(branching.max_length)
+        self.tree = ThoughtTree(documents_BT, forks_BK, branching)
+
+
+class DryRun:
+    """The phases of a step; each gives its parts at its peak.
+
+    Args:
+        model: of `model_without_data`.
+        autocast: the type that the launcher casts to, if it does.
+        gradient_share: as in `LiveBytes`. Below 1 gradients stay, as accumulated ones do.
+    """
+
+    def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, autocast: torch.dtype | None, gradient_share: float):
+        self.model, self.vocabulary, self.args, self.autocast_type = model, vocabulary, args, autocast
+        self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine()
+        self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gradient_share)
+        self._make_fake()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.live.add(tensor, Part.PARAMETERS)
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in self.trainable:
+            parameter.register_post_accumulate_grad_hook(lambda trained: self.live.add(trained.grad, Part.GRADIENTS))
+
+    def _make_fake(self) -> None:
+        """Puts fake tensors of the CPU in the place of meta ones, which autocast does not know; tied ones stay tied."""
+        made: dict[Tensor, Tensor] = {}
+        for table in (table for module in self.model.modules() for table in (module._parameters, module._buffers)):
+            for name, meta in table.items():
+                if meta is not None and meta not in made:
+                    with self.fake:
+                        empty = torch.empty_like(meta, device="cpu")
+                    made[meta] = torch.nn.Parameter(empty, meta.requires_grad) if isinstance(meta, torch.nn.Parameter) else empty
+                table[name] = None if meta is None else made[meta]
+
+    def optimizer_step(self) -> dict[str, int]:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+        with self.live:
+            self.optimizer = kind(self.trainable, **options)
+            for parameter in self.trainable:
+                parameter.grad = torch.empty_like(parameter)
+                self.live.add(parameter.grad, Part.GRADIENTS)
+            self.optimizer.step()  # makes the state
+            self.live.settle(Part.OPTIMIZER)
+            self.live.since()
+            self.optimizer.step()
+            parts = self.live.since()
+            if self.args.gradient_accumulation_steps == 1 and self.live.gradient_share == 1:
+                self.optimizer.zero_grad()
+        return parts
+
+    def rollout(self, rows: Rows) -> dict[str, dict[str, int]]:
+        """The pass over the text, and the last one over all thoughts, on the largest cache.
+
+        Nothing for the replicated path: it keeps no cache, and its passes are shorter than the gradient pass.
+        """
+        branching, sampling = rows.tree.branching, self.args.sampling()
+        if self.engine.name == "replicated" or sampling.filler or not self.args.thinks:
+            return {}
+        depth = branching.max_length - (not branching.persistent)  # only text behind a thought reads its last token
+        tree = self._fake_tree(rows, replace(branching, lookahead=1, blind=False))
+        before = [tree.branch_nodes(earlier) for earlier in range(1, depth)]
+        stretches = {Phase.TEXT: [torch.arange(tree.trunk_length)], "between": before, Phase.THOUGHTS: [tree.branch_nodes(depth)] if depth else []}
+        phases = {}
+        with self.live, self._autocast(), evaluating(self.model):
+            tokens_BS = torch.zeros_like(tree.position_ids_BS)
+            decode = self.engine.decoder(self.model)
+            for name, nodes in stretches.items():
+                if not nodes:
+                    continue
+                nodes_BQ = torch.cat(nodes).expand(len(tokens_BS), -1)
+                scored_BM = rows.tree.forks_BK if name == Phase.TEXT else torch.arange(nodes_BQ.shape[1]).expand_as(nodes_BQ)
+                self.live.since()
+                decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), scored_BM, not (sampling.draw_stops or sampling.text))
+                phases[name] = self.live.since()
+                self.live.settle(Part.CACHE)
+                # At the peak the larger cache is nearly made, and the smaller one nearly gone.
+                grown = min(self.live.live[Part.CACHE] - phases[name].get(Part.CACHE, 0), phases[name][Part.WORKING])
+                phases[name] |= {Part.CACHE: self.live.live[Part.CACHE], Part.WORKING: phases[name][Part.WORKING] - grown}
+        phases.pop("between", None)
+        return phases
+
+    def gradient_pass(self, rows: Rows) -> dict[str, int]:
+        args = self.args
+        with self.live:
+            self.live.since()
+            scores = self._score(rows)
+            self.live.settle(Part.ACTIVATIONS)
+            loss = -scores.trunk_logps_BT.sum()
+            if args.thinks:
+                rewards, labels_BKH = resolve_rewards(args.reward_funcs), rows.tree.judged_labels(rows.labels_BT)
+                loss = loss + thinking_loss(scores, rows.rollout, labels_BKH, args, rewards, [1.0] * len(rewards), first_id=self.vocabulary.first_id)[0]
+            loss.backward()
+            return self.live.since()
+
+    def evaluation(self, rows: Rows) -> dict[str, int]:
+        with self.live, evaluating(self.model):
+            if self.live.gradient_share == 1:
+                self.optimizer.zero_grad()
+            self.live.since()
+            self._score(rows)
+            return self.live.since()
+
+    def _score(self, rows: Rows) -> TreeScores:
+        """The trainer's scores. Which nodes they are gathered from is decided on the tree's own small tables; masks and whatever a model makes are fake."""
+        args, tree = self.args, rows.tree
+        seen = tree if self.engine.name == "replicated" else self._fake_tree(rows, tree.branching)
+        self.live.square = (tree.num_nodes, tree.num_nodes)
+
+        def run(passes):
+            with self._autocast():
+                return self.engine.run(self.model, seen, torch.zeros_like(seen.position_ids_BS), passes)
+
+        return score_tree(
+            run,
+            tree,
+            rows.labels_BT,
+            rows.rollout,
+            self.vocabulary,
+            args.draw_temperature,
+            every_prefix=args.needs_every_prefix,
+            gate=args.needs_gate,
+            hidden=args.advantage == "value",
+        )
+
+    def _fake_tree(self, rows: Rows, branching: Branching) -> ThoughtTree:
+        with self.fake:
+            documents_BT, forks_BK = (self.fake.from_tensor(table) for table in (rows.tree.documents_BT, rows.tree.forks_BK))
+            return ThoughtTree(documents_BT, forks_BK, branching)
+
+    def _autocast(self):
+        return torch.autocast("cpu", self.autocast_type, enabled=self.autocast_type is not None)

@@ -1,0 +1,80 @@
+"""What of a program's tensors is alive, and what for."""
+
+import weakref
+from collections import Counter
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Part(StrEnum):
+    """What memory is held for."""
+
+    PARAMETERS = "parameters"
+    GATHERED = "gathered parameters"
+    CAST = "cast parameters"
+    GRADIENTS = "gradients"
+    OPTIMIZER = "optimizer state"
+    BUFFERS = "communication buffers"
+    ATTENTION = "masks and scores"
+    CACHE = "KV cache"
+    ACTIVATIONS = "activations"
+    WORKING = "working memory"
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, by part, and keeps the counts of the moment when their sum is largest.
+
+    Args:
+        gradient_share: how much of the gradients counts in the sum.
+    """
+
+    def __init__(self, gradient_share: float = 1.0):
+        super().__init__()
+        self.gradient_share = gradient_share
+        self.square = (-1, -1)  # tensors that end in this shape are masks and scores
+        self.part_of: dict[int, str] = {}
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:  # fake tensors are asked all the time
+            return out
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.part_of:
+                cast = func is torch.ops.aten._to_copy.default and self.part_of.get(args[0].untyped_storage()._cdata) == Part.PARAMETERS
+                self.add(tensor, Part.CAST if cast else Part.ATTENTION if tensor.shape[-2:] == self.square else Part.WORKING)
+        return out
+
+    def add(self, tensor: Tensor, part: str) -> None:
+        """Counts a tensor's storage as a part, whatever it was before."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.part_of:
+            self.live[self.part_of[key]] -= size
+        else:
+            weakref.finalize(storage, self._freed, key, size)
+        self.part_of[key] = part
+        self.live[part] += size
+        if self._sum(self.live) > self._sum(self.peak):
+            self.peak = self.live.copy()
+
+    def _freed(self, key: int, size: int) -> None:
+        self.live[self.part_of.pop(key)] -= size
+
+    def _sum(self, counts: Counter[str]) -> float:
+        return counts.total() - (1 - self.gradient_share) * counts[Part.GRADIENTS]
+
+    def settle(self, part: str) -> None:
+        """What is alive of the working memory is kept for longer, as this part."""
+        self.live[part] += self.live.pop(Part.WORKING, 0)
+        self.part_of = {key: part if old == Part.WORKING else old for key, old in self.part_of.items()}
+
+    def since(self) -> dict[str, int]:
+        """The parts at the peak since the last call."""
+        peak, self.peak = self.peak, self.live.copy()
+        return {part: size for part, size in peak.items() if size}
