@@ -53,6 +53,7 @@ HOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1 GPU, no checkpointing": ({}, {"gradient_checkpointing": False}),
     "ZeRO-2, 8 GPUs": ({"zero": 2, "num_processes": 8}, {}),
     "ZeRO-3, 8 GPUs": ({"zero": 3, "num_processes": 8}, {}),
+    "the same, layer by layer": ({"zero": 3, "num_processes": 8}, {"gather_for_rollout": False}),
     "LoRA, 1 GPU": ({"dtype": torch.bfloat16, "peft_config": LORA}, {}),
     "1 GPU, evaluation": ({}, {"do_eval": True}),
 }
@@ -171,7 +172,8 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, help="where the figures go")
     chosen = parser.parse_args()
     if chosen.what == "plans":
-        only = {"LoRA, 1 GPU": ("Qwen2.5-7B", "Qwen2.5-32B"), "1 GPU, evaluation": ("SmolLM2-135M",)}
+        large = ("Qwen2.5-7B", "Qwen2.5-32B")
+        only = {"LoRA, 1 GPU": large, "the same, layer by layer": large, "1 GPU, evaluation": ("SmolLM2-135M",)}
         wanted = [(name, how) for name in SHAPES for how in HOWS if name in only.get(how, SHAPES)]
         results = {"plans": [plan_of(*each) for each in wanted], "tree": TREE}
         print_plans(results)
