@@ -83,7 +83,7 @@ class DryRun:
     Args:
         model: of `model_without_data`.
         autocast: the type that the launcher casts to, if it does.
-        gradient_share: as in `LiveBytes`. Below 1 gradients stay, as accumulated ones do.
+        gradient_share: as in `LiveBytes`. Where it is below 1, as where they are accumulated, gradients are there all the time.
     """
 
     def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, autocast: torch.dtype | None, gradient_share: float):
@@ -94,8 +94,11 @@ class DryRun:
         for tensor in (*model.parameters(), *model.buffers()):
             self.live.add(tensor, Part.PARAMETERS)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.keeps_gradients = args.gradient_accumulation_steps > 1 or gradient_share < 1
         for parameter in self.trainable:
-            parameter.register_post_accumulate_grad_hook(lambda trained: self.live.add(trained.grad, Part.GRADIENTS))
+            parameter.register_post_accumulate_grad_hook(self._take_gradient)
+        # Autograd adds up the gradients that such weights get from several places: in place, but for fake tensors.
+        self.live.in_place = model.get_output_embeddings().weight.shape
 
     def _make_fake(self) -> None:
         """Puts fake tensors of the CPU in the place of meta ones, which autocast does not know; tied ones stay tied."""
@@ -107,6 +110,13 @@ class DryRun:
                         empty = torch.empty_like(meta, device="cpu")
                     made[meta] = torch.nn.Parameter(empty, meta.requires_grad) if isinstance(meta, torch.nn.Parameter) else empty
                 table[name] = None if meta is None else made[meta]
+
+    def _take_gradient(self, parameter: Tensor) -> None:
+        """Counts a new gradient, or adds it to the one that is there."""
+        if self.keeps_gradients:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            self.live.add(parameter.grad, Part.GRADIENTS)
 
     def optimizer_step(self) -> dict[str, int]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
@@ -120,8 +130,8 @@ class DryRun:
             self.live.since()
             self.optimizer.step()
             parts = self.live.since()
-            if self.args.gradient_accumulation_steps == 1 and self.live.gradient_share == 1:
-                self.optimizer.zero_grad()
+            self.kept = [parameter.grad for parameter in self.trainable if self.keeps_gradients]
+            self.optimizer.zero_grad()
         return parts
 
     def rollout(self, rows: Rows) -> dict[str, dict[str, int]]:
@@ -170,8 +180,8 @@ class DryRun:
 
     def evaluation(self, rows: Rows) -> dict[str, int]:
         with self.live, evaluating(self.model):
-            if self.live.gradient_share == 1:
-                self.optimizer.zero_grad()
+            self.optimizer.zero_grad()
+            self.kept = self.kept if self.live.gradient_share < 1 else []  # sharded ones stay
             self.live.since()
             self._score(rows)
             return self.live.since()

@@ -36,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.gradient_share = gradient_share
         self.square = (-1, -1)  # tensors that end in this shape are masks and scores
+        self.in_place: tuple[int, ...] = (-1,)  # sums of this shape take no room of their own
         self.part_of: dict[int, str] = {}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -47,11 +48,12 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.part_of:
                 cast = func is torch.ops.aten._to_copy.default and self.part_of.get(args[0].untyped_storage()._cdata) == Part.PARAMETERS
-                self.add(tensor, Part.CAST if cast else Part.ATTENTION if tensor.shape[-2:] == self.square else Part.WORKING)
+                sum_in_place = func is torch.ops.aten.add.Tensor and tensor.shape == self.in_place  # its terms are freed at once
+                self.add(tensor, Part.CAST if cast else Part.ATTENTION if tensor.shape[-2:] == self.square else Part.WORKING, peaks=not sum_in_place)
         return out
 
-    def add(self, tensor: Tensor, part: str) -> None:
-        """Counts a tensor's storage as a part, whatever it was before."""
+    def add(self, tensor: Tensor, part: str, peaks: bool = True) -> None:
+        """Counts a tensor's storage as a part, whatever it was before; `peaks` says whether this moment may be the peak."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.part_of:
@@ -60,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._freed, key, size)
         self.part_of[key] = part
         self.live[part] += size
-        if self._sum(self.live) > self._sum(self.peak):
+        if peaks and self._sum(self.live) > self._sum(self.peak):
             self.peak = self.live.copy()
 
     def _freed(self, key: int, size: int) -> None:

@@ -59,7 +59,7 @@ HOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 TREE = {"max_length": 2048, "num_forks": 64, "num_generations": 8, "max_think_length": 8, "lookahead": 8, "stop": "fixed", "num_think_tokens": 16}
 
-# A small model for real steps, with enough nodes that weights are not all.
+# A small model for real steps, with enough nodes that weights are not all; a case named after a shape is of that.
 SMALL = {
     "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 768,
     "vocab_size": 8192, "tie_word_embeddings": True, "max_position_embeddings": 1024,
@@ -78,6 +78,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "2 rows, stop=learned, accumulation": ({}, PLAIN | {"lookahead": 1, "stop": "learned", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "memory=persistent": ({}, PLAIN | {"memory": "persistent", "num_forks": 8, "num_generations": 16}),
     "replicated path": ({}, PLAIN | {"engine": "replicated", "gradient_checkpointing": True, "num_forks": 4}),
+    "SmolLM2-135M": ({}, {}),
     "evaluation of 2 rows": ({}, PLAIN | {"do_eval": True, "per_device_eval_batch_size": 2, "gradient_checkpointing": True}),
 }
 
@@ -137,15 +138,15 @@ class SecondStep(TrainerCallback):
 
 def measure(case: str) -> dict[str, Any]:
     """The peak of a real step, or of a real evaluation, and what the plan says of it, in bytes."""
-    loading, changes = CASES[case]
+    (loading, changes), shape = CASES[case], SHAPES.get(case, SMALL)
     adapter, how = loading.get("peft_config"), {name: value for name, value in loading.items() if name != "peft_config"}
     gc.collect()  # what an earlier case left on the GPU
     torch.manual_seed(0)
-    tokenizer = word_tokenizer(f"w{i}" for i in range(SMALL["vocab_size"] - 3))
+    tokenizer = word_tokenizer(f"w{i}" for i in range(shape["vocab_size"] - 3))
     with tempfile.TemporaryDirectory() as folder:
         args = options(SMALL_TREE, changes, folder)
-        text = Dataset.from_dict({"input_ids": torch.randint(3, SMALL["vocab_size"], (4 * args.train_batch_size, args.max_length)).tolist()})
-        model = AutoModelForCausalLM.from_config(config_of(SMALL), **{"dtype": torch.float32} | how)
+        text = Dataset.from_dict({"input_ids": torch.randint(3, shape["vocab_size"], (4 * args.train_batch_size, args.max_length)).tolist()})
+        model = AutoModelForCausalLM.from_config(config_of(shape), **{"dtype": torch.float32} | how)
         trainer = ThinkTokTrainer(model, args, text, text if args.do_eval else None, processing_class=tokenizer, peft_config=adapter)
         second = SecondStep(trainer)
         trainer.add_callback(second)
@@ -154,7 +155,7 @@ def measure(case: str) -> dict[str, Any]:
         if args.do_eval:
             with peak_bytes(trainer) as found:
                 trainer.evaluate()
-        made = plan(config_of(SMALL), args, **loading, gpu=args.device.type == "cuda")
+        made = plan(config_of(shape), args, **loading, gpu=args.device.type == "cuda")
     planned = sum(made.phases[Phase.EVALUATION].values()) if args.do_eval else made.peak
     return {"case": case, "nodes": made.nodes, "planned": planned, "measured": found[0], "ratio": planned / found[0]}
 
