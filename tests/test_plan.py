@@ -63,7 +63,7 @@ def memory(monkeypatch):
 
 @pytest.mark.parametrize("case", ["full", "full, checkpointing", "LoRA"])
 def test_a_plan_is_what_a_step_takes(memory, case):
-    assert 0.95 < memory.measure(case)["ratio"] < 1.05
+    assert 0.97 < memory.measure(case)["ratio"] < 1.03
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
