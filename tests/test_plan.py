@@ -120,6 +120,16 @@ def test_the_replicated_path_runs_every_path():
     assert made(engine="replicated").nodes == (8 * 4 + 1) * 256  # one row for each thought, and one for the text
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_of_tied_embeddings(steps):
+    """They come from two places and are summed up in place, and what is accumulated is there beside them."""
+    one = made({"vocab_size": 20000, "num_hidden_layers": 1}, max_length=16, num_forks=1, gradient_accumulation_steps=steps)
+    parts, embedding = one.phases[Phase.PASS], 4 * 64 * 20032
+    new = sum(parts.values()) - parts[Part.PARAMETERS] - parts[Part.OPTIMIZER] - (steps - 1) * 4 * one.parameters
+    assert new / embedding == pytest.approx(2, abs=0.2)
+    assert steps == 1 or parts[Part.GRADIENTS] == 4 * one.parameters
+
+
 # Figure 1 of the ZeRO paper (https://huggingface.co/papers/1910.02054): 7.5e9 parameters, 64 processes; 120, 31.4, 16.6 and 1.9 GB.
 @pytest.mark.parametrize(("sharding", "gigabytes"), [({}, 120), ({"zero": 1}, 31.4), ({"zero": 2}, 16.6), ({"zero": 3}, 1.9), ({"fsdp2": True}, 1.9)])
 def test_weights_gradients_and_optimizer_are_shared_out_as_published(sharding, gigabytes):
