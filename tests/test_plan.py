@@ -63,7 +63,7 @@ def memory(monkeypatch):
 
 @pytest.mark.parametrize("case", ["full", "full, checkpointing", "LoRA"])
 def test_a_plan_is_what_a_step_takes(memory, case):
-    assert 0.95 < memory.measure(case)["ratio"] < 1.05
+    assert 0.97 < memory.measure(case)["ratio"] < 1.03
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -118,6 +118,16 @@ def test_an_evaluation_is_planned_by_its_own_batch():
 
 def test_the_replicated_path_runs_every_path():
     assert made(engine="replicated").nodes == (8 * 4 + 1) * 256  # one row for each thought, and one for the text
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_of_tied_embeddings(steps):
+    """They come from two places and are summed up in place, and what is accumulated is there beside them."""
+    one = made({"vocab_size": 20000, "num_hidden_layers": 1}, max_length=16, num_forks=1, gradient_accumulation_steps=steps)
+    parts, embedding = one.phases[Phase.PASS], 4 * 64 * 20032
+    new = sum(parts.values()) - parts[Part.PARAMETERS] - parts[Part.OPTIMIZER] - (steps - 1) * 4 * one.parameters
+    assert new / embedding == pytest.approx(2, abs=0.2)
+    assert steps == 1 or parts[Part.GRADIENTS] == 4 * one.parameters
 
 
 # Figure 1 of the ZeRO paper (https://huggingface.co/papers/1910.02054): 7.5e9 parameters, 64 processes; 120, 31.4, 16.6 and 1.9 GB.
