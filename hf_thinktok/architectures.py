@@ -82,7 +82,6 @@ def attention_inputs(visible_BQC: Tensor, query_positions_BQ: Tensor, key_positi
         A `[B, 1, Q, C]` mask, or a dict of them by layer type where layers differ. Bool for sdpa; additive for eager, which silently misreads bool.
     """
     text = config.get_text_config()
-    distance_BQC = query_positions_BQ[:, :, None] - key_positions_BC[:, None, :]
 
     def form(mask_BQC: Tensor) -> Tensor:
         mask = mask_BQC[:, None]
@@ -92,7 +91,7 @@ def attention_inputs(visible_BQC: Tensor, query_positions_BQ: Tensor, key_positi
 
     def layer_mask(layer_type: str) -> Tensor:
         if layer_type == "sliding_attention":
-            return visible_BQC & (distance_BQC < text.sliding_window)
+            return visible_BQC & (query_positions_BQ[:, :, None] - key_positions_BC[:, None, :] < text.sliding_window)
         if layer_type == "chunked_attention":
             chunk = text.attention_chunk_size
             return visible_BQC & (query_positions_BQ[:, :, None] // chunk == key_positions_BC[:, None, :] // chunk)
