@@ -113,7 +113,12 @@ CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml"))
 MIXTURES = [path for path in CONFIGS if "\ntask_share:" in path.read_text()]
 TOYS = [path for path in CONFIGS if "\ntask:" in path.read_text() and path not in MIXTURES]
 # Each with the config that it changes.
-VARIANTS = {"ablations": "mod_add_30", "pointer_chasing_controls": "pointer_chasing", "pointer_chasing_costs": "pointer_chasing_stop"}
+VARIANTS = {
+    "ablations": "mod_add_30",
+    "pointer_chasing_controls": "pointer_chasing",
+    "pointer_chasing_costs": "pointer_chasing_stop",
+    "pointer_chasing_deep": "pointer_chasing",
+}
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path not in TOYS + MIXTURES and path.stem not in VARIANTS], ids=lambda path: path.stem)

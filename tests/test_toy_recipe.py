@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 
 ROOT = Path(__file__).parent.parent
-TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "output_dir" in path.read_text() and "model_shape" in path.read_text())
+TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "\ntask:" in path.read_text() and "\nmodel_shape:" in path.read_text())
 PEERS = sorted(path for path in (ROOT / "recipes" / "peers").glob("*.yaml") if "dataset_name" in path.read_text())
 
 
