@@ -79,7 +79,8 @@ def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
     card = files["README.md"].decode()
     assert "thinktok" in card.split("---")[1], "a tag in the card's head"
     assert "`<|think_0|>` to `<|think_3|>`" in card
-    assert "gain from thinking          │ -0.0077" in card
+    gain = json.loads((tmp_path / "out/results.json").read_text())["gain"]
+    assert f"gain from thinking          │ {gain:+.4f}" in card
     training = json.loads(files["training.json"])
     assert (training["config"]["num_think_tokens"], training["metrics"]["step"]) == (4, 3)
     assert "hf_secret" not in files["training.json"].decode()
