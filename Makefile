@@ -24,10 +24,10 @@ test: $(VENV)/dev  ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-distributed: $(VENV)/dev  ## the tests among them that start several processes: DDP, ZeRO-1, 2, 3 and FSDP2, each against one process
-	$(BIN)/python -m pytest --verbose tests/test_distributed.py
+	$(BIN)/python -m pytest -vv tests/test_distributed.py
 
 test-hub: $(VENV)/dev  ## those that push to a Hub server of their own and load from it
-	$(BIN)/python -m pytest --verbose tests/test_hub.py
+	$(BIN)/python -m pytest -vv tests/test_hub.py
 
 style: $(VENV)/dev  ## ruff: format and lint
 	$(BIN)/ruff format --check .
