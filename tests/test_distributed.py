@@ -46,7 +46,7 @@ def assert_same(one: dict, together: dict, launcher: str) -> None:
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_two_processes_are_one_that_accumulates(tmp_path, options):
+def test_two_processes_under_ddp_are_one_that_accumulates(tmp_path, options):
     together = launched("ddp", tmp_path / "two", options)
     assert_same(alone(tmp_path / "one", dict(options)), together, "ddp")
 
