@@ -1,11 +1,14 @@
 """What differs between architectures: the step from hidden states to logits, and the form of an attention mask."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .attention import See, TreeMask, additive
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -70,35 +73,44 @@ def counts_places(config: PretrainedConfig) -> bool:
     return text.model_type == "gpt_neo" or bool(getattr(text, "attn_temperature_tuning", False))
 
 
-def attention_inputs(visible_BQC: Tensor, query_positions_BQ: Tensor, key_positions_BC: Tensor, config: PretrainedConfig, dtype: torch.dtype):
-    """The `attention_mask` argument that makes an architecture see exactly `visible_BQC`, within its own windows.
+def attention_inputs(
+    see: See,
+    query_positions_BQ: Tensor,
+    key_positions_BC: Tensor,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    run_length: int | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """The `attention_mask` argument that makes an architecture see exactly what it should, within its own windows.
 
     Args:
-        visible_BQC: bool, who sees whom.
+        see: which keys the queries of a slice see, `[B, q, C]` bool.
         query_positions_BQ, key_positions_BC: `position_ids` of queries and keys; windows are distances between them.
-        dtype: the model's type, for the additive form.
+        dtype: that of the queries.
+        run_length: attend in blocks of so many nodes, where attention is sdpa's.
 
     Returns:
-        A `[B, 1, Q, C]` mask, or a dict of them by layer type where layers differ. Bool for sdpa; additive for eager, which silently misreads bool.
+        A `[B, 1, Q, C]` mask, or a dict of them by layer type where layers differ: a `TreeMask`, or one to add to scores. A bool mask would be made
+        additive by sdpa in every layer, and eager silently misreads it.
     """
     text = config.get_text_config()
 
-    def form(mask_BQC: Tensor) -> Tensor:
-        mask = mask_BQC[:, None]
-        if text._attn_implementation != "eager":
-            return mask
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-    def layer_mask(layer_type: str) -> Tensor:
+    def layer_sees(layer_type: str, queries: slice) -> Tensor:
+        seen_BqC, position_Bq1, position_B1C = see(queries), query_positions_BQ[:, queries, None], key_positions_BC[:, None, :]
         if layer_type == "sliding_attention":
-            return visible_BQC & (query_positions_BQ[:, :, None] - key_positions_BC[:, None, :] < text.sliding_window)
+            return seen_BqC & (position_Bq1 - position_B1C < text.sliding_window)
         if layer_type == "chunked_attention":
-            chunk = text.attention_chunk_size
-            return visible_BQC & (query_positions_BQ[:, :, None] // chunk == key_positions_BC[:, None, :] // chunk)
-        return visible_BQC
+            return seen_BqC & (position_Bq1 // text.attention_chunk_size == position_B1C // text.attention_chunk_size)
+        return seen_BqC
+
+    def form(layer_type: str) -> Tensor:
+        sees = functools.partial(layer_sees, layer_type)
+        if run_length is None or text._attn_implementation == "eager":
+            return additive(sees(slice(None))[:, None], dtype)
+        return TreeMask.of(sees, (*query_positions_BQ.shape, key_positions_BC.shape[1]), run_length, dtype)
 
     kinds = set(getattr(text, "layer_types", None) or ())
     if kinds & {"sliding_attention", "chunked_attention"}:
-        return {kind: form(layer_mask(kind)) for kind in kinds}
+        return {kind: form(kind) for kind in kinds}
     windowed = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True) and not kinds
-    return form(layer_mask("sliding_attention") if windowed else visible_BQC)
+    return form("sliding_attention" if windowed else "full_attention")

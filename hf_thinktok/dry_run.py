@@ -15,8 +15,10 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
 
+from .attention import TreeMask, run_length
 from .config import ThinkTokConfig
 from .engine import ReplicatedEngine, TreeEngine, evaluating
 from .forks import choose_forks, eligible_forks
@@ -28,7 +30,7 @@ from .rewards import resolve_rewards
 from .rollout import Rollout
 from .scores import TreeScores, score_tree
 from .tokens import ThinkingVocabulary
-from .tree import Branching, ThoughtTree
+from .tree import ThoughtTree
 
 
 class Phase(StrEnum):
@@ -82,13 +84,15 @@ class DryRun:
 
     Args:
         model: of `model_without_data`.
+        device: what the run will be on; the dry run is on none.
         autocast: the type that the launcher casts to, if it does.
         gradient_share: as in `LiveBytes`. Where it is below 1, as where they are accumulated, gradients are there all the time.
     """
 
-    def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, autocast: torch.dtype | None, gradient_share: float):
+    def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, device: torch.device, autocast: torch.dtype | None, gradient_share: float):
         self.model, self.vocabulary, self.args, self.autocast_type = model, vocabulary, args, autocast
-        self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine()
+        self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(None if args.torch_compile else run_length(device))
+        model.register_forward_pre_hook(self._take_masks, with_kwargs=True)
         self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gradient_share)
         self._make_fake()
         for tensor in (*model.parameters(), *model.buffers()):
@@ -118,6 +122,11 @@ class DryRun:
         elif parameter.grad is not None:
             self.live.add(parameter.grad, Part.GRADIENTS)
 
+    def _take_masks(self, model, args, kwargs) -> None:
+        for mask in tree_leaves((args, kwargs)):
+            for part in mask.masks if isinstance(mask, TreeMask) else ():
+                self.live.add(part, Part.ATTENTION)
+
     def optimizer_step(self) -> dict[str, int]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
         with self.live:
@@ -143,7 +152,7 @@ class DryRun:
         if self.engine.name == "replicated" or sampling.filler or not self.args.thinks:
             return {}
         depth = branching.max_length - (not branching.persistent)  # only text behind a thought reads its last token
-        tree = self._fake_tree(rows, replace(branching, lookahead=1, blind=False))
+        tree = ThoughtTree(rows.tree.documents_BT, rows.tree.forks_BK, replace(branching, lookahead=1, blind=False))
         before = [tree.branch_nodes(earlier) for earlier in range(1, depth)]
         stretches = {Phase.TEXT: [torch.arange(tree.trunk_length)], "between": before, Phase.THOUGHTS: [tree.branch_nodes(depth)] if depth else []}
         phases = {}
@@ -187,14 +196,13 @@ class DryRun:
             return self.live.since()
 
     def _score(self, rows: Rows) -> TreeScores:
-        """The trainer's scores. Which nodes they are gathered from is decided on the tree's own small tables; masks and whatever a model makes are fake."""
+        """The trainer's scores. The tree and its masks are real, and whatever a model makes is fake."""
         args, tree = self.args, rows.tree
-        seen = tree if self.engine.name == "replicated" else self._fake_tree(rows, tree.branching)
         self.live.square = (tree.num_nodes, tree.num_nodes)
 
         def run(passes):
             with self._autocast():
-                return self.engine.run(self.model, seen, torch.zeros_like(seen.position_ids_BS), passes)
+                return self.engine.run(self.model, tree, torch.zeros_like(tree.position_ids_BS), passes)
 
         return score_tree(
             run,
@@ -207,11 +215,6 @@ class DryRun:
             gate=args.needs_gate,
             hidden=args.advantage == "value",
         )
-
-    def _fake_tree(self, rows: Rows, branching: Branching) -> ThoughtTree:
-        with self.fake:
-            documents_BT, forks_BK = (self.fake.from_tensor(table) for table in (rows.tree.documents_BT, rows.tree.forks_BK))
-            return ThoughtTree(documents_BT, forks_BK, branching)
 
     def _autocast(self):
         return torch.autocast("cpu", self.autocast_type, enabled=self.autocast_type is not None)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .architectures import attention_inputs, counts_places
+from .attention import run_length
 from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs, attach_head
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
@@ -70,7 +71,11 @@ class Pass(NamedTuple):
 
 
 class _Engine:
-    """A pass over a tree: what the two engines share. How nodes become a model's input is each one's `_layout`."""
+    """A pass over a tree: what the two engines share. How nodes become a model's input is each one's `_layout`.
+
+    Attributes:
+        generality: what runs a model exactly does so under an engine of more as well.
+    """
 
     def __call__(
         self,
@@ -109,9 +114,20 @@ class _Engine:
 
 
 class TreeEngine(_Engine):
-    """The packed tree: one pass over all nodes under a 4D mask, and lockstep decoding on one KV cache."""
+    """The packed tree: one pass over all nodes under a 4D mask, and lockstep decoding on one KV cache.
+
+    Args:
+        run_length: attend in blocks of so many nodes (`hf_thinktok.attention`); `None` for a plain mask over all.
+    """
 
     name = "tree"
+
+    @property
+    def generality(self) -> int:
+        return 0 if self.run_length else 1
+
+    def __init__(self, run_length: int | None = None):
+        self.run_length = run_length
 
     def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
         every_S = torch.arange(tree.num_nodes, device=tree.position_ids_BS.device)
@@ -119,7 +135,11 @@ class TreeEngine(_Engine):
         rows_B1 = torch.arange(len(tree.position_ids_BS), device=nodes_Q.device)[:, None]
         place_S = torch.zeros_like(every_S).scatter_(0, nodes_Q, every_S[: len(nodes_Q)])
         nodes_BQ, positions_BQ = nodes_Q.expand(len(rows_B1), -1), tree.position_ids_BS[:, nodes_Q]
-        mask = attention_inputs(tree.visible(nodes_BQ, nodes_BQ), positions_BQ, positions_BQ, _config(model, speaks), _dtype(model))
+
+        def see(queries: slice) -> Tensor:
+            return tree.visible(nodes_BQ[:, queries], nodes_BQ)
+
+        mask = attention_inputs(see, positions_BQ, positions_BQ, _config(model, speaks), _dtype(model), self.run_length)
         places_M = (rows_B1 * len(nodes_Q) + place_S).flatten()
         return (slice(None), nodes_Q), places_M, {"attention_mask": mask, "position_ids": positions_BQ}
 
@@ -131,13 +151,16 @@ class TreeEngine(_Engine):
             nonlocal columns_BC, real_BC
             columns_BC = nodes_BQ if columns_BC is None else torch.cat([columns_BC, nodes_BQ], 1)
             real_BC = real_BQ if real_BC is None else torch.cat([real_BC, real_BQ], 1)
-            visible_BQC = tree.visible(nodes_BQ, columns_BC) & real_BC[:, None]
-            itself_Q = torch.arange(nodes_BQ.shape[1], device=nodes_BQ.device)
-            visible_BQC[:, itself_Q, columns_BC.shape[1] - nodes_BQ.shape[1] + itself_Q] = True
+            column_Q = torch.arange(columns_BC.shape[1], device=nodes_BQ.device)[-nodes_BQ.shape[1] :]
+
+            def see(queries: slice) -> Tensor:
+                itself_qC = column_Q[queries, None] == torch.arange(columns_BC.shape[1], device=nodes_BQ.device)
+                return tree.visible(nodes_BQ[:, queries], columns_BC) & real_BC[:, None] | itself_qC
+
             positions_BQ, positions_BC = (tree.position_ids_BS.gather(1, nodes) for nodes in (nodes_BQ, columns_BC))
             return model(
                 input_ids=tokens_BS.gather(1, nodes_BQ),
-                attention_mask=attention_inputs(visible_BQC, positions_BQ, positions_BC, _config(model), _dtype(model)),
+                attention_mask=attention_inputs(see, positions_BQ, positions_BC, _config(model), _dtype(model), self.run_length),
                 position_ids=positions_BQ,
                 past_key_values=cache,
                 use_cache=True,
@@ -150,7 +173,7 @@ class TreeEngine(_Engine):
 class ReplicatedEngine(_Engine):
     """Every path of the tree as an ordinary row: exact for any causal model, at the cost of the prefix once per thought. All nodes are run."""
 
-    name = "replicated"
+    name, generality = "replicated", 2
 
     def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
         rows_R, nodes_RP, where_BS = tree.paths()
@@ -168,7 +191,7 @@ Engine = TreeEngine | ReplicatedEngine
 
 def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool, draw: Draw | None) -> HeadInputs:
     nodes_M = (nodes_BM + torch.arange(len(nodes_BM), device=nodes_BM.device)[:, None] * row_length).flatten()
-    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), think_only=think_only, draw=draw)
+    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), spoken=0 if think_only else None, draw=draw)
 
 
 def _unwrapped(model):
@@ -200,7 +223,13 @@ def evaluating(model) -> Iterator[None]:
 
 
 def choose_engine(
-    model: PreTrainedModel, vocabulary: ThinkingVocabulary, branching: Branching, trunk_length: int, num_forks: int, wanted: str = "auto"
+    model: PreTrainedModel,
+    vocabulary: ThinkingVocabulary,
+    branching: Branching,
+    trunk_length: int,
+    num_forks: int,
+    wanted: str = "auto",
+    whole_masks: bool = False,
 ) -> Engine:
     """Finds out how this model can run a tree of this size, with about six forward passes.
 
@@ -211,6 +240,7 @@ def choose_engine(
     Args:
         model: with `attach_head` applied, not yet wrapped by a launcher.
         wanted: `auto`, or `tree` or `replicated` to insist.
+        whole_masks: do not attend in blocks (`torch.compile` knows plain masks only).
 
     Raises:
         ValueError: the head does not fit the architecture, the model is not causal, or `tree` is asked for and is not exact.
@@ -229,18 +259,11 @@ def choose_engine(
             )
         if wanted == "replicated":
             return ReplicatedEngine()
-        reason = "its attention counts places in the row, not positions" if counts_places(model.config) else None
-        try:
-            gaps = {
-                "a hidden sibling changes it": probe.leak_gap,
-                "it differs from an ordinary row": probe.path_gap,
-                "cached decoding differs": probe.cache_gap,
-            }
-            reason = reason or next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
-        except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    if reason is None:
-        return TreeEngine()
+        # A model that does more with its mask than attend under it cannot take it in blocks.
+        for length in (None,) if whole_masks else (run_length(model.device), None):
+            reason = probe.why_not(TreeEngine(length and probe.run_length))
+            if reason is None:
+                return TreeEngine(length)
     if wanted == "tree":
         raise ValueError(
             f"engine=tree is not exact for {model.config.model_type} with attn_implementation={model.config._attn_implementation}: {reason}. "
@@ -290,13 +313,25 @@ class _Probe:
         self.targets = torch.randint(vocabulary.num_real, (len(self.last),), generator=generator).to(device)
         self.trunk_targets = self.targets[torch.arange(trunk_length, device=device) % len(self.targets)]
 
-    def _scores(self, tokens_BS: Tensor) -> Tensor:
-        """The last branch in the packed tree."""
-        return self._columns(TreeEngine()(self.model, self.tree, tokens_BS, HeadInputs(self.last, self.targets)))
+    @property
+    def run_length(self) -> int:
+        """So short that attention here is in several blocks, as it is in the run."""
+        return -(-self.tree.num_nodes // 4)
 
-    @functools.cached_property
-    def _packed(self) -> Tensor:
-        return self._scores(self.tokens_BS)
+    def why_not(self, engine: TreeEngine) -> str | None:
+        """What is wrong with running trees of this model so."""
+        if counts_places(self.model.config):
+            return "its attention counts places in the row, not positions"
+        try:
+            self.engine, self._packed = engine, self._scores(self.tokens_BS, engine)
+            gaps = {"a hidden sibling changes it": self.leak_gap, "it differs from an ordinary row": self.path_gap, "cached decoding differs": self.cache_gap}
+            return next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
+        except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+    def _scores(self, tokens_BS: Tensor, engine: TreeEngine) -> Tensor:
+        """The last branch in the packed tree."""
+        return self._columns(engine(self.model, self.tree, tokens_BS, HeadInputs(self.last, self.targets)))
 
     @staticmethod
     def _columns(out: HeadOutputs) -> Tensor:
@@ -335,7 +370,7 @@ class _Probe:
         """Changes every token that the last branch must not see."""
         hidden = ~self.tree.visible(self.last[None])[0].any(0)
         other = torch.where(hidden, (self.tokens_BS + 1) % self.vocabulary.num_real, self.tokens_BS)
-        return self._gap(self._packed, self._scores(other))
+        return self._gap(self._packed, self._scores(other, self.engine))
 
     def path_gap(self) -> float:
         """The last branch in the packed tree against the same tokens as ordinary rows."""
@@ -348,7 +383,7 @@ class _Probe:
 
     def cache_gap(self) -> float:
         """The text first, then branches by depth on its cache, against the packed pass. Fork by fork where text sees the thoughts that stayed in it."""
-        decode, tree, length = TreeEngine().decoder(self.model), self.tree, self.tree.branching.max_length
+        decode, tree, length = self.engine.decoder(self.model), self.tree, self.tree.branching.max_length
         turns = tree.forks_BK.T if tree.branching.persistent else tree.forks_BK[:, -1:]
         gathered: list[Tensor] = []
         done = -1

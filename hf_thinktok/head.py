@@ -44,14 +44,14 @@ class HeadInputs:
         nodes_M: flat indices into the `batch * nodes` hidden states.
         targets_M: the true next token of each, or -100 where only the gate or the thought is read.
         entropy: also give the entropy of the real prediction (fork positions by difficulty).
-        think_only: give the thinking logits alone, without a pass over the vocabulary; the rest is 0, and the gate is not known.
+        spoken: only the first so many meet the real vocabulary. Of the others the thinking logits are given, the rest is 0, and the gate is not known.
         draw: draw each target from the real prediction instead: at temperature 1 with this generator, or the most likely one with `"greedy"`.
     """
 
     nodes_M: Tensor
     targets_M: Tensor
     entropy: bool = False
-    think_only: bool = False
+    spoken: int | None = None
     draw: Draw | None = None
 
 
@@ -173,15 +173,16 @@ class _VocabularyPass(torch.autograd.Function):
     """Target logit, log Z_real, thinking logits: one pass, tile by tile over nodes; the backward makes each tile anew."""
 
     @staticmethod
-    def forward(ctx, hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, want_entropy, draw):
+    def forward(ctx, hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, spoken, want_entropy, draw):
         num_real, num_nodes = vocabulary.num_real, len(hidden_MD)
-        new = functools.partial(torch.empty, num_nodes, device=hidden_MD.device, dtype=torch.float32)
+        new = functools.partial(torch.zeros, num_nodes, device=hidden_MD.device, dtype=torch.float32)
         target_logits, log_z_real, entropy = new(), new(), new() if want_entropy else None
         think_logits = hidden_MD.new_empty(num_nodes, vocabulary.num_tokens, dtype=torch.float32)
-        correct = torch.empty(num_nodes, device=hidden_MD.device, dtype=torch.bool)
+        correct = torch.zeros(num_nodes, device=hidden_MD.device, dtype=torch.bool)
         with _fp32_sums(hidden_MD) as dtype:
-            rows_D, bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype)
-            for tile in _tiles(num_nodes, len(rows_D)):
+            rows_D, bias, silent_ND, silent_bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype, spoken)
+            think_logits[spoken:] = _logits(hidden_MD[spoken:].to(dtype), silent_ND, silent_bias, transform)
+            for tile in _tiles(spoken, len(rows_D)):
                 logits = _logits(hidden_MD[tile].to(dtype), rows_D, bias, transform)
                 real = logits[:, :num_real]
                 think_logits[tile] = logits[:, num_real:]
@@ -197,7 +198,7 @@ class _VocabularyPass(torch.autograd.Function):
                     entropy[tile] = -(logps.exp() * logps).sum(-1)
                 target_logits[tile], log_z_real[tile], correct[tile] = target, log_z, target >= largest
         ctx.save_for_backward(hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, log_z_real)
-        ctx.vocabulary, ctx.transform = vocabulary, transform
+        ctx.vocabulary, ctx.transform, ctx.spoken = vocabulary, transform, spoken
         ctx.mark_non_differentiable(correct, *([] if entropy is None else [entropy]))
         return target_logits, log_z_real, think_logits, correct, entropy
 
@@ -207,13 +208,26 @@ class _VocabularyPass(torch.autograd.Function):
         vocabulary, num_real = ctx.vocabulary, ctx.vocabulary.num_real
         grad_hidden = torch.empty_like(hidden_MD)
         with _fp32_sums(hidden_MD) as dtype:
-            rows_D, bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype)
+            rows_D, bias, silent_ND, silent_bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype, ctx.spoken)
             # As long as the parameters, where rows that take no part get zero; beside a frozen weight, only thinking rows.
-            trained = slice(0 if ctx.needs_input_grad[1] else num_real, len(rows_D))
-            length = len(weight_RD) if think_weight_ND is None else trained.stop - trained.start
+            first, last = 0 if ctx.needs_input_grad[1] else num_real, num_real + vocabulary.num_tokens
+            length = len(weight_RD) if think_weight_ND is None else last - first
             grad_rows = rows_D.new_zeros(length, rows_D.shape[1], dtype=torch.float32) if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None
             grad_bias = bias.new_zeros(len(bias_R)) if bias is not None and ctx.needs_input_grad[2] else None
-            for tile in _tiles(len(hidden_MD), len(rows_D)):
+
+            def propagate(grad, nodes, hidden, rows, columns) -> None:
+                """From the gradient of some nodes' logits, whose columns are those ids, to that of all they were made of."""
+                grad_hidden[nodes] = _product(grad.to(dtype), rows).to(grad_hidden.dtype)
+                if grad_rows is not None:
+                    trained = max(columns.start, first)
+                    _add_product(grad_rows[trained - first : columns.stop - first], grad[:, trained - columns.start :].to(dtype).T, hidden)
+                if grad_bias is not None:
+                    grad_bias[columns] += grad.sum(0, dtype=torch.float32)
+
+            hidden, nodes = hidden_MD[ctx.spoken :].to(dtype), slice(ctx.spoken, None)
+            slope = ctx.transform.slope(_logits(hidden, silent_ND, silent_bias, ctx.transform))
+            propagate(grad_think[nodes] if slope is None else grad_think[nodes] * slope, nodes, hidden, silent_ND, slice(num_real, last))
+            for tile in _tiles(ctx.spoken, len(rows_D)):
                 hidden = hidden_MD[tile].to(dtype)
                 logits = _logits(hidden, rows_D, bias, ctx.transform)
                 slope = ctx.transform.slope(logits)
@@ -221,12 +235,7 @@ class _VocabularyPass(torch.autograd.Function):
                 logits[:, :num_real].sub_(log_z_real[tile, None]).exp_().mul_(grad_log_z[tile, None])
                 logits[:, num_real:] = grad_think[tile]
                 logits.scatter_add_(1, targets_M[tile].clamp(min=0)[:, None], grad_target[tile, None])
-                grad = (logits if slope is None else logits.mul_(slope)).to(dtype)
-                grad_hidden[tile] = _product(grad, rows_D).to(grad_hidden.dtype)
-                if grad_rows is not None:
-                    _add_product(grad_rows[: trained.stop - trained.start], grad[:, trained].T, hidden)
-                if grad_bias is not None:
-                    grad_bias[: len(rows_D)] += grad.sum(0, dtype=torch.float32)
+                propagate(logits if slope is None else logits.mul_(slope), tile, hidden, rows_D, slice(0, last))
 
         grad_weight = grad_think_weight = None
         if grad_rows is not None and think_weight_ND is None:
@@ -236,17 +245,17 @@ class _VocabularyPass(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_weight = torch.zeros_like(weight_RD)
                 grad_weight[:num_real] = grad_rows[:num_real]
-        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias_R.dtype), grad_think_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias_R.dtype), grad_think_weight, None, None, None, None, None, None
 
 
-def _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype):
-    """The rows that take part in the softmax, real then thinking (padding rows and the guard never do), and their biases."""
-    last = vocabulary.first_id + vocabulary.num_tokens
-    if think_weight_ND is None:
-        rows = weight_RD[:last].to(dtype)
-    else:
-        rows = torch.cat([weight_RD[: vocabulary.num_real].to(dtype), think_weight_ND.to(dtype)])
-    return rows, None if bias_R is None else bias_R[:last].float()
+def _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype, spoken):
+    """The rows that take part in the softmax, real then thinking (padding rows and the guard never do), and their biases; and those of the thinking rows
+    alone, beside which the real ones are not touched where nothing is spoken."""
+    first, last = 0 if spoken else vocabulary.num_real, vocabulary.num_real + vocabulary.num_tokens
+    rows = weight_RD[first : last if think_weight_ND is None else vocabulary.num_real].to(dtype)
+    rows = rows if think_weight_ND is None else torch.cat([rows, think_weight_ND.to(dtype)])
+    bias = None if bias_R is None else bias_R[first:last].float()
+    return rows, bias, rows[-vocabulary.num_tokens :], None if bias is None else bias[-vocabulary.num_tokens :]
 
 
 def _logits(hidden, rows, bias, transform):
@@ -269,18 +278,11 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
     weight_RD, trained_rows = trainable_token_rows(lm_head)
     think_weight_ND = None if trained_rows is None else trained_rows[: vocabulary.num_tokens]  # without the guard
     targets_M, bias_R = head.targets_M, getattr(lm_head, "bias", None)
-    if head.think_only:
-        first, last = vocabulary.first_id, vocabulary.first_id + vocabulary.num_tokens
-        with _fp32_sums(hidden_MD) as dtype:
-            dtype = torch.float32 if torch.is_grad_enabled() else dtype  # a GPU's fp32 sums of low-precision products have no derivative
-            rows_ND = (weight_RD[first:last] if think_weight_ND is None else think_weight_ND).to(dtype)
-            think_logits = _logits(hidden_MD.to(dtype), rows_ND, None if bias_R is None else bias_R[first:last].float(), transform)
-        nothing = think_logits.new_zeros(len(hidden_MD))
-        return HeadOutputs(nothing, nothing, think_logits, nothing.bool())
+    spoken = len(hidden_MD) if head.spoken is None else head.spoken
     if head.draw is not None:
         targets_M = torch.zeros_like(targets_M)  # filled by the pass
     target_logits, log_z_real, think_logits, correct, entropy = _VocabularyPass.apply(
-        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, head.entropy, head.draw
+        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, spoken, head.entropy, head.draw
     )
     judged, drawn_M = targets_M >= 0, None if head.draw is None else targets_M
     return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, correct & judged, entropy, drawn_M)

@@ -86,7 +86,7 @@ def plan(
         model, vocabulary = model_without_data(config, args, dtype, attn_implementation, peft_config)
         sharding = _Sharding(model, compute, zero, fsdp2, num_processes, args.gather_for_rollout)
         with _one_sentence(config):
-            run = DryRun(model, vocabulary, args, None if sharding.shards else compute, sharding.gradient_share)
+            run = DryRun(model, vocabulary, args, torch.device("cuda" if gpu else "cpu"), None if sharding.shards else compute, sharding.gradient_share)
             phases = {Phase.STEP: run.optimizer_step()} | run.rollout(rows) | {Phase.PASS: run.gradient_pass(rows)}
             if args.do_eval:
                 phases[Phase.EVALUATION] = run.evaluation(Rows(args, args.per_device_eval_batch_size, 2 * args.num_generations))

@@ -89,16 +89,15 @@ def score_tree(
 
     speaks_S = tree.speaks_S if split else torch.zeros_like(tree.speaks_S)
     own_BS = judged_BS & (~speaks_S | written_BS)
-    full_M = (own_BS | thinks_BS if gate else own_BS).flatten().nonzero()[:, 0]
-    heads = [HeadInputs(full_M, targets_BS.flatten()[full_M].where(own_BS.flatten()[full_M], -100))]
-    if not gate:
-        think_M = thinks_BS.flatten().nonzero()[:, 0]
-        heads.append(HeadInputs(think_M, torch.full_like(think_M, -100), think_only=True))
+    spoken_BS = own_BS | thinks_BS if gate else own_BS
+    full_M, silent_M = (nodes_BS.flatten().nonzero()[:, 0] for nodes_BS in (spoken_BS, thinks_BS & ~spoken_BS))
+    scored_M = torch.cat([full_M, silent_M])
+    head = HeadInputs(scored_M, targets_BS.flatten()[scored_M].where(own_BS.flatten()[scored_M], -100), spoken=len(full_M))
     extra: list[HiddenInputs] = []
     if hidden:
         rows_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None]
         extra.append(HiddenInputs((thinkers[:, :, 0, 0] + rows_B1 * targets_BS.shape[1]).flatten()))
-    passes = [Pass([*heads, *extra], tree.thinker_nodes if split else None)]
+    passes = [Pass([head, *extra], tree.thinker_nodes if split else None)]
     speaking: list[HeadInputs] = []
     if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
         spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
@@ -106,11 +105,11 @@ def score_tree(
         passes.append(Pass(speaking, tree.speaker_nodes, speaks=True))
     out, *spoken = run(passes)
     fork_hidden_BKD = out.pop().detach().float().unflatten(0, thinkers.shape[:2]) if hidden else None
-    think = think.index_put((heads[-1].nodes_M,), out[-1].think_logits_MN)
+    think = think.index_put((scored_M,), out[0].think_logits_MN)
     if gate:
         gates = gates.index_put((full_M,), out[0].gate_logit_M)
-    for head, one in zip(heads[:1] + speaking, [out[0], *(one for (one,) in spoken)], strict=True):
-        logps, correct = logps.index_put((head.nodes_M,), one.target_logps_M), correct.index_put((head.nodes_M,), one.correct_M.float())
+    for inputs, one in zip([head, *speaking], [out[0], *(one for (one,) in spoken)], strict=True):
+        logps, correct = logps.index_put((inputs.nodes_M,), one.target_logps_M), correct.index_put((inputs.nodes_M,), one.correct_M.float())
 
     def at(values: Tensor, nodes: Tensor) -> Tensor:
         return values.view(targets_BS.shape).gather(1, nodes.flatten(1)).view(nodes.shape)

@@ -25,7 +25,7 @@ from .config import REWARDED_BY_FUNCTIONS, ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
 from .data import TASK_COLUMNS, TreeCollator, levels_of
 from .distributed import check_launcher, for_rollout, is_partitioned, prepare_frozen
-from .engine import ReplicatedEngine, choose_engine, evaluating, longest_row, small_twin
+from .engine import choose_engine, evaluating, longest_row, small_twin
 from .evaluation import GainByDocument
 from .forks import choose_forks, eligible_forks, ends_of
 from .head import HeadInputs, attach_head
@@ -185,8 +185,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if args.thinks and not sharded and not args.gather_for_rollout:
             raise ValueError("gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2.")
         tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
-        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine) for one in tried]
-        self.engine = next((engine for engine in engines if isinstance(engine, ReplicatedEngine)), engines[0])  # exact for both
+        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine, args.torch_compile) for one in tried]
+        self.engine = max(engines, key=lambda engine: engine.generality)  # exact for both
         self.reference = self._reference_model() if args.beta > 0 else None
         self.teacher = None
         if teacher is not None:

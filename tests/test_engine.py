@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from hf_thinktok import engine
 from hf_thinktok.architectures import LogitTransform, check_supported
+from hf_thinktok.attention import run_length
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine, choose_engine, small_twin
 from hf_thinktok.rollout import Sampling, thought_logps
 from hf_thinktok.tree import Branching
@@ -31,6 +32,8 @@ PACKABLE = [
     *((family, "sdpa", QWEN_MIXED) for family in ("qwen2", "qwen3")),
 ]
 REPLICATED = [("bloom", "eager", {}), ("mamba", "eager", {})]
+TREES = [TreeEngine(), TreeEngine(run_length=7)]
+ENGINES = [*TREES, ReplicatedEngine()]
 # Position tables, rotary positions, windows that the cache must respect, eager's additive masks.
 DIVERSE = [("llama", "sdpa", {}), ("gpt2", "eager", {}), ("mistral", "sdpa", {"sliding_window": 8}), ("gemma2", "eager", {"sliding_window": 8})]
 
@@ -45,7 +48,7 @@ def test_every_engine_equals_plain_rows(family, attn, changes):
     model, vocabulary = thinker(family, attn, **changes)
     for packed in (False, True):
         text = Text(vocabulary, packed, Branching(2, 3, 3))
-        for each in (ReplicatedEngine(),) if family in ("bloom", "mamba") else (ReplicatedEngine(), TreeEngine()):
+        for each in ENGINES[2:] if family in ("bloom", "mamba") else ENGINES:
             text.check(text.scores(each, model), model, vocabulary)
 
 
@@ -59,14 +62,30 @@ def test_variants_equal_plain_rows(family, attn, changes, variant):
     model, vocabulary = thinker(family, attn, **changes)
     for packed in (False, True):
         text = Text(vocabulary, packed, Branching(2, 3, 3, **variant))
-        for each in (TreeEngine(), ReplicatedEngine()):
+        for each in ENGINES:
             text.check(text.scores(each, model), model, vocabulary)
 
 
 @pytest.mark.parametrize(("family", "attn", "changes"), [*PACKABLE, *REPLICATED], ids=name)
 def test_every_model_gets_the_fastest_engine_that_is_exact(family, attn, changes):
     model, vocabulary = thinker(family, attn, **changes)
-    assert choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3).name == ("replicated" if family in ("bloom", "mamba") else "tree")
+    engine = choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3)
+    assert engine.name == ("replicated" if family in ("bloom", "mamba") else "tree")
+    assert engine.name == "replicated" or engine.run_length == run_length(torch.device("cpu"))
+    assert getattr(choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3, whole_masks=True), "run_length", None) is None
+
+
+def test_a_model_that_changes_its_mask_gets_a_whole_one(monkeypatch):
+    model, vocabulary = thinker("llama")
+    forward = model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model,
+        "forward",
+        lambda *args, attention_mask=None, **kwargs: forward(*args, attention_mask=None if attention_mask is None else attention_mask * 1, **kwargs),
+    )
+    engine = choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3)
+    assert engine.name == "tree"
+    assert engine.run_length is None
 
 
 FIVE = {"num_hidden_layers": 5}
@@ -106,14 +125,16 @@ def test_gradients_of_the_packed_tree_are_those_of_plain_rows(family, attn, chan
     text = Text(vocabulary, True, Branching(2, 2, 2))
     valid_M = text.tree().valid_BS.flatten()
     gradients = []
-    for each in (TreeEngine(), ReplicatedEngine()):
+    for each in ENGINES:
         model.zero_grad()
         out = text.scores(each, model)
         (out.target_logps_M + out.gate_logit_M.sigmoid() + out.think_logits_MN.log_softmax(-1)[:, 1])[valid_M].mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3)
+    *packed, plain = gradients
+    for tree in packed:
+        assert tree.keys() == plain.keys()
+        for name in plain:
+            torch.testing.assert_close(tree[name], plain[name], atol=1e-5, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -122,23 +143,31 @@ def test_forks_at_the_end_of_a_position_table():
     model, vocabulary = thinker("gpt2", n_positions=T + 2)
     text = Text(vocabulary, False, Branching(2, 2, 4))
     text.forks_BK[:] = torch.tensor([3, 9, T - 1])
-    text.check(text.scores(ReplicatedEngine(), model), model, vocabulary)
-    text.check(text.scores(TreeEngine(), model), model, vocabulary)
+    for each in ENGINES:
+        text.check(text.scores(each, model), model, vocabulary)
 
 
 def leak_siblings(original):
-    return lambda visible, *args: original(torch.ones_like(visible).tril(visible.shape[2] - visible.shape[1]), *args)
+    def inputs(see, queries, keys, *args):
+        causal_BQC = torch.ones(*queries.shape, keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - queries.shape[1])
+        return original(lambda run: causal_BQC[:, run], queries, keys, *args)
+
+    return inputs
 
 
 def leak_in_cache(original):
-    return lambda visible, *args: original(visible if visible.shape[1] == visible.shape[2] else torch.ones_like(visible), *args)
+    def inputs(see, queries, keys, *args):
+        packed = queries.shape == keys.shape
+        return original(see if packed else lambda run: torch.ones_like(see(run)), queries, keys, *args)
+
+    return inputs
 
 
 def ignore_windows(original):
-    def inputs(visible, queries, keys, config, dtype):
+    def inputs(see, queries, keys, config, *args):
         config = copy.deepcopy(config)
         config.sliding_window = None
-        return original(visible, queries, keys, config, dtype)
+        return original(see, queries, keys, config, *args)
 
     return inputs
 
@@ -237,7 +266,7 @@ def test_rollout_logps_are_the_gradient_pass_logps(family, attn, changes, persis
     model, vocabulary = thinker(family, attn, **changes)
     for packed in (False, True):
         text = Text(vocabulary, packed, Branching(3, 3, 2, persistent=persistent))
-        each = ReplicatedEngine() if family in ("bloom", "mamba") else TreeEngine()
+        each = ReplicatedEngine() if family in ("bloom", "mamba") else TREES[packed]
         rollout = sample(each, model, vocabulary, text, Sampling(temperature=0.7, draw_stops=draw_stops))
         assert torch.isin(rollout.thoughts_BKGL, torch.tensor(vocabulary.ids)).all()
         lengths = rollout.lengths_BKG[text.forks_BK >= 0]
@@ -258,12 +287,13 @@ def test_rollout_logps_are_the_gradient_pass_logps(family, attn, changes, persis
 def test_both_engines_draw_the_same_thoughts(family, attn, changes, persistent, draw_stops):
     model, vocabulary = thinker(family, attn, **changes)
     text, sampling = Text(vocabulary, True, Branching(2, 3, 2, persistent=persistent)), Sampling(draw_stops=draw_stops)
-    tree, replicated = (sample(each, model, vocabulary, text, sampling) for each in (TreeEngine(), ReplicatedEngine()))
+    *trees, replicated = (sample(each, model, vocabulary, text, sampling) for each in ENGINES)
     there_BK = text.forks_BK >= 0
-    assert torch.equal(tree.lengths_BKG[there_BK], replicated.lengths_BKG[there_BK])
-    mask_BKGL = thought_mask(text, tree)
-    assert torch.equal(tree.thoughts_BKGL[mask_BKGL], replicated.thoughts_BKGL[mask_BKGL])
-    close(tree.logps_BKGL[mask_BKGL], replicated.logps_BKGL[mask_BKGL], 1e-5)
+    for tree in trees:
+        assert torch.equal(tree.lengths_BKG[there_BK], replicated.lengths_BKG[there_BK])
+        mask_BKGL = thought_mask(text, tree)
+        assert torch.equal(tree.thoughts_BKGL[mask_BKGL], replicated.thoughts_BKGL[mask_BKGL])
+        close(tree.logps_BKGL[mask_BKGL], replicated.logps_BKGL[mask_BKGL], 1e-5)
     other = sample(TreeEngine(), model, vocabulary, text, sampling, seed=1)
     assert not torch.equal(tree.thoughts_BKGL[there_BK], other.thoughts_BKGL[there_BK])
 
@@ -300,7 +330,7 @@ def test_thoughts_are_drawn_as_often_as_they_are_probable():
 
 
 @pytest.mark.parametrize("lookahead", [1, 3])
-@pytest.mark.parametrize("each", [TreeEngine(), ReplicatedEngine()], ids=lambda e: e.name)
+@pytest.mark.parametrize("each", ENGINES, ids=["tree", "blocks", "replicated"])
 @torch.no_grad()
 def test_blind_reading_does_not_see_the_text(each, lookahead):
     model, vocabulary = thinker("llama")

@@ -159,7 +159,7 @@ def test_think_only_gives_the_same_thinking_logits(transform, bias):
     hidden_MD, inputs = nodes()
     linear = layer(bias)
     expected = score(hidden_MD, linear, inputs, VOCABULARY, transform).think_logits_MN
-    inputs.think_only = True
+    inputs.spoken = 0
     torch.testing.assert_close(score(hidden_MD, linear, inputs, VOCABULARY, transform).think_logits_MN, expected, atol=1e-5, rtol=0.0)
 
 
@@ -282,7 +282,7 @@ def test_bf16_is_scored_with_fp32_sums():
     out = score(hidden_MD, linear, inputs, VOCABULARY, TRANSFORMS[0])
     close(out, exact, 1e-4)
     assert out.target_logps_M.dtype == out.log_z_real_M.dtype == out.think_logits_MN.dtype == torch.float32
-    inputs.think_only = True
+    inputs.spoken = 0
     thoughts = score(hidden_MD, linear, inputs, VOCABULARY, TRANSFORMS[0]).think_logits_MN
     torch.testing.assert_close(thoughts, exact.think_logits_MN.float(), atol=1e-4, rtol=0.0)
 
@@ -306,7 +306,7 @@ def test_low_precision_scores_have_a_gradient_on_a_gpu(monkeypatch, think_only):
     with FakeTensorMode():
         hidden = torch.randn(NODES, SIZE, dtype=torch.bfloat16, requires_grad=True)
         linear = torch.nn.Linear(SIZE, ROWS, dtype=torch.bfloat16)
-        inputs = HeadInputs(torch.arange(NODES), torch.zeros(NODES, dtype=torch.long), think_only=think_only)
+        inputs = HeadInputs(torch.arange(NODES), torch.zeros(NODES, dtype=torch.long), spoken=0 if think_only else None)
         score(hidden, linear, inputs, VOCABULARY, TRANSFORMS[0]).gate_logit_M.sum().backward()
     assert hidden.grad.dtype == linear.weight.grad.dtype == torch.bfloat16
 

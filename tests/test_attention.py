@@ -1,0 +1,63 @@
+"""Attention in blocks is attention."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_thinktok.attention import TreeMask
+from hf_thinktok.tree import Branching, ThoughtTree
+
+
+def mask_of(seen_BQC: torch.Tensor, run_length: int) -> TreeMask:
+    return TreeMask.of(lambda queries: seen_BQC[:, queries], tuple(seen_BQC.shape), run_length, torch.float32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    num_queries=st.integers(1, 20),
+    cached=st.integers(0, 20),
+    run_length=st.integers(1, 25),
+    share=st.sampled_from([0.02, 0.2, 0.9]),
+    seed=st.integers(0, 99),
+)
+def test_blocks_equal_one_call_over_all_keys(batch, num_queries, cached, run_length, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    num_keys = cached + num_queries
+    seen_BQC = torch.rand(batch, num_queries, num_keys, generator=generator) < share
+    seen_BQC[:, torch.arange(num_queries), cached + torch.arange(num_queries)] = True
+    inputs = [torch.randn(batch, 2, length, 4, generator=generator, requires_grad=True) for length in (num_queries, num_keys, num_keys)]
+    outputs = []
+    for mask in (seen_BQC[:, None], mask_of(seen_BQC, run_length)):
+        out = scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.7)
+        outputs.append([out.detach(), *torch.autograd.grad(out.square().sum(), inputs)])
+    for whole, blocks in zip(*outputs, strict=True):
+        torch.testing.assert_close(blocks, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tree_costs_little_more_than_its_visible_pairs():
+    forks_BK = torch.arange(0, 1024, 16)[None]
+    tree = ThoughtTree(torch.zeros(1, 1024, dtype=torch.long), forks_BK, Branching(8, 8, 8))
+    nodes = torch.arange(tree.num_nodes)[None]
+    mask = TreeMask.of(lambda queries: tree.visible(nodes[:, queries], nodes), (1, tree.num_nodes, tree.num_nodes), 256, torch.bfloat16)
+    assert mask.shape == (1, 1, tree.num_nodes, tree.num_nodes)
+    visible = int((tree.position_ids_BS + 1).sum())
+    assert visible < sum(part.numel() for part in mask.masks) < 1.5 * visible
+
+
+def test_documents_of_a_packed_row_cost_nothing_of_each_other():
+    documents_BT = torch.arange(4).repeat_interleave(64)[None]
+    tree = ThoughtTree(documents_BT, torch.zeros(1, 0, dtype=torch.long), Branching(2, 1, 1))
+    nodes = torch.arange(256)[None]
+    mask = TreeMask.of(lambda queries: tree.visible(nodes[:, queries], nodes), (1, 256, 256), 64, torch.bfloat16)
+    assert [part.shape for part in mask.masks] == [(1, 1, 64, 64)] * 4
+
+
+@pytest.mark.parametrize("use", [lambda mask: mask + 1, lambda mask: mask[..., :2], lambda mask: mask.double(), lambda mask: torch.add(mask, 1)])
+def test_a_tree_mask_cannot_be_taken_for_another_tensor(use):
+    mask = mask_of(torch.eye(6, dtype=torch.bool)[None], 2)
+    with pytest.raises(TypeError, match="tree's mask|TreeMask"):
+        use(mask)
+    assert mask.to(mask.device) is mask
