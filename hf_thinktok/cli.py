@@ -10,22 +10,25 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
-from trl import ModelConfig, TrlParser, get_peft_config
 from yaml import YAMLError
 
 from . import __version__
-from .config import ThinkTokConfig
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
 from .peft import merge
-from .plan import plan, print_plan
 from .sources import resolve_model
 from .tokens import ThinkingVocabulary
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from .config import ThinkTokConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -151,6 +154,12 @@ def run_push(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise UsageError(f"{args.folder} is not a folder.")
     _read_vocabulary(str(args.folder))
+    adapter = args.folder / "adapter_config.json"
+    if adapter.exists() and Path(base := json.loads(adapter.read_text())["base_model_name_or_path"]).is_dir():
+        Console(stderr=True, highlight=False).print(
+            f"The adapter's base is a folder of this machine, {base}: elsewhere nobody can load it by name. `thinktok merge` makes a model that stands alone.",
+            style="yellow",
+        )
     api = HfApi()
     try:
         api.create_repo(args.repository, private=args.private or None, exist_ok=True)
@@ -184,6 +193,10 @@ def add_plan(subparsers) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
+    from trl import get_peft_config
+
+    from .plan import plan, print_plan
+
     config, model = _read_recipe(args.recipe)
     if (name := args.model or model.model_name_or_path) is None:
         raise UsageError("There is no model: give --model, or a --config with model_name_or_path.")
@@ -205,8 +218,12 @@ def run_plan(args: argparse.Namespace) -> None:
     print(json.dumps(asdict(made) | {"peak": made.peak, "peak_phase": made.peak_phase} | fits, indent=2))
 
 
-def _read_recipe(words: list[str]) -> tuple[ThinkTokConfig, ModelConfig]:
+def _read_recipe(words: list[str]) -> "tuple[ThinkTokConfig, ModelConfig]":
     """The options of a training recipe. What its file says about data is of no concern here."""
+    from trl import ModelConfig, TrlParser
+
+    from .config import ThinkTokConfig
+
     parser = TrlParser((ThinkTokConfig, ModelConfig), allow_abbrev=False)
 
     def refuse(message: str):

@@ -255,7 +255,8 @@ def _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype, spoken)
     rows = weight_RD[first : last if think_weight_ND is None else vocabulary.num_real].to(dtype)
     rows = rows if think_weight_ND is None else torch.cat([rows, think_weight_ND.to(dtype)])
     bias = None if bias_R is None else bias_R[first:last].float()
-    return rows, bias, rows[-vocabulary.num_tokens :], None if bias is None else bias[-vocabulary.num_tokens :]
+    silent = slice(vocabulary.num_real - first, None)
+    return rows, bias, rows[silent], None if bias is None else bias[silent]
 
 
 def _logits(hidden, rows, bias, transform):

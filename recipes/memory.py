@@ -7,10 +7,8 @@ Neither needs a download.
 """
 
 import argparse
-import contextlib
 import gc
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.dry_run import Phase
+from hf_thinktok.memory import PeakOfSecondStep, peak_bytes
 from hf_thinktok.plan import plan
 from hf_thinktok.results import environment, print_measured, print_plans, write_json
 from hf_thinktok.tasks import word_tokenizer
@@ -92,50 +90,6 @@ def options(tree: dict[str, Any], changes: dict[str, Any], folder: str = "output
     return ThinkTokConfig(folder, **quiet | {"per_device_train_batch_size": 1} | tree | changes)
 
 
-@contextlib.contextmanager
-def peak_bytes(trainer: ThinkTokTrainer) -> Iterator[list[int]]:
-    """The largest sum of allocated bytes, in a list that is filled at the end. On a CPU the profiler sees what comes and goes, beside weights and state."""
-    found: list[int] = []
-    if trainer.args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        yield found
-        found.append(torch.cuda.max_memory_allocated())
-        return
-    held = held_bytes(trainer)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield found
-    live = peak = held
-    for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    found.append(peak)
-
-
-def held_bytes(trainer: ThinkTokTrainer) -> int:
-    """Weights and optimizer state."""
-    state = [value for values in trainer.optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *state)
-    }
-    return sum(storages.values())
-
-
-class SecondStep(TrainerCallback):
-    """Measures the second step: the first one makes the optimizer's state."""
-
-    def __init__(self, trainer: ThinkTokTrainer):
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            self.measuring = peak_bytes(self.trainer)
-            self.found = self.measuring.__enter__()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            self.measuring.__exit__(None, None, None)
-
-
 def measure(case: str) -> dict[str, Any]:
     """The peak of a real step, or of a real evaluation, and what the plan says of it, in bytes."""
     (loading, changes), shape = CASES[case], SHAPES.get(case, SMALL)
@@ -148,7 +102,7 @@ def measure(case: str) -> dict[str, Any]:
         text = Dataset.from_dict({"input_ids": torch.randint(3, shape["vocab_size"], (4 * args.train_batch_size, args.max_length)).tolist()})
         model = AutoModelForCausalLM.from_config(config_of(shape), **{"dtype": torch.float32} | how)
         trainer = ThinkTokTrainer(model, args, text, text if args.do_eval else None, processing_class=tokenizer, peft_config=adapter)
-        second = SecondStep(trainer)
+        second = PeakOfSecondStep(trainer)
         trainer.add_callback(second)
         trainer.train()
         found = second.found

@@ -79,7 +79,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         options = {"model_folder": save_tiny_model(root / "model"), "optim": "adamw_torch"}
-        one = alone(root / "one", dict(options))
+        one = alone(root / "one", options)
         rows = {"one process": {"processes": 1, "losses": one["losses"], "weight_gap": 0.0}}
         for launcher in LAUNCHERS:
             print(launcher, flush=True)

@@ -48,7 +48,7 @@ def assert_same(one: dict, together: dict, launcher: str) -> None:
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_two_processes_under_ddp_are_one_that_accumulates(tmp_path, options):
     together = launched("ddp", tmp_path / "two", options)
-    assert_same(alone(tmp_path / "one", dict(options)), together, "ddp")
+    assert_same(alone(tmp_path / "one", options), together, "ddp")
 
 
 @pytest.mark.parametrize("launcher", [*ZERO.values(), "fsdp2"])
@@ -57,7 +57,7 @@ def test_every_launcher_trains_what_one_process_trains_and_resumes(tmp_path, lau
     options = {"model_folder": save_tiny_model(tmp_path / "model"), "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     if launcher in ("zero2", "fsdp2"):
         options["beta"] = 0.5  # a frozen copy of the model beside it
-    one = alone(tmp_path / "one", dict(options))
+    one = alone(tmp_path / "one", options)
     together = launched(launcher, tmp_path / "two", options)
     assert_same(one, together, launcher)
 
@@ -83,7 +83,7 @@ def test_batches_that_do_not_divide_evenly(tmp_path, options):
 def test_an_adapter_and_its_rows_are_trained_alike(tmp_path, launcher, tie):
     options = {"adapter": True, "tie": tie, "optim": "adamw_torch"}
     together = launched(launcher, tmp_path / "two", options)
-    assert_same(alone(tmp_path / "one", dict(options)), together, launcher)
+    assert_same(alone(tmp_path / "one", options), together, launcher)
 
 
 @pytest.mark.parametrize("launcher", [ZERO["zero2"], ZERO["zero3"]])
@@ -113,7 +113,7 @@ def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     ended = launch_tiny("ddp", tmp_path / "two", options | {"terminate_step": 1})
     assert "SIGTERM: saved after step 2" in ended.stderr
     resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
-    one = alone(tmp_path / "one", dict(options))
+    one = alone(tmp_path / "one", options)
     assert_same(one, resumed, "ddp")
 
 
@@ -124,10 +124,8 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
 
 def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
     """The first and the last of these would train, alone, and say nothing."""
-    options = '{"per_device_train_batch_size": 2}'
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    single = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(HERE / "tiny_run.py"), str(tmp_path), options]
-    done = subprocess.run(single, capture_output=True, text=True, env=environment, timeout=300)
+    monkeypatch.setitem(LAUNCHERS, "cpu mode", (["--cpu"], {}))
+    done = launch_tiny("cpu mode", tmp_path, {})
     assert "ValueError: The launcher was asked for several processes and started one" in done.stderr
 
     done = launch_tiny("fsdp2", tmp_path, {"adapter": True})

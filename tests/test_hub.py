@@ -108,6 +108,17 @@ def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
     python(hub, tmp_path / "other", "-c", PULL_ADAPTER, tmp_path / "logits.pt")
 
 
+def test_an_adapter_whose_base_is_not_on_the_hub_is_pushed_with_a_word(hub, tmp_path):
+    python(hub, tmp_path / "home", "-c", BASE)
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps({"adapter": True, "model_folder": "me/base"}))
+    push, config = ("-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/again"), tmp_path / "out" / "adapter_config.json"
+    assert "base is a folder" not in python(hub, tmp_path / "home", *push)
+    (tmp_path / "base").mkdir()
+    config.write_text(config.read_text().replace('"me/base"', json.dumps(str(tmp_path / "base"))))
+    assert "base is a folder of this machine" in python(hub, tmp_path / "home", *push)
+    assert "adapter_model.safetensors" in hub.repos["me/again"][-1]
+
+
 def test_every_save_is_pushed_with_both_models(hub, tmp_path):
     options = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps(options | {"policies": "split", "stop": "fixed"}))

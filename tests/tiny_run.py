@@ -65,7 +65,7 @@ def partition_small_parameters(args: ThinkTokConfig) -> None:
 
 def main(folder: str, options: dict) -> ThinkTokTrainer:
     torch.set_num_threads(1)
-    tokenizer = tiny_tokenizer()
+    options, tokenizer = dict(options), tiny_tokenizer()
     adapter = LoraConfig(r=4, target_modules="all-linear") if options.pop("adapter", False) else None
     kill_step, kill_write, terminate_step, resume, model_folder = (
         options.pop(name, None) for name in ("kill_step", "kill_write", "terminate_step", "resume", "model_folder")

@@ -1,0 +1,64 @@
+"""The benchmark as a user starts it, on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import tiny_model, tiny_tokenizer
+
+from hf_thinktok.results import as_text, draw_bench
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def bench(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def run(*options):
+        command = [sys.executable, ROOT / "recipes" / "bench.py", "--model_name_or_path", tmp_path, "--use_cpu", "--bf16", "false", *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.run([*map(str, command), "--results", str(tmp_path / "results.json")], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+    return run
+
+
+def test_every_arm_is_timed_on_the_same_cell(bench, tmp_path):
+    done = bench("--cells", "48,3,2,2,2", "64,4,4,1,1", "--rounds", 2, 1, "--gradient_checkpointing", "false", "--grpo_batch_size", 4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    small, large = results["cells"]
+    assert (small["nodes"], large["nodes"]) == (48 + 3 * 2 * 3, 64 + 4 * 4 * 1)
+    for cell, rounds in ((small, 2), (large, 1)):
+        assert {arm: len(seconds) for arm, seconds in cell["seconds"].items()} == dict.fromkeys(["ours", "sft", "plain", "trunk", "replicated", "grpo"], rounds)
+        assert len(cell["rollout_seconds"]) == rounds
+        assert cell["gradient_vs_sft"] > cell["step_vs_sft"] > 0  # the rollout takes time
+        assert cell["pairs_per_second_vs_trl"] > 0
+        assert cell["peak_memory_vs_sft"] == cell["peak_bytes"]["ours"] / cell["peak_bytes"]["sft"]
+    assert {"versions", "hardware", "commit"} <= set(results)
+    for label in ("seconds: grpo (2 forks)", "nodes a second, ours / sft"):
+        assert label in done.stdout
+        assert label in as_text(results)
+    draw_bench(results, tmp_path / "growth.svg")
+    assert (tmp_path / "growth.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--arms", "ours", "theirs"], "arms=theirs is none of ours"),
+        (["--rounds", 1, 2], "rounds has 2 numbers for 1 cells"),
+        (["--cells", "48,3,2"], "48,3,2"),
+        (["--cells", "99999999,1,2,1,1"], "choose a smaller cell"),
+    ],
+)
+def test_what_cannot_be_timed_is_said(bench, options, words):
+    done = bench("--cells", "48,3,2,2,2", *options) if "--cells" not in options else bench(*options)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
