@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import HfApi
@@ -24,11 +23,6 @@ from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
 from .peft import merge
 from .sources import resolve_model
 from .tokens import ThinkingVocabulary
-
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
-    from .config import ThinkTokConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -66,10 +60,14 @@ def add_generate(subparsers) -> None:
     thinking.add_argument("--max_total_think", type=_whole(0), metavar="N", help="thinking tokens in all at most (no bound)")
     thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
 
+    _add_loading(parser)
+    parser.set_defaults(run=run_generate)
+
+
+def _add_loading(parser) -> None:
     loading = parser.add_argument_group("loading")
     loading.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the weights; auto: as they are stored (auto)")
     loading.add_argument("--device", help="where to run, such as cpu or cuda:1 (an accelerator if there is one)")
-    parser.set_defaults(run=run_generate)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -218,13 +216,65 @@ def run_plan(args: argparse.Namespace) -> None:
     print(json.dumps(asdict(made) | {"peak": made.peak, "peak_phase": made.peak_phase} | fits, indent=2))
 
 
-def _read_recipe(words: list[str]) -> "tuple[ThinkTokConfig, ModelConfig]":
-    """The options of a training recipe. What its file says about data is of no concern here."""
+def add_eval(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="measure on held-out text what thoughts do for the tokens after them",
+        description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from elsewhere, "
+        "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out. "
+        "The recipe's other options about text are taken as well, such as --text_template and --max_documents.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub repository")
+    for name, default, lowest, what in (
+        ("max_length", 512, 2, "tokens of a row; longer documents are cut into rows"),
+        ("num_forks", 16, 1, "places of a row to think at, evenly spaced"),
+        ("num_samples", 4, 1, "thoughts at each"),
+        ("batch_size", 4, 1, "rows at a time"),
+        ("seed", 0, 0, "seed of the thoughts"),
+    ):
+        parser.add_argument(f"--{name}", type=_whole(lowest), default=default, metavar="N", help=f"{what} ({default})")
+    parser.add_argument("--max_think_length", type=_whole(1), metavar="N", help="thinking tokens of a thought at most (as trained)")
+    parser.add_argument("--lookahead", type=_whole(1), metavar="N", help="real tokens after a thought that judge it (as trained)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    _add_loading(parser)
+    parser.set_defaults(run=run_eval, recipe=[])
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from rich.progress import track
+
+    from .evaluation import evaluate_thinking
+    from .results import environment, print_evaluation, write_json
+    from .text import TextArguments, load_text, split
+
+    (text,) = _read_recipe(args.recipe, TextArguments)
+    _read_vocabulary(args.model)
+    model, tokenizer = _load(args)
+    console = Console(stderr=True, highlight=False)
+    try:
+        documents = load_text(text)
+        if "--config" in args.recipe:
+            documents = split(documents, text.max_documents, text.held_out_documents, text.data_split_seed)[1]
+        elif text.max_documents is not None:
+            documents = documents.take(text.max_documents)
+        chosen = {name: getattr(args, name) for name in ("max_length", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")}
+        found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    results = {"evaluation": found.summary(), "model": args.model, **environment()}
+    print_evaluation(results)
+    if args.output is not None:
+        write_json(args.output, results)
+
+
+def _read_recipe(words: list[str], *kinds: type) -> tuple:
+    """The options of a training recipe, of the kinds that are asked for: all but what is about text where none are named."""
     from trl import ModelConfig, TrlParser
 
     from .config import ThinkTokConfig
 
-    parser = TrlParser((ThinkTokConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser(kinds or (ThinkTokConfig, ModelConfig), allow_abbrev=False)
 
     def refuse(message: str):
         raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
@@ -232,14 +282,14 @@ def _read_recipe(words: list[str]) -> "tuple[ThinkTokConfig, ModelConfig]":
     parser.error = refuse
     try:
         with warnings.catch_warnings(action="ignore"):
-            config, model, _, unknown = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+            *options, _, unknown = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
     except OSError as error:
         raise UsageError(f"The file {error.filename} cannot be read: {error.strerror}.") from error
     except (ValueError, IndexError, YAMLError) as error:
         raise UsageError(str(error).splitlines()[0] if isinstance(error, ValueError) else "--config needs a YAML file.") from error
     if unknown:
         raise UsageError(f"There is no option {unknown[0]}.")
-    return config, model
+    return tuple(options)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -324,7 +374,7 @@ def _number(above: float, highest: float, meaning: str):
     return parse
 
 
-COMMANDS = (add_generate, add_merge, add_push, add_plan)
+COMMANDS = (add_generate, add_eval, add_merge, add_push, add_plan)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -108,6 +108,7 @@ def as_text(results: dict[str, Any]) -> str:
     kinds = {
         "ablation": print_ablation,
         "cells": print_bench,
+        "evaluation": print_evaluation,
         "launchers": print_launchers,
         "measured": print_measured,
         "mixture": print_mixture,
@@ -259,6 +260,55 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
     figure.axes[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
+    """Held-out text in every arm, what thoughts are worth against each control, and where they are worth it."""
+    from .evaluation.thinking import ARMS
+
+    found, console = results["evaluation"], console or Console()
+    table = Table(padding=0, title=f"{found['forks']:,} places in {found['documents']:,} documents, {found['judged_tokens']:,} judged tokens")
+    for name in ("thoughts", "bits/token", "bits/byte", "accuracy, %"):
+        table.add_column(name, justify="left" if name == "thoughts" else "right")
+    for arm, label in ARMS.items():
+        if (one := found["arms"].get(arm)) is not None:
+            table.add_row(label, f"{one['bits_per_token']:.4f}", f"{one['bits_per_byte']:.4f}", f"{100 * one['accuracy']:.2f}")
+            if "bits_per_token_marginal" in one and found["settings"]["num_samples"] > 1:
+                table.add_row(f"  mean probability of {found['settings']['num_samples']}", f"{one['bits_per_token_marginal']:.4f}", "", "")
+    console.print(table)
+    table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, gain in found["gains"].items():
+        one, other = (ARMS[arm] for arm in name.split(" over "))
+        table.add_row(f"{one}, over: {other}", _interval(gain))
+    for i, bucket in enumerate(found["by_entropy"]):
+        table.add_section() if i == 0 else None
+        label = f"{ARMS['think']}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {bucket['mean_think_length']:.2f} tokens"
+        table.add_row(label, _interval(bucket["think over no_think"]))
+    for i, (kind, one) in enumerate(found["by_kind"].items()):
+        table.add_section() if i == 0 else None
+        table.add_row(f"{ARMS['think']}; {kind}, {one['mean_think_length']:.2f} tokens", _interval(one["think over no_think"]))
+    console.print(table)
+    console.print(f"Where it decides, it thinks {found['mean_think_length']:.3f} tokens at a place. {evaluation_verdict(found)}")
+
+
+def _interval(gain: dict[str, float]) -> str:
+    return f"{gain['bits_per_token']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
+
+
+def evaluation_verdict(found: dict[str, Any]) -> str:
+    """What the intervals carry."""
+    gain = found["gains"]["think over no_think"]
+    controls = {name: one for name, one in found["gains"].items() if name.startswith("always over ") and name != "always over no_think"}
+    if gain["high"] < 0:
+        return "Thinking hurts."
+    if not gain["low"] > 0:
+        return "No gain from thinking that can be told from zero."
+    if all(one["low"] > 0 for one in controls.values()):
+        return "Thinking helps, and what is thought matters."
+    failed = [name.removeprefix("always over ") for name, one in controls.items() if not one["low"] > 0]
+    return f"Thinking helps, but nothing says that what is thought matters: thoughts are not told apart from {', '.join(failed)}."
 
 
 def _per_cent(part: float) -> str:

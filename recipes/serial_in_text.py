@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from pretrain_think import TextArguments, load_text, split
 from toy import by_level, read_mappings, tokenized
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -26,6 +25,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.results import changed_options, environment, print_mixture, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import make_task
+from hf_thinktok.text import TextArguments, load_text, split
 
 
 @dataclass

@@ -1,0 +1,320 @@
+"""Held-out text without thoughts, with them, and with every control that a sceptic asks for, at the same places.
+
+Shape suffixes as in tree.py; S samples, F forks of the whole text.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..engine import Engine, choose_engine, evaluating, longest_row
+from ..forks import choose_forks, eligible_forks
+from ..head import HeadInputs, attach_head
+from ..objective import speak
+from ..rewards import masked_sum
+from ..rollout import Rollout, Sampling, random_thoughts, sample_thoughts
+from ..scores import score_tree
+from ..tokens import ThinkingVocabulary
+from ..tree import Branching, ThoughtTree
+from .intervals import ratio_interval
+
+# What the model does at a fork, and what is put there in place of its thought.
+ARMS = {
+    "no_think": "no thought",
+    "think": "where it wants to",
+    "always": "a thought everywhere",
+    "shuffled": "its tokens shuffled",
+    "elsewhere": "from another place of the row",
+    "other_document": "from another document",
+    "random": "random tokens",
+}
+CONTROLS = ("shuffled", "elsewhere", "other_document", "random")
+BUCKETS = 4
+
+
+@dataclass
+class Evaluation:
+    """What was measured, fork by fork.
+
+    Attributes:
+        documents_F: which document each fork is in.
+        tokens_F: how many real tokens judge it.
+        logps: for each arm the log-probability of those tokens in nats, a mean over samples, `[F]`; NaN where the arm has nothing to put there.
+        marginal: for `think` and `always` the log of the mean probability over samples, `[F]`.
+        correct: for each arm how many of the tokens were the first choice, `[F]`.
+        entropy_F: entropy of the prediction without a thought, nats.
+        kinds_F: what the first judged token is.
+        lengths_F: (expected) thinking tokens where the model decides.
+        bytes_per_token: of the whole text, UTF-8.
+        settings: what it was measured with.
+    """
+
+    documents_F: np.ndarray
+    tokens_F: np.ndarray
+    logps: dict[str, np.ndarray]
+    marginal: dict[str, np.ndarray]
+    correct: dict[str, np.ndarray]
+    entropy_F: np.ndarray
+    kinds_F: np.ndarray
+    lengths_F: np.ndarray
+    bytes_per_token: float
+    settings: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Bits per token and byte and accuracy of each arm; gains in bits per token with 95 % intervals, bootstrapped over documents and paired."""
+        arms = {}
+        for arm, logps_F in self.logps.items():
+            there_F = ~np.isnan(logps_F)
+            tokens = self.tokens_F[there_F].sum()
+            bits = -logps_F[there_F].sum() / tokens / math.log(2)
+            arms[arm] = {"bits_per_token": bits, "bits_per_byte": bits / self.bytes_per_token, "accuracy": self.correct[arm][there_F].sum() / tokens}
+            if arm in self.marginal:
+                arms[arm]["bits_per_token_marginal"] = -self.marginal[arm].sum() / tokens / math.log(2)
+        gains = {"think over no_think": self.gain("think", "no_think"), "always over no_think": self.gain("always", "no_think")}
+        gains |= {f"always over {control}": self.gain("always", control) for control in CONTROLS if control in self.logps}
+        edges = np.quantile(self.entropy_F, np.linspace(0, 1, BUCKETS + 1)[1:-1])
+        bucket_F = np.searchsorted(edges, self.entropy_F, side="right")
+        by_entropy = [
+            {"mean_entropy_bits": self.entropy_F[bucket_F == b].mean() / math.log(2), "mean_think_length": self.lengths_F[bucket_F == b].mean()}
+            | {f"{arm} over no_think": self.gain(arm, "no_think", bucket_F == b) for arm in ("think", "always")}
+            for b in range(BUCKETS)
+            if (bucket_F == b).any()
+        ]
+        by_kind = {
+            kind: {"forks": int((self.kinds_F == kind).sum()), "mean_think_length": self.lengths_F[self.kinds_F == kind].mean()}
+            | {f"{arm} over no_think": self.gain(arm, "no_think", self.kinds_F == kind) for arm in ("think", "always")}
+            for kind in sorted(set(self.kinds_F.tolist()))
+        }
+        return {
+            "arms": arms, "gains": gains, "by_entropy": by_entropy, "by_kind": by_kind, "mean_think_length": self.lengths_F.mean(),
+            "documents": len(np.unique(self.documents_F)), "forks": len(self.documents_F), "judged_tokens": int(self.tokens_F.sum()),
+            "settings": self.settings,
+        }  # fmt: skip
+
+    def gain(self, arm: str, other: str, where_F: np.ndarray | None = None) -> dict[str, float]:
+        """Bits per token that an arm saves over another, and its 95 % interval."""
+        nats_F = self.logps[arm] - self.logps[other]
+        there_F = ~np.isnan(nats_F) if where_F is None else ~np.isnan(nats_F) & where_F
+        if not there_F.any():
+            return dict.fromkeys(("bits_per_token", "low", "high"), math.nan)
+        _, document_F = np.unique(self.documents_F[there_F], return_inverse=True)
+        sums_D = np.bincount(document_F, nats_F[there_F]) / math.log(2)
+        counts_D = np.bincount(document_F, self.tokens_F[there_F])
+        low, high = ratio_interval(sums_D, counts_D)
+        return {"bits_per_token": float(sums_D.sum() / counts_D.sum()), "low": low, "high": high}
+
+
+@torch.no_grad()
+def evaluate_thinking(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | Iterable[dict[str, Any]],
+    text_field: str = "text",
+    max_length: int = 512,
+    num_forks: int = 16,
+    num_samples: int = 4,
+    max_think_length: int | None = None,
+    lookahead: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: Any = None,
+) -> Evaluation:
+    """Measures what thoughts do for the real tokens after them.
+
+    Forks are evenly spaced, so that they are the same for every model and batch size. Thoughts are sampled at temperature 1.
+
+    Args:
+        model: with thinking tokens; an adapter on its base as well.
+        dataset: documents. One longer than `max_length` tokens is cut into rows.
+        num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
+            probability, a lower one (IWAE, Burda et al. 2016).
+        max_think_length, lookahead: as the model was trained where not given.
+        progress: wraps the batches, as `tqdm` does.
+
+    Raises:
+        ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, or no text.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (vocabulary := ThinkingVocabulary.from_config(base.config)) is None:
+        raise ValueError("The model has no thinking tokens: its config lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
+    trained = base.config.thinktok
+    for name, usual in {"thoughts": "discrete", "memory": "none", "policies": "shared"}.items():
+        if (value := trained.get(name, usual)) != usual:
+            raise ValueError(f"The model was trained with {name}={value}, and only {name}={usual} can be evaluated so: look at its run's own evaluation.")
+    blind, length = trained.get("blind", False), max_think_length or trained.get("max_think_length", 4)
+    ahead = lookahead or trained.get("lookahead") or max_length
+    attach_head(base, vocabulary)
+    branching = Branching(num_samples, length, ahead, blind=blind)
+    rows, bytes_per_token = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length))
+    engine = choose_engine(base, vocabulary, branching, max(len(ids) for _, ids in rows), num_forks)
+    generator = torch.Generator(base.device).manual_seed(seed)
+    records: list[dict[str, np.ndarray]] = []
+    batches = list(_batches(rows, batch_size, tokenizer.pad_token_id or 0, base.device))
+    with evaluating(model):
+        for tokens_BT, documents_BT in progress(batches) if progress else batches:
+            labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
+            forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), num_forks, "stride", generator)
+            records.append(_measure(engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, tokenizer))
+    joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
+    settings = {
+        "max_length": max_length, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length, "lookahead": ahead,
+        "batch_size": batch_size, "seed": seed, "engine": engine.name,
+    }  # fmt: skip
+    arms = [arm for arm in ARMS if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
+    return Evaluation(
+        documents_F=joined["documents"],
+        tokens_F=joined["tokens"],
+        logps={arm: joined[f"logps {arm}"] for arm in arms},
+        marginal={arm: joined[f"marginal {arm}"] for arm in ("think", "always")},
+        correct={arm: joined[f"correct {arm}"] for arm in arms},
+        entropy_F=joined["entropy"],
+        kinds_F=joined["kinds"],
+        lengths_F=joined["lengths"],
+        bytes_per_token=bytes_per_token,
+        settings=settings,
+    )
+
+
+def _rows(tokenizer, dataset, text_field: str, max_length: int) -> tuple[list[tuple[int, list[int]]], float]:
+    """Each row's document and ids, the longest first, and the text's bytes per token."""
+    rows, num_bytes, num_tokens = [], 0, 0
+    for document, one in enumerate(dataset):
+        ids = tokenizer(one[text_field])["input_ids"]
+        num_bytes, num_tokens = num_bytes + len(one[text_field].encode()), num_tokens + len(ids)
+        rows += [(document, ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
+    rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
+    if not rows:
+        raise ValueError("There is no text to evaluate on: no document has two tokens.")
+    return rows, num_bytes / num_tokens
+
+
+def _batches(rows: list[tuple[int, list[int]]], batch_size: int, pad: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        longest = len(batch[0][1])
+        tokens = [ids + [pad] * (longest - len(ids)) for _, ids in batch]
+        documents = [[document] * len(ids) + [-1] * (longest - len(ids)) for document, ids in batch]
+        yield torch.tensor(tokens, device=device), torch.tensor(documents, device=device)
+
+
+def _measure(
+    engine: Engine,
+    model,
+    vocabulary: ThinkingVocabulary,
+    branching: Branching,
+    tokens_BT: Tensor,
+    documents_BT: Tensor,
+    labels_BT: Tensor,
+    forks_BK: Tensor,
+    generator: torch.Generator,
+    tokenizer,
+) -> dict[str, np.ndarray]:
+    """All arms at the forks of one batch."""
+    branching = replace(branching, lookahead=min(branching.lookahead, tokens_BT.shape[1]))
+
+    def sample(draw_stops: bool) -> Rollout:
+        sampling = Sampling(draw_stops=draw_stops, min_length=int(branching.blind))
+        return sample_thoughts(engine, model, tokens_BT, documents_BT, forks_BK, branching, sampling, vocabulary, generator)
+
+    def judge(rollout: Rollout, every_prefix: bool = False):
+        tree = ThoughtTree(documents_BT, forks_BK, replace(branching, num_generations=rollout.thoughts_BKGL.shape[2]), rollout.lengths_BKG)
+        run = lambda passes: engine.run(model, tree, tree.tokens(tokens_BT, rollout.thoughts_BKGL), passes)
+        return tree, score_tree(run, tree, labels_BT, rollout, vocabulary, every_prefix=every_prefix, gate=every_prefix)
+
+    always = sample(draw_stops=False)
+    everything, sources = always, control_sources(always, documents_BT, vocabulary, generator)
+    for thoughts_BKSL, _ in sources.values():
+        everything = everything.beside(replace(always, thoughts_BKGL=thoughts_BKSL))
+    exact = branching.lookahead == 1  # then its lengths are summed out, not sampled
+    tree, scores = judge(everything, every_prefix=exact)
+    places_BKH, mask_BKH = tree.judged(labels_BT)
+    mask_BK1H = mask_BKH[:, :, None]
+    samples = branching.num_generations
+
+    logps = dict(zip(("always", *sources), scores.logps_BKGH.split(samples, 2), strict=True))
+    correct = dict(zip(("always", *sources), scores.correct_BKGH.float().split(samples, 2), strict=True))
+    if exact:
+        speech = speak(scores, everything, "learned", 0.0, branching.blind)
+        logps["think"], correct["think"], lengths_BKS = (
+            values[:, :, :samples] for values in (speech.logps_BKGH, speech.correct_BKGH.float(), speech.lengths_BKG)
+        )
+    else:
+        own = sample(draw_stops=True)
+        _, drawn = judge(own)
+        logps["think"], correct["think"], lengths_BKS = drawn.logps_BKGH, drawn.correct_BKGH.float(), own.lengths_BKG.float()
+
+    # Without thoughts: an ordinary pass over the text, which knows the prediction's entropy as well.
+    text = ThoughtTree(documents_BT, forks_BK[:, :0], branching)
+    nodes_M = torch.arange(tokens_BT.numel(), device=tokens_BT.device)
+    plain = engine(model, text, tokens_BT, HeadInputs(nodes_M, text.targets(labels_BT).flatten(), entropy=True))
+
+    def before(values_M: Tensor) -> Tensor:
+        """At the nodes that predict the judged tokens."""
+        return values_M.view(tokens_BT.shape).gather(1, (places_BKH - 1).flatten(1)).view(places_BKH.shape)
+
+    logps["no_think"], correct["no_think"] = before(plain.target_logps_M)[:, :, None], before(plain.correct_M.float())[:, :, None]
+    there_BK = mask_BKH.any(-1)
+
+    def flat(values_BK: Tensor) -> np.ndarray:
+        return values_BK[there_BK].double().cpu().numpy()
+
+    summed = {arm: masked_sum(values_BKSH, mask_BK1H) for arm, values_BKSH in logps.items()}
+    valid = {arm: valid_BK for arm, (_, valid_BK) in sources.items()}
+    found = {f"logps {arm}": flat(values_BKS.mean(-1).where(valid.get(arm, there_BK), math.nan)) for arm, values_BKS in summed.items()}
+    found |= {f"marginal {arm}": flat(summed[arm].logsumexp(-1) - math.log(samples)) for arm in ("think", "always")}
+    found |= {f"correct {arm}": flat(masked_sum(values_BKSH, mask_BK1H).mean(-1)) for arm, values_BKSH in correct.items()}
+    first_BK = tokens_BT.gather(1, places_BKH[..., 0])
+    return found | {
+        "documents": documents_BT.gather(1, forks_BK.clamp(min=0))[there_BK].cpu().numpy(),
+        "tokens": mask_BKH.sum(-1)[there_BK].cpu().numpy(),
+        "entropy": flat(before(plain.entropy_M)[..., 0]),
+        "kinds": np.array([kind_of(token) for token in tokenizer.batch_decode(first_BK[there_BK][:, None].tolist())]),
+        "lengths": flat(lengths_BKS.mean(-1)),
+    }
+
+
+def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+    """What controls put in the place of thoughts, `[B, K, S, L]`, and at which forks there is something to put, `[B, K]`."""
+    thoughts_BKSL, forks_BK = rollout.thoughts_BKGL, rollout.forks_BK
+    batch, num_forks, samples, length = thoughts_BKSL.shape
+    there_BK = forks_BK >= 0
+    forks_B1 = there_BK.sum(1, keepdim=True)
+    count_B1 = forks_B1.clamp(min=1)
+    index_BK = torch.arange(num_forks, device=forks_BK.device).expand_as(forks_BK)
+    rows_B = torch.arange(batch, device=forks_BK.device)
+
+    def taken(from_B: Tensor, at_BK: Tensor) -> Tensor:
+        return thoughts_BKSL[from_B[:, None], at_BK]
+
+    # Half of the row's forks away; with three forks one away.
+    elsewhere_BK = (index_BK + (count_B1 // 2).clamp(min=1)) % count_B1
+    # The next row of another document that has forks.
+    document_B = documents_BT[:, 0]
+    following_BB = (rows_B[:, None] + rows_B) % batch
+    differs_BB = (document_B[following_BB] != document_B[:, None]) & (forks_B1[:, 0][following_BB] > 0)
+    other_B = following_BB.gather(1, differs_BB.long().argmax(1, keepdim=True))[:, 0]
+    has_other_B1 = differs_BB.any(1, keepdim=True)
+    order_BKSL = torch.rand(thoughts_BKSL.shape, generator=generator, device=forks_BK.device).argsort(-1)
+    return {
+        "shuffled": (thoughts_BKSL.gather(-1, order_BKSL), there_BK & (length > 1)),
+        "elsewhere": (taken(rows_B, elsewhere_BK), there_BK & (count_B1 > 1)),
+        "other_document": (taken(other_B, index_BK % count_B1[other_B]), there_BK & has_other_B1),
+        "random": (random_thoughts(forks_BK, Branching(samples, length, 1), vocabulary, generator), there_BK),
+    }
+
+
+def kind_of(text: str) -> str:
+    """What a token's text is: the begin of a word, its continuation, a number, or something else."""
+    word = text.strip()
+    if any(character.isdigit() for character in word):
+        return "number"
+    if not any(character.isalpha() for character in word):
+        return "other"
+    return "word begins" if text[:1].isspace() or word[:1].isupper() else "word goes on"

@@ -1,0 +1,265 @@
+"""What is measured is what a plain model says on ordinary rows, and controls are what they say they are."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import CORPUS, tiny_model, tiny_tokenizer
+from plain_rows import thinker
+
+from hf_thinktok import add_thinking_tokens
+from hf_thinktok.engine import ReplicatedEngine
+from hf_thinktok.evaluation import Evaluation, evaluate_thinking
+from hf_thinktok.evaluation.intervals import ratio_interval
+from hf_thinktok.evaluation.thinking import CONTROLS, control_sources
+from hf_thinktok.forks import choose_forks, eligible_forks
+from hf_thinktok.results import as_text, evaluation_verdict
+from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
+from hf_thinktok.tree import Branching
+
+ROOT = Path(__file__).parent.parent
+TEXT = [{"text": f"{text} {i * 7} {text[::2]}"} for i, text in enumerate(CORPUS[:6])]
+
+
+@pytest.fixture
+def model():
+    """A model with thinking tokens that it thinks now and then, and a tokenizer."""
+    return thinker(scale=1.0)[0], tiny_tokenizer()
+
+
+def logps_of(model, ids: list[int]) -> torch.Tensor:
+    """Of real tokens, after each place of an ordinary row."""
+    logits = type(model).forward(model, input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    return logits[:, : model.config.thinktok["first_id"]].log_softmax(-1)
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+@torch.no_grad()
+def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead):
+    model, tokenizer = model
+    ids = tokenizer(TEXT[0]["text"])["input_ids"][:40]
+    found = evaluate_thinking(model, tokenizer, [{"text": tokenizer.decode(ids)}], num_forks=3, num_samples=2, max_think_length=3, lookahead=lookahead, seed=5)
+    ids = tokenizer(tokenizer.decode(ids))["input_ids"]
+    tokens_BT, documents_BT = torch.tensor([ids]), torch.zeros(1, len(ids), dtype=torch.long)
+    forks_BK = choose_forks(eligible_forks(tokens_BT, documents_BT), 3, "stride", torch.Generator())
+    branching, vocabulary = Branching(2, 3, lookahead), thinker(scale=1.0)[1]
+    generator = torch.Generator().manual_seed(5)
+    drawn = sample_thoughts(ReplicatedEngine(), model, tokens_BT, documents_BT, forks_BK, branching, Sampling(), vocabulary, generator)
+    for k, fork in enumerate(forks_BK[0].tolist()):
+        following = ids[fork + 1 : fork + 1 + lookahead]
+
+        def score(thought: list[int], fork=fork, following=following) -> float:
+            row = ids[: fork + 1] + thought
+            logps = logps_of(model, row + following)
+            return sum(logps[len(row) - 1 + h, token].item() for h, token in enumerate(following))
+
+        thoughts = drawn.thoughts_BKGL[0, k].tolist()
+        assert found.tokens_F[k] == len(following)
+        assert found.logps["no_think"][k] == pytest.approx(score([]), abs=1e-4)
+        assert found.logps["always"][k] == pytest.approx(np.mean([score(thought) for thought in thoughts]), abs=1e-4)
+        assert found.marginal["always"][k] == pytest.approx(np.logaddexp(*(score(thought) for thought in thoughts)) - math.log(2), abs=1e-4)
+        plain = logps_of(model, ids)[fork]
+        assert found.entropy_F[k] == pytest.approx(-(plain.exp() * plain).sum().item(), abs=1e-4)
+    assert found.bytes_per_token == pytest.approx(len(tokenizer.decode(ids).encode()) / len(ids))
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_a_shut_gate_is_no_thought_and_an_open_one_is_always(model, lookahead):
+    model, tokenizer = model
+    first, guard = model.config.thinktok["first_id"], model.config.thinktok["guard_id"]
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    for bias, same, length in ((-50.0, "no_think", 0), (50.0, "always", 3)):
+        with torch.no_grad():
+            head.bias[first:guard] = bias
+        found = evaluate_thinking(model, tokenizer, TEXT, num_forks=4, num_samples=1, max_think_length=3, lookahead=lookahead)
+        np.testing.assert_allclose(found.logps["think"], found.logps[same], atol=1e-4 if lookahead == 1 or same == "no_think" else 5)
+        np.testing.assert_allclose(found.lengths_F, length, atol=1e-6)
+
+
+def test_without_thoughts_nothing_depends_on_batches_or_samples(model):
+    model, tokenizer = model
+    one = evaluate_thinking(model, tokenizer, TEXT, max_length=16, num_forks=4, batch_size=1, num_samples=1)
+    two = evaluate_thinking(model, tokenizer, TEXT, max_length=16, num_forks=4, batch_size=5, num_samples=3, seed=1)
+    np.testing.assert_array_equal(one.documents_F, two.documents_F)
+    np.testing.assert_allclose(one.logps["no_think"], two.logps["no_think"], atol=1e-4)
+    np.testing.assert_array_equal(one.kinds_F, two.kinds_F)
+    assert "other_document" not in one.logps  # a batch of one row has none
+    assert np.isfinite(two.logps["other_document"]).any()
+
+
+def test_controls_are_what_they_say():
+    vocabulary = thinker()[1]
+    forks_BK = torch.tensor([[2, 5, 9], [1, 4, -1], [3, -1, -1], [-1, -1, -1]])
+    documents_BT = torch.tensor([0, 0, 1, 2])[:, None].expand(4, 12)
+    rollout = Rollout.empty(forks_BK, Branching(2, 3, 1))
+    rollout.thoughts_BKGL = torch.arange(4 * 3 * 2 * 3).view(4, 3, 2, 3)
+    found = control_sources(rollout, documents_BT, vocabulary, torch.Generator().manual_seed(0))
+    assert set(found) == set(CONTROLS)
+    thoughts, origin_of = rollout.thoughts_BKGL, lambda thoughts: thoughts[..., 0, 0] // 6  # its place in [B, K]
+    shuffled, there_BK = found["shuffled"]
+    assert torch.equal(shuffled.sort(-1).values, thoughts)
+    assert not torch.equal(shuffled, thoughts)
+    assert torch.equal(there_BK, forks_BK >= 0)
+    elsewhere, there_BK = found["elsewhere"]
+    assert there_BK.tolist() == [[True] * 3, [True, True, False], [False] * 3, [False] * 3]
+    assert origin_of(elsewhere)[0].tolist() == [1, 2, 0]
+    assert origin_of(elsewhere)[1, :2].tolist() == [4, 3]
+    other, there_BK = found["other_document"]
+    assert origin_of(other)[:2].tolist() == [[6, 6, 6]] * 2  # the only fork of the next row of another document
+    assert origin_of(other)[2, 0] == 0
+    assert torch.equal(there_BK, forks_BK >= 0)
+    random, _ = found["random"]
+    assert vocabulary.is_thought(random).all()
+
+
+def evaluation(**changes) -> Evaluation:
+    """Two documents of three and one forks."""
+    made = {
+        "documents_F": np.array([0, 0, 0, 1]), "tokens_F": np.array([1, 2, 1, 2]),
+        "logps": {"no_think": np.array([-1.0, -2, -3, -4]), "think": np.array([-0.5, -2, -2, -4]), "always": np.array([-1.0, -1, -1, -1]),
+                  "random": np.array([-2.0, -2, np.nan, -2])},
+        "marginal": {"think": np.array([-0.4, -2, -2, -4]), "always": np.array([-1.0, -1, -1, -1])},
+        "correct": {arm: np.array([1.0, 1, 0, 2]) for arm in ("no_think", "think", "always", "random")}, "entropy_F": np.array([0.1, 0.2, 0.3, 0.4]),
+        "kinds_F": np.array(["number", "other", "number", "other"]), "lengths_F": np.array([1.0, 0, 3, 0]), "bytes_per_token": 4.0,
+        "settings": {"num_samples": 2},
+    }  # fmt: skip
+    return Evaluation(**made | changes)
+
+
+def test_summary_of_known_figures():
+    found = evaluation().summary()
+    assert found["arms"]["no_think"]["bits_per_token"] == pytest.approx(10 / 6 / math.log(2))
+    assert found["arms"]["no_think"]["bits_per_byte"] == pytest.approx(10 / 24 / math.log(2))
+    assert found["arms"]["no_think"]["accuracy"] == pytest.approx(4 / 6)
+    assert found["arms"]["think"]["bits_per_token_marginal"] == pytest.approx(8.4 / 6 / math.log(2))
+    assert found["arms"]["random"]["bits_per_token"] == pytest.approx(6 / 5 / math.log(2))  # where there was something to put
+    assert found["gains"]["think over no_think"]["bits_per_token"] == pytest.approx(1.5 / 6 / math.log(2))
+    assert found["gains"]["always over random"]["bits_per_token"] == pytest.approx(3 / 5 / math.log(2))
+    assert found["by_kind"]["number"]["mean_think_length"] == 2
+    assert found["by_kind"]["other"]["think over no_think"]["bits_per_token"] == 0
+    assert [one["mean_entropy_bits"] * math.log(2) for one in found["by_entropy"]] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert (found["documents"], found["forks"], found["judged_tokens"], found["mean_think_length"]) == (2, 4, 6, 1.0)
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("gain", "over_random", "words"),
+    [
+        ((0.1, 0.3), (0.1, 0.2), "what is thought matters."),
+        ((0.1, 0.3), (-0.1, 0.2), "not told apart from random"),
+        ((-0.1, 0.3), (0.1, 0.2), "told from zero"),
+        ((-0.3, -0.1), (0.1, 0.2), "hurts"),
+        ((math.nan, math.nan), (math.nan, math.nan), "told from zero"),
+    ],
+)
+def test_the_verdict_is_what_the_intervals_carry(gain, over_random, words):
+    gains = {"think over no_think": gain, "always over no_think": (1, 1), "always over random": over_random}
+    assert words in evaluation_verdict({"gains": {name: {"bits_per_token": 0.0, "low": low, "high": high} for name, (low, high) in gains.items()}})
+
+
+def test_an_interval_has_the_width_that_theory_gives():
+    sums_D = np.random.default_rng(0).normal(1.0, 2.0, 400)
+    low, high = ratio_interval(sums_D, np.ones(400))
+    error = sums_D.std(ddof=1) / 20
+    assert (low, high) == (pytest.approx(sums_D.mean() - 1.96 * error, abs=0.25 * error), pytest.approx(sums_D.mean() + 1.96 * error, abs=0.25 * error))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 9)), min_size=2, max_size=30), st.floats(0.1, 10))
+def test_intervals_scale_and_hold_all_documents(rows, scale):
+    sums_D, counts_D = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    low, high = ratio_interval(sums_D, counts_D)
+    ratios_D = sums_D / counts_D
+    assert ratios_D.min() - 1e-9 <= low <= high <= ratios_D.max() + 1e-9
+    np.testing.assert_allclose(ratio_interval(scale * sums_D, counts_D), (scale * low, scale * high), atol=1e-9)
+
+
+def test_one_document_has_no_interval():
+    assert all(map(math.isnan, ratio_interval(np.array([1.0]), np.array([2.0]))))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"thoughts": "continuous"}, "thoughts=continuous"), ({"memory": "persistent"}, "memory=persistent"), ({"policies": "split"}, "policies=split")],
+)
+def test_what_cannot_be_evaluated_is_said(model, change, words):
+    model, tokenizer = model
+    model.config.thinktok |= change
+    with pytest.raises(ValueError, match=words):
+        evaluate_thinking(model, tokenizer, TEXT)
+
+
+def test_what_has_no_thoughts_or_no_text_is_refused(model):
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="no thinking tokens"):
+        evaluate_thinking(tiny_model(vocab_size=len(tokenizer)), tokenizer, TEXT)
+    with pytest.raises(ValueError, match="no document has two tokens"):
+        evaluate_thinking(model[0], tokenizer, [{"text": "a"}])
+
+
+def test_the_metric_loads_from_its_folder():
+    metric = evaluate.load(str(ROOT / "hf_thinktok" / "evaluation" / "think_gain"))
+    with_thoughts, without, documents = [-0.5, -1.0, -2.0], [-1.5, -2.0, -2.0], ["a", "a", "b"]
+    found = metric.compute(predictions=with_thoughts, references=without, documents=documents)
+    assert found["think_gain"] == pytest.approx(2 / 3 / math.log(2))
+    assert (found["documents"], found["tokens"]) == (2, 3)
+    assert found["low"] == 0.0
+    assert metric.compute(predictions=with_thoughts, references=without, tokens=[2, 2, 4])["think_gain"] == pytest.approx(2 / 8 / math.log(2))
+    with pytest.raises(ValueError, match="documents has 1 entries for 3 predictions"):
+        metric.compute(predictions=with_thoughts, references=without, documents=[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, tokenizer = tmp_path_factory.mktemp("model"), tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    add_thinking_tokens(model, tokenizer, 4)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "data.jsonl").write_text("\n".join(map(json.dumps, TEXT)))
+    (path / "recipe.yaml").write_text(f"data_files: [{path / 'data.jsonl'}]\nheld_out_documents: 2\nlearning_rate: 1.0e-3\n")
+    return path
+
+
+def thinktok(*words) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "hf_thinktok.cli", *map(str, words)], capture_output=True, text=True, env=environment, timeout=200)
+
+
+def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
+    few = ("--num_forks", 4, "--num_samples", 2, "--max_think_length", 2, "--lookahead", 1)
+    for source, documents in (("--data_files", folder / "data.jsonl"), 6), (("--config", folder / "recipe.yaml"), 2):
+        done = thinktok("eval", folder, *source, *few, "--output", tmp_path / "found.json")
+        assert done.returncode == 0, done.stderr[-2000:]
+        results = json.loads((tmp_path / "found.json").read_text())
+        assert results["evaluation"]["documents"] == documents
+        assert {"versions", "hardware", "commit"} <= set(results)
+        for text in ("a thought everywhere", "95 % intervals", "Where it decides, it thinks"):
+            assert text in done.stdout
+            assert text in as_text(results)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "There is no text"),
+        (("--data_files", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--data_files", "nowhere.jsonl", "--colour", "red"), "There is no option"),
+        (("--num_forks", "0"), "must be a whole number, 1 or more"),
+    ],
+)
+def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):
+    done = thinktok("eval", folder, *words)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
