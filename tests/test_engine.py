@@ -75,6 +75,11 @@ def test_every_model_gets_the_fastest_engine_that_is_exact(family, attn, changes
     assert getattr(choose_engine(model, vocabulary, Branching(2, 3, 2), T, 3, whole_masks=True), "run_length", None) is None
 
 
+def test_two_models_get_the_engine_that_is_exact_for_both():
+    engines = sorted([ReplicatedEngine(), TreeEngine(), TreeEngine(run_length=7)], key=lambda engine: engine.generality)
+    assert [(engine.name, getattr(engine, "run_length", None)) for engine in engines] == [("tree", 7), ("tree", None), ("replicated", None)]
+
+
 def test_a_model_that_changes_its_mask_gets_a_whole_one(monkeypatch):
     model, vocabulary = thinker("llama")
     forward = model.base_model.forward

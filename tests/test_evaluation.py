@@ -67,6 +67,8 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead):
         assert found.logps["no_think"][k] == pytest.approx(score([]), abs=1e-4)
         assert found.logps["always"][k] == pytest.approx(np.mean([score(thought) for thought in thoughts]), abs=1e-4)
         assert found.marginal["always"][k] == pytest.approx(np.logaddexp(*(score(thought) for thought in thoughts)) - math.log(2), abs=1e-4)
+        other = drawn.thoughts_BKGL[0, (k + 1) % 3].tolist()
+        assert found.logps["elsewhere"][k] == pytest.approx(np.mean([score(thought) for thought in other]), abs=1e-4)
         plain = logps_of(model, ids)[fork]
         assert found.entropy_F[k] == pytest.approx(-(plain.exp() * plain).sum().item(), abs=1e-4)
     assert found.bytes_per_token == pytest.approx(len(tokenizer.decode(ids).encode()) / len(ids))

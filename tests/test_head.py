@@ -153,14 +153,20 @@ def test_no_nodes_give_no_scores():
     assert not linear.weight.grad.any()
 
 
+@pytest.mark.parametrize("spoken", [0, 3])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-def test_think_only_gives_the_same_thinking_logits(transform, bias):
-    hidden_MD, inputs = nodes()
-    linear = layer(bias)
-    expected = score(hidden_MD, linear, inputs, VOCABULARY, transform).think_logits_MN
-    inputs.spoken = 0
-    torch.testing.assert_close(score(hidden_MD, linear, inputs, VOCABULARY, transform).think_logits_MN, expected, atol=1e-5, rtol=0.0)
+def test_nodes_that_only_think_give_the_same_thinking_logits_and_gradients(transform, bias, spoken):
+    found = []
+    for count in (None, spoken):
+        hidden_MD, inputs = nodes()
+        linear, inputs.spoken = layer(bias), count
+        hidden_MD = hidden_MD.detach().requires_grad_()
+        out = score(hidden_MD, linear, inputs, VOCABULARY, transform)
+        (out.think_logits_MN.square().sum() + out.target_logps_M[:spoken].sum()).backward()
+        found.append([out.think_logits_MN, hidden_MD.grad, *(parameter.grad for parameter in linear.parameters())])
+    for whole, apart in zip(*found, strict=True):
+        torch.testing.assert_close(apart, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_speaking_gives_thinking_rows_no_gradient():
