@@ -234,6 +234,7 @@ def add_eval(subparsers) -> None:
         ("seed", 0, 0, "seed of the thoughts"),
     ):
         parser.add_argument(f"--{name}", type=_whole(lowest), default=default, metavar="N", help=f"{what} ({default})")
+    parser.add_argument("--rows_per_document", type=_whole(1), metavar="N", help="rows of a document at most (all)")
     parser.add_argument("--max_think_length", type=_whole(1), metavar="N", help="thinking tokens of a thought at most (as trained)")
     parser.add_argument("--lookahead", type=_whole(1), metavar="N", help="real tokens after a thought that judge it (as trained)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON, too")
@@ -258,7 +259,8 @@ def run_eval(args: argparse.Namespace) -> None:
             documents = split(documents, text.max_documents, text.held_out_documents, text.data_split_seed)[1]
         elif text.max_documents is not None:
             documents = documents.take(text.max_documents)
-        chosen = {name: getattr(args, name) for name in ("max_length", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")}
+        names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
+        chosen = {name: getattr(args, name) for name in names}
         found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
     except (OSError, ValueError) as error:
         raise UsageError(str(error).splitlines()[0]) from error

@@ -96,6 +96,8 @@ def test_without_thoughts_nothing_depends_on_batches_or_samples(model):
     np.testing.assert_allclose(one.logps["no_think"], two.logps["no_think"], atol=1e-4)
     np.testing.assert_array_equal(one.kinds_F, two.kinds_F)
     assert "other_document" not in one.logps  # a batch of one row has none
+    first = evaluate_thinking(model, tokenizer, TEXT, max_length=16, rows_per_document=1, num_forks=4, num_samples=1)
+    assert len(first.documents_F) == 4 * len(TEXT) < len(one.documents_F)
     assert np.isfinite(two.logps["other_document"]).any()
 
 

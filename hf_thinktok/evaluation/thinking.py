@@ -118,6 +118,7 @@ def evaluate_thinking(
     dataset: Dataset | Iterable[dict[str, Any]],
     text_field: str = "text",
     max_length: int = 512,
+    rows_per_document: int | None = None,
     num_forks: int = 16,
     num_samples: int = 4,
     max_think_length: int | None = None,
@@ -132,7 +133,7 @@ def evaluate_thinking(
 
     Args:
         model: with thinking tokens; an adapter on its base as well.
-        dataset: documents. One longer than `max_length` tokens is cut into rows.
+        dataset: documents. One longer than `max_length` tokens is cut into rows, of which the first `rows_per_document` are taken.
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
             probability, a lower one (IWAE, Burda et al. 2016).
         max_think_length, lookahead: as the model was trained where not given.
@@ -152,7 +153,7 @@ def evaluate_thinking(
     ahead = lookahead or trained.get("lookahead") or max_length
     attach_head(base, vocabulary)
     branching = Branching(num_samples, length, ahead, blind=blind)
-    rows, bytes_per_token = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length))
+    rows, bytes_per_token = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length), rows_per_document)
     engine = choose_engine(base, vocabulary, branching, max(len(ids) for _, ids in rows), num_forks)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
@@ -164,7 +165,8 @@ def evaluate_thinking(
             records.append(_measure(engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, tokenizer))
     joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
     settings = {
-        "max_length": max_length, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length, "lookahead": ahead,
+        "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
+        "lookahead": ahead,
         "batch_size": batch_size, "seed": seed, "engine": engine.name,
     }  # fmt: skip
     arms = [arm for arm in ARMS if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
@@ -182,13 +184,13 @@ def evaluate_thinking(
     )
 
 
-def _rows(tokenizer, dataset, text_field: str, max_length: int) -> tuple[list[tuple[int, list[int]]], float]:
+def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], float]:
     """Each row's document and ids, the longest first, and the text's bytes per token."""
     rows, num_bytes, num_tokens = [], 0, 0
     for document, one in enumerate(dataset):
         ids = tokenizer(one[text_field])["input_ids"]
         num_bytes, num_tokens = num_bytes + len(one[text_field].encode()), num_tokens + len(ids)
-        rows += [(document, ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
+        rows += [(document, ids[start : start + max_length]) for start in range(0, len(ids), max_length)][:rows_per_document]
     rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
     if not rows:
         raise ValueError("There is no text to evaluate on: no document has two tokens.")
