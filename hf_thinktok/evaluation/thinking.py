@@ -135,7 +135,7 @@ def evaluate_thinking(
         model: with thinking tokens; an adapter on its base as well.
         dataset: documents. One longer than `max_length` tokens is cut into rows, of which the first `rows_per_document` are taken.
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
-            probability, a lower one (IWAE, Burda et al. 2016).
+            probability, a tighter bound (IWAE, Burda et al. 2016).
         max_think_length, lookahead: as the model was trained where not given.
         progress: wraps the batches, as `tqdm` does.
 
@@ -166,8 +166,7 @@ def evaluate_thinking(
     joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
     settings = {
         "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
-        "lookahead": ahead,
-        "batch_size": batch_size, "seed": seed, "engine": engine.name,
+        "lookahead": ahead, "batch_size": batch_size, "seed": seed, "engine": engine.name,
     }  # fmt: skip
     arms = [arm for arm in ARMS if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
     return Evaluation(
