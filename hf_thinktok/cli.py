@@ -191,11 +191,12 @@ def add_plan(subparsers) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from trl import get_peft_config
+    from trl import ModelConfig, get_peft_config
 
+    from .config import ThinkTokConfig
     from .plan import plan, print_plan
 
-    config, model = _read_recipe(args.recipe)
+    config, model = _read_recipe(args.recipe, ThinkTokConfig, ModelConfig)
     if (name := args.model or model.model_name_or_path) is None:
         raise UsageError("There is no model: give --model, or a --config with model_name_or_path.")
     if model.load_in_4bit or model.load_in_8bit:
@@ -249,9 +250,9 @@ def run_eval(args: argparse.Namespace) -> None:
     from .results import environment, print_evaluation, write_json
     from .text import TextArguments, load_text, split
 
+    # What can be wrong is looked at before the weights are read.
     (text,) = _read_recipe(args.recipe, TextArguments)
     _read_vocabulary(args.model)
-    model, tokenizer = _load(args)
     console = Console(stderr=True, highlight=False)
     try:
         documents = load_text(text)
@@ -259,6 +260,7 @@ def run_eval(args: argparse.Namespace) -> None:
             documents = split(documents, text.max_documents, text.held_out_documents, text.data_split_seed)[1]
         elif text.max_documents is not None:
             documents = documents.take(text.max_documents)
+        model, tokenizer = _load(args)
         names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
         chosen = {name: getattr(args, name) for name in names}
         found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
@@ -271,12 +273,10 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def _read_recipe(words: list[str], *kinds: type) -> tuple:
-    """The options of a training recipe, of the kinds that are asked for: all but what is about text where none are named."""
-    from trl import ModelConfig, TrlParser
+    """A training recipe's options, those of some kinds; whatever else its file says is of no concern here."""
+    from trl import TrlParser
 
-    from .config import ThinkTokConfig
-
-    parser = TrlParser(kinds or (ThinkTokConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser(kinds, allow_abbrev=False)
 
     def refuse(message: str):
         raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.")

@@ -151,10 +151,11 @@ class TreeEngine(_Engine):
             nonlocal columns_BC, real_BC
             columns_BC = nodes_BQ if columns_BC is None else torch.cat([columns_BC, nodes_BQ], 1)
             real_BC = real_BQ if real_BC is None else torch.cat([real_BC, real_BQ], 1)
-            column_Q = torch.arange(columns_BC.shape[1], device=nodes_BQ.device)[-nodes_BQ.shape[1] :]
+            column_C = torch.arange(columns_BC.shape[1], device=nodes_BQ.device)
+            column_Q = column_C[-nodes_BQ.shape[1] :]
 
             def see(queries: slice) -> Tensor:
-                itself_qC = column_Q[queries, None] == torch.arange(columns_BC.shape[1], device=nodes_BQ.device)
+                itself_qC = column_Q[queries, None] == column_C
                 return tree.visible(nodes_BQ[:, queries], columns_BC) & real_BC[:, None] | itself_qC
 
             positions_BQ, positions_BC = (tree.position_ids_BS.gather(1, nodes) for nodes in (nodes_BQ, columns_BC))

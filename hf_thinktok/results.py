@@ -304,12 +304,12 @@ def print_evaluation(results: dict[str, Any], console: Console | None = None) ->
     for name, gain in found["gains"].items():
         one, other = (ARMS[arm] for arm in name.split(" over "))
         table.add_row(f"{one}, over: {other}", _interval(gain))
-    for i, bucket in enumerate(found["by_entropy"]):
-        table.add_section() if i == 0 else None
+    table.add_section()
+    for bucket in found["by_entropy"]:
         label = f"{ARMS['think']}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {bucket['mean_think_length']:.2f} tokens"
         table.add_row(label, _interval(bucket["think over no_think"]))
-    for i, (kind, one) in enumerate(found["by_kind"].items()):
-        table.add_section() if i == 0 else None
+    table.add_section()
+    for kind, one in found["by_kind"].items():
         table.add_row(f"{ARMS['think']}; {kind}, {one['mean_think_length']:.2f} tokens", _interval(one["think over no_think"]))
     console.print(table)
     console.print(f"Where it decides, it thinks {found['mean_think_length']:.3f} tokens at a place. {evaluation_verdict(found)}")
@@ -321,16 +321,19 @@ def _interval(gain: dict[str, float]) -> str:
 
 def evaluation_verdict(found: dict[str, Any]) -> str:
     """What the intervals carry."""
-    gain = found["gains"]["think over no_think"]
-    controls = {name: one for name, one in found["gains"].items() if name.startswith("always over ") and name != "always over no_think"}
-    if gain["high"] < 0:
-        return "Thinking hurts."
-    if not gain["low"] > 0:
-        return "No gain from thinking that can be told from zero."
-    if all(one["low"] > 0 for one in controls.values()):
-        return "Thinking helps, and what is thought matters."
-    failed = [name.removeprefix("always over ") for name, one in controls.items() if not one["low"] > 0]
-    return f"Thinking helps, but nothing says that what is thought matters: thoughts are not told apart from {', '.join(failed)}."
+    from .evaluation.thinking import CONTROLS
+
+    gains = found["gains"]
+    gain, alike = gains["think over no_think"], [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0]
+    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
+    return _conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
+
+
+def _conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
+    """One sentence for both kinds of evidence; `otherwise` says what is known where thoughts help and are not shown to matter."""
+    if helps:
+        return "Thinking helps, and what is thought matters." if matters else f"Thinking helps, but {otherwise}"
+    return "Thinking hurts." if hurts else "No gain from thinking that can be told from zero."
 
 
 def _per_cent(part: float) -> str:
@@ -402,13 +405,7 @@ def draw_ablation(results: dict[str, Any], path: Path) -> None:
 def verdict(results: dict[str, Any]) -> str:
     """What the figures of a run carry, at two standard errors over documents."""
     gain, over_random = results["gain"] / results["gain_stderr"], results["gain_over_random"] / results["gain_over_random_stderr"]
-    if gain > 2 and over_random > 2:
-        return "Thinking helps, and what is thought matters."
-    if gain > 2:
-        return "Thinking helps, but a random thought helps as much: what is thought does not matter."
-    if gain < -2:
-        return "Thinking hurts."
-    return "No gain from thinking that can be told from zero."
+    return _conclusion(gain > 2, gain < -2, over_random > 2, "a random thought helps as much: what is thought does not matter.")
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:

@@ -38,6 +38,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.memory import PeakOfSecondStep
 from hf_thinktok.results import BENCH_ARMS, changed_options, environment, print_bench, write_json
 from hf_thinktok.sources import resolve_model, standard_library
+from hf_thinktok.tree import Branching
 
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_steps": 1}
 
@@ -72,7 +73,7 @@ class Cell(NamedTuple):
 
     @property
     def nodes(self) -> int:
-        return self.T + self.K * self.G * (self.L + self.H - 1)
+        return self.T + self.K * self.G * Branching(self.G, self.L, self.H).width
 
     @property
     def scored(self) -> int:

@@ -81,16 +81,19 @@ class Evaluation:
         gains |= {f"always over {control}": self.gain("always", control) for control in CONTROLS if control in self.logps}
         edges = np.quantile(self.entropy_F, np.linspace(0, 1, BUCKETS + 1)[1:-1])
         bucket_F = np.searchsorted(edges, self.entropy_F, side="right")
+
+        def part(where_F: np.ndarray) -> dict[str, Any]:
+            gained = {f"{arm} over no_think": self.gain(arm, "no_think", where_F) for arm in ("think", "always")}
+            return {"mean_think_length": self.lengths_F[where_F].mean(), **gained}
+
         by_entropy = [
-            {"mean_entropy_bits": self.entropy_F[bucket_F == b].mean() / math.log(2), "mean_think_length": self.lengths_F[bucket_F == b].mean()}
-            | {f"{arm} over no_think": self.gain(arm, "no_think", bucket_F == b) for arm in ("think", "always")}
-            for b in range(BUCKETS)
-            if (bucket_F == b).any()
+            {"mean_entropy_bits": self.entropy_F[where_F].mean() / math.log(2), **part(where_F)}
+            for where_F in (bucket_F == b for b in range(BUCKETS))
+            if where_F.any()
         ]
         by_kind = {
-            kind: {"forks": int((self.kinds_F == kind).sum()), "mean_think_length": self.lengths_F[self.kinds_F == kind].mean()}
-            | {f"{arm} over no_think": self.gain(arm, "no_think", self.kinds_F == kind) for arm in ("think", "always")}
-            for kind in sorted(set(self.kinds_F.tolist()))
+            kind: {"forks": int(where_F.sum()), **part(where_F)}
+            for kind, where_F in ((kind, self.kinds_F == kind) for kind in np.unique(self.kinds_F).tolist())
         }
         return {
             "arms": arms, "gains": gains, "by_entropy": by_entropy, "by_kind": by_kind, "mean_think_length": self.lengths_F.mean(),
