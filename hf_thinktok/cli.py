@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -222,7 +222,8 @@ def add_eval(subparsers) -> None:
         "eval",
         help="measure on held-out text what thoughts do for the tokens after them",
         description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from elsewhere, "
-        "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out. "
+        "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out (its test part if "
+        "it has one). "
         "The recipe's other options about text are taken as well, such as --text_template and --max_documents.",
         allow_abbrev=False,
     )
@@ -247,7 +248,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from .evaluation import evaluate_thinking
-    from .results import environment, print_evaluation, write_json
+    from .evaluation.tables import print_evaluation
+    from .results import environment, write_json
     from .text import TextArguments, load_text, split
 
     # What can be wrong is looked at before the weights are read.
@@ -257,9 +259,12 @@ def run_eval(args: argparse.Namespace) -> None:
     try:
         documents = load_text(text)
         if "--config" in args.recipe:
-            documents = split(documents, text.max_documents, text.held_out_documents, text.data_split_seed)[1]
-        elif text.max_documents is not None:
-            documents = documents.take(text.max_documents)
+            parts = split(documents, text)
+            documents = parts.test or parts.held_out
+            if documents is None:
+                raise UsageError("The recipe holds nothing out to evaluate on: give --held_out_documents, or the text alone with --data_files.")
+        else:
+            documents = split(documents, replace(text, held_out_documents=0, test_documents=0)).train
         model, tokenizer = _load(args)
         names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
         chosen = {name: getattr(args, name) for name in names}
@@ -270,6 +275,68 @@ def run_eval(args: argparse.Namespace) -> None:
     print_evaluation(results)
     if args.output is not None:
         write_json(args.output, results)
+
+
+def add_inspect(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a model thinks before each token of a text, and what that does",
+        description="Thinks before every token of a text, the likeliest thinking tokens, and says what that does to the token's probability.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub repository")
+    parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text; standard input where neither it nor --file is given")
+    parser.add_argument("--file", metavar="PATH", help="read the text from this UTF-8 file")
+    parser.add_argument("--max_length", type=_whole(2), default=256, metavar="N", help="tokens that are read (256)")
+    parser.add_argument("--max_think_length", type=_whole(1), metavar="N", help="thinking tokens of a thought (as trained)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write an HTML page, too, which shows each thought and the likeliest tokens")
+    _add_loading(parser)
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from .evaluation.inspection import inspect_text, print_inspection
+    from .report import for_page, write_page
+
+    text = _read_prompt(args)
+    _read_vocabulary(args.model)
+    model, tokenizer = _load(args)
+    try:
+        inspected = inspect_text(model, tokenizer, text, args.max_length, args.max_think_length)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print_inspection(inspected)
+    if args.output is not None:
+        page = {
+            "name": args.model,
+            "number": 0,
+            "texts": [for_page(inspected, tokenizer, text) | {"title": "Text"}],
+            "settings": json.dumps(vars(args), default=str),
+        }
+        write_page(args.output, [page])
+
+
+def add_report(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="make one HTML page of runs",
+        description="Makes one HTML page of runs: verdicts, tables, intervals, curves, and held-out text with what was thought before each token. It needs no "
+        "network and no other file. RUN is the output_dir of recipes/pretrain_think.py or recipes/compare.py, or a file of `thinktok eval --output`.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder, or results file")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
+    parser.add_argument("--documents", type=_whole(0), default=2, metavar="N", help="held-out documents to show token by token; 0: none (2)")
+    parser.add_argument("--max_length", type=_whole(2), default=256, metavar="N", help="tokens of each (256)")
+    parser.set_defaults(run=run_report)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from .report import Run, write_report
+
+    try:
+        write_report([Run.read(path, args.documents, args.max_length) for path in args.runs], args.output)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    print(args.output)
 
 
 def _read_recipe(words: list[str], *kinds: type) -> tuple:
@@ -376,7 +443,7 @@ def _number(above: float, highest: float, meaning: str):
     return parse
 
 
-COMMANDS = (add_generate, add_eval, add_merge, add_push, add_plan)
+COMMANDS = (add_generate, add_inspect, add_eval, add_report, add_merge, add_push, add_plan)
 
 
 def main(argv: list[str] | None = None) -> int:

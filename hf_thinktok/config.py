@@ -449,6 +449,9 @@ class ThinkTokConfig(SFTConfig):
             ),
             "policies=split with beta is not supported: set beta=0.": self.policies == "split" and self.beta > 0,
             "policies=split with memory=persistent is not supported: set memory=none.": self.policies == "split" and self.memory == "persistent",
+            "thoughts=filler draws nothing, and stop=sampled draws the end of a thought: set stop=learned or stop=fixed.": (
+                self.thoughts == "filler" and self.stop == "sampled"
+            ),
             "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
                 self.blind and self.thoughts == "filler"
             ),

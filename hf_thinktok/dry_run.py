@@ -16,13 +16,14 @@ from peft import get_peft_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
 
 from .attention import TreeMask, run_length
 from .config import ThinkTokConfig
 from .engine import ReplicatedEngine, TreeEngine, evaluating
 from .forks import choose_forks, eligible_forks
-from .head import attach_head
+from .head import HeadInputs, attach_head
 from .memory import LiveBytes, Part
 from .objective import thinking_loss
 from .peft import add_thinking_rows
@@ -31,6 +32,28 @@ from .rollout import Rollout
 from .scores import TreeScores, score_tree
 from .tokens import ThinkingVocabulary
 from .tree import ThoughtTree
+
+
+def count_flops() -> FlopCounterMode:
+    """PyTorch's counter of what products of matrices compute, with those that it leaves out: sums of products in place, and a CPU's attention."""
+    aten = torch.ops.aten
+
+    def attention(query, key, value, *args, **kwargs) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def attention_backward(grad_out, query, key, value, *args, **kwargs) -> int:
+        return sdpa_backward_flop_count(grad_out, query, key, value)
+
+    def sum_of_product(total, one, other, *args, **kwargs) -> int:  # PyTorch's own fails where sums have a type of their own
+        return 2 * one[0] * one[1] * other[1]
+
+    kernels = {
+        aten.addmm: sum_of_product,
+        aten.addmm_: sum_of_product,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 class Phase(StrEnum):
@@ -142,6 +165,15 @@ class DryRun:
             self.kept = [parameter.grad for parameter in self.trainable if self.keeps_gradients]
             self.optimizer.zero_grad()
         return parts
+
+    def look_for_hard_places(self, rows: Rows) -> None:
+        """The pass that `fork_positions: entropy` makes before a rollout."""
+        if self.args.fork_positions != "entropy" or not self.args.thinks:
+            return
+        tree = ThoughtTree(rows.tree.documents_BT, rows.tree.forks_BK[:, :0], rows.tree.branching)
+        nodes_M = torch.arange(tree.documents_BT.numel())
+        with self.live, self._autocast(), evaluating(self.model):
+            self.engine(self.model, tree, torch.zeros_like(tree.documents_BT), HeadInputs(nodes_M, torch.full_like(nodes_M, -100), entropy=True))
 
     def rollout(self, rows: Rows) -> dict[str, dict[str, int]]:
         """The pass over the text, and the last one over all thoughts, on the largest cache.

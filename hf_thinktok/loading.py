@@ -1,8 +1,11 @@
 """From the trainer's arguments to a model and a tokenizer, refused with one sentence where they do not fit."""
 
 import contextlib
+import logging
 import os
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from .config import ThinkTokConfig
 from .data import check_dataset
 from .distributed import embedding_rows
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: dict[str, Any]) -> None:
@@ -43,6 +48,24 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
     if all(str_to_bool(os.environ.get(name, "false")) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")):
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
+
+
+def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:
+    """The options with bf16 off where the CPU has no instructions for it: what it does instead is many times slower than fp32 (22 times with AVX2)."""
+    if not (args.use_cpu and args.bf16) or _seconds_of_product(torch.bfloat16) < 3 * _seconds_of_product(torch.float32):
+        return args
+    logger.warning("This CPU has no instructions for bf16, so the run is in fp32, which is faster here.")
+    return replace(args, bf16=False)  # type: ignore[call-arg]
+
+
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    """The fastest of three."""
+    matrix, seconds = torch.ones(256, 256, dtype=dtype), []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""Whether a run fits: the peak memory of one process, by part, from a model's config alone.
+"""Whether a run fits, and what it costs: the peak memory of one process, by part, and its FLOPs, from a model's config alone.
 
 What a process without others holds is counted in a dry run. What launchers then do to weights, gradients and optimizer state is arithmetic
 (`_Sharding`): that of ZeRO is its paper's (https://huggingface.co/papers/1910.02054), with the sizes of buffers that DeepSpeed has by default.
@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from . import head
 from .architectures import check_supported
 from .config import ThinkTokConfig
-from .dry_run import DryRun, Phase, Rows, model_without_data
+from .dry_run import DryRun, Phase, Rows, count_flops, model_without_data
 from .loading import check_attention
 from .memory import Part
 
@@ -98,6 +98,26 @@ def plan(
         trainable=sharding.trained,
         phases={phase: sharding(phase, phases[phase]) for phase in Phase if phase in phases},
     )
+
+
+def step_flops(config: PretrainedConfig, args: ThinkTokConfig, attn_implementation: str | None = None, peft_config: Any = None) -> int:
+    """What the products of matrices in one training step of one process compute, each multiplication and each addition counted once: rollout and
+    gradient pass, on rows of `args.max_length` tokens, and all that is accumulated.
+
+    Raises:
+        ValueError: one sentence on what cannot be counted.
+    """
+    _check(args, attn_implementation, zero=0, fsdp2=False, num_processes=1)
+    check_supported(config)
+    rows = Rows(args, args.per_device_train_batch_size, args.num_generations)
+    with warnings.catch_warnings(action="ignore"):
+        model, vocabulary = model_without_data(config, args, torch.float32, attn_implementation, peft_config)
+        with _one_sentence(config), count_flops() as counter:
+            run = DryRun(model, vocabulary, args, torch.device("cpu"), None, gradient_share=1.0)
+            run.look_for_hard_places(rows)
+            run.rollout(rows)
+            run.gradient_pass(rows)
+    return counter.get_total_flops() * args.gradient_accumulation_steps
 
 
 class _Sharding:

@@ -105,9 +105,12 @@ def as_text(results: dict[str, Any]) -> str:
     """The table of a results file as its run printed it, and where it ran."""
     file = StringIO()
     console = Console(file=file, width=80)
+    from .evaluation.tables import print_comparison, print_evaluation
+
     kinds = {
         "ablation": print_ablation,
         "cells": print_bench,
+        "comparison": print_comparison,
         "evaluation": print_evaluation,
         "launchers": print_launchers,
         "measured": print_measured,
@@ -284,52 +287,7 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
-    """Held-out text in every arm, what thoughts are worth against each control, and where they are worth it."""
-    from .evaluation.thinking import ARMS
-
-    found, console = results["evaluation"], console or Console()
-    table = Table(padding=0, title=f"{found['forks']:,} places in {found['documents']:,} documents, {found['judged_tokens']:,} judged tokens")
-    for name in ("thoughts", "bits/token", "bits/byte", "accuracy, %"):
-        table.add_column(name, justify="left" if name == "thoughts" else "right")
-    for arm, label in ARMS.items():
-        if (one := found["arms"].get(arm)) is not None:
-            table.add_row(label, f"{one['bits_per_token']:.4f}", f"{one['bits_per_byte']:.4f}", f"{100 * one['accuracy']:.2f}")
-            if "bits_per_token_marginal" in one and found["settings"]["num_samples"] > 1:
-                table.add_row(f"  mean probability of {found['settings']['num_samples']}", f"{one['bits_per_token_marginal']:.4f}", "", "")
-    console.print(table)
-    table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
-    table.add_column("")
-    table.add_column("", justify="right")
-    for name, gain in found["gains"].items():
-        one, other = (ARMS[arm] for arm in name.split(" over "))
-        table.add_row(f"{one}, over: {other}", _interval(gain))
-    table.add_section()
-    for bucket in found["by_entropy"]:
-        label = f"{ARMS['think']}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {bucket['mean_think_length']:.2f} tokens"
-        table.add_row(label, _interval(bucket["think over no_think"]))
-    table.add_section()
-    for kind, one in found["by_kind"].items():
-        table.add_row(f"{ARMS['think']}; {kind}, {one['mean_think_length']:.2f} tokens", _interval(one["think over no_think"]))
-    console.print(table)
-    console.print(f"Where it decides, it thinks {found['mean_think_length']:.3f} tokens at a place. {evaluation_verdict(found)}")
-
-
-def _interval(gain: dict[str, float]) -> str:
-    return f"{gain['bits_per_token']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
-
-
-def evaluation_verdict(found: dict[str, Any]) -> str:
-    """What the intervals carry."""
-    from .evaluation.thinking import CONTROLS
-
-    gains = found["gains"]
-    gain, alike = gains["think over no_think"], [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0]
-    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
-    return _conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
-
-
-def _conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
+def conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
     """One sentence for both kinds of evidence; `otherwise` says what is known where thoughts help and are not shown to matter."""
     if helps:
         return "Thinking helps, and what is thought matters." if matters else f"Thinking helps, but {otherwise}"
@@ -405,11 +363,18 @@ def draw_ablation(results: dict[str, Any], path: Path) -> None:
 def verdict(results: dict[str, Any]) -> str:
     """What the figures of a run carry, at two standard errors over documents."""
     gain, over_random = results["gain"] / results["gain_stderr"], results["gain_over_random"] / results["gain_over_random_stderr"]
-    return _conclusion(gain > 2, gain < -2, over_random > 2, "a random thought helps as much: what is thought does not matter.")
+    return conclusion(gain > 2, gain < -2, over_random > 2, "a random thought helps as much: what is thought does not matter.")
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
     """The table that ends a run, and its verdict."""
+    console = console or Console()
+    console.print(run_table(results))
+    console.print(verdict(results))
+
+
+def run_table(results: dict[str, Any]) -> Table:
+    """Held-out text before and after a run."""
     table = Table(title=f"Held-out text, {results['judged_tokens']:.0f} tokens of {results['documents']:.0f} documents")
     table.add_column("")
     table.add_column("bits per token", justify="right")
@@ -421,9 +386,7 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     table.add_row("gain over a random thought", f"{results['gain_over_random']:+.4f} ± {results['gain_over_random_stderr']:.4f}")
     table.add_row("mean thought length, tokens", f"{results['mean_think_length']:.3f}")
     table.add_row("steps per second", f"{results['steps_per_second']:.3f}")
-    console = console or Console()
-    console.print(table)
-    console.print(verdict(results))
+    return table
 
 
 def print_plans(results: dict[str, Any], console: Console | None = None) -> None:

@@ -1,6 +1,7 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset
 from trl import ScriptArguments
@@ -19,7 +20,10 @@ class TextArguments(ScriptArguments):
     held_out_documents: int = field(
         default=64, metadata={"help": "Documents kept from training to evaluate on, drawn with seed data_split_seed. 0: no evaluation."}
     )
-    data_split_seed: int = field(default=0, metadata={"help": "Seed of the held-out part; the same for all runs that are compared."})
+    test_documents: int = field(
+        default=0, metadata={"help": "Documents kept from training and from its evaluation, to report on (recipes/compare.py, thinktok eval)."}
+    )
+    data_split_seed: int = field(default=0, metadata={"help": "Seed of both held-out parts; the same for all runs that are compared."})
 
 
 def load_text(script: TextArguments) -> Dataset | IterableDataset:
@@ -47,15 +51,32 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
     return text.filter(lambda row: bool(row["text"].strip()))
 
 
-def split(text: Dataset | IterableDataset, limit: int | None, held_out: int, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Training documents, and held-out ones, `limit` in all."""
-    if limit is not None:
+class TextParts(NamedTuple):
+    """Documents to train on, to evaluate on while settings are chosen, and to report on; `None` where there are none."""
+
+    train: Dataset | IterableDataset
+    held_out: Dataset | None
+    test: Dataset | None
+
+
+def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:
+    """The parts of a text. The test part is the same whatever is held out besides, and both for all runs with the same seed."""
+    seed = script.data_split_seed
+    if script.max_documents is not None:
+        limit = script.max_documents
         text = text.take(limit) if isinstance(text, IterableDataset) else text.shuffle(seed=seed).select(range(min(limit, len(text))))
-    if held_out == 0:
-        return text, None
-    if isinstance(text, IterableDataset):
-        return text.skip(held_out), Dataset.from_list(list(text.take(held_out)))
-    if held_out >= len(text):
-        raise ValueError(f"held_out_documents={held_out} leaves nothing to train on: the data has {len(text)} documents.")
-    parts = text.train_test_split(test_size=held_out, seed=seed)
-    return parts["train"], parts["test"]
+    parts: list[Dataset | None] = []
+    for name in ("test_documents", "held_out_documents"):
+        count = getattr(script, name)
+        if count == 0:
+            parts.append(None)
+        elif isinstance(text, IterableDataset):
+            parts.append(Dataset.from_list(list(text.take(count))))
+            text = text.skip(count)
+        elif count >= len(text):
+            raise ValueError(f"{name}={count} leaves nothing to train on: the data has {len(text)} documents.")
+        else:
+            divided = text.train_test_split(test_size=count, seed=seed)
+            text = divided["train"]
+            parts.append(divided["test"])
+    return TextParts(text, held_out=parts[1], test=parts[0])

@@ -23,6 +23,7 @@ import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.loading import fit_to_cpu
 from hf_thinktok.results import changed_options, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, load_text, split
@@ -31,7 +32,7 @@ from hf_thinktok.text import TextArguments, load_text, split
 def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config: dict) -> None:
     if not model.model_name_or_path:
         raise ValueError("There is no model: give model_name_or_path.")
-    train, held_out = split(load_text(script), script.max_documents, script.held_out_documents, script.data_split_seed)
+    train, held_out, _ = split(load_text(script), script)
     loading = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     args.model_init_kwargs = {name: value for name, value in loading.items() if value is not None} | (args.model_init_kwargs or {})
     compares = held_out is not None and args.thinks
@@ -46,6 +47,7 @@ def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config
     )
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     trainer.save_model(args.output_dir)
+    trainer.save_state()  # the curves, for `thinktok report`
     if compares:
         before = next(entry for entry in trainer.state.log_history if "eval_gain" in entry)
         results = training_results(before, trainer.evaluate(), training, config)
@@ -62,6 +64,7 @@ if __name__ == "__main__":
         script_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    think_args = fit_to_cpu(think_args)
     main(script_args, think_args, model_args, changed_options(script_args, think_args, model_args))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

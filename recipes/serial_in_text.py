@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.loading import fit_to_cpu
 from hf_thinktok.results import changed_options, environment, print_mixture, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import make_task
@@ -66,7 +67,8 @@ def on_text(trainer: ThinkTokTrainer, held_out: Dataset) -> dict[str, float]:
 
 def main(mixed: MixtureArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     task = make_task(mixed.task, **mixed.task_options or {})
-    train_text, test_text = split(load_text(TextArguments(data_files=mixed.text_files)), None, mixed.held_out_documents, seed=0)
+    text = TextArguments(data_files=mixed.text_files, held_out_documents=mixed.held_out_documents)
+    train_text, test_text, _ = split(load_text(text), text)
     folder = resolve_model(model.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
@@ -110,4 +112,4 @@ if __name__ == "__main__":
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    main(mixture_args, think_args, model_args)
+    main(mixture_args, fit_to_cpu(think_args), model_args)

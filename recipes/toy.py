@@ -24,9 +24,11 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
-from hf_thinktok.config import OF_DRAWN_THOUGHTS, OF_REWARDED_THOUGHTS, default_of
+from hf_thinktok.config import default_of
+from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
 from hf_thinktok.data import levels_of
 from hf_thinktok.language import describe_language, draw_language, print_language
+from hf_thinktok.loading import fit_to_cpu
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
@@ -117,14 +119,7 @@ def control_of(args: ThinkTokConfig, control: str) -> ThinkTokConfig:
     """The same run for a model that cannot think: everything about thoughts at its default."""
     if control == "none":
         return args
-    about_thoughts = (
-        *OF_REWARDED_THOUGHTS, *OF_DRAWN_THOUGHTS, "posterior_temperature", "posterior_smoothing", "search_random", "search_until", "coverage_decay",
-        "balance_given", "curriculum_threshold", "curriculum_replay", "thought_ce_weight", "continuous_layer",
-    )  # fmt: skip
-    plain = {name: default_of(ThinkTokConfig, name) for name in about_thoughts}
-    if control == "no_think":
-        return replace(args, **plain, num_forks=0, text_ce_weight=1.0)
-    return replace(args, **plain, thoughts="filler", num_generations=1)
+    return replace(args, **{name: default_of(ThinkTokConfig, name) for name in ABOUT_THOUGHTS}, **CONTROLS[control])
 
 
 def of_level(rows: Dataset, level: int, limit: int) -> Dataset:
@@ -214,4 +209,4 @@ if __name__ == "__main__":
         the_task = make_task(toy_args.task, **toy_args.task_options or {})
     except ValueError as error:
         sys.exit(f"error: {error}")
-    main(the_task, toy_args, think_args, model_args)
+    main(the_task, toy_args, fit_to_cpu(think_args), model_args)

@@ -156,6 +156,7 @@ BAD_FITS = [
     ({"policies": "split", "beta": 0.1}, ["policies=split", "beta=0"]),
     ({"policies": "split", "memory": "persistent"}, ["policies=split", "memory=none"]),
     ({"thoughts": "filler", "blind": True}, ["thoughts=filler", "blind=False"]),
+    ({"thoughts": "filler", "stop": "sampled", "num_generations": 1}, ["thoughts=filler", "stop=learned or stop=fixed"]),
     ({"think_start": 5, "text_ce_weight": 0.0}, ["think_start", "text_ce_weight above 0"]),
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
 ]

@@ -20,9 +20,10 @@ from hf_thinktok import add_thinking_tokens
 from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.intervals import ratio_interval
+from hf_thinktok.evaluation.tables import evaluation_verdict
 from hf_thinktok.evaluation.thinking import CONTROLS, control_sources
 from hf_thinktok.forks import choose_forks, eligible_forks
-from hf_thinktok.results import as_text, evaluation_verdict
+from hf_thinktok.results import as_text
 from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
 from hf_thinktok.tree import Branching
 

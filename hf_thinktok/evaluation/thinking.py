@@ -3,10 +3,13 @@
 Shape suffixes as in tree.py; S samples, F forks of the whole text.
 """
 
+import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +39,7 @@ ARMS = {
     "random": "random tokens",
 }
 CONTROLS = ("shuffled", "elsewhere", "other_document", "random")
+GROUPS = ("logps", "marginal", "correct")  # what an `Evaluation` knows of each arm
 BUCKETS = 4
 
 
@@ -67,6 +71,25 @@ class Evaluation:
     bytes_per_token: float
     settings: dict[str, Any]
 
+    def save(self, path: Path) -> None:
+        """Writes all that was measured, whole or not at all; `load` reads it again."""
+        parts = {f"{group}/{arm}": values_F for group in GROUPS for arm, values_F in getattr(self, group).items()}
+        parts |= {name: getattr(self, name) for name in ("documents_F", "tokens_F", "entropy_F", "kinds_F", "lengths_F")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished.npz")
+        np.savez_compressed(unfinished, bytes_per_token=self.bytes_per_token, settings=json.dumps(self.settings), **parts)
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        with np.load(path) as file:
+            parts: dict[str, Any] = dict(file)
+        groups: dict[str, Any] = {
+            group: {name.removeprefix(f"{group}/"): parts.pop(name) for name in list(parts) if name.startswith(f"{group}/")} for group in GROUPS
+        }
+        settings, bytes_per_token = json.loads(str(parts.pop("settings"))), float(parts.pop("bytes_per_token"))
+        return cls(**groups, **parts, settings=settings, bytes_per_token=bytes_per_token)
+
     def summary(self) -> dict[str, Any]:
         """Bits per token and byte and accuracy of each arm; gains in bits per token with 95 % intervals, bootstrapped over documents and paired."""
         arms = {}
@@ -77,13 +100,14 @@ class Evaluation:
             arms[arm] = {"bits_per_token": bits, "bits_per_byte": bits / self.bytes_per_token, "accuracy": self.correct[arm][there_F].sum() / tokens}
             if arm in self.marginal:
                 arms[arm]["bits_per_token_marginal"] = -self.marginal[arm].sum() / tokens / math.log(2)
-        gains = {"think over no_think": self.gain("think", "no_think"), "always over no_think": self.gain("always", "no_think")}
+        thoughts = [arm for arm in ("think", "always") if arm in self.logps]
+        gains = {f"{arm} over no_think": self.gain(arm, "no_think") for arm in thoughts}
         gains |= {f"always over {control}": self.gain("always", control) for control in CONTROLS if control in self.logps}
         edges = np.quantile(self.entropy_F, np.linspace(0, 1, BUCKETS + 1)[1:-1])
         bucket_F = np.searchsorted(edges, self.entropy_F, side="right")
 
         def part(where_F: np.ndarray) -> dict[str, Any]:
-            gained = {f"{arm} over no_think": self.gain(arm, "no_think", where_F) for arm in ("think", "always")}
+            gained = {f"{arm} over no_think": self.gain(arm, "no_think", where_F) for arm in thoughts}
             return {"mean_think_length": self.lengths_F[where_F].mean(), **gained}
 
         by_entropy = [
@@ -138,26 +162,25 @@ def evaluate_thinking(
         model: with thinking tokens; an adapter on its base as well.
         dataset: documents. One longer than `max_length` tokens is cut into rows, of which the first `rows_per_document` are taken.
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
-            probability, a tighter bound (IWAE, Burda et al. 2016).
+            probability, a tighter bound (IWAE, Burda et al. 2016). 0: only the text without thoughts is measured, at the same places.
         max_think_length, lookahead: as the model was trained where not given.
         progress: wraps the batches, as `tqdm` does.
 
     Raises:
         ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, or no text.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if (vocabulary := ThinkingVocabulary.from_config(base.config)) is None:
-        raise ValueError("The model has no thinking tokens: its config lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
-    trained = base.config.thinktok
-    for name, usual in {"thoughts": "discrete", "memory": "none", "policies": "shared"}.items():
-        if (value := trained.get(name, usual)) != usual:
-            raise ValueError(f"The model was trained with {name}={value}, and only {name}={usual} can be evaluated so: look at its run's own evaluation.")
+    base, vocabulary, trained = check_evaluable(model)
+    filler = trained.get("thoughts") == "filler"
+    if filler:  # all thoughts are the same
+        num_samples = min(num_samples, 1)
+    if filler and num_samples and (lookahead or 1) > 1 and trained.get("stop") == "learned":
+        raise ValueError(f"lookahead={lookahead}: how many fillers this model takes is known for one judged token; leave lookahead out.")
     blind, length = trained.get("blind", False), max_think_length or trained.get("max_think_length", 4)
     ahead = lookahead or trained.get("lookahead") or max_length
     attach_head(base, vocabulary)
     branching = Branching(num_samples, length, ahead, blind=blind)
     rows, bytes_per_token = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length), rows_per_document)
-    engine = choose_engine(base, vocabulary, branching, max(len(ids) for _, ids in rows), num_forks)
+    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(num_samples, 1)), max(len(ids) for _, ids in rows), num_forks)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
     batches = list(_batches(rows, batch_size, tokenizer.pad_token_id or 0, base.device))
@@ -165,18 +188,19 @@ def evaluate_thinking(
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
             forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), num_forks, "stride", generator)
-            records.append(_measure(engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, tokenizer))
+            records.append(_measure(engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, tokenizer, filler))
     joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
     settings = {
         "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
         "lookahead": ahead, "batch_size": batch_size, "seed": seed, "engine": engine.name,
+        "thoughts": trained.get("thoughts", "discrete"), "stop": trained.get("stop", "learned"),
     }  # fmt: skip
     arms = [arm for arm in ARMS if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
     return Evaluation(
         documents_F=joined["documents"],
         tokens_F=joined["tokens"],
         logps={arm: joined[f"logps {arm}"] for arm in arms},
-        marginal={arm: joined[f"marginal {arm}"] for arm in ("think", "always")},
+        marginal={arm: joined[f"marginal {arm}"] for arm in arms if f"marginal {arm}" in joined},
         correct={arm: joined[f"correct {arm}"] for arm in arms},
         entropy_F=joined["entropy"],
         kinds_F=joined["kinds"],
@@ -184,6 +208,24 @@ def evaluate_thinking(
         bytes_per_token=bytes_per_token,
         settings=settings,
     )
+
+
+def check_evaluable(model: PreTrainedModel) -> tuple[PreTrainedModel, ThinkingVocabulary, dict[str, Any]]:
+    """The model itself, without what an adapter wraps around it, its thinking tokens, and how it was trained to think.
+
+    Raises:
+        ValueError: it has no thinking tokens, or its thoughts are no tokens of their own.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (vocabulary := ThinkingVocabulary.from_config(base.config)) is None:
+        raise ValueError("The model has no thinking tokens: its config lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
+    trained = base.config.thinktok
+    for name, usual in {"thoughts": ("discrete", "filler"), "memory": ("none",), "policies": ("shared",)}.items():
+        if (value := trained.get(name, usual[0])) not in usual:
+            raise ValueError(
+                f"The model was trained with {name}={value}, and only {name}={' or '.join(usual)} can be evaluated so: look at its run's own evaluation."
+            )
+    return base, vocabulary, trained
 
 
 def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], float]:
@@ -219,29 +261,86 @@ def _measure(
     forks_BK: Tensor,
     generator: torch.Generator,
     tokenizer,
+    filler: bool,
 ) -> dict[str, np.ndarray]:
     """All arms at the forks of one batch."""
     branching = replace(branching, lookahead=min(branching.lookahead, tokens_BT.shape[1]))
+    places_BKH, mask_BKH = ThoughtTree(documents_BT, forks_BK, branching).judged(labels_BT)
+    there_BK = mask_BKH.any(-1)
+    found = _Thoughts({}, {}, {}, torch.zeros(forks_BK.shape, device=forks_BK.device))
+    if branching.num_generations:
+        found = _think(engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler)
+
+    # Without thoughts: an ordinary pass over the text, which knows the prediction's entropy as well.
+    text = ThoughtTree(documents_BT, forks_BK[:, :0], branching)
+    nodes_M = torch.arange(tokens_BT.numel(), device=tokens_BT.device)
+    plain = engine(model, text, tokens_BT, HeadInputs(nodes_M, text.targets(labels_BT).flatten(), entropy=True))
+    assert plain.entropy_M is not None
+
+    def before(values_M: Tensor) -> Tensor:
+        """At the nodes that predict the judged tokens."""
+        return values_M.view(tokens_BT.shape).gather(1, (places_BKH - 1).flatten(1)).view(places_BKH.shape)
+
+    found.logps["no_think"], found.correct["no_think"] = before(plain.target_logps_M)[:, :, None], before(plain.correct_M.float())[:, :, None]
+
+    def flat(values_BK: Tensor) -> np.ndarray:
+        return values_BK[there_BK].double().cpu().numpy()
+
+    summed = {arm: masked_sum(values_BKSH, mask_BKH[:, :, None]) for arm, values_BKSH in found.logps.items()}
+    columns = {f"logps {arm}": flat(values_BKS.mean(-1).where(found.valid.get(arm, there_BK), math.nan)) for arm, values_BKS in summed.items()}
+    columns |= {f"marginal {arm}": flat(summed[arm].logsumexp(-1) - math.log(summed[arm].shape[-1])) for arm in ("think", "always") if arm in summed}
+    columns |= {f"correct {arm}": flat(masked_sum(values_BKSH, mask_BKH[:, :, None]).mean(-1)) for arm, values_BKSH in found.correct.items()}
+    first_BK = tokens_BT.gather(1, places_BKH[..., 0])
+    return columns | {
+        "documents": documents_BT.gather(1, forks_BK.clamp(min=0))[there_BK].cpu().numpy(),
+        "tokens": mask_BKH.sum(-1)[there_BK].cpu().numpy(),
+        "entropy": flat(before(plain.entropy_M)[..., 0]),
+        "kinds": np.array([kind_of(token) for token in tokenizer.batch_decode(first_BK[there_BK][:, None].tolist())]),
+        "lengths": flat(found.lengths_BK),
+    }
+
+
+class _Thoughts(NamedTuple):
+    """By arm: log-probabilities and hits of the judged tokens, `[B, K, S, H]`, and where there was something to put, `[B, K]`."""
+
+    logps: dict[str, Tensor]
+    correct: dict[str, Tensor]
+    valid: dict[str, Tensor]
+    lengths_BK: Tensor
+
+
+def _think(
+    engine: Engine,
+    model,
+    vocabulary: ThinkingVocabulary,
+    branching: Branching,
+    tokens_BT: Tensor,
+    documents_BT: Tensor,
+    labels_BT: Tensor,
+    forks_BK: Tensor,
+    generator: torch.Generator,
+    filler: bool,
+) -> _Thoughts:
+    """The arms with thoughts."""
 
     def sample(draw_stops: bool) -> Rollout:
-        sampling = Sampling(draw_stops=draw_stops, min_length=int(branching.blind))
+        sampling = Sampling(draw_stops=draw_stops, min_length=int(branching.blind), filler=filler)
         return sample_thoughts(engine, model, tokens_BT, documents_BT, forks_BK, branching, sampling, vocabulary, generator)
 
     def judge(rollout: Rollout, every_prefix: bool = False):
         tree = ThoughtTree(documents_BT, forks_BK, replace(branching, num_generations=rollout.thoughts_BKGL.shape[2]), rollout.lengths_BKG)
         run = lambda passes: engine.run(model, tree, tree.tokens(tokens_BT, rollout.thoughts_BKGL), passes)
-        return tree, score_tree(run, tree, labels_BT, rollout, vocabulary, every_prefix=every_prefix, gate=every_prefix)
+        return score_tree(run, tree, labels_BT, rollout, vocabulary, every_prefix=every_prefix, gate=every_prefix)
 
     always = sample(draw_stops=False)
     everything, sources = always, control_sources(always, documents_BT, vocabulary, generator)
+    if filler:  # the others would put the same there
+        sources = {"random": sources["random"]}
     for thoughts_BKSL, _ in sources.values():
         everything = everything.beside(replace(always, thoughts_BKGL=thoughts_BKSL))
     exact = branching.lookahead == 1  # then its lengths are summed out, not sampled
-    tree, scores = judge(everything, every_prefix=exact)
-    places_BKH, mask_BKH = tree.judged(labels_BT)
-    mask_BK1H = mask_BKH[:, :, None]
+    scores = judge(everything, every_prefix=exact)
     samples = branching.num_generations
-
     logps = dict(zip(("always", *sources), scores.logps_BKGH.split(samples, 2), strict=True))
     correct = dict(zip(("always", *sources), scores.correct_BKGH.float().split(samples, 2), strict=True))
     if exact:
@@ -251,37 +350,9 @@ def _measure(
         )
     else:
         own = sample(draw_stops=True)
-        _, drawn = judge(own)
+        drawn = judge(own)
         logps["think"], correct["think"], lengths_BKS = drawn.logps_BKGH, drawn.correct_BKGH.float(), own.lengths_BKG.float()
-
-    # Without thoughts: an ordinary pass over the text, which knows the prediction's entropy as well.
-    text = ThoughtTree(documents_BT, forks_BK[:, :0], branching)
-    nodes_M = torch.arange(tokens_BT.numel(), device=tokens_BT.device)
-    plain = engine(model, text, tokens_BT, HeadInputs(nodes_M, text.targets(labels_BT).flatten(), entropy=True))
-
-    def before(values_M: Tensor) -> Tensor:
-        """At the nodes that predict the judged tokens."""
-        return values_M.view(tokens_BT.shape).gather(1, (places_BKH - 1).flatten(1)).view(places_BKH.shape)
-
-    logps["no_think"], correct["no_think"] = before(plain.target_logps_M)[:, :, None], before(plain.correct_M.float())[:, :, None]
-    there_BK = mask_BKH.any(-1)
-
-    def flat(values_BK: Tensor) -> np.ndarray:
-        return values_BK[there_BK].double().cpu().numpy()
-
-    summed = {arm: masked_sum(values_BKSH, mask_BK1H) for arm, values_BKSH in logps.items()}
-    valid = {arm: valid_BK for arm, (_, valid_BK) in sources.items()}
-    found = {f"logps {arm}": flat(values_BKS.mean(-1).where(valid.get(arm, there_BK), math.nan)) for arm, values_BKS in summed.items()}
-    found |= {f"marginal {arm}": flat(summed[arm].logsumexp(-1) - math.log(samples)) for arm in ("think", "always")}
-    found |= {f"correct {arm}": flat(masked_sum(values_BKSH, mask_BK1H).mean(-1)) for arm, values_BKSH in correct.items()}
-    first_BK = tokens_BT.gather(1, places_BKH[..., 0])
-    return found | {
-        "documents": documents_BT.gather(1, forks_BK.clamp(min=0))[there_BK].cpu().numpy(),
-        "tokens": mask_BKH.sum(-1)[there_BK].cpu().numpy(),
-        "entropy": flat(before(plain.entropy_M)[..., 0]),
-        "kinds": np.array([kind_of(token) for token in tokenizer.batch_decode(first_BK[there_BK][:, None].tolist())]),
-        "lengths": flat(lengths_BKS.mean(-1)),
-    }
+    return _Thoughts(logps, correct, {arm: valid_BK for arm, (_, valid_BK) in sources.items()}, lengths_BKS.mean(-1))
 
 
 def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:

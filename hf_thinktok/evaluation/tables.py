@@ -1,0 +1,125 @@
+"""Tables of what was measured on held-out text, and the sentence that their intervals carry."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..results import conclusion
+from .comparison import ARMS, SILENT
+from .thinking import ARMS as PLACED
+from .thinking import CONTROLS
+
+
+def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
+    """Held-out text in every arm, what thoughts are worth against each control, and where they are worth it."""
+    _print(evaluation_tables(results["evaluation"]), evaluation_says(results["evaluation"]), console)
+
+
+def _print(tables: list[Table], says: str, console: Console | None) -> None:
+    console = console or Console()
+    for table in tables:
+        console.print(table)
+    console.print(says)
+
+
+def evaluation_says(found: dict[str, Any]) -> str:
+    """How much is thought, and the verdict."""
+    return f"Where it decides, it thinks {found['mean_think_length']:.3f} tokens at a place. {evaluation_verdict(found)}"
+
+
+def evaluation_tables(found: dict[str, Any]) -> list[Table]:
+    """Every arm of an evaluation, and its gains."""
+    table = Table(padding=0, title=f"{found['forks']:,} places in {found['documents']:,} documents, {found['judged_tokens']:,} judged tokens")
+    for name in ("thoughts", "bits/token", "bits/byte", "accuracy, %"):
+        table.add_column(name, justify="left" if name == "thoughts" else "right")
+    for arm, label in PLACED.items():
+        if (one := found["arms"].get(arm)) is not None:
+            table.add_row(label, f"{one['bits_per_token']:.4f}", f"{one['bits_per_byte']:.4f}", f"{100 * one['accuracy']:.2f}")
+            if "bits_per_token_marginal" in one and found["settings"]["num_samples"] > 1:
+                table.add_row(f"  mean probability of {found['settings']['num_samples']}", f"{one['bits_per_token_marginal']:.4f}", "", "")
+    tables = [table]
+    table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, gain in found["gains"].items():
+        one, other = (PLACED[arm] for arm in name.split(" over "))
+        table.add_row(f"{one}, over: {other}", _interval(gain))
+    table.add_section()
+    for bucket in found["by_entropy"]:
+        label = f"{PLACED['think']}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {bucket['mean_think_length']:.2f} tokens"
+        table.add_row(label, _interval(bucket["think over no_think"]))
+    table.add_section()
+    for kind, one in found["by_kind"].items():
+        table.add_row(f"{PLACED['think']}; {kind}, {one['mean_think_length']:.2f} tokens", _interval(one["think over no_think"]))
+    return [*tables, table]
+
+
+def _interval(gain: dict[str, float]) -> str:
+    return f"{gain['bits_per_token']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
+
+
+def evaluation_verdict(found: dict[str, Any]) -> str:
+    """What the intervals carry."""
+    gains = found["gains"]
+    gain, alike = gains["think over no_think"], [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0]
+    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
+    return conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
+
+
+def print_comparison(results: dict[str, Any], console: Console | None = None) -> None:
+    """Arms side by side: bits per token and what they cost, then what thinking gains over each, and the verdict."""
+    _print(comparison_tables(results), comparison_says(results["comparison"]), console)
+
+
+def comparison_says(found: dict[str, Any]) -> str:
+    """How much is thought, and the verdict."""
+    lengths = [run["mean_think_length"] for run in found["runs"]["think"].values()]
+    return f"It thinks {sum(lengths) / len(lengths):.3f} tokens at a place. {comparison_verdict(found)}"
+
+
+def comparison_tables(results: dict[str, Any]) -> list[Table]:
+    """Every arm of a comparison and its cost, and what thinking gains over it."""
+    found, training, seeds = results["comparison"], results["training"], results["seeds"]
+    table = Table(padding=0, title=f"{found['judged_tokens']:,} judged tokens in {found['documents']:,} documents, {_seeds(seeds)}")
+    for name in ("arm", "bits/token", "95 % interval", "steps", "TFLOP", "minutes"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for arm, one in found["arms"].items():
+        cost = training.get(arm)
+        minutes = "" if cost is None else f"{sum(log['train_runtime'] for log in cost['seeds'].values()) / len(cost['seeds']) / 60:.1f}"
+        flops = "" if cost is None or cost["flops"] is None else f"{cost['flops'] / 1e12:.1f}"
+        interval = f"{one['low']:.3f} to {one['high']:.3f}"
+        table.add_row(named(arm), f"{one['bits_per_token']:.4f}", interval, "" if cost is None else str(cost["steps"]), flops, minutes)
+    tables = [table]
+    table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
+    for name in ("", "gain", *(f"seed {seed}" for seed in seeds if len(seeds) > 1)):
+        table.add_column(name, justify="right" if name else "left")
+    for name, gain in found["gains"].items():
+        one, other = name.split(" over ")
+        each = [f"{gain['seeds'][str(seed)]['bits_per_token']:+.4f}" for seed in seeds] if len(seeds) > 1 else []
+        table.add_row(f"{one}, over {other}", _interval(gain), *each)
+    return [*tables, table]
+
+
+def named(arm: str) -> str:
+    """An arm and what it stands for."""
+    meaning = ARMS.get(arm)
+    return arm if meaning is None else f"{arm}: {meaning}"
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of seeds {', '.join(map(str, seeds))}"
+
+
+def comparison_verdict(found: dict[str, Any]) -> str:
+    """Whether thinking beats every control, and if not, which ones it does not beat."""
+    against = {name.removeprefix("think over "): gain for name, gain in found["gains"].items() if name.startswith("think over ")}
+    controls = {arm: gain for arm, gain in against.items() if arm in ("cpt", "cpt_flops", "filler", f"think{SILENT}")}
+    worse = [arm for arm, gain in controls.items() if gain["high"] < 0]
+    alike = [arm for arm, gain in controls.items() if not (gain["high"] < 0 or gain["low"] > 0)]
+    if not worse and not alike:
+        return "Thinking helps: it beats every control."
+    parts = [f"it loses to {', '.join(worse)}"] * bool(worse) + [f"it cannot be told apart from {', '.join(alike)}"] * bool(alike)
+    beaten = [arm for arm in controls if arm not in worse + alike]
+    parts += [f"it beats {', '.join(beaten)}"] * bool(beaten)
+    return f"No gain from thinking is shown: {'; '.join(parts)}."

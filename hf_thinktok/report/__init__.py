@@ -1,0 +1,157 @@
+"""The report of runs: one HTML page with tables, pictures, and the text with what was thought in it. It needs no network and no other file."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..evaluation.inspection import InspectedToken, inspect_text
+from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables
+from ..peft import merge
+from ..results import run_table, verdict
+from ..text import TextArguments, load_text, split
+from .charts import draw_costs, draw_curves, draw_intervals
+
+GAINS = "bits per token saved, with 95 % intervals over documents"
+
+
+@dataclass
+class Run:
+    """What is known of one folder or file.
+
+    Attributes:
+        results: of its results file.
+        logs: what its trainings logged, by name.
+        texts: inspected texts, each with a title, its first token and the others.
+        note: what is missing, and why.
+    """
+
+    name: str
+    results: dict[str, Any]
+    logs: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+
+    @classmethod
+    def read(cls, path: Path, documents: int, max_length: int) -> "Run":
+        """A results file, or a folder with one: a training run's, or a comparison's.
+
+        Args:
+            documents: so many of the text that was held out are read by the model token by token, where it is there.
+            max_length: tokens of each.
+
+        Raises:
+            ValueError: there are no results.
+        """
+        file = path if path.is_file() else path / "results.json"
+        if not file.exists():
+            raise ValueError(f"{path} has no results.json: name a results file, or the output_dir of a run that wrote one.")
+        run = cls(path.name if path.is_dir() else path.stem, json.loads(file.read_text()))
+        if not {"comparison", "evaluation", "bits_per_token"} & set(run.results):
+            raise ValueError(f"{file} is of another kind: reports are of pretrain_think.py, compare.py and `thinktok eval --output`.")
+        if path.is_dir():
+            states = sorted(path.glob("*/trainer_state.json")) or sorted(path.glob("trainer_state.json"))
+            run.logs = {state.parent.name: json.loads(state.read_text())["log_history"] for state in states if not state.parent.name.startswith("checkpoint-")}
+            if documents:
+                run._read_texts(path, documents, max_length)
+        return run
+
+    def _read_texts(self, folder: Path, documents: int, max_length: int) -> None:
+        """Inspects held-out text, or takes what was inspected before."""
+        seen = folder / "inspection.json"
+        if not seen.exists():
+            model = folder / f"think-seed{self.results['seeds'][0]}" if "comparison" in self.results else folder
+            try:
+                found = inspect_texts(model, held_out_text(self.results, documents), max_length)
+            except (OSError, ValueError) as error:
+                self.note = f"The text is not shown: {str(error).splitlines()[0]}"
+                return
+            seen.write_text(json.dumps(found))
+        self.texts = [text | {"title": f"Held-out text {number}"} for number, text in enumerate(json.loads(seen.read_text()), 1)]
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Evaluations of models that think, by name."""
+        if "evaluation" in self.results:
+            return {self.name: self.results["evaluation"]}
+        runs = self.results["comparison"]["runs"] if "comparison" in self.results else {}
+        return {f"{arm}, seed {seed}": one for arm, seeds in runs.items() for seed, one in seeds.items() if "think over no_think" in one["gains"]}
+
+    def page(self, number: int) -> dict[str, Any]:
+        """What the template shows of it."""
+        results = self.results
+        pictures, evaluations = [], self.evaluations
+        if "comparison" in results:
+            says, tables = comparison_says(results["comparison"]), comparison_tables(results)
+            pictures.append(("What thinking gains", draw_intervals(results["comparison"]["gains"], GAINS)))
+        elif "evaluation" in results:
+            says, tables = evaluation_says(results["evaluation"]), evaluation_tables(results["evaluation"])
+        else:
+            says, tables = verdict(results), [run_table(results)]
+        for name, one in evaluations.items():
+            pictures.append((f"Controls: {name}", draw_intervals(one["gains"], GAINS)))
+            buckets = {f"{bucket['mean_entropy_bits']:.1f} bits of entropy": bucket["think over no_think"] for bucket in one["by_entropy"]}
+            pictures.append((f"Where it helps, by how uncertain the model is without a thought: {name}", draw_intervals(buckets, GAINS)))
+        pictures.append(("Training", draw_curves(self.logs)))
+        hardware, versions = results["hardware"], results["versions"]
+        machine = ", ".join(hardware["gpus"]) or hardware["cpu"]
+        where = f"{hardware['cores']} cores, {machine}; torch {versions['torch']}, transformers {versions['transformers']}; commit {results['commit']}"
+        told = {name: results[name] for name in ("model", "config", "arms", "settings", "seeds", "versions", "hardware", "commit") if name in results}
+        return {
+            "name": self.name, "number": number, "says": says, "where": where, "tables": [as_cells(table) for table in tables], "texts": self.texts,
+            "pictures": [{"title": title, "data": data} for title, data in pictures if data], "note": self.note, "settings": json.dumps(told, indent=2),
+        }  # fmt: skip
+
+
+def as_cells(table: Table) -> dict[str, Any]:
+    """A terminal's table for HTML: its title, and cells with the side that they are set to."""
+    sides = ["right" if column.justify == "right" else "left" for column in table.columns]
+    header = [str(column.header) for column in table.columns]
+    rows = [list(zip(map(str, row), sides, strict=True)) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    return {"title": str(table.title or ""), "header": header, "header_cells": list(zip(header, sides, strict=True)), "rows": rows}
+
+
+def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
+    """The first documents that a run kept from training."""
+    config, known = results["config"], {entry.name for entry in fields(TextArguments)}
+    script = TextArguments(**{name: value for name, value in config.items() if name in known})
+    if files := results.get("settings", {}).get("test_files"):
+        return list(load_text(TextArguments(data_files=files, text_template=script.text_template)).take(documents)["text"])
+    parts = split(load_text(script), script)
+    if (held_out := parts.test or parts.held_out) is None:
+        raise ValueError("the run held none out.")
+    return list(held_out.take(documents)["text"])
+
+
+def inspect_texts(folder: Path, texts: list[str], max_length: int) -> list[dict[str, Any]]:
+    """Texts as a model reads them, for the page."""
+    if (folder / "adapter_config.json").exists():
+        model, tokenizer = merge(str(folder))
+    else:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
+
+
+def for_page(inspected: list[InspectedToken], tokenizer, text: str) -> dict[str, Any]:
+    """An inspected text as the template takes it: its first token, before which nothing is thought, and the others."""
+    return {"first": tokenizer.decode(tokenizer(text)["input_ids"][:1]), "tokens": [asdict(token) for token in inspected]}
+
+
+def write_report(runs: list[Run], path: Path) -> None:
+    """Writes the page of some runs."""
+    points = {name: (one["mean_think_length"], one["gains"]["think over no_think"]) for run in runs for name, one in run.evaluations.items()}
+    write_page(path, [run.page(number) for number, run in enumerate(runs)], draw_costs(points))
+
+
+def write_page(path: Path, runs: list[dict[str, Any]], costs: str | None = None, title: str = "Thinking tokens") -> None:
+    """Writes a page whole or not at all."""
+    template = Environment(loader=PackageLoader("hf_thinktok.report", ""), autoescape=select_autoescape(["j2"])).get_template("page.html.j2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(template.render(title=title, runs=runs, costs=costs), encoding="utf-8")
+    os.replace(unfinished, path)

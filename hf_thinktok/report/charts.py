@@ -1,0 +1,91 @@
+"""Pictures of a report: SVG that is readable on light and on dark ground."""
+
+import base64
+from io import BytesIO
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+INK = "#7d8590"  # of axes and words: as far from white as from black
+COLOURS = ("#2f81f7", "#db6d28", "#3fb950", "#a371f7", "#d29922", "#f778ba", "#6e7781")
+# What is drawn of a training's log, and what it is called.
+CURVES = {
+    "loss": "loss, nats",
+    "reward": "reward",
+    "think_gain": "gain of a thought, nats",
+    "accuracy": "hits after a thought",
+    "think_length": "thinking tokens",
+    "thought_entropy": "entropy of thoughts, nats",
+    "eval_gain": "held-out gain, bits",
+}
+
+
+def as_image(figure: Figure) -> str:
+    """A figure as a data URI."""
+    file = BytesIO()
+    style: Any = {"svg.fonttype": "path", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
+    with rc_context(style):
+        figure.savefig(file, format="svg", transparent=True)
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=INK, labelsize="small")
+        axes.grid(color=INK, alpha=0.2)
+        for spine in axes.spines.values():
+            spine.set_color(INK)
+    return figure, panels
+
+
+def draw_curves(logs: dict[str, list[dict[str, float]]]) -> str | None:
+    """What was logged against the step, a panel for each quantity and a line for each run; nothing where nothing was logged."""
+    shown = [name for name in CURVES if any(name in entry and "step" in entry for log in logs.values() for entry in log)]
+    if not shown:
+        return None
+    figure, panels = _figure(3.2 * len(shown), 2.6, len(shown))
+    for axes, name in zip(panels, shown, strict=True):
+        for i, (run, log) in enumerate(logs.items()):
+            if points := [(entry["step"], float(entry[name])) for entry in log if name in entry]:
+                axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], label=run, linewidth=1.4)
+        axes.set_title(CURVES[name], color=INK, fontsize="medium")
+        axes.set_xlabel("step", color=INK, fontsize="small")
+    if len(logs) > 1:
+        panels[0].legend(fontsize="x-small", labelcolor=INK, framealpha=0.0)
+    return as_image(figure)
+
+
+def draw_intervals(gains: dict[str, dict[str, float]], label: str) -> str | None:
+    """Gains with their intervals, one below the other."""
+    gains = {name: gain for name, gain in gains.items() if gain["bits_per_token"] == gain["bits_per_token"]}
+    if not gains:
+        return None
+    figure, (axes,) = _figure(8, 0.8 + 0.34 * len(gains))
+    for i, gain in enumerate(gains.values()):
+        colour = COLOURS[2] if gain["low"] > 0 else COLOURS[1] if gain["high"] < 0 else INK
+        axes.plot([gain["low"], gain["high"]], [-i, -i], color=colour, linewidth=2)
+        axes.plot([gain["bits_per_token"]], [-i], "o", color=colour)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks([-i for i in range(len(gains))], list(gains))
+    axes.set_xlabel(label, color=INK)
+    return as_image(figure)
+
+
+def draw_costs(points: dict[str, tuple[float, dict[str, float]]]) -> str | None:
+    """Gain over not thinking against thinking tokens spent, a point for each run; nothing where one run alone thinks."""
+    if len(points) < 2:
+        return None
+    figure, (axes,) = _figure(6, 3.4)
+    for i, (name, (length, gain)) in enumerate(points.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot([length, length], [gain["low"], gain["high"]], color=colour)
+        axes.plot([length], [gain["bits_per_token"]], "o", color=colour, label=name)
+    axes.axhline(0, color=INK, linewidth=1)
+    axes.set_xlabel("thinking tokens at a place", color=INK)
+    axes.set_ylabel("bits per token saved by thinking", color=INK)
+    axes.legend(fontsize="x-small", labelcolor=INK, framealpha=0.0)
+    return as_image(figure)

@@ -1,0 +1,217 @@
+"""Is it the thoughts, or the compute, the text, or the length alone? A thinking run beside its controls, on the same places of text that none of them saw.
+
+    python recipes/compare.py --config recipes/smollm2-135m/compare_quick.yaml
+    python recipes/compare.py --config recipes/smollm2-135m/compare_gsm8k.yaml --seeds 0 1 2 --accelerate accelerate_configs/multi_gpu.yaml
+
+The config is one of recipes/pretrain_think.py, with `test_documents`, and what is listed below. Five arms, each trained by that recipe under
+`accelerate launch`, with the same data order, seed and optimizer:
+
+    base       not trained
+    cpt        the same rows and steps, no thoughts
+    cpt_flops  no thoughts, as many steps as the FLOPs of `think` allow; further rows are the next ones, the text again where it ends
+    filler     thoughts of the same length whose tokens are all the same
+    think      the recipe
+
+`arms` in the config adds further ones, each with the options that it changes. What is finished is not run again: the command goes on where it stopped.
+Writes results.json and report.html into output_dir.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import Progress, track
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, trainer_utils
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from hf_thinktok import ThinkTokConfig, add_thinking_tokens
+from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
+from hf_thinktok.evaluation import Evaluation, evaluate_thinking
+from hf_thinktok.evaluation.comparison import Comparison
+from hf_thinktok.evaluation.tables import print_comparison
+from hf_thinktok.loading import sample_text
+from hf_thinktok.peft import merge
+from hf_thinktok.plan import step_flops
+from hf_thinktok.report import Run, write_report
+from hf_thinktok.results import environment, write_json
+from hf_thinktok.sources import resolve_model
+from hf_thinktok.text import TextArguments, load_text, split
+
+PRETRAIN = Path(__file__).parent / "pretrain_think.py"
+KINDS = (TextArguments, ThinkTokConfig, ModelConfig)
+console = Console(highlight=False)
+
+
+@dataclass
+class CompareArguments:
+    """Options of the comparison itself."""
+
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of training; each arm is trained with each."})
+    arms: dict = field(default_factory=dict, metadata={"help": "Further arms: for each name, the options of `think` that it changes."})
+    test_files: list[str] | None = field(default=None, metadata={"help": "Local files to report on, in place of test_documents."})
+    rows_per_document: int | None = field(default=1, metadata={"help": "Rows of a document that are measured, from its beginning; null for all."})
+    num_samples: int = field(default=4, metadata={"help": "Thoughts at each place that is measured."})
+    report_documents: int = field(default=2, metadata={"help": "Documents of the test part that the report shows token by token."})
+    accelerate_config: str | None = field(default=None, metadata={"help": "Config of `accelerate launch`; your own default where not given."})
+
+
+class Grid:
+    """The arms of a comparison as configs of recipes/pretrain_think.py, and what each of them costs."""
+
+    def __init__(self, recipe: dict[str, Any], arms: dict[str, dict[str, Any]], folder: Path):
+        self.folder, silent = folder, {name: value for name, value in recipe.items() if name not in ABOUT_THOUGHTS}
+        no_forks = {name: value for name, value in silent.items() if name not in ("fork_positions", "fork_markers")} | CONTROLS["no_think"]
+        self.configs = {"cpt": no_forks, "cpt_flops": no_forks, "filler": silent | CONTROLS["filler"], "think": recipe}
+        self.configs |= {name: recipe | changes for name, changes in arms.items()}
+        self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
+        if self.options["think"][1].max_steps <= 0:
+            raise ValueError("Arms are compared step by step: set max_steps.")
+        self.flops = {arm: self._step_flops(*self.options[arm][1:]) for arm in self.configs}
+        if (known := self.flops["think"]) is None:
+            raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
+        steps = round(self.options["think"][1].max_steps * known / self.flops["cpt"])
+        self.configs["cpt_flops"] = no_forks | {"max_steps": steps}
+        self.options["cpt_flops"] = self.parse(self.configs["cpt_flops"])
+
+    def costs(self, logs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Steps, FLOPs of one process and the end of the logs, by arm."""
+        steps = {arm: options[1].max_steps for arm, options in self.options.items()}
+        flops = {arm: None if one is None else one * steps[arm] for arm, one in self.flops.items()}
+        return {arm: {"steps": steps[arm], "flops": flops[arm], "seeds": logs[arm]} for arm in self.configs}
+
+    def parse(self, config: dict[str, Any]) -> tuple[TextArguments, ThinkTokConfig, ModelConfig]:
+        path = self.folder / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(config))
+        return TrlParser(KINDS).parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
+
+    @staticmethod
+    def _step_flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
+        """`None` where they are not known."""
+        shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path))
+        try:
+            return step_flops(shape, args, (args.model_init_kwargs or {}).get("attn_implementation"), get_peft_config(model))
+        except ValueError:
+            return None
+
+
+def train(arm: str, seed: int, config: dict[str, Any], folder: Path, launcher: str | None) -> dict[str, Any]:
+    """Trains one arm unless it is trained, and gives the end of its log."""
+    config = config | {"seed": seed, "output_dir": str(folder)}
+    told, state = folder / "config.yaml", folder / "trainer_state.json"
+    if told.exists() and yaml.safe_load(told.read_text()) != config:
+        raise ValueError(f"{folder} holds a run with other settings: name another output_dir, or remove that folder.")
+    if not state.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        told.write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "accelerate.commands.launch", *(["--config_file", launcher] if launcher else []), str(PRETRAIN), "--config", str(told)]
+        if checkpoint := trainer_utils.get_last_checkpoint(folder):
+            command += ["--resume_from_checkpoint", checkpoint]
+        if run(command, folder / "log.txt", f"{arm}, seed {seed}"):
+            raise ValueError(f"The arm {arm} of seed {seed} failed: {folder / 'log.txt'} says why.")
+    return json.loads(state.read_text())["log_history"][-1]
+
+
+def run(command: list[str], log: Path, label: str) -> int:
+    """Runs a command with its output in a file, and shows how far its steps are. It ends when this process does."""
+    with open(log, "a") as file, Progress(console=console, transient=True) as bar:
+        shown = bar.add_task(label, total=None)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+                if steps := re.findall(r"(\d+)/(\d+) \[", log.read_text(errors="replace")[-4000:]):
+                    bar.update(shown, completed=int(steps[-1][0]), total=int(steps[-1][1]))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # a launcher does not pass it on
+        return process.returncode
+
+
+def load(name: str, args: ThinkTokConfig, text) -> tuple[Any, Any]:
+    """A trained arm, an adapter merged into its base; or the model that all arms start from, with thinking tokens."""
+    if (Path(name) / "adapter_config.json").exists():
+        return merge(name, dtype="float32")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32), AutoTokenizer.from_pretrained(resolve_model(name))
+    if not hasattr(model.config, "thinktok"):
+        add_thinking_tokens(model, tokenizer, args.num_think_tokens, sample_text(text, args.dataset_text_field, tokenizer), seed=args.seed)
+    return model, tokenizer
+
+
+def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset) -> Evaluation:
+    """What an arm does on the test part, from a run or from its file."""
+    if path.exists():
+        return Evaluation.load(path)
+    args = grid.options["think"][1]
+    model, tokenizer = load(source, args, test)
+    if not args.use_cpu and (device := torch.accelerator.current_accelerator(check_available=True)):
+        model.to(device)
+    thinks = arm in grid.options and grid.options[arm][1].thinks
+    found = evaluate_thinking(
+        model, tokenizer, test, max_length=args.max_length, rows_per_document=chosen.rows_per_document, num_forks=args.num_forks,
+        num_samples=chosen.num_samples if thinks else 0, max_think_length=args.max_think_length, lookahead=args.lookahead,
+        batch_size=args.per_device_eval_batch_size, progress=lambda batches: track(batches, f"evaluating {arm}", console=console, transient=True),
+    )  # fmt: skip
+    found.save(path)
+    return found
+
+
+def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
+    output = Path(recipe["output_dir"])
+    grid = Grid(recipe, chosen.arms, output)
+    script, args, model = grid.options["think"]
+    if chosen.test_files:
+        script = replace(script, data_files=chosen.test_files, max_documents=None, held_out_documents=0, test_documents=0)
+    parts = split(load_text(script), script)
+    test = parts.train if chosen.test_files else parts.test
+    if test is None:
+        raise ValueError("There is no text to report on: set test_documents, or test_files.")
+    base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test)
+    evaluations: dict[str, dict[int, Evaluation]] = {"base": dict.fromkeys(chosen.seeds, base)} | {arm: {} for arm in grid.configs}
+    logs: dict[str, dict[str, Any]] = {arm: {} for arm in grid.configs}
+    for done, seed in enumerate(chosen.seeds, 1):
+        for arm, config in grid.configs.items():
+            folder = output / f"{arm}-seed{seed}"
+            logs[arm][str(seed)] = train(arm, seed, config, folder, chosen.accelerate_config)
+            evaluations[arm][seed] = measure(arm, str(folder), folder / "evaluation.npz", grid, chosen, test)
+        evaluations["base"] = dict.fromkeys(chosen.seeds[:done], base)
+        results = {
+            "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "arms": grid.configs, "settings": base.settings | asdict(chosen),
+            "config": recipe, "seeds": chosen.seeds[:done], **environment(),
+        }  # fmt: skip
+        write_json(output / "results.json", results)
+    print_comparison(results, console)
+    write_report([Run.read(output, chosen.report_documents, args.max_length)], output / "report.html")
+    console.print(output / "report.html")
+
+
+def read() -> tuple[dict[str, Any], CompareArguments]:
+    """What the config and the command line say: the recipe's options, and the comparison's own."""
+    parser = TrlParser((CompareArguments, *KINDS), description=__doc__.split("\n")[0])
+    chosen, *_ = parser.parse_args_and_config(fail_with_unknown_args=True)
+    words = sys.argv[1:]
+    recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
+    told = vars(parser.parse_known_args(words)[0])
+    recipe |= {name: told[name] for name in (word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")) if name != "config"}
+    return {name: value for name, value in recipe.items() if name not in vars(chosen)}, chosen
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        compare(*read())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

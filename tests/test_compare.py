@@ -1,0 +1,248 @@
+"""Arms are compared at the same places, cost what they are said to cost, and a comparison goes on where it stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from models import CORPUS, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.dry_run import count_flops
+from hf_thinktok.evaluation import Evaluation
+from hf_thinktok.evaluation.comparison import SILENT, Comparison
+from hf_thinktok.evaluation.tables import comparison_verdict
+from hf_thinktok.plan import step_flops
+from hf_thinktok.results import as_text
+from hf_thinktok.text import TextArguments, load_text, split
+
+ROOT = Path(__file__).parent.parent
+SHAPE = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96,
+    "vocab_size": 512, "max_position_embeddings": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+STEP = {
+    "output_dir": "nowhere", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 2, "max_length": 64,
+    "num_think_tokens": 4, "num_forks": 8, "num_generations": 4, "max_think_length": 4, "report_to": "none",
+}  # fmt: skip
+
+
+def by_hand(scored: int, K: int = 8, G: int = 4, H: int = 1, sampled: bool = True, passes: int = 3) -> float:
+    """The formula of docs/evaluation.md: two rows of 64 tokens, 4 thinking tokens a thought, and so many nodes that predict."""
+    T, L, D, F, V, rows = 64, 4, SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"], 2
+    body = SHAPE["num_hidden_layers"] * (4 * D * D + 3 * D * F)
+    nodes, pairs = T + K * G * (L + H - 1), T**2 + sum(K * G * (T + K * G * depth) for depth in range(1, L))
+    rollout = T + K * G * (L - 1) if sampled else 0
+    attention = 4 * D * SHAPE["num_hidden_layers"] * ((passes + 0.5) * nodes**2 + pairs * sampled)
+    return rows * (2 * body * (passes * nodes + rollout) + attention + 8 * V * D * scored)
+
+
+@pytest.mark.parametrize(
+    ("options", "hand"),
+    [
+        # What predicts: all of the text but its last token, and as many lengths of each thought as count.
+        ({"num_forks": 0}, by_hand(63, K=0, sampled=False)),
+        ({}, by_hand(63 + 8 * 4 * 4)),
+        ({"lookahead": 3, "stop": "fixed"}, by_hand(63 + 8 * 4 * 3, H=3)),
+        ({"gradient_checkpointing": True}, by_hand(63 + 8 * 4 * 4, passes=4)),
+        ({"gradient_accumulation_steps": 3}, 3 * by_hand(63 + 8 * 4 * 4)),
+        ({"thoughts": "filler", "num_generations": 1}, by_hand(63 + 8 * 4, G=1, sampled=False)),
+    ],
+)
+def test_flops_of_a_step_are_those_of_the_formula(options, hand):
+    counted = step_flops(AutoConfig.for_model(**SHAPE), ThinkTokConfig(**STEP | options))
+    # Thinking rows come on top, and runs of nodes that see each other are padded.
+    assert counted == pytest.approx(hand, rel=0.03)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_forks": 0}, {"lookahead": 3, "stop": "sampled"}, {"fork_positions": "entropy"}])
+def test_flops_without_data_are_those_of_a_real_step(options, tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    full = [{"text": " ".join(CORPUS * 4)}] * 4
+    args = ThinkTokConfig(**STEP | {"output_dir": str(tmp_path), "max_steps": 1, "save_strategy": "no", "disable_tqdm": True, "packing": True} | options)
+    trainer = ThinkTokTrainer(model, args, train_dataset=Dataset.from_list(full), processing_class=tokenizer)
+    planned = step_flops(trainer.model.config, args)
+    with count_flops() as counter:
+        trainer.train()
+    assert counter.get_total_flops() == pytest.approx(planned, rel=0.03)
+
+
+def evaluation(seed: int, gain: float, thinks: bool = True, stop: str = "learned", documents: int = 30) -> Evaluation:
+    draw = np.random.default_rng(seed)
+    count = 8 * documents
+    plain = -3 + np.random.default_rng(99).normal(0, 0.3, count)
+    arms = {"no_think": plain} | ({"think": plain + gain + draw.normal(0, 0.01, count), "always": plain - 1, "random": plain - 2} if thinks else {})
+    return Evaluation(
+        documents_F=np.arange(count) // 8, tokens_F=np.ones(count, int), logps=arms, marginal={}, correct={arm: np.zeros(count) for arm in arms},
+        entropy_F=-plain, kinds_F=np.array(["word begins"] * count), lengths_F=np.ones(count), bytes_per_token=4.0,
+        settings={"stop": stop, "num_samples": 2},
+    )  # fmt: skip
+
+
+def test_gains_are_paired_and_averaged_over_seeds():
+    base = evaluation(0, 0.0, thinks=False)
+    found = Comparison({"base": {0: base, 1: base}, "cpt": {0: base, 1: base}, "think": {0: evaluation(0, 0.1), 1: evaluation(1, 0.3)}}).summary()
+    gain = found["gains"]["think over cpt"]
+    assert gain["bits_per_token"] == pytest.approx(0.2 / np.log(2), abs=0.005)
+    assert gain["seeds"]["0"]["bits_per_token"] == pytest.approx(0.1 / np.log(2), abs=0.005)
+    # The text's own spread, 0.3 nats a token, is common to both and does not widen the interval.
+    assert gain["high"] - gain["low"] < 0.01
+    assert gain["low"] < gain["bits_per_token"] < gain["high"]
+    assert found["gains"][f"think over think{SILENT}"]["bits_per_token"] == pytest.approx(gain["bits_per_token"])
+    assert found["arms"]["think"]["bits_per_token"] == pytest.approx(found["arms"]["cpt"]["bits_per_token"] - gain["bits_per_token"])
+
+
+def test_a_model_trained_to_think_always_is_compared_so():
+    one = evaluation(0, 0.5, stop="fixed")
+    found = Comparison({"cpt": {0: evaluation(0, 0.0, thinks=False)}, "think": {0: one}}).summary()
+    assert found["gains"]["think over cpt"]["bits_per_token"] == pytest.approx(-1 / np.log(2))
+
+
+def test_other_places_are_refused():
+    with pytest.raises(ValueError, match="arm think was evaluated at other places than cpt"):
+        Comparison({"cpt": {0: evaluation(0, 0.0)}, "think": {0: evaluation(0, 0.0, documents=29)}})
+
+
+@pytest.mark.parametrize(
+    ("gains", "words"),
+    [
+        ({"cpt": (0.1, 0.2), "cpt_flops": (0.1, 0.2), "filler": (0.1, 0.2)}, "Thinking helps: it beats every control."),
+        ({"cpt": (0.1, 0.2), "cpt_flops": (-0.1, 0.2)}, "cannot be told apart from cpt_flops; it beats cpt"),
+        ({"cpt": (-0.2, -0.1), "filler": (0.1, 0.2)}, "No gain from thinking is shown: it loses to cpt; it beats filler"),
+        ({"cpt": (0.1, 0.2), "base": (-0.2, -0.1)}, "Thinking helps"),
+    ],
+)
+def test_verdict_needs_every_control(gains, words):
+    assert words in comparison_verdict({"gains": {f"think over {arm}": {"low": low, "high": high} for arm, (low, high) in gains.items()}})
+
+
+def test_an_evaluation_is_read_as_it_was_written(tmp_path):
+    one = evaluation(3, 0.2)
+    one.save(tmp_path / "one.npz")
+    two = Evaluation.load(tmp_path / "one.npz")
+    assert json.dumps(one.summary(), default=float) == json.dumps(two.summary(), default=float)
+
+
+def test_the_test_part_is_seen_by_nobody_else(tmp_path):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(30)))
+    script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=5, test_documents=7)
+    parts = [set(part["text"]) for part in split(load_text(script), script)]
+    assert [len(part) for part in parts] == [18, 5, 7]
+    assert len(set.union(*parts)) == 30
+    script.held_out_documents = 12
+    assert set(split(load_text(script), script).test["text"]) == parts[2]
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """A folder with a tiny model, text, a config, and the comparison that was made of them."""
+    folder, tokenizer = tmp_path_factory.mktemp("compare"), tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {CORPUS[i % 4]}"}) for i in range(40)))
+    (folder / "recipe.yaml").write_text(
+        f"""
+model_name_or_path: {folder / "model"}
+data_files: [{folder / "data.jsonl"}]
+output_dir: {folder / "out"}
+seeds: [0, 1]
+num_samples: 2
+accelerate_config: {ROOT / "accelerate_configs" / "cpu.yaml"}
+arms: {{look: {{lookahead: 2, stop: fixed, think_cost: [0.0]}}}}
+held_out_documents: 0
+test_documents: 6
+num_think_tokens: 4
+num_forks: 3
+num_generations: 2
+max_think_length: 2
+think_cost: 0.01
+log_completions: true
+max_length: 48
+max_steps: 3
+per_device_train_batch_size: 2
+learning_rate: 1.0e-3
+use_cpu: true
+bf16: false
+gradient_checkpointing: false
+logging_steps: 1
+save_strategy: "no"
+report_to: none
+"""
+    )
+    done = compare(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout, json.loads((folder / "out" / "results.json").read_text())
+
+
+def compare(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), "--config", str(folder / "recipe.yaml"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+
+
+def test_five_arms_and_one_more_make_one_results_file(grid):
+    folder, printed, results = grid
+    found = results["comparison"]
+    assert {"base", "cpt", "cpt_flops", "filler", "think", f"think{SILENT}", f"filler{SILENT}", "look"} <= set(found["arms"])
+    assert results["seeds"] == [0, 1]
+    training = results["training"]
+    assert training["cpt"]["steps"] == training["think"]["steps"] == training["filler"]["steps"] == 3
+    # As much compute as thinking takes, to half a step.
+    per_step = training["cpt"]["flops"] / 3
+    assert abs(training["cpt_flops"]["flops"] - training["think"]["flops"]) <= per_step / 2
+    assert training["filler"]["flops"] < training["think"]["flops"]
+    assert all(len(gain["seeds"]) == 2 for gain in found["gains"].values())
+    for words in ("think, over cpt", "tokens at a place", "cpt_flops: as much compute"):
+        assert words in printed
+        assert words in as_text(results)
+    assert (folder / "out" / "report.html").exists()
+
+
+@torch.no_grad()
+def test_arms_differ_by_what_they_are_and_nothing_else(grid):
+    folder, _, _ = grid
+    weights = {arm: AutoModelForCausalLM.from_pretrained(folder / "out" / f"{arm}-seed0").get_input_embeddings().weight for arm in ("cpt", "filler", "think")}
+    again = AutoModelForCausalLM.from_pretrained(folder / "out" / "cpt-seed1").get_input_embeddings().weight
+    assert len({len(weight) for weight in weights.values()}) == 1  # all have the new rows
+    assert not torch.equal(weights["cpt"], weights["think"])
+    assert not torch.equal(weights["cpt"], again)
+    configs = [json.loads((folder / "out" / f"{arm}-seed0" / "config.json").read_text())["thinktok"] for arm in ("filler", "think")]
+    assert [config["thoughts"] for config in configs] == ["filler", "discrete"]
+
+
+def test_what_is_finished_is_not_run_again(grid):
+    folder, printed, results = grid
+    (folder / "out" / "results.json").unlink()
+    (folder / "out" / "think-seed1" / "evaluation.npz").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/trainer_state.json")}
+    assert len(kept) == 10
+    done = compare(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/trainer_state.json")} == kept
+    again = json.loads((folder / "out" / "results.json").read_text())
+    assert again["comparison"]["gains"] == results["comparison"]["gains"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--learning_rate", "0.1"), "holds a run with other settings"),
+        (("--test_documents", "0", "--output_dir", "{}/other"), "no text to report on"),
+        (("--max_steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
+        (("--num_fork", "2"), "num_fork"),
+    ],
+)
+def test_wrong_words_are_told_in_a_sentence(grid, words, sentence):
+    done = compare(grid[0], *(word.format(grid[0]) for word in words))
+    assert done.returncode != 0
+    assert sentence in done.stderr.splitlines()[-1]
