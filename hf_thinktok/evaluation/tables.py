@@ -43,8 +43,7 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
     table.add_column("")
     table.add_column("", justify="right")
     for name, gain in found["gains"].items():
-        one, other = (PLACED[arm] for arm in name.split(" over "))
-        table.add_row(f"{one}, over: {other}", _interval(gain))
+        table.add_row(placed(name), _interval(gain))
     table.add_section()
     for bucket in found["by_entropy"]:
         label = f"{PLACED['think']}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {bucket['mean_think_length']:.2f} tokens"
@@ -94,7 +93,7 @@ def comparison_tables(results: dict[str, Any]) -> list[Table]:
     table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
     for name in ("", "gain", *(f"seed {seed}" for seed in seeds if len(seeds) > 1)):
         table.add_column(name, justify="right" if name else "left")
-    for name, gain in found["gains"].items():
+    for name, gain in in_order(found["gains"]).items():
         one, other = name.split(" over ")
         each = [f"{gain['seeds'][str(seed)]['bits_per_token']:+.4f}" for seed in seeds] if len(seeds) > 1 else []
         table.add_row(f"{one}, over {other}", _interval(gain), *each)
@@ -105,6 +104,24 @@ def named(arm: str) -> str:
     """An arm and what it stands for."""
     meaning = ARMS.get(arm)
     return arm if meaning is None else f"{arm}: {meaning}"
+
+
+def placed(gain: str) -> str:
+    """What a gain of an evaluation compares."""
+    one, other = (PLACED[arm] for arm in gain.split(" over "))
+    return f"{one}, over: {other}"
+
+
+def in_order(gains: dict[str, Any]) -> dict[str, Any]:
+    """The gains of a comparison as they are to be read: those of `think` over each arm first. A file has them by the alphabet."""
+    arms = [*ARMS, *(f"{arm}{SILENT}" for arm in ARMS)]
+    place = {arm: i for i, arm in enumerate(arms)} | {"think": -1}
+
+    def key(name: str) -> tuple[int, int, str]:
+        one, other = name.split(" over ")
+        return (place.get(one, len(place)), place.get(other, len(place)), name)
+
+    return {name: gains[name] for name in sorted(gains, key=key)}
 
 
 def _seeds(seeds: list[int]) -> str:

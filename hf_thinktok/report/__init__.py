@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..evaluation.inspection import InspectedToken, inspect_text
-from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables
+from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
 from ..peft import merge
 from ..results import run_table, verdict
 from ..text import TextArguments, load_text, split
@@ -85,26 +85,31 @@ class Run:
     def page(self, number: int) -> dict[str, Any]:
         """What the template shows of it."""
         results = self.results
-        pictures, evaluations = [], self.evaluations
+        pictures: list[tuple[str, str | None]] = []
         if "comparison" in results:
             says, tables = comparison_says(results["comparison"]), comparison_tables(results)
-            pictures.append(("What thinking gains", draw_intervals(results["comparison"]["gains"], GAINS)))
+            gains = in_order(results["comparison"]["gains"])
+            pictures.append(("What thinking gains", draw_intervals({name.replace(" over ", ", over "): gain for name, gain in gains.items()}, GAINS)))
         elif "evaluation" in results:
             says, tables = evaluation_says(results["evaluation"]), evaluation_tables(results["evaluation"])
         else:
             says, tables = verdict(results), [run_table(results)]
-        for name, one in evaluations.items():
-            pictures.append((f"Controls: {name}", draw_intervals(one["gains"], GAINS)))
-            buckets = {f"{bucket['mean_entropy_bits']:.1f} bits of entropy": bucket["think over no_think"] for bucket in one["by_entropy"]}
-            pictures.append((f"Where it helps, by how uncertain the model is without a thought: {name}", draw_intervals(buckets, GAINS)))
         pictures.append(("Training", draw_curves(self.logs)))
+        more: list[tuple[str, str | None]] = []
+        for name, one in self.evaluations.items():
+            buckets = {f"{bucket['mean_entropy_bits']:.1f} bits of entropy": bucket["think over no_think"] for bucket in one["by_entropy"]}
+            more.append(
+                (f"{name}: thoughts and what is put in their place", draw_intervals({placed(gain): one["gains"][gain] for gain in one["gains"]}, GAINS))
+            )
+            more.append((f"{name}: where it wants to think, by how uncertain it is without a thought", draw_intervals(buckets, GAINS)))
         hardware, versions = results["hardware"], results["versions"]
         machine = ", ".join(hardware["gpus"]) or hardware["cpu"]
         where = f"{hardware['cores']} cores, {machine}; torch {versions['torch']}, transformers {versions['transformers']}; commit {results['commit']}"
         told = {name: results[name] for name in ("model", "config", "arms", "settings", "seeds", "versions", "hardware", "commit") if name in results}
+        shown = {name: [(title, data) for title, data in group if data] for name, group in (("pictures", pictures), ("more", more))}
         return {
             "name": self.name, "number": number, "says": says, "where": where, "tables": [as_cells(table) for table in tables], "texts": self.texts,
-            "pictures": [{"title": title, "data": data} for title, data in pictures if data], "note": self.note, "settings": json.dumps(told, indent=2),
+            "note": self.note, "settings": json.dumps(told, indent=2), **shown,
         }  # fmt: skip
 
 
@@ -119,7 +124,7 @@ def as_cells(table: Table) -> dict[str, Any]:
 def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
     """The first documents that a run kept from training."""
     config, known = results["config"], {entry.name for entry in fields(TextArguments)}
-    script = TextArguments(**{name: value for name, value in config.items() if name in known})
+    script = TextArguments(**{name: value for name, value in config.items() if name in known})  # of a recipe's options those about text
     if files := results.get("settings", {}).get("test_files"):
         return list(load_text(TextArguments(data_files=files, text_template=script.text_template)).take(documents)["text"])
     parts = split(load_text(script), script)

@@ -1,6 +1,7 @@
 """Pictures of a report: SVG that is readable on light and on dark ground."""
 
 import base64
+import math
 from io import BytesIO
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 INK = "#7d8590"  # of axes and words: as far from white as from black
 COLOURS = ("#2f81f7", "#db6d28", "#3fb950", "#a371f7", "#d29922", "#f778ba", "#6e7781")
+STROKES = ("-", "--", ":")
 # What is drawn of a training's log, and what it is called.
 CURVES = {
     "loss": "loss, nats",
@@ -30,9 +32,9 @@ def as_image(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False)[0]
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK, labelsize="small")
@@ -43,19 +45,26 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
 
 
 def draw_curves(logs: dict[str, list[dict[str, float]]]) -> str | None:
-    """What was logged against the step, a panel for each quantity and a line for each run; nothing where nothing was logged."""
-    shown = [name for name in CURVES if any(name in entry and "step" in entry for log in logs.values() for entry in log)]
+    """What was logged against the step, a panel for each quantity and a line for each run; nothing where no two steps were logged."""
+    points = {
+        name: {run: [(entry["step"], float(entry[name])) for entry in log if name in entry and "step" in entry] for run, log in logs.items()} for name in CURVES
+    }
+    shown = [name for name, lines in points.items() if any(len(line) > 1 for line in lines.values())]
     if not shown:
         return None
-    figure, panels = _figure(3.2 * len(shown), 2.6, len(shown))
-    for axes, name in zip(panels, shown, strict=True):
-        for i, (run, log) in enumerate(logs.items()):
-            if points := [(entry["step"], float(entry[name])) for entry in log if name in entry]:
-                axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], label=run, linewidth=1.4)
+    figure, panels = _figure(4, 2.8, math.ceil(len(shown) / 3), min(len(shown), 3))
+    for axes, name in zip(panels, shown, strict=False):
+        for i, (run, line) in enumerate(points[name].items()):
+            if line:
+                axes.plot(
+                    *zip(*line, strict=True), color=COLOURS[i % len(COLOURS)], label=run, linewidth=1.4, linestyle=STROKES[i // len(COLOURS) % len(STROKES)]
+                )
         axes.set_title(CURVES[name], color=INK, fontsize="medium")
         axes.set_xlabel("step", color=INK, fontsize="small")
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
     if len(logs) > 1:
-        panels[0].legend(fontsize="x-small", labelcolor=INK, framealpha=0.0)
+        figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", labelcolor=INK, framealpha=0.0, loc="outside lower center", ncols=4)
     return as_image(figure)
 
 
@@ -64,7 +73,7 @@ def draw_intervals(gains: dict[str, dict[str, float]], label: str) -> str | None
     gains = {name: gain for name, gain in gains.items() if gain["bits_per_token"] == gain["bits_per_token"]}
     if not gains:
         return None
-    figure, (axes,) = _figure(8, 0.8 + 0.34 * len(gains))
+    figure, (axes,) = _figure(9, 0.8 + 0.34 * len(gains))
     for i, gain in enumerate(gains.values()):
         colour = COLOURS[2] if gain["low"] > 0 else COLOURS[1] if gain["high"] < 0 else INK
         axes.plot([gain["low"], gain["high"]], [-i, -i], color=colour, linewidth=2)

@@ -1,0 +1,133 @@
+"""lm-evaluation-harness with thoughts: any of its tasks, without them, where the model wants them, or before every token.
+
+    thinktok lm-eval --model thinktok --model_args pretrained=outputs/quickstart,thoughts=own --tasks gsm8k_local --include_path recipes/lm_eval
+
+Shape suffixes as in tree.py; C places of continuations, P lengths of a thought from 0, V real rows.
+"""
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+
+from ..engine import Engine, Pass, choose_engine, evaluating
+from ..generation import ThinkingBudget
+from ..head import HiddenInputs, attach_head
+from ..losses import stopping_logps
+from ..rollout import Sampling, sample_thoughts
+from ..tree import Branching, ThoughtTree
+from .inspection import logits_of
+from .thinking import check_evaluable
+
+KINDS = ("none", "own", "always")
+# Logits are made for so many numbers at a time: 256 MiB in fp32.
+NUMBERS = 2**26
+
+
+@register_model("thinktok")
+class ThinkTokLM(HFLM):
+    """The harness's `hf` for a model with thinking tokens. Probabilities are those of real tokens among real tokens, whatever is thought.
+
+    Likelihoods of a continuation: before each of its tokens the model thinks greedily, and forgets the thought once the token follows. Generation: the
+    model thinks into its text, as plain `generate` has it, and the task sees the text without thoughts.
+
+    Args:
+        thoughts: `none`; `own`, as far as its gate wants them; `always`, thoughts of full length before every token.
+        max_think_length: thinking tokens of a thought at most; as trained where not given.
+        max_total_think: thinking tokens of a generation at most, which come on top of the task's own limit of tokens.
+        think_bias: nats added to thinking logits in a generation.
+        kwargs: those of the harness's `hf`.
+
+    Raises:
+        ValueError: a model whose thoughts cannot be evaluated so, or an option that has no effect.
+    """
+
+    def __init__(
+        self, pretrained, thoughts: str = "own", max_think_length: int | None = None, max_total_think: int | None = None, think_bias: float = 0.0, **kwargs
+    ):
+        if thoughts not in KINDS:
+            raise ValueError(f"thoughts={thoughts!r} is not known; it is one of {', '.join(KINDS)}.")
+        given = {"max_think_length": max_think_length, "max_total_think": max_total_think, "think_bias": think_bias or None}
+        if thoughts == "none" and (useless := [name for name, value in given.items() if value is not None]):
+            raise ValueError(f"{useless[0]} has no effect with thoughts=none: leave it out.")
+        super().__init__(pretrained, **kwargs)
+        base, self.vocabulary, trained = check_evaluable(self.model)
+        if thoughts != "none" and not isinstance(self.batch_size, int):
+            raise ValueError(f"batch_size={self.batch_size} is found out without thoughts: give a number.")
+        self.thoughts, self.filler, blind = thoughts, trained.get("thoughts") == "filler", trained.get("blind", False)
+        if blind:
+            raise ValueError("The model was trained with blind=True and cannot read a task's text once it speaks.")
+        length = max_think_length or trained.get("max_think_length", 4)
+        self.branching, self.max_total_think = Branching(1, length, 1), max_total_think
+        bounds = {"none": (0, 0), "own": (0, length), "always": (length, length)}[thoughts]
+        self.budget = ThinkingBudget(self.vocabulary, *bounds, max_total=max_total_think, bias=think_bias)
+        self.engine: Engine | None = None
+        self.base = base
+        attach_head(base, self.vocabulary)
+
+    def _model_call(self, inps, attn_mask=None, labels=None):
+        return super()._model_call(inps, attn_mask, labels)[..., : self.vocabulary.num_real]
+
+    def _model_generate(self, context, max_length: int, stop, **generation_kwargs):
+        more = min(max_length + (self.max_total_think or 0), self.max_length)
+        return super()._model_generate(context, more, stop, logits_processor=[self.budget], **generation_kwargs)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        if self.thoughts == "none":
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        answers: dict[int, tuple[float, bool]] = {}
+        size = override_bs or self.batch_size
+        for start in tqdm(range(0, len(order), size), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests with thoughts"):
+            batch = order[start : start + size]
+            for i, answer in zip(batch, self._answer([requests[i][1:] for i in batch]), strict=True):
+                answers[i] = answer
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+        return [answers[i] for i in range(len(requests))]
+
+    def _answer(self, requests: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """For each context and continuation the log-probability, nats, and whether it is what the model would say first, token by token."""
+        room = self.max_length - self.branching.max_length
+        rows = [(context + continuation)[-room:] for context, continuation in requests]
+        places = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(requests, rows, strict=True)]
+        longest, most = max(map(len, rows)), max(places)
+        tokens_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        documents_BT = torch.tensor([[0] * len(row) + [-1] * (longest - len(row)) for row in rows], device=self.device)
+        forks = [[len(row) - 1 - count + k for k in range(count)] + [-1] * (most - count) for row, count in zip(rows, places, strict=True)]
+        forks_BK = torch.tensor(forks, device=self.device)
+        if self.engine is None:
+            self.engine = choose_engine(self.base, self.vocabulary, self.branching, longest, most)
+        sampling, generator = Sampling(top_k=1, filler=self.filler), torch.Generator(self.device)
+        with evaluating(self.model):
+            rollout = sample_thoughts(self.engine, self.model, tokens_BT, documents_BT, forks_BK, self.branching, sampling, self.vocabulary, generator)
+            tree = ThoughtTree(documents_BT, forks_BK, self.branching)
+            there_BK = forks_BK >= 0
+            nodes_BKP = tree.prefixes()[:, :, 0] + torch.arange(len(rows), device=self.device)[:, None, None] * tree.num_nodes
+            nodes_CP = nodes_BKP[there_BK]
+            ((hidden_MD,),) = self.engine.run(self.model, tree, tree.tokens(tokens_BT, rollout.thoughts_BKGL), [Pass([HiddenInputs(nodes_CP.flatten())])])
+            hidden_CPD = hidden_MD.view(*nodes_CP.shape, -1)
+            target_C = tokens_BT.gather(1, forks_BK.clamp(min=0) + 1)[there_BK]
+            step = max(1, NUMBERS // (nodes_CP.shape[1] * len(self.base.get_output_embeddings().weight)))
+            logps, first = [], []
+            for part in range(0, len(target_C), step):
+                logps_CV = self._predict(hidden_CPD[part : part + step])
+                logps.append(logps_CV.gather(1, target_C[part : part + step, None])[:, 0])
+                first.append(logps_CV.argmax(-1))
+        logps_BK = torch.zeros(there_BK.shape, dtype=torch.float64, device=self.device).masked_scatter(there_BK, torch.cat(logps).double())
+        hits_BK = torch.ones_like(there_BK).masked_scatter(there_BK, torch.cat(first) == target_C)
+        return list(zip(logps_BK.sum(1).tolist(), hits_BK.all(1).tolist(), strict=True))
+
+    def _predict(self, hidden_CPD: Tensor) -> Tensor:
+        """Log-probabilities of the next real token, the length of the thought summed out: `log sum_l w_l p(y | z_1..l)`."""
+        logits_CPR = logits_of(self.base, hidden_CPD)
+        real_CPV = logits_CPR[..., : self.vocabulary.num_real]
+        logps_CPV = real_CPV.log_softmax(-1)
+        if self.thoughts == "always":
+            return logps_CPV[:, -1]
+        think_CPN = logits_CPR[..., self.vocabulary.first_id : self.vocabulary.guard_id]
+        gate_CL = (think_CPN.logsumexp(-1) - real_CPV.logsumexp(-1))[:, :-1]
+        weights_CP, _ = stopping_logps(gate_CL, must_think=False)
+        return (weights_CP[..., None] + logps_CPV).logsumexp(1)

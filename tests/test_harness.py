@@ -1,0 +1,128 @@
+"""lm-evaluation-harness: without thoughts its own `hf`, with them what the model says of ordinary rows, whatever the batch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from models import CORPUS, tiny_model, tiny_tokenizer
+from plain_rows import thinker
+
+from hf_thinktok import add_thinking_tokens
+from hf_thinktok.evaluation.harness import ThinkTokLM
+from hf_thinktok.evaluation.inspection import inspect_text
+
+ROOT = Path(__file__).parent.parent
+PAIRS = [(f"{CORPUS[i % 4]} {i}", f" {CORPUS[(i + 1) % 4][: 7 + 5 * i]}") for i in range(6)]
+PROMPTS = [(f"{text} {i}", {"until": ["."], "max_gen_toks": 12, "do_sample": False}) for i, text in enumerate(CORPUS[:4])]
+
+
+def asked(kind: str, arguments: list) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=one, idx=i) for i, one in enumerate(arguments)]
+
+
+def harness(model, kind=ThinkTokLM, **options):
+    return kind(pretrained=model, tokenizer=tiny_tokenizer_of(model), device="cpu", max_length=128, **options)
+
+
+def tiny_tokenizer_of(model):
+    tokenizer = tiny_tokenizer()
+    if hasattr(model.config, "thinktok"):
+        add_thinking_tokens(tiny_model(vocab_size=len(tokenizer)), tokenizer, model.config.thinktok["num_tokens"])
+    return tokenizer
+
+
+@pytest.fixture
+def pair():
+    """A model before and after it got thinking tokens."""
+    tokenizer = tiny_tokenizer()
+    plain, model = (tiny_model("llama", vocab_size=len(tokenizer)) for _ in range(2))
+    add_thinking_tokens(model, tokenizer, 4)
+    return plain, model
+
+
+def test_without_thoughts_it_is_the_harness_own_model(pair):
+    plain, model = pair
+    theirs, ours = harness(plain, HFLM, batch_size=3), harness(model, thoughts="none", batch_size=3)
+    for kind, arguments in (("loglikelihood", PAIRS), ("loglikelihood_rolling", [(text,) for text in CORPUS[:3]])):
+        for one, other in zip(getattr(theirs, kind)(asked(kind, arguments)), getattr(ours, kind)(asked(kind, arguments)), strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+    assert theirs.generate_until(asked("generate_until", PROMPTS)) == ours.generate_until(asked("generate_until", PROMPTS))
+
+
+@pytest.mark.parametrize("thoughts", ["own", "always"])
+def test_a_likelihood_is_that_of_the_inspected_text(thoughts):
+    model = thinker(scale=1.0)[0]
+    tokenizer = tiny_tokenizer_of(model)
+    found = harness(model, thoughts=thoughts, max_think_length=2, batch_size=4).loglikelihood(asked("loglikelihood", PAIRS))
+    for (context, continuation), (logp, greedy) in zip(PAIRS, found, strict=True):
+        inspected = inspect_text(model, tokenizer, context + continuation, max_length=500, max_think_length=2, top=1)
+        judged = inspected[len(tokenizer(context)["input_ids"]) - 1 :]
+        assert logp == pytest.approx(sum(token.own if thoughts == "own" else token.after for token in judged), abs=1e-3)
+        if thoughts == "always":
+            assert greedy == all(token.top_after[0][0] == token.text for token in judged)
+
+
+@pytest.mark.parametrize("thoughts", ["own", "always"])
+def test_batches_change_nothing(thoughts):
+    model = thinker(scale=1.0)[0]
+    one, many = (harness(model, thoughts=thoughts, max_think_length=2, batch_size=size) for size in (1, 8))
+    for a, b in zip(one.loglikelihood(asked("loglikelihood", PAIRS)), many.loglikelihood(asked("loglikelihood", PAIRS)), strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+    assert one.generate_until(asked("generate_until", PROMPTS)) == many.generate_until(asked("generate_until", PROMPTS))
+
+
+def test_a_generation_thinks_within_its_budget_and_shows_no_thought():
+    model = thinker(scale=1.0)[0]
+    tokenizer = tiny_tokenizer_of(model)
+    lm = harness(model, thoughts="always", max_think_length=2, max_total_think=10, batch_size=1)
+    made = []
+    generate = model.generate
+    model.generate = lambda **kwargs: made.append(generate(**kwargs)) or made[-1]
+    (text,) = lm.generate_until(asked("generate_until", [(CORPUS[0], {"until": ["@@"], "max_gen_toks": 12, "do_sample": False})]))
+    thoughts = lm.vocabulary.is_thought(made[0][0])
+    assert thoughts.sum() == 10
+    spoken = made[0][0][len(tokenizer(CORPUS[0])["input_ids"]) :]
+    assert (~lm.vocabulary.is_thought(spoken)).sum() == 12 or tokenizer.eos_token_id in spoken  # thoughts come on top
+    assert "think" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"thoughts": "loud"}, "thoughts='loud' is not known"),
+        ({"thoughts": "none", "max_think_length": 2}, "max_think_length has no effect with thoughts=none"),
+        ({"batch_size": "auto"}, "batch_size=auto is found out without thoughts"),
+    ],
+)
+def test_wrong_options_are_told_in_a_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        harness(thinker()[0], **options)
+
+
+@torch.no_grad()
+def test_the_command_runs_local_tasks(tmp_path):
+    model, tokenizer = thinker(scale=1.0)[0], None
+    tokenizer = tiny_tokenizer_of(model)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copytree(ROOT / "recipes" / "lm_eval", tmp_path / "tasks")
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join(json.dumps({"question": f"{i}+{i}?", "answer": f"so\n#### {2 * i}"}) for i in range(4)))
+    choices = [{"label": label, "text": text} for label, text in zip("ABCDE", CORPUS[0].split())]
+    rows = [{"question": {"stem": CORPUS[i], "choices": choices}, "answerKey": "ABCDE"[i]} for i in range(4)]
+    (tmp_path / "commonsenseqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        sys.executable, "-m", "hf_thinktok.cli", "lm-eval", "--model", "thinktok", "--model_args", f"pretrained={tmp_path / 'model'},max_think_length=2",
+        "--tasks", "gsm8k_local,commonsenseqa_local", "--include_path", "tasks", "--limit", "3", "--device", "cpu", "--batch_size", "2",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for words in ("gsm8k_local", "commonsenseqa_local", "exact_match", "acc_norm"):
+        assert words in done.stdout

@@ -1,0 +1,217 @@
+"""A report shows what was measured, in a real browser, and an inspected text is what the model says of ordinary rows."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from models import CORPUS, tiny_model, tiny_tokenizer
+from plain_rows import thinker
+
+from hf_thinktok import add_thinking_tokens
+from hf_thinktok.cli import main
+from hf_thinktok.evaluation import evaluate_thinking
+from hf_thinktok.evaluation.inspection import inspect_text
+from hf_thinktok.report import Run, as_cells, write_report
+from hf_thinktok.results import environment, run_table
+
+TEXT = CORPUS[0] + ' <b>& "quoted"</b> </script><script>window.broken = true</script>'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run's folder: a model, its results and its log."""
+    path, tokenizer = tmp_path_factory.mktemp("run"), tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    add_thinking_tokens(model, tokenizer, 4)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "data.jsonl").write_text("\n".join(json.dumps({"text": f"{TEXT} {i}"}) for i in range(8)))
+    log = [{"step": step, "loss": 4 - step / 10, "think_length": step / 20} for step in range(1, 6)]
+    (path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    results = {
+        "bits_per_token": {"base": 5.0, "no_think": 4.5, "think": 4.25, "random_thought": 4.625}, "gain": 0.25, "gain_stderr": 0.0625,
+        "gain_over_random": 0.375, "gain_over_random_stderr": 0.125, "mean_think_length": 1.5, "steps_per_second": 0.5, "documents": 4, "judged_tokens": 64,
+        "config": {"data_files": [str(path / "data.jsonl")], "held_out_documents": 4, "max_length": 32}, **environment(),
+    }  # fmt: skip
+    (path / "results.json").write_text(json.dumps(results))
+    return path
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@torch.no_grad()
+def test_an_inspected_text_is_scored_as_ordinary_rows(length):
+    model, vocabulary = thinker(scale=1.0)
+    tokenizer = tiny_tokenizer()
+    found = inspect_text(model, tokenizer, CORPUS[1], max_length=20, max_think_length=length, top=3)
+    ids = tokenizer(CORPUS[1])["input_ids"][:20]
+    assert len(found) == 19
+    assert "".join(token.text for token in found) in CORPUS[1]
+
+    def logits_of(row: list[int]) -> torch.Tensor:
+        return type(model).forward(model, input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].float()
+
+    def check(pairs, logps):
+        chosen = logps.exp().topk(3)
+        assert [word for word, _ in pairs] == [tokenizer.decode([i]) for i in chosen.indices.tolist()]
+        np.testing.assert_allclose([p for _, p in pairs], chosen.values, atol=1e-5)
+
+    first, guard = vocabulary.first_id, vocabulary.guard_id
+    for place in (0, 7, 18):
+        token, row, total, stay = found[place], ids[: place + 1], 0.0, 1.0
+        weighted = []
+        for depth in range(length + 1):
+            logits = logits_of(row)
+            real = logits[:first].log_softmax(-1)
+            gate = logits[first:guard].logsumexp(-1).sub(logits[:first].logsumexp(-1)).sigmoid().item() if depth < length else 0.0
+            weighted.append(stay * (1 - gate) * real[ids[place + 1]].exp().item())
+            if depth == 0:
+                assert token.gate == pytest.approx(gate, abs=1e-5)
+                assert token.before == pytest.approx(real[ids[place + 1]].item(), abs=1e-4)
+                check(token.top_before, real)
+            if depth == length:
+                assert token.after == pytest.approx(real[ids[place + 1]].item(), abs=1e-4)
+                check(token.top_after, real)
+                break
+            thinking = logits[first:guard].log_softmax(-1)
+            best = int(thinking.argmax())  # the likeliest
+            assert token.thought[depth] == best
+            total, stay, row = total + thinking[best].item(), stay * gate, [*row, first + best]
+        assert token.thought_logp == pytest.approx(total, abs=1e-4)
+        assert token.own == pytest.approx(np.log(sum(weighted)), abs=1e-4)
+
+
+def test_without_text_or_thinking_tokens_there_is_nothing_to_inspect(folder):
+    with pytest.raises(ValueError, match="fewer than two tokens"):
+        inspect_text(thinker()[0], tiny_tokenizer(), "")
+    with pytest.raises(ValueError, match="no thinking tokens"):
+        inspect_text(tiny_model(), tiny_tokenizer(), CORPUS[0])
+
+
+def test_tables_of_the_terminal_are_those_of_the_page(folder):
+    results = json.loads((folder / "results.json").read_text())
+    cells = as_cells(run_table(results))
+    assert cells["rows"][2] == [("trained, thinking", "left"), ("4.2500", "right")]
+    write_report([Run.read(folder, documents=0, max_length=16)], folder / "plain.html")
+    page = (folder / "plain.html").read_text()
+    for _, cell in (row for row in cells["rows"]):
+        assert f">{cell[0]}<" in page
+    assert "Thinking helps, and what is thought matters." in page
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)  # nothing from elsewhere
+
+
+def test_several_runs_make_one_page(folder, tmp_path):
+    model, tokenizer = thinker(scale=1.0)[0], tiny_tokenizer()
+    for name, length in (("short", 1), ("long", 2)):
+        found = evaluate_thinking(model, tokenizer, [{"text": text} for text in CORPUS], num_forks=3, num_samples=1, max_think_length=length, max_length=32)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"evaluation": found.summary(), "model": name, **environment()}, default=float))
+    assert (
+        main(["report", str(folder), str(tmp_path / "short.json"), str(tmp_path / "long.json"), "--documents", "0", "--output", str(tmp_path / "r.html")]) == 0
+    )
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<section>") == 4  # three runs, and what they cost
+    assert "What thinking costs and brings" in page
+
+
+def test_text_that_cannot_be_read_is_said_and_the_rest_is_shown(folder, tmp_path):
+    results = json.loads((folder / "results.json").read_text())
+    results["config"]["data_files"] = ["/nowhere/data.jsonl"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_report([Run.read(tmp_path, documents=1, max_length=16)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "The text is not shown" in page
+    assert "4.2500" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["report", "nowhere"], "nowhere has no results.json"),
+        (["report", "{}/other.json"], "other.json is of another kind"),
+        (["inspect", "{}", " "], "The prompt is empty"),
+        (["inspect", "{}", "a", "--file", "b"], "not both"),
+        (["inspect", "nowhere", "text"], "neither a folder nor a Hub repository"),
+    ],
+)
+def test_wrong_words_are_told_in_a_sentence(folder, capsys, words, sentence):
+    (folder / "other.json").write_text(json.dumps({"cells": []}))
+    assert main([word.format(folder) for word in words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    """The report of the folder, opened in Chromium."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("there is no Chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    assert main(["report", str(folder), "--documents", "1", "--max_length", "24", "--output", str(folder / "report.html")]) == 0
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        context = browser.new_context(offline=True, color_scheme="light")
+        opened = context.new_page()
+        opened.problems = []
+        opened.on("pageerror", lambda error: opened.problems.append(str(error)))
+        opened.goto((folder / "report.html").as_uri())
+        yield opened
+        browser.close()
+
+
+def test_hovering_a_token_shows_its_thought(page, folder):
+    token = json.loads((folder / "inspection.json").read_text())[0]["tokens"][5]
+    page.locator(".token").nth(5).hover()
+    panel = page.locator(".panel").inner_text()
+    assert " ".join(map(str, token["thought"])) in panel
+    assert f"{100 * token['top_before'][0][1]:.1f} %" in panel
+    assert page.locator(".token[aria-selected=true]").count() == 1
+    assert not page.problems
+
+
+def test_the_text_is_shown_as_it_is(page, folder):
+    text = page.locator(".text").inner_text()
+    inspected = json.loads((folder / "inspection.json").read_text())[0]
+    assert "".join(text.split()) == "".join((inspected["first"] + "".join(token["text"] for token in inspected["tokens"])).split())
+    assert page.evaluate("window.broken") is None
+
+
+def test_keys_move_through_the_text(page):
+    page.locator(".token").first.focus()
+    for key, index in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 22), ("Home", 0)):
+        page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.dataset.i") == str(index)
+        assert page.locator(".token[aria-selected=true]").get_attribute("data-i") == str(index)
+
+
+def test_a_thought_everywhere_is_another_colour_and_figure(page):
+    page.locator(".token").nth(3).hover()
+    before = page.locator(".panel").inner_text()
+    strength = "[...document.querySelectorAll('.token')].map(token => token.style.getPropertyValue('--much')).join()"
+    own = page.evaluate(strength)
+    page.get_by_role("button", name="a thought everywhere").click()
+    assert page.evaluate(strength) != own
+    assert page.locator(".panel").inner_text() != before
+    page.get_by_role("button", name="where it wants to think").click()
+    assert page.evaluate(strength) == own
+
+
+def test_light_and_dark(page):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(ground) == "rgb(13, 17, 23)"
+    page.get_by_role("button", name="switch between light and dark").click()
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+
+
+def test_the_inspection_is_printed(folder, capsys):
+    assert main(["inspect", str(folder), CORPUS[0], "--max_length", "12", "--output", str(folder / "one.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "Where thinking does most" in printed
+    assert "Over 11 tokens thinking saves" in printed
+    assert "likeliest after the thought" in (folder / "one.html").read_text()
