@@ -1,7 +1,8 @@
-"""Renders the figures in README.md and docs/ from the results files that runs wrote: `python docs/render.py`, or `--check` to say whether they agree.
+"""Renders the figures in README.md and docs/, and model_cards/, from the results files that runs wrote: `python docs/render.py`, or `--check` to say
+whether they agree.
 
 Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it. A picture `docs/results/NAME.svg` is drawn from
-`docs/results/NAME.json`.
+`docs/results/NAME.json`, and `model_cards/NAME.md` is the card of that file's run; a new one is begun as an empty file.
 """
 
 import json
@@ -9,12 +10,15 @@ import re
 import sys
 from pathlib import Path
 
+from hf_thinktok.card import render_card
 from hf_thinktok.results import as_text, draw_ablation, draw_bench, draw_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
+# Models that runs made, by the name of their results file.
+CARDS = {path.stem: ROOT / "docs" / "results" / f"{path.stem}.json" for path in sorted((ROOT / "model_cards").glob("*.md"))}
 PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "scaling.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "evaluation.md"]
 
 
@@ -26,7 +30,17 @@ def rendered(text: str) -> str:
     return BLOCK.sub(lambda match: match[1] + table(match["file"]) + match[3], text)
 
 
+def card(name: str) -> str:
+    return render_card(json.loads(CARDS[name].read_text()), f"hf-thinktok/{name.replace('_', '-')}")
+
+
 if __name__ == "__main__":
+    for name in CARDS:
+        path = ROOT / "model_cards" / f"{name}.md"
+        if "--check" not in sys.argv:
+            path.write_text(card(name))
+        elif path.read_text() != card(name):
+            sys.exit(f"{path.name} does not agree with the results files: run python docs/render.py")
     for page in PAGES:
         text = rendered(page.read_text())
         if "--check" in sys.argv:

@@ -22,8 +22,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from .card import render_card
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
-from .results import as_text, changed_options, environment, write_json
+from .results import changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
 
 logger = logging.getLogger(__name__)
@@ -167,14 +168,15 @@ class CheckpointingTrainer(SFTTrainer):
             torch.save(state, os.path.join(output_dir, STATE_FILE))
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card; with thinking tokens what they are, and the figures that the run wrote beside the model."""
+        """TRL's card; with thinking tokens what they are, and what the results say that the run wrote beside the model."""
         super().create_model_card(*args, **kwargs)
         if self.plain or not self.is_world_process_zero():
             return
         card, results = Path(self.args.output_dir, "README.md"), Path(self.args.output_dir, "results.json")
         text = CARD.format(num_tokens=self.vocabulary.num_tokens, first=self.vocabulary.tokens[0], last=self.vocabulary.tokens[-1])
-        figures = f"\n## Results\n\n```text\n{as_text(json.loads(results.read_text()))}```\n" if results.exists() else ""
-        card.write_text(card.read_text() + text + figures)
+        if results.exists():
+            text = render_card(json.loads(results.read_text()), self.args.hub_model_id or card.parent.name, num_tokens=self.vocabulary.num_tokens, whole=False)
+        card.write_text(card.read_text() + text)
 
     def push_to_hub(self, *args, **kwargs):
         """Uploads model, tokenizer, card, and in `training.json` the options and the last metrics of this run."""

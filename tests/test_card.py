@@ -1,0 +1,55 @@
+"""A card says what a results file says, and what it tells its reader to do can be done."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_thinktok.card import render_card
+from hf_thinktok.cli import main
+from hf_thinktok.results import as_text
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+OF_MODELS = sorted(path.stem for path in (ROOT / "model_cards").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_figures_options_and_commit_are_those_of_the_file(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    card = render_card(results, "me/model")
+    assert as_text(results) in card
+    assert results["commit"] in card
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "thinktok" in header["tags"]
+    options = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
+    assert {"max_steps": results["config"]["max_steps"], "learning_rate": results["config"]["learning_rate"]}.items() <= options.items()
+    assert "output_dir" not in options
+    assert f"<|think_{results['config']['num_think_tokens'] - 1 if 'num_think_tokens' in results['config'] else 15}|>" in card
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_the_recipe_of_the_command_exists_and_takes_the_options(name):
+    card = render_card(json.loads((RESULTS / f"{name}.json").read_text()), "me/model")
+    recipe = re.search(r"(recipes/\w+\.py) --config config.yaml", card)[1]
+    source = (ROOT / recipe).read_text()
+    assert "parse_args_and_config" in source
+    compile(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], "card", "exec")
+
+
+def test_an_adapter_is_loaded_as_one():
+    card = render_card(json.loads((RESULTS / "serial_smollm2.json").read_text()), "me/model")
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/model")' in card
+    assert "from peft import AutoPeftModelForCausalLM" in card
+
+
+def test_the_command_writes_a_card_or_says_why_not(tmp_path, capsys):
+    assert main(["card", str(RESULTS / "quickstart.json"), "me/model", "--title", "A title", "--output", str(tmp_path / "card.md")]) == 0
+    assert "# A title\n" in (tmp_path / "card.md").read_text()
+    assert main(["card", str(RESULTS / "bench_cpu.json"), "me/model"]) == 2
+    assert "results are of another kind" in capsys.readouterr().err
+    assert main(["card", str(tmp_path), "me/model"]) == 2
+    assert "has no results.json" in capsys.readouterr().err
