@@ -8,6 +8,7 @@ last line of the output is JSON with `seeds` and `accuracy`, a list over them.
 """
 
 import copy
+import functools
 import json
 import sys
 import time
@@ -32,13 +33,14 @@ from hf_thinktok.loading import fit_to_cpu
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
+from hf_thinktok.worked_steps import worked_steps
 
 
 @dataclass
 class ToyArguments:
     """The task, the model and the seeds."""
 
-    task: str = field(default="mod_add", metadata={"help": "A task of hf_thinktok.tasks."})
+    task: str = field(default="mod_add", metadata={"help": "A task of hf_thinktok.tasks, or worked_steps."})
     task_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its difficulty, a mapping (JSON on the command line)."})
     model_shape: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Config of a model made from scratch (JSON on the command line), in place of model_name_or_path."}
@@ -97,7 +99,8 @@ def tokenized(rows: Dataset, tokenizer) -> Dataset:
         "input_ids": [p + c for p, c in zip(prompts, completions, strict=True)],
         "labels": [[-100] * len(p) + c for p, c in zip(prompts, completions, strict=True)],
     }
-    return Dataset.from_dict(columns | {name: list(rows[name]) for name in ("level", "think_length", "thoughts", "answer", "inputs")})
+    about = [name for name in ("level", "think_length", "thoughts", "answer", "inputs") if name in rows.column_names]
+    return Dataset.from_dict(columns | {name: list(rows[name]) for name in about})
 
 
 def make_tokenizer(model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
@@ -178,7 +181,7 @@ def run(
     trainer.train()
     seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step
     accuracy, lengths = by_level(trainer, test, toy.test_rows)
-    if args.thinks and args.thoughts in ("discrete", "gumbel"):
+    if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
         report_language(trainer, test, task, toy.test_rows)
     if toy.save_models:
         trainer.save_model(args.output_dir)
@@ -206,7 +209,8 @@ if __name__ == "__main__":
     try:
         toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(toy_args, "task_options", "model_shape")
-        the_task = make_task(toy_args.task, **toy_args.task_options or {})
+        make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)
+        the_task = make(**toy_args.task_options or {})
     except ValueError as error:
         sys.exit(f"error: {error}")
     main(the_task, toy_args, fit_to_cpu(think_args), model_args)

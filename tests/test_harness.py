@@ -93,6 +93,20 @@ def test_a_generation_thinks_within_its_budget_and_shows_no_thought():
     assert "think" not in text
 
 
+def test_a_model_that_would_think_does_not_where_it_is_told_not_to():
+    model = thinker(scale=1.0)[0]
+    first, guard = model.config.thinktok["first_id"], model.config.thinktok["guard_id"]
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    with torch.no_grad():
+        head.bias[first:guard] = 50.0
+    made, generate = [], model.generate
+    model.generate = lambda **kwargs: made.append(generate(**kwargs)) or made[-1]
+    for thoughts in ("none", "own"):
+        harness(model, thoughts=thoughts, batch_size=4).generate_until(asked("generate_until", PROMPTS))
+    assert [bool(((ids >= first) & (ids < guard)).any()) for ids in made] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from plain_rows import thinker
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
-from hf_thinktok.evaluation.inspection import inspect_text
-from hf_thinktok.report import Run, as_cells, write_report
+from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text
+from hf_thinktok.report import Run, as_cells, write_page, write_report
 from hf_thinktok.results import environment, run_table
 
 TEXT = CORPUS[0] + ' <b>& "quoted"</b> </script><script>window.broken = true</script>'
@@ -100,6 +101,15 @@ def test_tables_of_the_terminal_are_those_of_the_page(folder):
         assert f">{cell[0]}<" in page
     assert "Thinking helps, and what is thought matters." in page
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)  # nothing from elsewhere
+
+
+def test_whatever_a_text_or_a_name_holds_is_shown_and_not_run(tmp_path):
+    nasty = "<img src=x onerror=alert(1)></script>"
+    token = InspectedToken(nasty, [1], -1.0, 0.5, -1.0, -2.0, -1.5, [(nasty, 0.5)], [(nasty, 0.5)])
+    write_page(
+        tmp_path / "page.html", [{"name": nasty, "number": 0, "texts": [{"title": nasty, "first": nasty, "tokens": [asdict(token)]}], "settings": nasty}]
+    )
+    assert "<img" not in (tmp_path / "page.html").read_text()
 
 
 def test_several_runs_make_one_page(folder, tmp_path):

@@ -1,0 +1,77 @@
+"""Steps go away from the last one on, results never do, and the recipe trains on what is left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import tiny_model, tiny_tokenizer
+
+from hf_thinktok.worked_steps import worked_steps
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [{"question": f"What is {i} + 1 + 1?", "answer": f"{i} + 1 = {i + 1}\n{i + 1} + 1 = {i + 2}\n#### {i + 2}"} for i in range(20)]
+    rows[3]["answer"] = "4 + 1 = 5\n#### 5"
+    path = tmp_path / "solved.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_one_more_step_is_taken_away_at_each_level(file):
+    task = worked_steps(str(file), tokens_per_step=3, test_questions=4)
+    assert len(task.train) == 16 * 3
+    assert len(task.test) == 4 * 3
+    every = [*task.train, *task.test]
+    of_five = [row for row in every if "What is 5 +" in row["prompt"]]
+    assert [row["prompt"].split("Answer:")[1] for row in of_five] == ["\n5 + 1 = 6\n6 + 1 = 7", "\n5 + 1 = 6", ""]
+    assert [(row["level"], row["think_length"]) for row in of_five] == [(0, 0), (1, 3), (2, 6)]
+    assert {row["completion"] for row in of_five} == {"\n#### 7"}
+    short = [row for row in every if "What is 3 +" in row["prompt"]]  # it has one step alone
+    assert [row["think_length"] for row in short] == [0, 3, 3]
+
+
+def test_no_question_is_both_trained_and_tested(file):
+    task = worked_steps(str(file), levels=[0, 2], test_questions=5, max_questions=12)
+    trained, tested = ({row["prompt"].split("\n")[0] for row in rows} for rows in (task.train, task.test))
+    assert (len(trained), len(tested), len(trained & tested)) == (7, 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"file": "nowhere.jsonl"}, "There is no file 'nowhere.jsonl'"),
+        ({"separator": "THE END"}, "Line 1 of .* is no worked solution"),
+        ({"answer": "steps"}, "needs 'question', and 'steps'"),
+        ({"test_questions": 20}, "below the 20 questions"),
+        ({"levels": [3]}, "levels=.3. must be different whole numbers"),
+    ],
+)
+def test_wrong_options_are_told_in_a_sentence(file, options, sentence):
+    options = {"file": str(file), "test_questions": 4} | options
+    with pytest.raises(ValueError, match=sentence):
+        worked_steps(**options)
+
+
+@pytest.mark.parametrize("control", ["none", "filler"])
+def test_the_recipe_trains_and_tests_each_level(file, tmp_path, control):
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = json.dumps({"file": str(file), "test_questions": 4, "tokens_per_step": 1})
+    command = [
+        sys.executable, ROOT / "recipes" / "toy.py", "--config", ROOT / "recipes" / "smollm2-135m" / "gsm8k_steps.yaml",
+        "--model_name_or_path", tmp_path / "model", "--task_options", options, "--max_steps", 2, "--max_think_length", 2, "--num_think_tokens", 4, "--per_device_train_batch_size", 2, "--max_length", 96,
+        "--use_cpu", "--bf16", "false", "--output_dir", tmp_path / "out", "--control", control,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert set(run["accuracy"]["think"]) == {"0", "1", "2"}
+    assert ("random" in run["accuracy"]) == (control == "none")
