@@ -155,7 +155,7 @@ def grid(tmp_path_factory):
 model_name_or_path: {folder / "model"}
 data_files: [{folder / "data.jsonl"}]
 output_dir: {folder / "out"}
-seeds: [0, 1]
+seeds: [0]
 num_samples: 2
 accelerate_config: {ROOT / "accelerate_configs" / "cpu.yaml"}
 arms: {{look: {{lookahead: 2, stop: fixed, think_cost: [0.0]}}}}
@@ -194,14 +194,13 @@ def test_five_arms_and_one_more_make_one_results_file(grid):
     folder, printed, results = grid
     found = results["comparison"]
     assert {"base", "cpt", "cpt_flops", "filler", "think", f"think{SILENT}", f"filler{SILENT}", "look"} <= set(found["arms"])
-    assert results["seeds"] == [0, 1]
+    assert results["seeds"] == [0]
     training = results["training"]
     assert training["cpt"]["steps"] == training["think"]["steps"] == training["filler"]["steps"] == 3
     # As much compute as thinking takes, to half a step.
     per_step = training["cpt"]["flops"] / 3
     assert abs(training["cpt_flops"]["flops"] - training["think"]["flops"]) <= per_step / 2
     assert training["filler"]["flops"] < training["think"]["flops"]
-    assert all(len(gain["seeds"]) == 2 for gain in found["gains"].values())
     for words in ("think, over cpt", "tokens at a place", "cpt_flops: as much compute"):
         assert words in printed
         assert words in as_text(results)
@@ -212,10 +211,8 @@ def test_five_arms_and_one_more_make_one_results_file(grid):
 def test_arms_differ_by_what_they_are_and_nothing_else(grid):
     folder, _, _ = grid
     weights = {arm: AutoModelForCausalLM.from_pretrained(folder / "out" / f"{arm}-seed0").get_input_embeddings().weight for arm in ("cpt", "filler", "think")}
-    again = AutoModelForCausalLM.from_pretrained(folder / "out" / "cpt-seed1").get_input_embeddings().weight
     assert len({len(weight) for weight in weights.values()}) == 1  # all have the new rows
     assert not torch.equal(weights["cpt"], weights["think"])
-    assert not torch.equal(weights["cpt"], again)
     configs = [json.loads((folder / "out" / f"{arm}-seed0" / "config.json").read_text())["thinktok"] for arm in ("filler", "think")]
     assert [config["thoughts"] for config in configs] == ["filler", "discrete"]
 
@@ -223,9 +220,9 @@ def test_arms_differ_by_what_they_are_and_nothing_else(grid):
 def test_what_is_finished_is_not_run_again(grid):
     folder, printed, results = grid
     (folder / "out" / "results.json").unlink()
-    (folder / "out" / "think-seed1" / "evaluation.npz").unlink()
+    (folder / "out" / "think-seed0" / "evaluation.npz").unlink()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/trainer_state.json")}
-    assert len(kept) == 10
+    assert len(kept) == 5
     done = compare(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/trainer_state.json")} == kept

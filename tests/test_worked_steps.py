@@ -64,9 +64,10 @@ def test_the_recipe_trains_and_tests_each_level(file, tmp_path, control):
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     options = json.dumps({"file": str(file), "test_questions": 4, "tokens_per_step": 1})
+    config = ROOT / "recipes" / "smollm2-135m" / "gsm8k_steps.yaml"
     command = [
-        sys.executable, ROOT / "recipes" / "toy.py", "--config", ROOT / "recipes" / "smollm2-135m" / "gsm8k_steps.yaml",
-        "--model_name_or_path", tmp_path / "model", "--task_options", options, "--max_steps", 2, "--max_think_length", 2, "--num_think_tokens", 4, "--per_device_train_batch_size", 2, "--max_length", 96,
+        sys.executable, ROOT / "recipes" / "toy.py", "--config", config, "--model_name_or_path", tmp_path / "model", "--task_options", options,
+        "--max_steps", 2, "--max_think_length", 2, "--num_think_tokens", 4, "--per_device_train_batch_size", 2, "--max_length", 96,
         "--use_cpu", "--bf16", "false", "--output_dir", tmp_path / "out", "--control", control,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
