@@ -109,7 +109,8 @@ def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
     assert sentence in done.stderr.strip().splitlines()[-1]
 
 
-CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "lm_eval")  # those are the harness's own
+COMPARISONS = [path for path in CONFIGS if path.stem.startswith("compare_")]
 MIXTURES = [path for path in CONFIGS if "\ntask_share:" in path.read_text()]
 TOYS = [path for path in CONFIGS if "\ntask:" in path.read_text() and path not in MIXTURES]
 # Each with the config that it changes.
@@ -121,15 +122,29 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in TOYS + MIXTURES and path.stem not in VARIANTS], ids=lambda path: path.stem)
+OTHERS = [*TOYS, *MIXTURES, *COMPARISONS]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in OTHERS and path.stem not in VARIANTS], ids=lambda path: path.stem)
 def test_every_yaml_file_is_read_as_it_stands(path, monkeypatch):
     monkeypatch.syspath_prepend(RECIPE.parent)
     recipe = importlib.import_module("pretrain_think")
-    parser = TrlParser((recipe.TextArguments, ThinkTokConfig, ModelConfig))
+    parser = TrlParser((recipe.PretrainArguments, ThinkTokConfig, ModelConfig))
     script, args, model = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
     assert args.thinks
     assert script.dataset_name
     assert model.model_name_or_path
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_comparison_is_read_as_it_stands(path, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPE.parent)
+    recipe = importlib.import_module("compare")
+    chosen, script, args, _ = TrlParser((recipe.CompareArguments, *recipe.KINDS)).parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
+    assert args.thinks
+    assert args.max_steps > 0
+    assert script.test_documents > 0
+    assert (ROOT / chosen.accelerate_config).exists()
 
 
 @pytest.fixture
