@@ -104,7 +104,7 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 def as_text(results: dict[str, Any]) -> str:
     """The table of a results file as its run printed it, and where it ran."""
     file = StringIO()
-    console = Console(file=file, width=80)
+    console = Console(file=file, width=100)
     from .evaluation.tables import print_comparison, print_evaluation
 
     kinds = {

@@ -1,7 +1,7 @@
 """Is it the thoughts, or the compute, the text, or the length alone? A thinking run beside its controls, on the same places of text that none of them saw.
 
     python recipes/compare.py --config recipes/smollm2-135m/compare_quick.yaml
-    python recipes/compare.py --config recipes/smollm2-135m/compare_gsm8k.yaml --seeds 0 1 2 --accelerate accelerate_configs/multi_gpu.yaml
+    python recipes/compare.py --config recipes/smollm2-135m/compare_gsm8k.yaml --seeds 0 1 2 --accelerate_config accelerate_configs/multi_gpu.yaml
 
 The config is one of recipes/pretrain_think.py, with `test_documents`, and what is listed below. Five arms, each trained by that recipe under
 `accelerate launch`, with the same data order, seed and optimizer:
@@ -16,6 +16,7 @@ The config is one of recipes/pretrain_think.py, with `test_documents`, and what 
 Writes results.json and report.html into output_dir.
 """
 
+import functools
 import json
 import os
 import re
@@ -151,19 +152,23 @@ def load(name: str, args: ThinkTokConfig, text) -> tuple[Any, Any]:
 
 
 def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset) -> Evaluation:
-    """What an arm does on the test part, from a run or from its file."""
+    """What an arm does on the test part: measured, or from its file where that has the same settings."""
+    args, arms = grid.options["think"][1], grid.options
+    samples = chosen.num_samples if arm in arms and arms[arm][1].thinks else 0
+    asked = {
+        "max_length": args.max_length, "rows_per_document": chosen.rows_per_document, "num_forks": args.num_forks,
+        "num_samples": min(samples, 1) if arm in arms and arms[arm][1].thoughts == "filler" else samples, "max_think_length": args.max_think_length,
+        "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
+    }  # fmt: skip
     if path.exists():
-        return Evaluation.load(path)
-    args = grid.options["think"][1]
+        found = Evaluation.load(path)
+        if (asked | {"text_bytes": sum(len(row["text"].encode()) for row in test)}).items() <= found.settings.items():
+            return found
     model, tokenizer = load(source, args, test)
     if not args.use_cpu and (device := torch.accelerator.current_accelerator(check_available=True)):
         model.to(device)
-    thinks = arm in grid.options and grid.options[arm][1].thinks
-    found = evaluate_thinking(
-        model, tokenizer, test, max_length=args.max_length, rows_per_document=chosen.rows_per_document, num_forks=args.num_forks,
-        num_samples=chosen.num_samples if thinks else 0, max_think_length=args.max_think_length, lookahead=args.lookahead,
-        batch_size=args.per_device_eval_batch_size, progress=lambda batches: track(batches, f"evaluating {arm}", console=console, transient=True),
-    )  # fmt: skip
+    show = functools.partial(track, description=f"evaluating {arm}", console=console, transient=True)
+    found = evaluate_thinking(model, tokenizer, test, **asked, progress=show)
     found.save(path)
     return found
 

@@ -230,6 +230,15 @@ def test_what_is_finished_is_not_run_again(grid):
     assert again["comparison"]["gains"] == results["comparison"]["gains"]
 
 
+def test_other_settings_of_measuring_measure_again(grid):
+    folder, _, results = grid
+    done = compare(folder, "--num_samples", "1", "--report_documents", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = json.loads((folder / "out" / "results.json").read_text())
+    assert again["comparison"]["runs"]["think"]["0"]["settings"]["num_samples"] == 1
+    assert again["comparison"]["runs"]["cpt"] == results["comparison"]["runs"]["cpt"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

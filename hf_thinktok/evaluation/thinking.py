@@ -179,7 +179,7 @@ def evaluate_thinking(
     ahead = lookahead or trained.get("lookahead") or max_length
     attach_head(base, vocabulary)
     branching = Branching(num_samples, length, ahead, blind=blind)
-    rows, bytes_per_token = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length), rows_per_document)
+    rows, num_bytes, num_tokens = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length), rows_per_document)
     engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(num_samples, 1)), max(len(ids) for _, ids in rows), num_forks)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
@@ -192,7 +192,7 @@ def evaluate_thinking(
     joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
     settings = {
         "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
-        "lookahead": ahead, "batch_size": batch_size, "seed": seed, "engine": engine.name,
+        "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text_bytes": num_bytes, "engine": engine.name,
         "thoughts": trained.get("thoughts", "discrete"), "stop": trained.get("stop", "learned"),
     }  # fmt: skip
     arms = [arm for arm in ARMS if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
@@ -205,7 +205,7 @@ def evaluate_thinking(
         entropy_F=joined["entropy"],
         kinds_F=joined["kinds"],
         lengths_F=joined["lengths"],
-        bytes_per_token=bytes_per_token,
+        bytes_per_token=num_bytes / num_tokens,
         settings=settings,
     )
 
@@ -228,8 +228,8 @@ def check_evaluable(model: PreTrainedModel) -> tuple[PreTrainedModel, ThinkingVo
     return base, vocabulary, trained
 
 
-def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], float]:
-    """Each row's document and ids, the longest first, and the text's bytes per token."""
+def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], int, int]:
+    """Each row's document and ids, the longest first, and the whole text's bytes and tokens."""
     rows, num_bytes, num_tokens = [], 0, 0
     for document, one in enumerate(dataset):
         ids = tokenizer(one[text_field])["input_ids"]
@@ -238,7 +238,7 @@ def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_documen
     rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
     if not rows:
         raise ValueError("There is no text to evaluate on: no document has two tokens.")
-    return rows, num_bytes / num_tokens
+    return rows, num_bytes, num_tokens
 
 
 def _batches(rows: list[tuple[int, list[int]]], batch_size: int, pad: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
