@@ -16,6 +16,8 @@ Writes a checkpoint that plain `AutoModelForCausalLM` loads; `results.json`, hel
 thinking, and with a random thought; and `report.html`, the same with curves and with the text, token by token.
 """
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,6 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.loading import fit_to_cpu
-from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import changed_options, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, load_text, split
@@ -63,10 +64,16 @@ def main(script: PretrainArguments, args: ThinkTokConfig, model: ModelConfig, co
         if trainer.is_world_process_zero():
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
-            write_report([Run.read(Path(args.output_dir), script.report_documents, args.max_length or 256)], Path(args.output_dir) / "report.html")
-            print(Path(args.output_dir) / "report.html")
+            report(args.output_dir, script.report_documents, args.max_length or 256)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def report(folder: str, documents: int, max_length: int) -> None:
+    """Writes report.html. In a process of its own: in this one launchers may hold whatever is loaded in parts."""
+    command = ["report", folder, "--output", str(Path(folder) / "report.html"), "--documents", str(documents), "--max_length", str(max_length)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))}
+    subprocess.run([sys.executable, "-m", "hf_thinktok.cli", *command], env=own)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def test_accelerate_launch_trains_evaluates_and_saves(tiny_folder, config):
     assert {"gain", "gain_stderr", "mean_think_length", "steps_per_second", "config", "versions", "hardware", "commit"} <= set(results)
     assert results["config"]["max_steps"] == 2
     assert "bits per token" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(tiny_folder / "out" / "report.html")
+    assert "Held-out text 1" in (tiny_folder / "out" / "report.html").read_text()
     reload = (
         "import sys; sys.modules['hf_thinktok'] = None; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"m, t = M.from_pretrained({str(tiny_folder / 'out')!r}), T.from_pretrained({str(tiny_folder / 'out')!r}); "
