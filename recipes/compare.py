@@ -42,7 +42,7 @@ from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_comparison
-from hf_thinktok.loading import sample_text
+from hf_thinktok.loading import fit_to_cpu, sample_text
 from hf_thinktok.peft import merge
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
@@ -174,7 +174,7 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
 
 
 def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
-    output = Path(recipe["output_dir"])
+    output = Path(recipe.setdefault("output_dir", "outputs/compare"))
     grid = Grid(recipe, chosen.arms, output)
     script, args, model = grid.options["think"]
     if chosen.test_files:
@@ -194,6 +194,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
         evaluations["base"] = dict.fromkeys(chosen.seeds[:done], base)
         results = {
             "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "arms": grid.configs, "settings": base.settings | asdict(chosen),
+            "bf16": fit_to_cpu(args).bf16,
             "config": recipe, "seeds": chosen.seeds[:done], **environment(),
         }  # fmt: skip
         write_json(output / "results.json", results)

@@ -195,6 +195,7 @@ def test_five_arms_and_one_more_make_one_results_file(grid):
     found = results["comparison"]
     assert {"base", "cpt", "cpt_flops", "filler", "think", f"think{SILENT}", f"filler{SILENT}", "look"} <= set(found["arms"])
     assert results["seeds"] == [0]
+    assert results["bf16"] is False
     training = results["training"]
     assert training["cpt"]["steps"] == training["think"]["steps"] == training["filler"]["steps"] == 3
     # As much compute as thinking takes, to half a step.
