@@ -18,6 +18,7 @@ CURVES = {
     "think_gain": "gain of a thought, nats",
     "accuracy": "hits after a thought",
     "think_length": "thinking tokens",
+    "gate": "probability to think",
     "thought_entropy": "entropy of thoughts, nats",
     "eval_gain": "held-out gain, bits",
 }
