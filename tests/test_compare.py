@@ -22,6 +22,7 @@ from hf_thinktok.plan import step_flops
 from hf_thinktok.results import as_text
 from hf_thinktok.text import TextArguments, load_text, split
 
+pytestmark = pytest.mark.timeout(900)  # the comparison that most tests look at is five trainings
 ROOT = Path(__file__).parent.parent
 SHAPE = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96,
