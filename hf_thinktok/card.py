@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader
 
-from .results import as_text
+from .results import as_text, machine
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
 
 # Where text comes from, and under which licence.
@@ -43,7 +43,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         )
     config = {name: value for name, value in results["config"].items() if name not in NOT_SETTINGS}
     base, dataset = config.get("model_name_or_path"), config.get("dataset_name")
-    packaged, hardware = base == PACKAGED_MODEL, results["hardware"]
+    packaged = base == PACKAGED_MODEL
     shown: dict[str, Any] = {
         "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
         "base_name": PACKAGED if packaged else base,
@@ -55,7 +55,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         "adapter": config.get("use_peft", False),
         "loader": "AutoPeftModelForCausalLM" if config.get("use_peft") else "AutoModelForCausalLM",
         "prompt": "Once upon a time",
-        "hardware": f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}",
+        "hardware": machine(results),
         "commit": results["commit"],
         "figures": as_text(results),
         "options": yaml.safe_dump(config, sort_keys=True),

@@ -53,8 +53,7 @@ def run_eval(args: argparse.Namespace) -> None:
     try:
         documents = load_text(text)
         if "--config" in args.recipe:
-            parts = split(documents, text)
-            documents = parts.test or parts.held_out
+            documents = split(documents, text).unseen
             if documents is None:
                 raise UsageError("The recipe holds nothing out to evaluate on: give --held_out_documents, or the text alone with --data_files.")
         else:

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tokens import ThinkingVocabulary
 
@@ -56,6 +56,13 @@ def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokeni
     model.config.thinktok = AutoConfig.from_pretrained(folder).thinktok
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_whole(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint and its tokenizer; of an adapter's folder what it and its base make together."""
+    if os.path.exists(os.path.join(name, "adapter_config.json")):
+        return merge(name, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
 
 
 def load_adapters(model: PeftModel, folder: str) -> None:

@@ -1,15 +1,17 @@
 """What a run writes down: its figures, and everything that it takes to get them again."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from math import log
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -93,12 +95,32 @@ def training_results(before: dict[str, float], after: dict[str, float], training
     }
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that takes its name, and another's place, when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=2, sort_keys=True, default=str) + "\n")
+    with open(unfinished, "wb") as file:
+        yield file
     os.replace(unfinished, path)
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    with written_whole(path) as file:
+        file.write(f"{json.dumps(results, indent=2, sort_keys=True, default=str)}\n".encode())
+
+
+def machine(results: dict[str, Any]) -> str:
+    """What a run was made on."""
+    hardware = results["hardware"]
+    return f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}"
+
+
+def where(results: dict[str, Any]) -> str:
+    """The machine and the libraries of a run."""
+    versions = results["versions"]
+    return f"{machine(results)}; torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def as_text(results: dict[str, Any]) -> str:
@@ -119,10 +141,8 @@ def as_text(results: dict[str, Any]) -> str:
         "task": print_task,
     }
     next((printer for name, printer in kinds.items() if name in results), print_results)(results, console)
-    hardware, versions = results["hardware"], results["versions"]
-    where = f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}; torch {versions['torch']}, transformers {versions['transformers']}"
     lines = [line.rstrip() for line in file.getvalue().splitlines()]
-    return "\n".join([*lines, f"{where}; commit {(results['commit'] or 'unknown')[:12]}\n"])
+    return "\n".join([*lines, f"{where(results)}; commit {(results['commit'] or 'unknown')[:12]}\n"])
 
 
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:

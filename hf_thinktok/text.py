@@ -1,6 +1,6 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset
@@ -51,12 +51,22 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
     return text.filter(lambda row: bool(row["text"].strip()))
 
 
+def load_files(script: TextArguments, files: list[str]) -> Dataset | IterableDataset:
+    """All text of other files, made as a script's own is."""
+    return load_text(replace(script, dataset_name=None, data_files=files))  # type: ignore[call-arg]
+
+
 class TextParts(NamedTuple):
     """Documents to train on, to evaluate on while settings are chosen, and to report on; `None` where there are none."""
 
     train: Dataset | IterableDataset
     held_out: Dataset | None
     test: Dataset | None
+
+    @property
+    def unseen(self) -> Dataset | None:
+        """What training did not see: the test part, or where there is none what was held out."""
+        return self.test or self.held_out
 
 
 def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress, track
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, trainer_utils
+from transformers import AutoConfig, trainer_utils
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, add_thinking_tokens
@@ -43,12 +43,12 @@ from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_comparison
 from hf_thinktok.loading import fit_to_cpu, sample_text
-from hf_thinktok.peft import merge
+from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import environment, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import TextArguments, load_text, split
+from hf_thinktok.text import TextArguments, load_files, load_text, split
 
 PRETRAIN = Path(__file__).parent / "pretrain_think.py"
 KINDS = (TextArguments, ThinkTokConfig, ModelConfig)
@@ -79,7 +79,8 @@ class Grid:
         self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
         if self.options["think"][1].max_steps <= 0:
             raise ValueError("Arms are compared step by step: set max_steps.")
-        self.flops = {arm: self._step_flops(*self.options[arm][1:]) for arm in self.configs}
+        self.flops = {arm: self._step_flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}
+        self.flops["cpt_flops"] = self.flops["cpt"]  # step by step they are the same
         if (known := self.flops["think"]) is None:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
         steps = round(self.options["think"][1].max_steps * known / self.flops["cpt"])
@@ -143,9 +144,7 @@ def run(command: list[str], log: Path, label: str) -> int:
 
 def load(name: str, args: ThinkTokConfig, text) -> tuple[Any, Any]:
     """A trained arm, an adapter merged into its base; or the model that all arms start from, with thinking tokens."""
-    if (Path(name) / "adapter_config.json").exists():
-        return merge(name, dtype="float32")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32), AutoTokenizer.from_pretrained(resolve_model(name))
+    model, tokenizer = load_whole(resolve_model(name), dtype="float32")
     if not hasattr(model.config, "thinktok"):
         add_thinking_tokens(model, tokenizer, args.num_think_tokens, sample_text(text, args.dataset_text_field, tokenizer), seed=args.seed)
     return model, tokenizer
@@ -177,15 +176,13 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     output = Path(recipe.setdefault("output_dir", "outputs/compare"))
     grid = Grid(recipe, chosen.arms, output)
     script, args, model = grid.options["think"]
-    if chosen.test_files:
-        script = replace(script, data_files=chosen.test_files, max_documents=None, held_out_documents=0, test_documents=0)
-    parts = split(load_text(script), script)
-    test = parts.train if chosen.test_files else parts.test
+    test = load_files(script, chosen.test_files) if chosen.test_files else split(load_text(script), script).test
     if test is None:
         raise ValueError("There is no text to report on: set test_documents, or test_files.")
     base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test)
     evaluations: dict[str, dict[int, Evaluation]] = {"base": dict.fromkeys(chosen.seeds, base)} | {arm: {} for arm in grid.configs}
     logs: dict[str, dict[str, Any]] = {arm: {} for arm in grid.configs}
+    bf16 = fit_to_cpu(args).bf16
     for done, seed in enumerate(chosen.seeds, 1):
         for arm, config in grid.configs.items():
             folder = output / f"{arm}-seed{seed}"
@@ -194,8 +191,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
         evaluations["base"] = dict.fromkeys(chosen.seeds[:done], base)
         results = {
             "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "arms": grid.configs, "settings": base.settings | asdict(chosen),
-            "bf16": fit_to_cpu(args).bf16,
-            "config": recipe, "seeds": chosen.seeds[:done], **environment(),
+            "bf16": bf16, "config": recipe, "seeds": chosen.seeds[:done], **environment(),
         }  # fmt: skip
         write_json(output / "results.json", results)
     print_comparison(results, console)

@@ -4,6 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hf_thinktok import add_thinking_tokens
+
 CORPUS = [
     "the cat sat on the mat and looked at the moon. ",
     "3 + 4 = 7, and 7 + 5 = 12; so 3 + 4 + 5 = 12. ",
@@ -170,3 +172,13 @@ def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, special_tokens=[*special, *bytes_], show_progress=False))
     template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=template)
+
+
+def save_tiny(folder, think_tokens: int = 0) -> None:
+    """A tiny model and its tokenizer in a folder, with thinking tokens or without."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    if think_tokens:
+        add_thinking_tokens(model, tokenizer, think_tokens)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

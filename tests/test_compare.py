@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import CORPUS, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
@@ -147,9 +147,8 @@ def test_the_test_part_is_seen_by_nobody_else(tmp_path):
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     """A folder with a tiny model, text, a config, and the comparison that was made of them."""
-    folder, tokenizer = tmp_path_factory.mktemp("compare"), tiny_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    folder = tmp_path_factory.mktemp("compare")
+    save_tiny(folder / "model")
     (folder / "data.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {CORPUS[i % 4]}"}) for i in range(40)))
     (folder / "recipe.yaml").write_text(
         f"""

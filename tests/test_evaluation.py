@@ -13,10 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CORPUS, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from plain_rows import thinker
 
-from hf_thinktok import add_thinking_tokens
 from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.intervals import ratio_interval
@@ -226,11 +225,8 @@ def test_the_metric_loads_from_its_folder():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path, tokenizer = tmp_path_factory.mktemp("model"), tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer))
-    add_thinking_tokens(model, tokenizer, 4)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    path = tmp_path_factory.mktemp("model")
+    save_tiny(path, think_tokens=4)
     (path / "data.jsonl").write_text("\n".join(map(json.dumps, TEXT)))
     (path / "recipe.yaml").write_text(f"data_files: [{path / 'data.jsonl'}]\nheld_out_documents: 2\nlearning_rate: 1.0e-3\n")
     return path

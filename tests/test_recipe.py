@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import CORPUS, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
@@ -26,9 +26,7 @@ def run(*command, **kwargs):
 
 @pytest.fixture
 def tiny_folder(tmp_path):
-    tokenizer = tiny_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     rows = [{"question": f"{i} + {i}", "answer": f"{2 * i}. {CORPUS[i % 4]}"} for i in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "data.txt").write_text("\n\n".join(CORPUS))

@@ -8,10 +8,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from models import CORPUS, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from plain_rows import thinker
 
-from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text
@@ -24,11 +23,8 @@ TEXT = CORPUS[0] + ' <b>& "quoted"</b> </script><script>window.broken = true</sc
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run's folder: a model, its results and its log."""
-    path, tokenizer = tmp_path_factory.mktemp("run"), tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer))
-    add_thinking_tokens(model, tokenizer, 4)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    path = tmp_path_factory.mktemp("run")
+    save_tiny(path, think_tokens=4)
     (path / "data.jsonl").write_text("\n".join(json.dumps({"text": f"{TEXT} {i}"}) for i in range(8)))
     log = [{"step": step, "loss": 4 - step / 10, "think_length": step / 20} for step in range(1, 6)]
     (path / "trainer_state.json").write_text(json.dumps({"log_history": log}))

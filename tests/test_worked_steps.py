@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import tiny_model, tiny_tokenizer
+from models import save_tiny
 
 from hf_thinktok.worked_steps import worked_steps
 
@@ -60,9 +60,7 @@ def test_wrong_options_are_told_in_a_sentence(file, options, sentence):
 
 @pytest.mark.parametrize("control", ["none", "filler"])
 def test_the_recipe_trains_and_tests_each_level(file, tmp_path, control):
-    tokenizer = tiny_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     options = json.dumps({"file": str(file), "test_questions": 4, "tokens_per_step": 1})
     config = ROOT / "recipes" / "smollm2-135m" / "gsm8k_steps.yaml"
     command = [

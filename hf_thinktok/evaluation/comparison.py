@@ -1,11 +1,10 @@
 """Runs side by side on the same held-out places: a thinking model against what its compute, its text and its length alone would have brought."""
 
-import math
 from typing import Any
 
 import numpy as np
 
-from .intervals import ratio_interval
+from .intervals import bits_per_token
 from .thinking import Evaluation
 
 # The arms of a comparison, in the order of its table, and what each is trained with.
@@ -48,29 +47,25 @@ class Comparison:
             found[seed] = one.logps["no_think" if silent or own not in one.logps else own]
         return found
 
-    def bits(self, nats_F: np.ndarray) -> dict[str, float]:
-        """Bits per token of a sum of nats, and its 95 % interval over documents."""
-        _, document_F = np.unique(self.first.documents_F, return_inverse=True)
-        sums_D = np.bincount(document_F, nats_F) / math.log(2)
-        counts_D = np.bincount(document_F, self.first.tokens_F)
-        low, high = ratio_interval(sums_D, counts_D)
-        return {"bits_per_token": float(sums_D.sum() / counts_D.sum()), "low": low, "high": high}
+    def over_seeds(self, nats: dict[int, np.ndarray]) -> dict[str, Any]:
+        """Bits per token of nats by seed: the mean over seeds with its interval over documents, and each seed's."""
+
+        def bits(nats_F: np.ndarray) -> dict[str, float]:
+            return bits_per_token(nats_F, self.first.documents_F, self.first.tokens_F)
+
+        return bits(np.mean(list(nats.values()), 0)) | {"seeds": {str(seed): bits(nats_F) for seed, nats_F in nats.items()}}
 
     def gain(self, arm: str, other: str) -> dict[str, Any]:
-        """Bits per token that an arm saves over another: the mean over seeds with its interval over documents, and each seed's."""
+        """Bits per token that an arm saves over another."""
         ours, theirs = self.logps(arm), self.logps(other)
-        differences = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
-        return self.bits(np.mean(list(differences.values()), 0)) | {"seeds": {str(seed): self.bits(nats_F) for seed, nats_F in differences.items()}}
+        return self.over_seeds({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs})
 
     def summary(self) -> dict[str, Any]:
         """Bits per token of each arm, what the thinking one gains over each other, and each run's own figures."""
         shown = [*self.evaluations, *(f"{arm}{SILENT}" for arm, seeds in self.evaluations.items() if self._thinks(seeds))]
-        arms: dict[str, dict[str, Any]] = {arm: self.bits(-np.mean(list(self.logps(arm).values()), 0)) | {"seeds": {}} for arm in shown}
-        for arm in shown:
-            arms[arm]["seeds"] = {str(seed): self.bits(-nats_F) for seed, nats_F in self.logps(arm).items()}
         pairs = [("think", other) for other in shown if other != "think"] + [(f"think{SILENT}", "cpt"), ("filler", "cpt"), ("cpt_flops", "cpt")]
         return {
-            "arms": arms,
+            "arms": {arm: self.over_seeds({seed: -logps_F for seed, logps_F in self.logps(arm).items()}) for arm in shown},
             "gains": {f"{arm} over {other}": self.gain(arm, other) for arm, other in pairs if arm in shown and other in shown},
             "runs": {arm: {str(seed): one.summary() for seed, one in seeds.items()} for arm, seeds in self.evaluations.items()},
             "documents": len(np.unique(self.first.documents_F)),

@@ -18,7 +18,7 @@ from ..losses import stopping_logps
 from ..rollout import Sampling, sample_thoughts
 from ..tree import Branching, ThoughtTree
 from .inspection import logits_of
-from .thinking import check_evaluable
+from .thinking import check_evaluable, padded
 
 KINDS = ("none", "own", "always")
 # Logits are made for so many numbers at a time: 256 MiB in fp32.
@@ -93,13 +93,12 @@ class ThinkTokLM(HFLM):
         room = self.max_length - self.branching.max_length
         rows = [(context + continuation)[-room:] for context, continuation in requests]
         places = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(requests, rows, strict=True)]
-        longest, most = max(map(len, rows)), max(places)
-        tokens_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        documents_BT = torch.tensor([[0] * len(row) + [-1] * (longest - len(row)) for row in rows], device=self.device)
+        most = max(places)
+        tokens_BT, documents_BT = padded([(0, row) for row in rows], 0, self.device)
         forks = [[len(row) - 1 - count + k for k in range(count)] + [-1] * (most - count) for row, count in zip(rows, places, strict=True)]
         forks_BK = torch.tensor(forks, device=self.device)
         if self.engine is None:
-            self.engine = choose_engine(self.base, self.vocabulary, self.branching, longest, most)
+            self.engine = choose_engine(self.base, self.vocabulary, self.branching, tokens_BT.shape[1], most)
         sampling, generator = Sampling(top_k=1, filler=self.filler), torch.Generator(self.device)
         with evaluating(self.model):
             rollout = sample_thoughts(self.engine, self.model, tokens_BT, documents_BT, forks_BK, self.branching, sampling, self.vocabulary, generator)

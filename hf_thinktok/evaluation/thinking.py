@@ -5,7 +5,6 @@ Shape suffixes as in tree.py; S samples, F forks of the whole text.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,13 @@ from ..engine import Engine, choose_engine, evaluating, longest_row
 from ..forks import choose_forks, eligible_forks
 from ..head import HeadInputs, attach_head
 from ..objective import speak
+from ..results import written_whole
 from ..rewards import masked_sum
 from ..rollout import Rollout, Sampling, random_thoughts, sample_thoughts
 from ..scores import score_tree
 from ..tokens import ThinkingVocabulary
 from ..tree import Branching, ThoughtTree
-from .intervals import ratio_interval
+from .intervals import bits_per_token
 
 # What the model does at a fork, and what is put there in place of its thought.
 ARMS = {
@@ -75,10 +75,8 @@ class Evaluation:
         """Writes all that was measured, whole or not at all; `load` reads it again."""
         parts = {f"{group}/{arm}": values_F for group in GROUPS for arm, values_F in getattr(self, group).items()}
         parts |= {name: getattr(self, name) for name in ("documents_F", "tokens_F", "entropy_F", "kinds_F", "lengths_F")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished.npz")
-        np.savez_compressed(unfinished, bytes_per_token=self.bytes_per_token, settings=json.dumps(self.settings), **parts)
-        os.replace(unfinished, path)
+        with written_whole(path) as file:
+            np.savez_compressed(file, bytes_per_token=self.bytes_per_token, settings=json.dumps(self.settings), **parts)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
@@ -131,11 +129,7 @@ class Evaluation:
         there_F = ~np.isnan(nats_F) if where_F is None else ~np.isnan(nats_F) & where_F
         if not there_F.any():
             return dict.fromkeys(("bits_per_token", "low", "high"), math.nan)
-        _, document_F = np.unique(self.documents_F[there_F], return_inverse=True)
-        sums_D = np.bincount(document_F, nats_F[there_F]) / math.log(2)
-        counts_D = np.bincount(document_F, self.tokens_F[there_F])
-        low, high = ratio_interval(sums_D, counts_D)
-        return {"bits_per_token": float(sums_D.sum() / counts_D.sum()), "low": low, "high": high}
+        return bits_per_token(nats_F[there_F], self.documents_F[there_F], self.tokens_F[there_F])
 
 
 @torch.no_grad()
@@ -188,7 +182,9 @@ def evaluate_thinking(
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
             forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), num_forks, "stride", generator)
-            records.append(_measure(engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, tokenizer, filler))
+            here = replace(branching, lookahead=min(ahead, tokens_BT.shape[1]))
+            batch = _Batch(engine, model, vocabulary, here, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler)
+            records.append(_measure(batch, tokenizer))
     joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
     settings = {
         "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
@@ -243,33 +239,40 @@ def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_documen
 
 def _batches(rows: list[tuple[int, list[int]]], batch_size: int, pad: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        longest = len(batch[0][1])
-        tokens = [ids + [pad] * (longest - len(ids)) for _, ids in batch]
-        documents = [[document] * len(ids) + [-1] * (longest - len(ids)) for document, ids in batch]
-        yield torch.tensor(tokens, device=device), torch.tensor(documents, device=device)
+        yield padded(rows[start : start + batch_size], pad, device)
 
 
-def _measure(
-    engine: Engine,
-    model,
-    vocabulary: ThinkingVocabulary,
-    branching: Branching,
-    tokens_BT: Tensor,
-    documents_BT: Tensor,
-    labels_BT: Tensor,
-    forks_BK: Tensor,
-    generator: torch.Generator,
-    tokenizer,
-    filler: bool,
-) -> dict[str, np.ndarray]:
+def padded(rows: list[tuple[int, list[int]]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and documents of rows, `[B, T]`, from each row's document and ids; where there is padding the document is -1."""
+    longest = max(len(ids) for _, ids in rows)
+    tokens = [ids + [pad] * (longest - len(ids)) for _, ids in rows]
+    documents = [[document] * len(ids) + [-1] * (longest - len(ids)) for document, ids in rows]
+    return torch.tensor(tokens, device=device), torch.tensor(documents, device=device)
+
+
+class _Batch(NamedTuple):
+    """Rows, the places to think at, and who thinks there."""
+
+    engine: Engine
+    model: PreTrainedModel
+    vocabulary: ThinkingVocabulary
+    branching: Branching
+    tokens_BT: Tensor
+    documents_BT: Tensor
+    labels_BT: Tensor
+    forks_BK: Tensor
+    generator: torch.Generator
+    filler: bool
+
+
+def _measure(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
     """All arms at the forks of one batch."""
-    branching = replace(branching, lookahead=min(branching.lookahead, tokens_BT.shape[1]))
+    engine, model, _, branching, tokens_BT, documents_BT, labels_BT, forks_BK, *_ = batch
     places_BKH, mask_BKH = ThoughtTree(documents_BT, forks_BK, branching).judged(labels_BT)
     there_BK = mask_BKH.any(-1)
     found = _Thoughts({}, {}, {}, torch.zeros(forks_BK.shape, device=forks_BK.device))
     if branching.num_generations:
-        found = _think(engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler)
+        found = _think(batch)
 
     # Without thoughts: an ordinary pass over the text, which knows the prediction's entropy as well.
     text = ThoughtTree(documents_BT, forks_BK[:, :0], branching)
@@ -309,19 +312,9 @@ class _Thoughts(NamedTuple):
     lengths_BK: Tensor
 
 
-def _think(
-    engine: Engine,
-    model,
-    vocabulary: ThinkingVocabulary,
-    branching: Branching,
-    tokens_BT: Tensor,
-    documents_BT: Tensor,
-    labels_BT: Tensor,
-    forks_BK: Tensor,
-    generator: torch.Generator,
-    filler: bool,
-) -> _Thoughts:
+def _think(batch: _Batch) -> _Thoughts:
     """The arms with thoughts."""
+    engine, model, vocabulary, branching, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler = batch
 
     def sample(draw_stops: bool) -> Rollout:
         sampling = Sampling(draw_stops=draw_stops, min_length=int(branching.blind), filler=filler)

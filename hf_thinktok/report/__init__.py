@@ -1,21 +1,19 @@
 """The report of runs: one HTML page with tables, pictures, and the text with what was thought in it. It needs no network and no other file."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..card import read_results
 from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
-from ..peft import merge
-from ..results import run_table, verdict
-from ..text import TextArguments, load_text, split
+from ..peft import load_whole
+from ..results import run_table, verdict, where, written_whole
+from ..text import TextArguments, load_files, load_text, split
 from .charts import draw_costs, draw_curves, draw_intervals
 
 GAINS = "bits per token saved, with 95 % intervals over documents"
@@ -100,14 +98,11 @@ class Run:
                 (f"{name}: thoughts and what is put in their place", draw_intervals({placed(gain): one["gains"][gain] for gain in one["gains"]}, GAINS))
             )
             more.append((f"{name}: where it wants to think, by how uncertain it is without a thought", draw_intervals(buckets, GAINS)))
-        hardware, versions = results["hardware"], results["versions"]
-        machine = ", ".join(hardware["gpus"]) or hardware["cpu"]
-        where = f"{hardware['cores']} cores, {machine}; torch {versions['torch']}, transformers {versions['transformers']}; commit {results['commit']}"
         told = {name: results[name] for name in ("model", "config", "arms", "settings", "seeds", "versions", "hardware", "commit") if name in results}
         shown = {name: [(title, data) for title, data in group if data] for name, group in (("pictures", pictures), ("more", more))}
         return {
-            "name": self.name, "number": number, "says": says, "where": where, "tables": [as_cells(table) for table in tables], "texts": self.texts,
-            "note": self.note, "settings": json.dumps(told, indent=2), **shown,
+            "name": self.name, "number": number, "says": says, "where": f"{where(results)}; commit {results['commit']}", "texts": self.texts,
+            "tables": [as_cells(table) for table in tables], "note": self.note, "settings": json.dumps(told, indent=2), **shown,
         }  # fmt: skip
 
 
@@ -124,19 +119,15 @@ def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
     config, known = results["config"], {entry.name for entry in fields(TextArguments)}
     script = TextArguments(**{name: value for name, value in config.items() if name in known})  # of a recipe's options those about text
     if files := results.get("settings", {}).get("test_files"):
-        return list(load_text(TextArguments(data_files=files, text_template=script.text_template)).take(documents)["text"])
-    parts = split(load_text(script), script)
-    if (held_out := parts.test or parts.held_out) is None:
+        return list(load_files(script, files).take(documents)["text"])
+    if (held_out := split(load_text(script), script).unseen) is None:
         raise ValueError("the run held none out.")
     return list(held_out.take(documents)["text"])
 
 
 def inspect_texts(folder: Path, texts: list[str], max_length: int) -> list[dict[str, Any]]:
     """Texts as a model reads them, for the page."""
-    if (folder / "adapter_config.json").exists():
-        model, tokenizer = merge(str(folder))
-    else:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_whole(str(folder))
     return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
 
 
@@ -154,7 +145,5 @@ def write_report(runs: list[Run], path: Path) -> None:
 def write_page(path: Path, runs: list[dict[str, Any]], costs: str | None = None, title: str = "Thinking tokens") -> None:
     """Writes a page whole or not at all."""
     template = Environment(loader=PackageLoader("hf_thinktok.report", ""), autoescape=select_autoescape(["j2"])).get_template("page.html.j2")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(template.render(title=title, runs=runs, costs=costs), encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_whole(path) as file:
+        file.write(template.render(title=title, runs=runs, costs=costs).encode())
