@@ -149,7 +149,7 @@ def mod_add_many(modulus: int = 10, **more) -> Recipe:
     return letters_in_a_row(decimals(modulus), decimals(modulus, " "), lambda inputs_RC: inputs_RC.cumsum(1) % modulus, " + ", extra=1, **more)
 
 
-def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float = 0.0) -> Recipe:
+def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float = 0.0, digits: bool = False) -> Recipe:
     """`37 + 58 =` -> ` 95`: one addition modulo `modulus`, for speakers that see only the thought. There is level 1 only.
 
     The thought is the answer in base `base`, most significant digit first, after `slack` zeros: [0, 9, 5]. All questions are asked, each once, or
@@ -157,18 +157,32 @@ def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float 
 
     Args:
         held_out: the part of the questions that is only tested. With 0 the test asks training questions again, to see how well their thoughts code them.
+        digits: a word for each decimal digit and not for each number: `3 7 + 5 8 =` -> ` 9 5`. All numbers have as many.
     """
     check_whole(2, 2000, modulus=modulus)
     check_whole(2, base=base)
     check_whole(0, slack=slack)
     if not isinstance(held_out, Real) or not (held_out == 0 or 0 < round(held_out * modulus**2) < modulus**2):
         raise ValueError(f"held_out={held_out!r} must be 0, or a part of the {modulus**2} questions that leaves some on either side.")
+    if not isinstance(digits, bool):
+        raise ValueError(f"digits={digits!r} must be True or False.")
     inputs_RC = np.stack(np.divmod(np.arange(modulus**2), modulus), 1)
-    answers_R, digits = inputs_RC.sum(1) % modulus, 0
-    while base**digits < modulus:
-        digits += 1
-    places = [0 * answers_R] * slack + [answers_R // base**place % base for place in reversed(range(digits))]
-    return mod_add_many(modulus, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out)
+    answers_R, length = inputs_RC.sum(1) % modulus, 0
+    while base**length < modulus:
+        length += 1
+    places = [0 * answers_R] * slack + [answers_R // base**place % base for place in reversed(range(length))]
+    recipe = mod_add_many(modulus, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out)
+    if not digits:
+        return recipe
+    spelled = [" ".join(f"{number:0{len(str(modulus - 1))}}") for number in range(modulus)]
+    return replace(
+        recipe,
+        answers=decimals(10),
+        words=lambda levels: ["+", "="],
+        prompts=lambda rng, level, inputs_RC: [text + " =" for text in joined(spelled, inputs_RC, " + ")],
+        completions=lambda asked: [f" {text}" for text in joined(spelled, asked.answers_R[:, None])],
+        chance=lambda levels: 1 / modulus,
+    )
 
 
 def permutations(group: str = "S5", pad_to: int = 0) -> Recipe:

@@ -14,6 +14,7 @@ ROWS = {"train_rows": 300, "test_rows": 150}
 CASES = {
     "mod_add": ("mod_add", {"modulus": 30, "held_out": 0.3} | ROWS),
     "mod_add base 3": ("mod_add", {"modulus": 30, "base": 3, "slack": 0, "held_out": 0.3} | ROWS),
+    "mod_add in digits": ("mod_add", {"modulus": 30, "digits": True, "held_out": 0.3} | ROWS),
     "mod_add_many": ("mod_add_many", {"modulus": 7, "levels": [1, 2, 4], "test_levels": [2, 3, 6]} | ROWS),
     "S3": ("permutations", {"group": "S3", "levels": range(1, 6), "test_levels": [3, 5, 7]} | ROWS),
     "S5": ("permutations", {"levels": [1, 2, 3, 5], "test_levels": [3, 9]} | ROWS),
@@ -60,14 +61,16 @@ def product_of(word, size):
 
 
 def read_mod_add(prompt, options):
-    a, b = map(int, prompt.removesuffix(" =").split(" + "))
+    spelled = prompt.removesuffix(" =").split(" + ")
+    assert not options.get("digits") or all(re.fullmatch(r"\d \d", text) for text in spelled)
+    a, b = (int(text.replace(" ", "")) for text in spelled)
     total = rest = (a + b) % options["modulus"]
     base, digits = options.get("base", 10), []
     length = {10: 2, 3: 4}[base] + options.get("slack", 1)
     for _ in range(length):
         digits.insert(0, rest % base)
         rest //= base
-    return digits, f" {total}", [a, b]
+    return digits, f" {total // 10} {total % 10}" if options.get("digits") else f" {total}", [a, b]
 
 
 def read_mod_add_many(prompt, options):
@@ -140,6 +143,8 @@ READERS = {name: globals()[f"read_{name}"] for name in TASKS}
 def one_step_more(name, row, options):
     """The completion from the last thought and one step; for sums in digits, from the thought alone."""
     prompt, last, words = row["prompt"], row["thoughts"][-1], row["prompt"].split()
+    if options.get("digits"):
+        return "".join(f" {digit}" for digit in row["thoughts"][1:])
     if name == "mod_add":
         return f" {sum(digit * options.get('base', 10) ** place for place, digit in enumerate(reversed(row['thoughts'])))}"
     if name == "mod_add_many":
@@ -205,15 +210,16 @@ def test_answers_number_the_completions(case):
         assert {text.strip() for text in seen[1]} <= {"odd", "yes"}
     answers = {row["answer"]: row["completion"].strip() for row in task.train}
     if task.name in ("mod_add", "mod_add_many", "pointer_chasing"):
-        assert all(str(answer) == text for answer, text in answers.items())
+        assert all(answer == int(text.replace(" ", "")) for answer, text in answers.items())
 
 
 def test_completions_go_on_with_the_prompt(case):
-    task, _ = case
+    task, options = case
+    words = 2 if options.get("digits") else 1
     for row in [*task.train, *task.test]:
         assert row["completion"].startswith(" ") != (task.name == "pointer_chasing")
         assert row["prompt"] == row["prompt"].strip()
-        assert len(row["completion"].split()) == (row["level"] if task.name == "sorting" else 1)
+        assert len(row["completion"].split()) == (row["level"] if task.name == "sorting" else words)
 
 
 @pytest.mark.parametrize(("case_name", "sep"), [("pointers", "\n"), ("offsets", "\n"), ("reachability", "\n"), ("three_sat", " ; ")])
@@ -406,7 +412,7 @@ def test_the_longer_a_word_the_less_its_counts_of_letters_tell():
 
 
 def test_chance_is_a_random_answer():
-    assert make_task("mod_add", modulus=20).chance == 1 / 20
+    assert make_task("mod_add", modulus=20).chance == make_task("mod_add", modulus=20, digits=True).chance == 1 / 20
     assert make_task("permutations", levels=[3]).chance == 1 / math.factorial(5)
     lists = [len(list(itertools.combinations_with_replacement(range(4), level))) for level in (3, 4)]
     assert make_task("sorting", values=4, levels=[3, 4], **ROWS).chance == pytest.approx(np.mean([1 / n for n in lists]))
@@ -463,6 +469,7 @@ ERRORS = [
     ("mod_add", {"modulo": 7}, ["'modulo'", "did you mean 'modulus'", "slack"]),
     ("mod_add", {"modulus": 1}, ["modulus=1", "from 2 to 2000"]),
     ("mod_add", {"slack": -1}, ["slack=-1", "of 0 or more"]),
+    ("mod_add", {"digits": 3}, ["digits=3", "True or False"]),
     ("mod_add", {"held_out": 1.0}, ["held_out=1.0", "either side"]),
     ("mod_add", {"held_out": 1e-9}, ["held_out=1e-09", "either side"]),
     ("mod_add", {"levels": [2]}, [r"levels=\[2\]", "from 1 to 1"]),
