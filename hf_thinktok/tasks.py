@@ -261,7 +261,7 @@ def sorting(values: int = 10) -> Recipe:
     return letters_in_a_row(decimals(values), decimals(values), np.sort, " ", " :", draw=draw, completions=completions, chance=chance)
 
 
-def pointer_chasing(nodes: int = 10, offsets: bool = False) -> Recipe:
+def pointer_chasing(nodes: int = 10, offsets: bool = False, pad_to: int = 0) -> Recipe:
     """Where do level hops lead in a random permutation f of the nodes? The thought is the nodes on the way.
 
     A line `k2` for the hops, one `a>b` for each node in random order, and the start `4>`, which the completion `6` goes on. `inputs` are the start, then
@@ -269,8 +269,12 @@ def pointer_chasing(nodes: int = 10, offsets: bool = False) -> Recipe:
 
     Args:
         offsets: a hop leads from s to f((s + x) mod nodes), with a number x for each hop: a line `+3 +7` before the start. Short cycles then do not help.
+        pad_to: with so many offsets in every prompt, the missing ones as `.`: the k-th offset is as far from the k-th thought at every level.
     """
     check_whole(2, nodes=nodes)
+    check_whole(0, pad_to=pad_to)
+    if pad_to and not offsets:
+        raise ValueError(f"pad_to={pad_to} fills up the line of offsets: set offsets=True, or leave it out.")
     if not isinstance(offsets, bool):
         raise ValueError(f"offsets={offsets!r} must be True or False.")
     edges, shifts = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)], decimals(nodes, "+") if offsets else []
@@ -286,17 +290,19 @@ def pointer_chasing(nodes: int = 10, offsets: bool = False) -> Recipe:
 
     def prompts(rng, level, inputs_RC):
         facts = joined(edges, shuffled(rng, np.arange(nodes) * nodes + inputs_RC[:, 1 : 1 + nodes]), "\n")
-        lines = [line + "\n" for line in joined(shifts, inputs_RC[:, 1 + nodes :])] if offsets else [""] * len(facts)
+        missing = " ." * (pad_to - level)
+        lines = [f"{line}{missing}\n" for line in joined(shifts, inputs_RC[:, 1 + nodes :])] if offsets else [""] * len(facts)
         return [f"k{level}\n{fact}\n{line}{start}>" for fact, line, start in zip(facts, lines, inputs_RC[:, 0].tolist())]
 
     return Recipe(
         answers=decimals(nodes),
-        words=lambda levels: [*(f"k{level}" for level in levels), *edges, *shifts, *(f"{a}>" for a in range(nodes))],
+        words=lambda levels: [*(f"k{level}" for level in levels), *edges, *shifts, *["."] * bool(pad_to), *(f"{a}>" for a in range(nodes))],
         count=lambda level: math.factorial(nodes) * nodes,
         draw=draw,
         prompts=prompts,
         key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
         shortcut=lambda level: one_hop_accuracy(nodes, level, offsets),
+        levels=(1, pad_to or math.inf),
     )
 
 

@@ -22,6 +22,7 @@ CASES = {
     "pointers": ("pointer_chasing", {"nodes": 5, "levels": [1, 2, 3], "test_levels": [1, 3, 7]} | ROWS),
     "many pointers": ("pointer_chasing", {"nodes": 26, "levels": [1, 4]} | ROWS),
     "offsets": ("pointer_chasing", {"nodes": 5, "offsets": True, "levels": [1, 2, 3], "test_levels": [3, 5]} | ROWS),
+    "padded offsets": ("pointer_chasing", {"nodes": 5, "offsets": True, "pad_to": 6, "levels": [1, 3], "test_levels": [3, 6]} | ROWS),
     "reachability": ("reachability", {"nodes": 6, "edges": 8, "levels": [1, 2, 3], "test_levels": [2, 4]} | ROWS),
     "sorting": ("sorting", {"levels": [1, 2, 3, 5], "test_levels": [2, 4, 7]} | ROWS),
     "many values": ("sorting", {"values": 100, "levels": [12]} | ROWS),
@@ -93,7 +94,9 @@ def read_parity(prompt, options):
 
 def read_pointer_chasing(prompt, options):
     hops, *lines, start = prompt.split("\n")
-    shifts = [int(shift.removeprefix("+")) for shift in lines.pop().split()] if options.get("offsets") else [0] * int(hops[1:])
+    written = lines.pop().split() if options.get("offsets") else []
+    assert len(written) == options.get("pad_to", len(written))
+    shifts = [int(shift.removeprefix("+")) for shift in written if shift != "."] if options.get("offsets") else [0] * int(hops[1:])
     arrows = dict(tuple(map(int, line.split(">"))) for line in lines)
     assert len(lines) == options["nodes"]
     assert sorted(arrows) == sorted(arrows.values()) == list(range(options["nodes"]))
@@ -156,7 +159,7 @@ def one_step_more(name, row, options):
     if name == "parity":
         return [" even", " odd"][last ^ int(words[-2])]
     if name == "pointer_chasing":
-        node = (last + (int(words[-2]) if options.get("offsets") else 0)) % options["nodes"]
+        node = (last + (int([word for word in words if word.startswith("+")][-1]) if options.get("offsets") else 0)) % options["nodes"]
         return next(word.split(">")[1] for word in words if word.startswith(f"{node}>") and word != f"{node}>")
     if name == "reachability":
         arrows = [tuple(map(int, word.split(">"))) for word in words if ">" in word]
@@ -469,6 +472,8 @@ ERRORS = [
     ("mod_add", {"modulo": 7}, ["'modulo'", "did you mean 'modulus'", "slack"]),
     ("mod_add", {"modulus": 1}, ["modulus=1", "from 2 to 2000"]),
     ("mod_add", {"slack": -1}, ["slack=-1", "of 0 or more"]),
+    ("pointer_chasing", {"pad_to": 4}, ["pad_to=4", "offsets=True"]),
+    ("pointer_chasing", {"offsets": True, "pad_to": 4, "levels": [5]}, [r"levels=\[5\]", "from 1 to 4"]),
     ("mod_add", {"digits": 3}, ["digits=3", "True or False"]),
     ("mod_add", {"held_out": 1.0}, ["held_out=1.0", "either side"]),
     ("mod_add", {"held_out": 1e-9}, ["held_out=1e-09", "either side"]),
