@@ -73,7 +73,7 @@ class Recipe:
     """How a task's questions are made."""
 
     answers: list[str]  # the completions, by number
-    words: Callable[[Sequence[int]], Iterable[str]]  # of the prompts of these levels
+    words: Callable[[Sequence[int]], Iterable[str]]  # of the prompts of these levels, or texts made of them
     count: Callable[[int], int]  # how many different questions a level has
     draw: Callable[[np.random.Generator, int], Questions]  # random questions of a level, as many of BATCH as will do
     prompts: Callable[[np.random.Generator, int, np.ndarray], list[str]]
@@ -143,10 +143,15 @@ def letters_in_a_row(letters: list[str], answers: list[str], states: Callable, s
     )
 
 
-def mod_add_many(modulus: int = 10, **more) -> Recipe:
+def sums(numbers: list[str], **more) -> Recipe:
+    """Level additions modulo how many `numbers` there are, each as it is written."""
+    return letters_in_a_row(numbers, [f" {n}" for n in numbers], lambda inputs_RC: inputs_RC.cumsum(1) % len(numbers), " + ", extra=1, **more)
+
+
+def mod_add_many(modulus: int = 10) -> Recipe:
     """`3 + 4 + 5 =` -> ` 2`: level additions modulo `modulus`. The thought is the sum after each but the last."""
     check_whole(2, modulus=modulus)
-    return letters_in_a_row(decimals(modulus), decimals(modulus, " "), lambda inputs_RC: inputs_RC.cumsum(1) % modulus, " + ", extra=1, **more)
+    return sums(decimals(modulus))
 
 
 def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float = 0.0, digits: bool = False) -> Recipe:
@@ -171,18 +176,8 @@ def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float 
     while base**length < modulus:
         length += 1
     places = [0 * answers_R] * slack + [answers_R // base**place % base for place in reversed(range(length))]
-    recipe = mod_add_many(modulus, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out)
-    if not digits:
-        return recipe
-    spelled = [" ".join(f"{number:0{len(str(modulus - 1))}}") for number in range(modulus)]
-    return replace(
-        recipe,
-        answers=decimals(10),
-        words=lambda levels: ["+", "="],
-        prompts=lambda rng, level, inputs_RC: [text + " =" for text in joined(spelled, inputs_RC, " + ")],
-        completions=lambda asked: [f" {text}" for text in joined(spelled, asked.answers_R[:, None])],
-        chance=lambda levels: 1 / modulus,
-    )
+    numbers = [" ".join(f"{number:0{len(str(modulus - 1))}}") for number in range(modulus)] if digits else decimals(modulus)
+    return sums(numbers, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out)
 
 
 def permutations(group: str = "S5", pad_to: int = 0) -> Recipe:
@@ -514,7 +509,7 @@ def make_task(name: str, seed: int = 0, *, levels=None, test_levels=None, train_
         test=dataset(recipe, seeds, tested, test_rows, True),
         chance=recipe.chance(tested) if recipe.chance else 1 / len(recipe.answers),
         shortcut={level: recipe.shortcut(level) for level in every_level},
-        words=tuple(sorted({*recipe.words(every_level), *(answer.strip() for answer in recipe.answers)})),
+        words=tuple(sorted({word for text in (*recipe.words(every_level), *recipe.answers) for word in text.split()})),
     )
 
 

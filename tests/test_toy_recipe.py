@@ -28,8 +28,7 @@ def run_toy(config, *options):
 @pytest.mark.parametrize("config", [*TOYS, ROOT / "recipes" / "peers" / "thinktokens.yaml"], ids=lambda path: path.stem)
 def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
     options = yaml.safe_load(config.read_text())
-    small = {"levels": [1, 2, 3], "test_levels": [3, 4], "train_rows": 64, "test_rows": 40} if "levels" in options["task_options"] else {}
-    small |= {"train_rows": 64, "test_rows": 40} if "train_rows" in options["task_options"] else {}
+    small = {"train_rows": 64, "test_rows": 40} | ({"levels": [1, 2, 3], "test_levels": [3, 4]} if "levels" in options["task_options"] else {})
     done = run_toy(
         config, "--output_dir", tmp_path, "--seeds", 3, 11, "--max_steps", 2, "--per_device_train_batch_size", 8, "--check_every", 1, "--check_rows", 8,
         "--test_rows", 16, "--save_models", "true", "--think_start", 0, "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}",
