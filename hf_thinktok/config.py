@@ -113,7 +113,9 @@ class ThinkTokConfig(SFTConfig):
         search (`int`, defaults to `0`):
             One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that.
         search_random (`float`, defaults to `0.5`):
-            Part of the candidates that are uniformly random; the others are the policy's.
+            Part of the candidates that are random; the others are the policy's.
+        search_changes (`int`, *optional*):
+            A random candidate is one of the policy's thoughts with so many tokens drawn anew. All of them where it is left out.
         search_until (`int`, *optional*):
             Last step of the search, on the clock of the schedules.
         epsilon_greedy (schedule, defaults to `[0.0]`):
@@ -226,7 +228,8 @@ class ThinkTokConfig(SFTConfig):
 
     think_start: int = option(0, "Step at which thinking begins; before it the model only learns the text.")
     search: int = option(0, "One thought of each group is the best of so many candidates.")
-    search_random: float = option(0.5, "Part of the candidates that are uniformly random.")
+    search_random: float = option(0.5, "Part of the candidates that are random.")
+    search_changes: int | None = option(None, "Tokens drawn anew in a random candidate; all where left out.")
     search_until: int | None = option(None, "Last step of the search.")
     epsilon_greedy: list[float] = option([0.0], "Probability that a thinking token is drawn uniformly: a value, or start, end and steps.")
     coverage_coef: list[float] = option([0.0], "Bonus for rare thoughts: a value, or start, end and steps.")
@@ -354,6 +357,8 @@ class ThinkTokConfig(SFTConfig):
             raise ValueError(f"num_think_tokens={self.num_think_tokens} must be 0 (no thinking) or more.")
         if self.lookahead is not None and self.lookahead < 1:
             raise ValueError(f"lookahead={self.lookahead} must be at least 1, or null for all tokens that follow.")
+        if self.search_changes is not None and self.search_changes < 1:
+            raise ValueError(f"search_changes={self.search_changes} must be at least 1, or null for all tokens.")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0: thoughts are explored by sampling.")
         for name in ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold"):
@@ -435,7 +440,6 @@ class ThinkTokConfig(SFTConfig):
             "thoughts=text with memory=persistent is not supported: set memory=none.": text and self.memory == "persistent",
             "thoughts=text with advantage=token is not supported: set advantage=group, loo or value.": text and self.advantage == "token",
             "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": "exact" in self.reward_funcs and not self.supply_thoughts,
-            "search with blind scores whole thoughts by one judged token: set lookahead=1.": bool(self.search and self.blind and self.lookahead != 1),
             "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
                 self.think_start > 0 and self.text_ce_weight == 0
             ),
@@ -495,6 +499,7 @@ class ThinkTokConfig(SFTConfig):
             "thought_ce_weight": (self.supply_thoughts, "supply_thoughts=True"),
             "speaker_learning_rate": (self.policies == "split", "policies=split"),
             "search_random": (self.search > 0, "search"),
+            "search_changes": (self.search > 0 and self.search_random > 0, "search and search_random"),
             "search_until": (self.search > 0, "search"),
             "coverage_decay": (any(self.coverage_coef[:2]), "coverage_coef"),
             "balance_given": (any(self.balance_coef[:2]), "balance_coef"),

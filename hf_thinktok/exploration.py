@@ -110,18 +110,24 @@ def candidate_thoughts(
     length: int,
     generator: torch.Generator,
     places: tuple[int, ...] = (),
+    changes: int | None = None,
 ) -> Tensor:
     """Thoughts to search among, `[..., P, L]` from 0: all there are if they are no more than asked for, else some of the policy's own and some random ones.
 
     Args:
         own: gives so many thoughts of the policy at each place.
         places: the leading dimensions, one search each.
+        changes: a random candidate is one of the policy's thoughts with so many tokens redrawn; `None`: with all of them.
     """
     if num_tokens**length <= num_candidates:
         return all_thoughts(num_tokens, length, generator.device).expand(*places, -1, -1)
     num_random = round(random_part * num_candidates)
     sampled = [own(num_candidates - num_random)] if num_random < num_candidates else []
-    return torch.cat([*sampled, torch.randint(num_tokens, (*places, num_random, length), generator=generator, device=generator.device)], -2)
+    random = torch.randint(num_tokens, (*places, num_random, length), generator=generator, device=generator.device)
+    if changes is not None and changes < length:
+        rank = torch.rand(random.shape, generator=generator, device=generator.device).argsort(-1)
+        random = torch.where(rank < changes, random, own(num_random))
+    return torch.cat([*sampled, random], -2)
 
 
 def all_thoughts(num_tokens: int, length: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ Shape suffixes as in tree.py; P candidates.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,18 +70,25 @@ class Explorer:
         def sample(count: int) -> Rollout:
             return trainer._sample(model, inputs, rollout.forks_BK, generator, sampling, count)
 
+        among = partial(
+            candidate_thoughts,
+            num_candidates=args.search,
+            random_part=args.search_random,
+            changes=args.search_changes,
+            num_tokens=self.vocabulary.num_tokens,
+            length=rollout.thoughts_BKGL.shape[-1],
+            generator=generator,
+        )
         with trainer.accelerator.autocast():
-            if args.blind:
+            if args.blind and args.lookahead == 1:
                 targets_BK = trainer._tree(inputs, rollout).judged_labels(labels_BT)[..., 0]
-                return best_shared_thoughts(
-                    model, args.policies == "split", rollout, targets_BK, args.search, args.search_random, self.vocabulary, bonus, generator
-                )
-            return best_own_thoughts(sample, value, rollout, args.search, args.search_random, self.vocabulary, bonus, generator)
+                return best_shared_thoughts(model, args.policies == "split", rollout, targets_BK, among, self.vocabulary, bonus, generator)
+            return best_own_thoughts(sample, value, rollout, among, self.vocabulary, bonus)
 
 
 @torch.no_grad()
 def best_shared_thoughts(
-    model, split: bool, rollout: Rollout, targets_BK: Tensor, num_candidates: int, random_part: float, vocabulary: ThinkingVocabulary, bonus, generator
+    model, split: bool, rollout: Rollout, targets_BK: Tensor, among, vocabulary: ThinkingVocabulary, bonus, generator: torch.Generator
 ) -> Rollout:
     """Under `blind` a thought is worth the same to every text that goes on alike, so all forks of the batch share their candidates.
 
@@ -88,16 +96,17 @@ def best_shared_thoughts(
 
     Args:
         targets_BK: the judged token of each fork, negative where there is none.
+        among: gives the candidates, as `candidate_thoughts` does from the policy's own.
         bonus: gives the coverage bonus of choices `[P, L]` from 0.
     """
-    sampled_ML = (rollout.thoughts_BKGL - vocabulary.first_id)[rollout.forks_BK >= 0].flatten(0, -2)
-    if len(sampled_ML) == 0:
-        random_part = 1.0  # no fork of this batch is there; the speaker's pass is made all the same, as on other ranks
+    there_BK = rollout.forks_BK >= 0
+    there_BK = there_BK | ~there_BK.any()  # where no fork is there the speaker's pass is made all the same, as on other ranks
+    sampled_ML = (rollout.thoughts_BKGL - vocabulary.first_id)[there_BK].flatten(0, -2)
 
     def own(count: int) -> Tensor:
         return sampled_ML[torch.randint(len(sampled_ML), (count,), generator=generator, device=sampled_ML.device)]
 
-    candidates_PL = candidate_thoughts(own, num_candidates, random_part, vocabulary.num_tokens, sampled_ML.shape[-1], generator)
+    candidates_PL = among(own)
     with evaluating(model):
         logits_PV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, -1]
     logps_PV = logits_PV[:, : vocabulary.num_real].float().log_softmax(-1)
@@ -107,27 +116,24 @@ def best_shared_thoughts(
 
 
 @torch.no_grad()
-def best_own_thoughts(
-    sample, value, rollout: Rollout, num_candidates: int, random_part: float, vocabulary: ThinkingVocabulary, bonus, generator: torch.Generator
-) -> Rollout:
+def best_own_thoughts(sample, value, rollout: Rollout, among, vocabulary: ThinkingVocabulary, bonus) -> Rollout:
     """Best of n at every fork by itself; every thought that exists where there are no more than n.
 
     Args:
         sample: gives a rollout with so many thoughts at each fork.
         value: gives the log-likelihood `[B, K, P]` of the judged text after each thought of a rollout.
-        bonus: as in `best_shared_thoughts`, for `[B, K, P, L]`.
+        among, bonus: as in `best_shared_thoughts`, for `[B, K, P, L]`.
     """
-    length = rollout.thoughts_BKGL.shape[-1]
 
     def own(count: int) -> Tensor:
         return sample(count).thoughts_BKGL - vocabulary.first_id
 
-    choices_BKPL = candidate_thoughts(own, num_candidates, random_part, vocabulary.num_tokens, length, generator, tuple(rollout.forks_BK.shape))
+    choices_BKPL = among(own, places=tuple(rollout.forks_BK.shape))
     thoughts_BKPL = vocabulary.first_id + choices_BKPL
     lengths_BKP = rollout.lengths_BKG[:, :, :1].expand(thoughts_BKPL.shape[:-1])
     candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device))
     values_BKP = value(candidates) + bonus(choices_BKPL)
-    best_BK1L = values_BKP.argmax(-1)[..., None, None].expand(-1, -1, 1, length)
+    best_BK1L = values_BKP.argmax(-1)[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
     return _with_first(rollout, thoughts_BKPL.gather(2, best_BK1L)[:, :, 0], rollout.forks_BK >= 0)
 
 

@@ -123,6 +123,18 @@ def test_candidates_are_all_where_they_fit_and_else_own_and_random():
     assert 300 <= own <= 303
 
 
+@pytest.mark.parametrize("changes", [1, 2])
+def test_random_candidates_can_be_small_changes_of_own_thoughts(changes):
+    generator = torch.Generator().manual_seed(0)
+    thoughts = candidate_thoughts(lambda count: torch.full((7, count, 3), 9), 400, 0.5, 10, 3, generator, places=(7,), changes=changes)
+    changed = (thoughts != 9).sum(-1)
+    assert thoughts.shape == (7, 400, 3)
+    assert changed.max() == changes
+    assert (changed[:, :200] == 0).all()
+    assert (changed[:, 200:] == changes).float().mean().item() == pytest.approx(0.9**changes, abs=0.05), "one token in ten stays as it was"
+    assert (thoughts[:, 200:] != 9).float().mean((0, 1)).tolist() == pytest.approx([0.9 * changes / 3] * 3, abs=0.05), "at every place alike"
+
+
 def test_a_level_begins_after_the_one_before_is_passed():
     curriculum = Curriculum([1, 2, 5], threshold=0.9)
     for step in range(100):

@@ -217,15 +217,20 @@ def test_blind_search_in_a_batch_without_forks_changes_nothing(make):
     assert (rollout.thoughts_BKGL >= trainer.vocabulary.first_id).all()
 
 
-def test_search_finds_the_best_thought_for_each_text(make):
-    rows = questions(levels=(3,))
-    trainer = make(rows, search=N**2)
+@pytest.mark.parametrize(("blind", "judged"), [(False, 1), (True, 3)])
+def test_search_finds_the_best_thought_for_each_text(make, blind, judged):
+    rows = questions(levels=(3,)).map(lambda row: {"input_ids": row["input_ids"] + [11, 12], "labels": row["labels"] + [11, 12]})
+    trainer = make(rows, search=N**2, blind=blind, lookahead=judged)
     inputs, labels = batch_of(trainer, rows.select(range(5)))
     rollout = one_rollout(trainer, inputs, labels)
     every = [[trainer.vocabulary.first_id + z for z in thought] for thought in itertools.product(range(N), repeat=2)]
     for row in range(5):
-        ids = rows[row]["input_ids"]
-        values = [plain_logps(trainer.model, trainer.vocabulary, ids[:5], thought, ids[5]).item() for thought in every]
+        ids, fork = rows[row]["input_ids"], rollout.forks_BK[row, 0].item() + 1
+        read, follows = [] if blind else ids[:fork], ids[fork:][:judged]
+        values = [
+            sum(plain_logps(trainer.model, trainer.vocabulary, read, thought + follows[:h], follows[h]).item() for h in range(len(follows)))
+            for thought in every
+        ]
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
 
 
