@@ -117,6 +117,7 @@ TOYS = [path for path in CONFIGS if "\ntask:" in path.read_text() and path not i
 VARIANTS = {
     "ablations": "mod_add_30",
     "pointer_chasing_controls": "pointer_chasing",
+    "s5_controls": "s5",
     "pointer_chasing_costs": "pointer_chasing_stop",
     "pointer_chasing_deep": "pointer_chasing",
 }
