@@ -121,13 +121,15 @@ def candidate_thoughts(
     """
     if num_tokens**length <= num_candidates:
         return all_thoughts(num_tokens, length, generator.device).expand(*places, -1, -1)
-    num_random = round(random_part * num_candidates)
-    sampled = [own(num_candidates - num_random)] if num_random < num_candidates else []
-    random = torch.randint(num_tokens, (*places, num_random, length), generator=generator, device=generator.device)
-    if changes is not None and changes < length:
+    kept = num_candidates - round(random_part * num_candidates)
+    redrawn = length if changes is None else changes
+    needed = num_candidates if redrawn < length else kept  # one rollout, also for those that are changed
+    sampled = own(needed) if needed else torch.empty(*places, 0, length, dtype=torch.long, device=generator.device)
+    random = torch.randint(num_tokens, (*places, num_candidates - kept, length), generator=generator, device=generator.device)
+    if redrawn < length:
         rank = torch.rand(random.shape, generator=generator, device=generator.device).argsort(-1)
-        random = torch.where(rank < changes, random, own(num_random))
-    return torch.cat([*sampled, random], -2)
+        random = torch.where(rank < redrawn, random, sampled[..., kept:, :])
+    return torch.cat([sampled[..., :kept, :], random], -2)
 
 
 def all_thoughts(num_tokens: int, length: int, device: torch.device) -> Tensor:
