@@ -122,6 +122,8 @@ class ThinkTokConfig(SFTConfig):
             Probability that a thinking token is drawn uniformly.
         coverage_coef (schedule, defaults to `[0.0]`):
             Bonus of a thought for being rare: times -log of its frequency, nats.
+        coverage_of (`str`, defaults to `"thought"`):
+            What is counted: each whole `thought`, or each `token` in its place, whose bonuses add up.
         coverage_decay (`float`, defaults to `0.8`):
             What remains of the running frequencies at each step.
         balance_coef (schedule, defaults to `[0.0]`):
@@ -233,6 +235,7 @@ class ThinkTokConfig(SFTConfig):
     search_until: int | None = option(None, "Last step of the search.")
     epsilon_greedy: list[float] = option([0.0], "Probability that a thinking token is drawn uniformly: a value, or start, end and steps.")
     coverage_coef: list[float] = option([0.0], "Bonus for rare thoughts: a value, or start, end and steps.")
+    coverage_of: str = option("thought", "What the bonus counts: whole thoughts, or each token in its place.", ("thought", "token"))
     coverage_decay: float = option(0.8, "What remains of the running frequencies at each step.")
     balance_coef: list[float] = option([0.0], "Weight of the entropy of the batch's mean choice: a value, or start, end and steps.")
     balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))
@@ -501,7 +504,7 @@ class ThinkTokConfig(SFTConfig):
             "search_random": (self.search > 0, "search"),
             "search_changes": (self.search > 0 and self.search_random > 0, "search and search_random"),
             "search_until": (self.search > 0, "search"),
-            "coverage_decay": (any(self.coverage_coef[:2]), "coverage_coef"),
+            **dict.fromkeys(("coverage_of", "coverage_decay"), (any(self.coverage_coef[:2]), "coverage_coef")),
             "balance_given": (any(self.balance_coef[:2]), "balance_coef"),
             "curriculum_replay": (self.curriculum_threshold is not None, "curriculum_threshold"),
             "continuous_layer": (self.thoughts == "continuous", "thoughts=continuous"),

@@ -29,34 +29,40 @@ def scheduled(schedule: Sequence[float], step: int) -> float:
 
 
 class Coverage:
-    """How often each whole thought is used, as a running average over steps.
+    """How often each whole thought is used, or each token in its place, as a running average over steps.
 
     Args:
         num_tokens, max_length: N and L.
         decay: what remains of the average at each update.
+        by_place: count tokens, each in its place, in place of whole thoughts.
     """
 
-    def __init__(self, num_tokens: int, max_length: int, decay: float, device: torch.device):
-        self.radix, self.length, self.decay = num_tokens + 1, max_length, decay  # one more symbol for "ended before"
-        self.size = min(self.radix**max_length, LARGEST_TABLE)
-        self.frequency_C = torch.full((self.size,), 1 / min(num_tokens**max_length, LARGEST_TABLE), device=device)
+    def __init__(self, num_tokens: int, max_length: int, decay: float, device: torch.device, by_place: bool = False):
+        self.radix, self.length, self.decay, self.by_place = num_tokens + 1, max_length, decay, by_place  # one more symbol for "ended before"
+        self.size = self.radix * max_length if by_place else min(self.radix**max_length, LARGEST_TABLE)
+        alike = num_tokens if by_place else min(num_tokens**max_length, LARGEST_TABLE)
+        self.frequency_C = torch.full((self.size,), 1 / alike, device=device)
 
     def codes(self, choices: Tensor, lengths: Tensor) -> Tensor:
-        """A number for each whole thought: choices `[..., L]` from 0, lengths `[...]`."""
-        said = torch.where(torch.arange(choices.shape[-1], device=choices.device) < lengths[..., None], choices, self.radix - 1)
+        """Numbers of what is counted, `[..., 1]` or by place `[..., L]`: choices `[..., L]` from 0, lengths `[...]`."""
+        place_L = torch.arange(choices.shape[-1], device=choices.device)
+        said = torch.where(place_L < lengths[..., None], choices, self.radix - 1)
+        if self.by_place:
+            return place_L * self.radix + said
         code = torch.zeros_like(lengths)
         for place in range(choices.shape[-1]):  # L small integer operations
             code = (code * self.radix + said[..., place]) % (2**40)
-        return code if self.radix**self.length <= LARGEST_TABLE else (code * 2654435761 % 2**40) % self.size
+        return (code if self.radix**self.length <= LARGEST_TABLE else (code * 2654435761 % 2**40) % self.size)[..., None]
 
     def update(self, codes: Tensor, valid: Tensor, total=lambda counts: counts) -> None:
-        """Counts the thoughts of a batch; `total` sums counts over ranks."""
-        counts_C = total(torch.bincount(codes[valid], minlength=self.size).float())
-        self.frequency_C = self.decay * self.frequency_C + (1 - self.decay) * counts_C / counts_C.sum().clamp(min=1)
+        """Counts the thoughts of a batch, `valid` `[...]`; `total` sums counts over ranks."""
+        counts_C = total(torch.bincount(codes[valid].flatten(), minlength=self.size).float())
+        thoughts = counts_C.sum().clamp(min=1) / codes.shape[-1]
+        self.frequency_C = self.decay * self.frequency_C + (1 - self.decay) * counts_C / thoughts
 
     def rarity(self, codes: Tensor) -> Tensor:
-        """-log of the frequency, nats."""
-        return -self.frequency_C[codes].clamp(min=LEAST_FREQUENCY).log()
+        """-log of the frequency, nats, `[...]`: of a thought, or of its tokens as if they were independent."""
+        return -self.frequency_C[codes].clamp(min=LEAST_FREQUENCY).log().sum(-1)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"frequency": self.frequency_C}

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
-from math import log
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -127,7 +126,7 @@ def as_text(results: dict[str, Any]) -> str:
     """The table of a results file as its run printed it, and where it ran."""
     file = StringIO()
     console = Console(file=file, width=100)
-    from .evaluation.tables import print_comparison, print_evaluation
+    from .evaluation.tables import print_comparison, print_evaluation, print_mixture
 
     kinds = {
         "ablation": print_ablation,
@@ -147,7 +146,7 @@ def as_text(results: dict[str, Any]) -> str:
 
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     """Accuracy of runs on a task in per cent: levels across; for each seed a row with its own thoughts, one with random thoughts and one without any."""
-    levels, trained = _levels(results["runs"]), set(results["levels"])
+    levels, trained = levels_of_runs(results["runs"]), set(results["levels"])
     table = Table(padding=0, title=f"{results['task']}: accuracy on test rows, %" + ("" if results["control"] == "none" else f", {results['control']} control"))
     table.add_column("thoughts")
     table.add_column("seed", justify="right")
@@ -155,7 +154,7 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
         table.add_column(level + ("" if int(level) in trained else "*"), justify="right")
     for how in _hows(results["runs"]):
         for run in results["runs"]:
-            table.add_row(THOUGHTS[how], str(run["seed"]), *(_per_cent(run["accuracy"][how][level]) for level in levels))
+            table.add_row(THOUGHTS[how], str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels))
         table.add_section()
     for run in results["runs"]:
         if lengths := run.get("think_length"):
@@ -163,7 +162,7 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     table.add_section()
     # Under `blind` whoever answers sees no question: no shortcut is open to it.
     best = dict.fromkeys(levels, results["chance"]) if results["config"].get("blind") else results["shortcut"]
-    table.add_row("chance" if results["config"].get("blind") else "shortcut", "", *(_per_cent(best[level]) for level in levels))
+    table.add_row("chance" if results["config"].get("blind") else "shortcut", "", *(per_cent(best[level]) for level in levels))
     console = console or Console()
     console.print(table)
     if any(int(level) not in trained for level in levels):
@@ -174,7 +173,7 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
 
 def print_ablation(results: dict[str, Any], console: Console | None = None) -> None:
     """Accuracy of variants of a recipe in per cent, as each thinks or does not: levels across, one row for each variant and seed."""
-    levels = _levels(next(iter(results["ablation"].values())))
+    levels = levels_of_runs(next(iter(results["ablation"].values())))
     table = Table(padding=0, title=f"{results['task']}: accuracy on test rows, %")
     table.add_column("variant")
     for column in ("seed", *levels, "steps"):
@@ -182,40 +181,10 @@ def print_ablation(results: dict[str, Any], console: Console | None = None) -> N
     for name, runs in results["ablation"].items():
         how = _hows(runs)[0]
         for run in runs:
-            table.add_row(name, str(run["seed"]), *(_per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
+            table.add_row(name, str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
             if lengths := run.get("think_length"):
                 table.add_row("  mean length", "", *(f"{lengths[level]:.2f}" for level in levels), "")
     (console or Console()).print(table)
-
-
-def print_mixture(results: dict[str, Any], console: Console | None = None) -> None:
-    """A model of a task and of text: by level its accuracy and how long it thinks, and the same for held-out text."""
-    console = console or Console()
-    for run in results["mixture"]:
-        how = _hows([run])[0]
-        levels = _levels([run])
-        table = Table(padding=0, title=f"{results['task']} in text, seed {run['seed']}")
-        table.add_column("")
-        for level in levels:
-            table.add_column(level, justify="right")
-        table.add_row("accuracy, %", *(_per_cent(run["accuracy"][how][level]) for level in levels))
-        if run["think_length"]:
-            table.add_row("mean length of thoughts", *(f"{run['think_length'][level]:.2f}" for level in levels))
-        table.add_row("shortcut, %", *(_per_cent(results["shortcut"][level]) for level in levels))
-        console.print(table)
-        before, after = run["before"], run["text"]
-        table = Table(padding=0, title=f"Held-out text, {results['held_out_rows']} rows")
-        table.add_column("")
-        table.add_column("bits per token", justify="right")
-        table.add_row("before training, without thoughts", f"{before['loss'] / log(2):.4f}")
-        table.add_row("trained, without thoughts", f"{after['loss'] / log(2):.4f}")
-        if "bits_think" in after:  # at the places where it may think
-            table.add_section()
-            names = {"no_think": "without thoughts", "think": "with its own", "random_thought": "with random ones"}
-            for name, label in names.items():
-                table.add_row(f"where it may think: {label}", f"{after[f'bits_{name}']:.4f}")
-            table.add_row("mean length of thoughts", f"{after['mean_think_length']:.3f}")
-        console.print(table)
 
 
 def print_launchers(results: dict[str, Any], console: Console | None = None) -> None:
@@ -314,12 +283,12 @@ def conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
     return "Thinking hurts." if hurts else "No gain from thinking that can be told from zero."
 
 
-def _per_cent(part: float) -> str:
+def per_cent(part: float) -> str:
     """With as many places as the test rows carry; 100 means every one."""
     return "100" if part == 1 else f"{100 * part:.2f}" if part > 0.99 else f"{100 * part:.1f}"
 
 
-def _levels(runs: list[dict[str, Any]]) -> list[str]:
+def levels_of_runs(runs: list[dict[str, Any]]) -> list[str]:
     return sorted(next(iter(runs[0]["accuracy"].values())), key=int)
 
 
@@ -329,7 +298,7 @@ def _hows(runs: list[dict[str, Any]]) -> list[str]:
 
 def draw_task(results: dict[str, Any], path: Path) -> None:
     """Accuracy against level as a picture: one line for each seed, and what can be had without serial steps. Nothing where there is one level."""
-    if len(levels := _levels(results["runs"])) == 1:
+    if len(levels := levels_of_runs(results["runs"])) == 1:
         return
     from matplotlib.figure import Figure
 
@@ -358,7 +327,7 @@ def draw_ablation(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     variants = results["ablation"]
-    levels = _levels(next(iter(variants.values())))
+    levels = levels_of_runs(next(iter(variants.values())))
     ends_itself = any(run.get("think_length") for runs in variants.values() for run in runs)
     figure = Figure(figsize=(10 if ends_itself else 6, 4), layout="constrained")
     panels = figure.subplots(1, 1 + ends_itself, squeeze=False)[0]

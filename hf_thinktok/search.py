@@ -29,7 +29,8 @@ class Explorer:
         self.trainer, self.args, self.vocabulary = trainer, trainer.args, trainer.vocabulary
         wanted = any(self.args.coverage_coef[:2])
         num_tokens, length, device = self.vocabulary.num_tokens, self.args.max_think_length, trainer.accelerator.device
-        self.coverage = Coverage(num_tokens, length, self.args.coverage_decay, device) if wanted else None
+        by_place = self.args.coverage_of == "token"
+        self.coverage = Coverage(num_tokens, length, self.args.coverage_decay, device, by_place) if wanted else None
 
     def __call__(
         self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, step: int
@@ -45,10 +46,10 @@ class Explorer:
             coefficient = scheduled(args.coverage_coef, step)
             rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling, coefficient)
         if self.coverage is not None:
-            codes_BKG = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)
-            there_BKG = (rollout.forks_BK >= 0)[..., None].expand_as(codes_BKG)
-            self.coverage.update(codes_BKG, there_BKG, self.trainer.accelerator.reduce)
-            rollout = replace(rollout, rarity_BKG=self.coverage.rarity(codes_BKG))
+            codes = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)
+            there_BKG = (rollout.forks_BK >= 0)[..., None].expand_as(rollout.lengths_BKG)
+            self.coverage.update(codes, there_BKG, self.trainer.accelerator.reduce)
+            rollout = replace(rollout, rarity_BKG=self.coverage.rarity(codes))
         return rollout
 
     def _search(

@@ -33,7 +33,7 @@ def test_every_thought_of_every_length_has_a_code_of_its_own(num_tokens, length)
         if ended:
             choices[:, :ended] = all_thoughts(num_tokens, ended, CPU)
         choices[:, ended:] = 1  # whatever stands behind the end says nothing
-        codes += coverage.codes(choices, torch.full((len(choices),), ended)).tolist()
+        codes += coverage.codes(choices, torch.full((len(choices),), ended)).flatten().tolist()
     assert len(set(codes)) == len(codes)
     assert max(codes) < coverage.size
 
@@ -49,17 +49,32 @@ def test_thoughts_beyond_the_table_are_spread_over_it():
 
 def test_frequencies_are_a_running_average_and_the_rare_are_worth_more():
     coverage = Coverage(4, 1, 0.75, CPU)
-    codes = torch.tensor([0, 0, 0, 1])
+    codes = torch.tensor([[0], [0], [0], [1]])
     coverage.update(codes, torch.tensor([True, True, True, True]))
     coverage.update(codes, torch.tensor([True, True, False, False]))
     first, second = 0.25 * 0.75 + 0.25 * 0.75, 0.25 * 0.75 + 0.25 * 0.25
     assert coverage.frequency_C[0].item() == pytest.approx(0.75 * first + 0.25)
     assert coverage.frequency_C[1].item() == pytest.approx(0.75 * second)
-    rarity = coverage.rarity(torch.tensor([0, 1]))
+    rarity = coverage.rarity(torch.tensor([[0], [1]]))
     assert rarity.tolist() == pytest.approx([-math.log(0.75 * first + 0.25), -math.log(0.75 * second)])
     again = Coverage(4, 1, 0.75, CPU)
     again.load_state_dict(coverage.state_dict())
     assert torch.equal(again.rarity(codes), coverage.rarity(codes))
+
+
+def test_tokens_are_counted_in_their_places():
+    """Token 0 is common in the first place and unknown in the second; a place behind the end is a symbol of its own."""
+    coverage = Coverage(3, 2, 0.0, CPU, by_place=True)
+    assert coverage.rarity(coverage.codes(torch.tensor([[2, 1]]), torch.tensor([2]))).item() == pytest.approx(2 * math.log(3))
+    choices, lengths = torch.tensor([[[0, 1], [0, 2]], [[0, 2], [1, 2]]]), torch.tensor([[2, 2], [1, 2]])
+    codes = coverage.codes(choices, lengths)
+    coverage.update(codes, torch.ones(2, 2, dtype=torch.bool))
+    expected = [[[3 / 4, 1 / 4], [3 / 4, 2 / 4]], [[3 / 4, 1 / 4], [1 / 4, 2 / 4]]]
+    torch.testing.assert_close(coverage.rarity(codes), -torch.tensor(expected).log().sum(-1))
+    never = coverage.rarity(coverage.codes(torch.tensor([[0, 0]]), torch.tensor([2])))
+    assert never.item() == pytest.approx(-math.log(3 / 4) - math.log(1e-4))
+    coverage.update(codes, torch.tensor([[True, True], [False, False]]))
+    assert coverage.rarity(codes)[0].tolist() == pytest.approx([math.log(2), math.log(2)])
 
 
 def certain(thoughts, num_tokens):

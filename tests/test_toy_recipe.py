@@ -13,7 +13,8 @@ from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
+from hf_thinktok.peft import load_whole
 
 ROOT = Path(__file__).parent.parent
 TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "\ntask:" in path.read_text() and "\nmodel_shape:" in path.read_text())
@@ -64,26 +65,33 @@ def test_a_model_that_thinks_goes_on_to_learn_when_to_stop(tmp_path):
     assert all(0 < length < 7 for length in run["think_length"].values())
 
 
-@pytest.mark.parametrize("thinks", [True, False])
-def test_a_task_in_text_is_measured_on_both(thinks, tmp_path):
+def test_a_task_in_text_is_measured_on_both(tmp_path):
     tokenizer = tiny_tokenizer()
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    model = tiny_model(vocab_size=len(tokenizer))
+    add_thinking_tokens(model, tokenizer, 32)
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(f"{text.strip()} {i}".replace("\n", " ") for i, text in enumerate(CORPUS * 2)))
     command = [
         ROOT / "recipes" / "serial_in_text.py", "--config", ROOT / "recipes" / "smollm2-135m" / "serial_in_text.yaml", "--model_name_or_path",
         tmp_path / "model", "--text_files", tmp_path / "text.txt", "--held_out_documents", 8, "--text_length", 24, "--max_steps", 2, "--test_rows", 8,
-        "--bf16", "false", "--output_dir", tmp_path / "out", "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "train_rows": 32, "test_rows": 32}),
-        *([] if thinks else ["--num_forks", 0]),
+        "--held_out_forks", 4, "--max_think_length", 3, "--bf16", "false", "--output_dir", tmp_path / "out",
+        "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "Held-out text" in done.stdout
-    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["mixture"]
-    assert ("bits_think" in run["text"]) == thinks
-    assert set(run["think_length"]) == ({"1", "2"} if thinks else set())
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "twin without thinking" in done.stdout
+    assert "think, over cpt" in done.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    twin, thinks = results["mixture"]
+    assert list(twin["accuracy"]) == ["none"]
+    assert set(thinks["accuracy"]) == {"think", "random", "none"}
+    assert set(thinks["think_length"]) == {"1", "2", "3"}
+    assert results["text"]["documents"] == 8
+    start, trained = (results["text"]["arms"][arm]["bits_per_token"] for arm in ("base", "cpt"))
+    assert trained != start
+    assert load_whole(str(tmp_path / "out" / "think-seed0"))[0].config.thinktok["stop"] == "learned"
 
 
 @pytest.mark.parametrize("control", ["no_think", "filler"])

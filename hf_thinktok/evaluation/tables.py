@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..results import conclusion
+from ..results import THOUGHTS, conclusion, levels_of_runs, per_cent
 from .comparison import ARMS, SILENT
 from .thinking import ARMS as PLACED
 from .thinking import CONTROLS
@@ -71,6 +71,28 @@ def print_comparison(results: dict[str, Any], console: Console | None = None) ->
     _print(comparison_tables(results), comparison_says(results["comparison"]), console)
 
 
+def print_mixture(results: dict[str, Any], console: Console | None = None) -> None:
+    """Models of a task and of text: by level how often each is right and how long it thinks, then both on held-out text."""
+    runs = results["mixture"]
+    levels = levels_of_runs(runs)
+    table = Table(padding=0, title=f"{results['task']} in text: accuracy on test rows, %")
+    table.add_column("")
+    table.add_column("seed", justify="right")
+    for level in levels:
+        table.add_column(level + ("" if int(level) in results["levels"] else "*"), justify="right")
+    for run in runs:
+        name = "twin without thinking" if run["arm"] == "cpt" else "thinks"
+        for how, by_level in run["accuracy"].items():
+            label = name if len(run["accuracy"]) == 1 else f"{name}: {THOUGHTS[how]}"
+            table.add_row(label, str(run["seed"]), *(per_cent(by_level[level]) for level in levels))
+        if run["think_length"]:
+            table.add_row("  mean length", "", *(f"{run['think_length'][level]:.2f}" for level in levels))
+        table.add_section()
+    table.add_row("shortcut", "", *(per_cent(results["shortcut"][level]) for level in levels))
+    found = results["text"]
+    _print([table, *comparison_tables({"comparison": found, "training": {}, "seeds": results["seeds"]})], comparison_says(found), console)
+
+
 def comparison_says(found: dict[str, Any]) -> str:
     """How much is thought, and the verdict."""
     lengths = [run["mean_think_length"] for run in found["runs"]["think"].values()]
@@ -81,14 +103,15 @@ def comparison_tables(results: dict[str, Any]) -> list[Table]:
     """Every arm of a comparison and its cost, and what thinking gains over it."""
     found, training, seeds = results["comparison"], results["training"], results["seeds"]
     table = Table(padding=0, title=f"{found['judged_tokens']:,} judged tokens in {found['documents']:,} documents, {_seeds(seeds)}")
-    for name in ("arm", "bits/token", "95 % interval", "steps", "TFLOP", "minutes"):
+    for name in ("arm", "bits/token", "95 % interval", *(("steps", "TFLOP", "minutes") if training else ())):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for arm, one in found["arms"].items():
         cost = training.get(arm)
         minutes = "" if cost is None else f"{sum(log['train_runtime'] for log in cost['seeds'].values()) / len(cost['seeds']) / 60:.1f}"
         flops = "" if cost is None or cost["flops"] is None else f"{cost['flops'] / 1e12:.1f}"
         interval = f"{one['low']:.3f} to {one['high']:.3f}"
-        table.add_row(named(arm), f"{one['bits_per_token']:.4f}", interval, "" if cost is None else str(cost["steps"]), flops, minutes)
+        costs = ("" if cost is None else str(cost["steps"]), flops, minutes) if training else ()
+        table.add_row(named(arm), f"{one['bits_per_token']:.4f}", interval, *costs)
     tables = [table]
     table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
     for name in ("", "gain", *(f"seed {seed}" for seed in seeds if len(seeds) > 1)):
