@@ -1,31 +1,18 @@
 """Every option of thinking, in one place, checked before anything is loaded."""
 
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from trl import SFTConfig
 
+from .config_checks import SCHEDULES, check_effect, check_fit, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
-from .rewards import resolve_rewards
 from .rollout import Sampling
-from .thoughts import SOFT
 from .tree import Branching
 
 FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
-# Options that may change with the step: a number, or start, end and the steps between.
-SCHEDULES = ("epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
-REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
-# Options without effect on thoughts without rewards, soft ones and fillers, and further ones on thoughts that are not drawn.
-OF_REWARDED_THOUGHTS = (
-    "search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "freeze", "alternate", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights",
-    "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
-)  # fmt: skip
-OF_THINKING_VOCABULARY = (
-    "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "top_k", "top_p", "min_p",
-)  # fmt: skip
-OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "objective", "log_completions")
 
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
@@ -282,14 +269,14 @@ class ThinkTokConfig(SFTConfig):
         for name in SCHEDULES:
             if isinstance(getattr(self, name), int | float):
                 setattr(self, name, [float(getattr(self, name))])
-        self._check_values()
+        check_values(self, ThinkTokConfig.__annotations__)
         if self.num_think_tokens != 0:
-            self._check_text()
+            check_text(self)
         elif self.teacher is not None:
             raise ValueError("teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
         if self.thinks:
-            self._check_fit()
-            self._check_effect()
+            check_fit(self)
+            check_effect(self)
         # Where there is nothing but a CPU, or the launcher asks for it, bf16 and devices follow without another option.
         self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
         if self.policies == "split" and self.think_start and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
@@ -335,207 +322,3 @@ class ThinkTokConfig(SFTConfig):
         # As in TRL, cispo's bound is absolute; 5 is its paper's. The others' is counted from 1.
         high = self.epsilon_high if self.epsilon_high is not None else 5.0 if self.think_loss_type == "cispo" else self.epsilon
         return PolicyLoss(self.think_loss_type, self.epsilon, high, self.delta, self.importance_sampling_level, self.beta)
-
-    def _check_values(self) -> None:
-        for entry in fields(ThinkTokConfig):
-            allowed = entry.metadata.get("choices") if entry.name in ThinkTokConfig.__annotations__ else None
-            if allowed and (value := getattr(self, entry.name)) not in allowed:
-                raise ValueError(f"{entry.name}={value!r} is not known; it is one of {', '.join(allowed)}.")
-        least = {
-            "num_forks": 0,
-            "num_generations": 1,
-            "max_think_length": 1,
-            "num_iterations": 1,
-            "search": 0,
-            "think_start": 0,
-            "top_k": 0,
-            "max_nonfinite_steps": 1,
-            "num_completions_to_print": 1,
-            "prompt_length": 1,
-        }
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}.")
-        if self.num_think_tokens is not None and self.num_think_tokens < 0:
-            raise ValueError(f"num_think_tokens={self.num_think_tokens} must be 0 (no thinking) or more.")
-        if self.lookahead is not None and self.lookahead < 1:
-            raise ValueError(f"lookahead={self.lookahead} must be at least 1, or null for all tokens that follow.")
-        if self.search_changes is not None and self.search_changes < 1:
-            raise ValueError(f"search_changes={self.search_changes} must be at least 1, or null for all tokens.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0: thoughts are explored by sampling.")
-        for name in ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
-        for name in SCHEDULES:
-            schedule = getattr(self, name)
-            if schedule is not None and (len(schedule) not in (1, 3) or min(schedule) < 0 or schedule[2:] == [0]):
-                raise ValueError(f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them, none negative.")
-        if self.alternate is not None and (len(self.alternate) != 2 or min(self.alternate) < 1):
-            raise ValueError(f"alternate={self.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
-        if self.posterior_temperature <= 0:
-            raise ValueError(f"posterior_temperature={self.posterior_temperature} must be above 0.")
-        for name in ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        resolve_rewards(self.reward_funcs)
-        # Functions are passed to the trainer, which counts them.
-        if (
-            self.reward_weights is not None
-            and self.reward_funcs != default_of(type(self), "reward_funcs")
-            and len(self.reward_weights) != len(self.reward_funcs)
-        ):
-            raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} entries and reward_funcs {len(self.reward_funcs)}: give one weight for each reward."
-            )
-
-    def _check_text(self) -> None:
-        """What the text's own loss cannot do on a model with thinking tokens, whether it thinks in this run or not."""
-        free, taught = self.rollout == "free", self.rollout == "free" or self.teacher is not None
-        refusals = {
-            "loss_type=dft is not supported with thinking tokens: leave loss_type=nll.": self.loss_type == "dft",
-            "label_smoothing_factor is not supported with thinking tokens: set it to 0.": self.label_smoothing_factor > 0,
-            "A teacher says something new at every step, and num_iterations > 1 repeats a step: choose one.": taught and self.num_iterations > 1,
-            "rollout=free would go on behind several documents at once: set packing=False.": free and self.packing,
-            "rollout=free lets one model write the text: set policies=shared.": free and self.policies == "split",
-            f"rollout=free writes with thinking tokens, not with thoughts={self.thoughts}: set thoughts=discrete or gumbel.": (
-                free and self.thoughts not in ("discrete", "gumbel")
-            ),
-            "rollout=free replaces the text that the data's thoughts and levels belong to: leave supply_thoughts and curriculum_threshold out.": (
-                free and (self.supply_thoughts or self.curriculum_threshold is not None)
-            ),
-            f"prompt_length={self.prompt_length} leaves nothing to write in rows of max_length={self.max_length}: lower it, or raise max_length.": (
-                free and self.max_length is not None and self.prompt_length >= self.max_length
-            ),
-            "padding_free=True would lay a whole batch out as one row: set packing=True instead.": self.padding_free,
-            "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(self.router_aux_loss_coef),
-        }
-        _refuse(refusals)
-
-    def _check_fit(self) -> None:
-        """What cannot be done."""
-        soft, text = self.thoughts in SOFT, self.thoughts == "text"
-        compared = self.advantage != "value" or self.objective == "marginal"
-        least = 1 + compared + self.supply_thoughts  # a supplied thought is no part of the comparison
-        refusals = {
-            f"num_generations={self.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
-                self.num_generations < least and self.thoughts in ("discrete", "text")
-            ),
-            f"scale_rewards=group needs a group: set num_generations to {2 + self.supply_thoughts} or more, or scale_rewards=batch or none.": (
-                self.scale_rewards == "group" and self.num_generations <= 1 + self.supply_thoughts
-            ),
-            f"thoughts={self.thoughts} makes thoughts of given lengths: set stop=fixed.": soft and self.stop != "fixed",
-            f"thoughts={self.thoughts} with memory=persistent is not supported: set memory=none.": soft and self.memory == "persistent",
-            f"thoughts={self.thoughts} learns from the cross-entropy after it, and think_ce_weight=0 leaves none: set think_ce_weight above 0.": (
-                soft and self.think_ce_weight == 0
-            ),
-            "advantage=value learns from each rollout once, and num_iterations > 1 repeats it: choose one.": (
-                self.advantage == "value" and self.num_iterations > 1
-            ),
-            "thoughts=text writes thoughts of given lengths: set stop=fixed.": text and self.stop != "fixed",
-            f"thoughts=text with max_think_length={self.max_think_length} has no room between its first and its last token: set it to 3 or more.": (
-                text and self.max_think_length < 3
-            ),
-            f"thoughts=text with num_think_tokens={self.num_think_tokens} cannot tell a thought's begin from its end: set num_think_tokens to 2 or more.": (
-                text and self.num_think_tokens == 1
-            ),
-            f"thoughts=text with temperature={self.temperature} is not supported: set temperature=1.": text and self.temperature != 1.0,
-            "thoughts=text with memory=persistent is not supported: set memory=none.": text and self.memory == "persistent",
-            "thoughts=text with advantage=token is not supported: set advantage=group, loo or value.": text and self.advantage == "token",
-            "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": "exact" in self.reward_funcs and not self.supply_thoughts,
-            "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
-                self.think_start > 0 and self.text_ce_weight == 0
-            ),
-            "search compares thoughts of one length: set stop=fixed or stop=learned.": bool(self.search and self.stop == "sampled"),
-            "supply_thoughts has thoughts of given lengths: set stop=fixed.": self.supply_thoughts and self.stop != "fixed",
-            "supply_thoughts gives one thought for each row: set num_forks=1.": self.supply_thoughts and self.num_forks != 1,
-            "supply_thoughts and search both fill the first thought of a group: choose one.": self.supply_thoughts and self.search > 0,
-            "curriculum_threshold draws rows step by step: set max_steps.": self.curriculum_threshold is not None and self.max_steps <= 0,
-            "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
-                self.curriculum_threshold is not None and self.num_iterations > 1
-            ),
-            "policies=split with beta is not supported: set beta=0.": self.policies == "split" and self.beta > 0,
-            "policies=split with memory=persistent is not supported: set memory=none.": self.policies == "split" and self.memory == "persistent",
-            "thoughts=filler draws nothing, and stop=sampled draws the end of a thought: set stop=learned or stop=fixed.": (
-                self.thoughts == "filler" and self.stop == "sampled"
-            ),
-            "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
-                self.blind and self.thoughts == "filler"
-            ),
-            f"lookahead={self.lookahead} is longer than the row (max_length={self.max_length}): lower lookahead or raise max_length.": (
-                self.max_length is not None and self.lookahead is not None and self.lookahead >= self.max_length
-            ),
-            f"num_forks={self.num_forks} do not fit a row of max_length={self.max_length}: lower num_forks, raise max_length, or set fork_positions=all.": (
-                self.fork_positions != "all" and self.max_length is not None and self.num_forks >= self.max_length
-            ),
-            "stop=learned sums the stopping time out exactly for one judged token: set lookahead=1, or stop=sampled.": self.stop == "learned"
-            and self.lookahead != 1,
-            "advantage=token credits each thinking token by one judged token: set lookahead=1, or advantage=group.": self.advantage == "token"
-            and self.lookahead != 1,
-            "advantage=token compares predictions after every thinking token, which stop=sampled does not make: set stop=learned or stop=fixed.": (
-                self.advantage == "token" and self.stop == "sampled"
-            ),
-            "blind hides the text from the speaker and memory=persistent puts thoughts into the text: choose one.": self.blind and self.memory == "persistent",
-            "blind leaves nothing to predict from before the first thinking token, so advantage=token has no start: set advantage=group, loo or value.": (
-                self.blind and self.advantage == "token"
-            ),
-            "fork_positions=markers needs fork_markers, the texts after which the model may think.": (
-                self.fork_positions == "markers" and not (self.fork_markers and all(self.fork_markers))
-            ),
-            "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
-                self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations != 0
-            ),
-        }
-        _refuse(refusals)
-
-    def _check_effect(self) -> None:
-        """What would do nothing."""
-        effects = {
-            "prompt_length": (self.rollout == "free", "rollout=free"),
-            "fork_markers": (self.fork_positions == "markers", "fork_positions=markers"),
-            "num_forks": (self.fork_positions != "all", "a fork_positions other than all"),
-            "stop_smoothing": (self.stop == "learned", "stop=learned"),
-            "think_cost": (self.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
-            "advantage": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
-            "posterior_temperature": (self.objective == "marginal", "objective=marginal"),
-            "posterior_smoothing": (self.objective == "marginal", "objective=marginal"),
-            "thought_ce_weight": (self.supply_thoughts, "supply_thoughts=True"),
-            "speaker_learning_rate": (self.policies == "split", "policies=split"),
-            "search_random": (self.search > 0, "search"),
-            "search_changes": (self.search > 0 and self.search_random > 0, "search and search_random"),
-            "search_until": (self.search > 0, "search"),
-            **dict.fromkeys(("coverage_of", "coverage_decay"), (any(self.coverage_coef[:2]), "coverage_coef")),
-            "balance_given": (any(self.balance_coef[:2]), "balance_coef"),
-            "curriculum_replay": (self.curriculum_threshold is not None, "curriculum_threshold"),
-            "continuous_layer": (self.thoughts == "continuous", "thoughts=continuous"),
-            "scale_rewards": (self.objective == "expected", "objective=expected (marginal has its own advantage)"),
-            **dict.fromkeys(("reward_funcs", "reward_weights"), (self.objective == "expected" and self.advantage != "token", REWARDED_BY_FUNCTIONS)),
-            "epsilon": (
-                self.num_iterations > 1 and self.think_loss_type != "cispo",
-                "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)",
-            ),
-            "epsilon_high": (self.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
-            "delta": (self.num_iterations > 1 and self.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo"),
-            "importance_sampling_level": (self.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
-            "num_completions_to_print": (self.log_completions, "log_completions=True"),
-        }
-        for_soft_thoughts = {
-            **dict.fromkeys(OF_REWARDED_THOUGHTS, (self.thoughts not in (*SOFT, "filler"), f"thoughts=discrete or text ({self.thoughts} has no rewards)")),
-            **dict.fromkeys(OF_DRAWN_THOUGHTS, (self.thoughts not in ("continuous", "filler"), "thoughts=discrete or gumbel (nothing is drawn)")),
-        }
-        for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (self.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))
-        for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *effects.items()]:
-            if not effective and getattr(self, name) != default_of(type(self), name):
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
-
-
-def _refuse(refusals: dict[str, bool]) -> None:
-    for sentence, refused in refusals.items():
-        if refused:
-            raise ValueError(sentence)
-
-
-def default_of(cls: type, name: str):
-    """The default of a dataclass's field, without making the dataclass."""
-    entry = next(f for f in fields(cls) if f.name == name)
-    return entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[operator]

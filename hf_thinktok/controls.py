@@ -1,6 +1,6 @@
 """Runs to compare a thinking one with: what differs in their options, and nothing else does."""
 
-from .config import OF_DRAWN_THOUGHTS, OF_REWARDED_THOUGHTS
+from .config_checks import OF_DRAWN_THOUGHTS, OF_REWARDED_THOUGHTS
 
 # What a run that draws no thoughts leaves at its default.
 ABOUT_THOUGHTS = (

@@ -21,7 +21,8 @@ from ._compat import RepeatSampler, disable_dropout_in_model
 from .advantages import ValueBaseline
 from .callbacks import NonFiniteGuard, SayWhatIsTrained, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
-from .config import REWARDED_BY_FUNCTIONS, ThinkTokConfig
+from .config import ThinkTokConfig
+from .config_checks import REWARDED_BY_FUNCTIONS
 from .curriculum import Curriculum, LevelSampler
 from .data import TASK_COLUMNS, TreeCollator, levels_of
 from .distributed import check_launcher, for_rollout, is_partitioned, prepare_frozen

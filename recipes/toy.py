@@ -25,7 +25,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
-from hf_thinktok.config import default_of
+from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
 from hf_thinktok.data import levels_of
 from hf_thinktok.language import describe_language, draw_language, print_language

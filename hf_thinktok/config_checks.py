@@ -1,0 +1,233 @@
+"""What a `ThinkTokConfig` is refused for, each with the sentence that mends it: impossible values, options that cannot go together, or do nothing."""
+
+from collections.abc import Collection
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING
+
+from .rewards import resolve_rewards
+from .thoughts import SOFT
+
+if TYPE_CHECKING:
+    from .config import ThinkTokConfig
+
+# Options that may change with the step: a number, or start, end and the steps between.
+SCHEDULES = ("epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
+REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
+# Options without effect on thoughts without rewards, soft ones and fillers, and further ones on thoughts that are not drawn.
+OF_REWARDED_THOUGHTS = (
+    "search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "freeze", "alternate", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights",
+    "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
+)  # fmt: skip
+OF_THINKING_VOCABULARY = (
+    "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "top_k", "top_p", "min_p",
+)  # fmt: skip
+OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "objective", "log_completions")
+
+
+def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
+    """Each option by itself; choices of those named `own`, the others' are their libraries'."""
+    for entry in fields(config):
+        allowed = entry.metadata.get("choices") if entry.name in own else None
+        if allowed and (value := getattr(config, entry.name)) not in allowed:
+            raise ValueError(f"{entry.name}={value!r} is not known; it is one of {', '.join(allowed)}.")
+    least = {
+        "num_forks": 0,
+        "num_generations": 1,
+        "max_think_length": 1,
+        "num_iterations": 1,
+        "search": 0,
+        "think_start": 0,
+        "top_k": 0,
+        "max_nonfinite_steps": 1,
+        "num_completions_to_print": 1,
+        "prompt_length": 1,
+    }
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {bound}.")
+    if config.num_think_tokens is not None and config.num_think_tokens < 0:
+        raise ValueError(f"num_think_tokens={config.num_think_tokens} must be 0 (no thinking) or more.")
+    if config.lookahead is not None and config.lookahead < 1:
+        raise ValueError(f"lookahead={config.lookahead} must be at least 1, or null for all tokens that follow.")
+    if config.search_changes is not None and config.search_changes < 1:
+        raise ValueError(f"search_changes={config.search_changes} must be at least 1, or null for all tokens.")
+    if config.temperature <= 0:
+        raise ValueError(f"temperature={config.temperature} must be above 0: thoughts are explored by sampling.")
+    for name in ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold"):
+        if getattr(config, name) is not None and not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be between 0 and 1.")
+    for name in SCHEDULES:
+        schedule = getattr(config, name)
+        if schedule is not None and (len(schedule) not in (1, 3) or min(schedule) < 0 or schedule[2:] == [0]):
+            raise ValueError(f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them, none negative.")
+    if config.alternate is not None and (len(config.alternate) != 2 or min(config.alternate) < 1):
+        raise ValueError(f"alternate={config.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
+    if config.posterior_temperature <= 0:
+        raise ValueError(f"posterior_temperature={config.posterior_temperature} must be above 0.")
+    for name in ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)} must not be negative.")
+    resolve_rewards(config.reward_funcs)
+    # Functions are passed to the trainer, which counts them.
+    if (
+        config.reward_weights is not None
+        and config.reward_funcs != default_of(type(config), "reward_funcs")
+        and len(config.reward_weights) != len(config.reward_funcs)
+    ):
+        raise ValueError(
+            f"reward_weights has {len(config.reward_weights)} entries and reward_funcs {len(config.reward_funcs)}: give one weight for each reward."
+        )
+
+
+def check_text(config: "ThinkTokConfig") -> None:
+    """What the text's own loss cannot do on a model with thinking tokens, whether it thinks in this run or not."""
+    free, taught = config.rollout == "free", config.rollout == "free" or config.teacher is not None
+    refusals = {
+        "loss_type=dft is not supported with thinking tokens: leave loss_type=nll.": config.loss_type == "dft",
+        "label_smoothing_factor is not supported with thinking tokens: set it to 0.": config.label_smoothing_factor > 0,
+        "A teacher says something new at every step, and num_iterations > 1 repeats a step: choose one.": taught and config.num_iterations > 1,
+        "rollout=free would go on behind several documents at once: set packing=False.": free and config.packing,
+        "rollout=free lets one model write the text: set policies=shared.": free and config.policies == "split",
+        f"rollout=free writes with thinking tokens, not with thoughts={config.thoughts}: set thoughts=discrete or gumbel.": (
+            free and config.thoughts not in ("discrete", "gumbel")
+        ),
+        "rollout=free replaces the text that the data's thoughts and levels belong to: leave supply_thoughts and curriculum_threshold out.": (
+            free and (config.supply_thoughts or config.curriculum_threshold is not None)
+        ),
+        f"prompt_length={config.prompt_length} leaves nothing to write in rows of max_length={config.max_length}: lower it, or raise max_length.": (
+            free and config.max_length is not None and config.prompt_length >= config.max_length
+        ),
+        "padding_free=True would lay a whole batch out as one row: set packing=True instead.": config.padding_free,
+        "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(config.router_aux_loss_coef),
+    }
+    _refuse(refusals)
+
+
+def check_fit(config: "ThinkTokConfig") -> None:
+    """What cannot be done."""
+    soft, text = config.thoughts in SOFT, config.thoughts == "text"
+    compared = config.advantage != "value" or config.objective == "marginal"
+    least = 1 + compared + config.supply_thoughts  # a supplied thought is no part of the comparison
+    refusals = {
+        f"num_generations={config.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
+            config.num_generations < least and config.thoughts in ("discrete", "text")
+        ),
+        f"scale_rewards=group needs a group: set num_generations to {2 + config.supply_thoughts} or more, or scale_rewards=batch or none.": (
+            config.scale_rewards == "group" and config.num_generations <= 1 + config.supply_thoughts
+        ),
+        f"thoughts={config.thoughts} makes thoughts of given lengths: set stop=fixed.": soft and config.stop != "fixed",
+        f"thoughts={config.thoughts} with memory=persistent is not supported: set memory=none.": soft and config.memory == "persistent",
+        f"thoughts={config.thoughts} learns from the cross-entropy after it, and think_ce_weight=0 leaves none: set think_ce_weight above 0.": (
+            soft and config.think_ce_weight == 0
+        ),
+        "advantage=value learns from each rollout once, and num_iterations > 1 repeats it: choose one.": (
+            config.advantage == "value" and config.num_iterations > 1
+        ),
+        "thoughts=text writes thoughts of given lengths: set stop=fixed.": text and config.stop != "fixed",
+        f"thoughts=text with max_think_length={config.max_think_length} has no room between its first and its last token: set it to 3 or more.": (
+            text and config.max_think_length < 3
+        ),
+        f"thoughts=text with num_think_tokens={config.num_think_tokens} cannot tell a thought's begin from its end: set num_think_tokens to 2 or more.": (
+            text and config.num_think_tokens == 1
+        ),
+        f"thoughts=text with temperature={config.temperature} is not supported: set temperature=1.": text and config.temperature != 1.0,
+        "thoughts=text with memory=persistent is not supported: set memory=none.": text and config.memory == "persistent",
+        "thoughts=text with advantage=token is not supported: set advantage=group, loo or value.": text and config.advantage == "token",
+        "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": "exact" in config.reward_funcs and not config.supply_thoughts,
+        "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
+            config.think_start > 0 and config.text_ce_weight == 0
+        ),
+        "search compares thoughts of one length: set stop=fixed or stop=learned.": bool(config.search and config.stop == "sampled"),
+        "supply_thoughts has thoughts of given lengths: set stop=fixed.": config.supply_thoughts and config.stop != "fixed",
+        "supply_thoughts gives one thought for each row: set num_forks=1.": config.supply_thoughts and config.num_forks != 1,
+        "supply_thoughts and search both fill the first thought of a group: choose one.": config.supply_thoughts and config.search > 0,
+        "curriculum_threshold draws rows step by step: set max_steps.": config.curriculum_threshold is not None and config.max_steps <= 0,
+        "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
+            config.curriculum_threshold is not None and config.num_iterations > 1
+        ),
+        "policies=split with beta is not supported: set beta=0.": config.policies == "split" and config.beta > 0,
+        "policies=split with memory=persistent is not supported: set memory=none.": config.policies == "split" and config.memory == "persistent",
+        "thoughts=filler draws nothing, and stop=sampled draws the end of a thought: set stop=learned or stop=fixed.": (
+            config.thoughts == "filler" and config.stop == "sampled"
+        ),
+        "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
+            config.blind and config.thoughts == "filler"
+        ),
+        f"lookahead={config.lookahead} is longer than the row (max_length={config.max_length}): lower lookahead or raise max_length.": (
+            config.max_length is not None and config.lookahead is not None and config.lookahead >= config.max_length
+        ),
+        f"num_forks={config.num_forks} do not fit a row of max_length={config.max_length}: lower num_forks, raise max_length, or set fork_positions=all.": (
+            config.fork_positions != "all" and config.max_length is not None and config.num_forks >= config.max_length
+        ),
+        "stop=learned sums the stopping time out exactly for one judged token: set lookahead=1, or stop=sampled.": config.stop == "learned"
+        and config.lookahead != 1,
+        "advantage=token credits each thinking token by one judged token: set lookahead=1, or advantage=group.": config.advantage == "token"
+        and config.lookahead != 1,
+        "advantage=token compares predictions after every thinking token, which stop=sampled does not make: set stop=learned or stop=fixed.": (
+            config.advantage == "token" and config.stop == "sampled"
+        ),
+        "blind hides the text from the speaker and memory=persistent puts thoughts into the text: choose one.": config.blind and config.memory == "persistent",
+        "blind leaves nothing to predict from before the first thinking token, so advantage=token has no start: set advantage=group, loo or value.": (
+            config.blind and config.advantage == "token"
+        ),
+        "fork_positions=markers needs fork_markers, the texts after which the model may think.": (
+            config.fork_positions == "markers" and not (config.fork_markers and all(config.fork_markers))
+        ),
+        "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
+            config.num_iterations > 1 and config.save_strategy == "steps" and config.save_steps % config.num_iterations != 0
+        ),
+    }
+    _refuse(refusals)
+
+
+def check_effect(config: "ThinkTokConfig") -> None:
+    """What would do nothing."""
+    effects = {
+        "prompt_length": (config.rollout == "free", "rollout=free"),
+        "fork_markers": (config.fork_positions == "markers", "fork_positions=markers"),
+        "num_forks": (config.fork_positions != "all", "a fork_positions other than all"),
+        "stop_smoothing": (config.stop == "learned", "stop=learned"),
+        "think_cost": (config.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
+        "advantage": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
+        "posterior_temperature": (config.objective == "marginal", "objective=marginal"),
+        "posterior_smoothing": (config.objective == "marginal", "objective=marginal"),
+        "thought_ce_weight": (config.supply_thoughts, "supply_thoughts=True"),
+        "speaker_learning_rate": (config.policies == "split", "policies=split"),
+        "search_random": (config.search > 0, "search"),
+        "search_changes": (config.search > 0 and config.search_random > 0, "search and search_random"),
+        "search_until": (config.search > 0, "search"),
+        **dict.fromkeys(("coverage_of", "coverage_decay"), (any(config.coverage_coef[:2]), "coverage_coef")),
+        "balance_given": (any(config.balance_coef[:2]), "balance_coef"),
+        "curriculum_replay": (config.curriculum_threshold is not None, "curriculum_threshold"),
+        "continuous_layer": (config.thoughts == "continuous", "thoughts=continuous"),
+        "scale_rewards": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
+        **dict.fromkeys(("reward_funcs", "reward_weights"), (config.objective == "expected" and config.advantage != "token", REWARDED_BY_FUNCTIONS)),
+        "epsilon": (
+            config.num_iterations > 1 and config.think_loss_type != "cispo",
+            "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)",
+        ),
+        "epsilon_high": (config.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
+        "delta": (config.num_iterations > 1 and config.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo"),
+        "importance_sampling_level": (config.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
+        "num_completions_to_print": (config.log_completions, "log_completions=True"),
+    }
+    for_soft_thoughts = {
+        **dict.fromkeys(OF_REWARDED_THOUGHTS, (config.thoughts not in (*SOFT, "filler"), f"thoughts=discrete or text ({config.thoughts} has no rewards)")),
+        **dict.fromkeys(OF_DRAWN_THOUGHTS, (config.thoughts not in ("continuous", "filler"), "thoughts=discrete or gumbel (nothing is drawn)")),
+    }
+    for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (config.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))
+    for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *effects.items()]:
+        if not effective and getattr(config, name) != default_of(type(config), name):
+            raise ValueError(f"{name}={getattr(config, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
+
+
+def _refuse(refusals: dict[str, bool]) -> None:
+    for sentence, refused in refusals.items():
+        if refused:
+            raise ValueError(sentence)
+
+
+def default_of(cls: type, name: str):
+    """The default of a dataclass's field, without making the dataclass."""
+    entry = next(f for f in fields(cls) if f.name == name)
+    return entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[operator]
