@@ -28,6 +28,7 @@ from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import fit_to_cpu
+from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import make_task
@@ -84,9 +85,8 @@ def main(mixed: MixtureArguments, args: ThinkTokConfig, model: ModelConfig) -> N
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     train_rows = rows_of(train_text, tokenizer, mixed.text_length)
     train_rows = train_rows.select(range(min(mixed.text_rows, len(train_rows))))
-    start = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
-    before = on_text(start, tokenizer, held_out, mixed, args, thinks=False)
+    before = on_text(*load_whole(folder, "float32"), held_out, mixed, args, thinks=False)
     results: dict[str, Any] = {
         "task": task.name, "mixture": [], "levels": sorted(task.shortcut), "shortcut": {str(level): best for level, best in task.shortcut.items()},
         "config": changed_options(mixed, args, model),
@@ -95,19 +95,19 @@ def main(mixed: MixtureArguments, args: ThinkTokConfig, model: ModelConfig) -> N
         evaluations["base"][seed] = before
         for arm in ("cpt", "think"):
             set_seed(seed)
-            own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
+            output = str(Path(args.output_dir) / f"{arm}-seed{seed}")
             trainer = ThinkTokTrainer(
                 AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype),
-                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=str(Path(args.output_dir) / f"{arm}-seed{seed}")),
+                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
                 train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
-                processing_class=own,
+                processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
                 peft_config=get_peft_config(model),
             )
             trainer.train()
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
-            evaluations[arm][seed] = on_text(trainer.accelerator.unwrap_model(trainer.model), own, held_out, mixed, args, arm == "think")
+            trainer.save_model(output)
+            evaluations[arm][seed] = on_text(*load_whole(output, "float32"), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": trainer.state.global_step})
-            trainer.save_model(trainer.args.output_dir)
         results |= {"text": Comparison(evaluations).summary(), "seeds": mixed.seeds[:done]}
         write_json(Path(args.output_dir) / "results.json", results | environment())
     print_mixture(results)
