@@ -1,7 +1,10 @@
 """The part of the loss that is about thinking, from a tree's scores.
 
-    think_ce_weight * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
+    think_ce_weight * share * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
     - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
+
+Each part is a mean over forks. The share of the cross-entropy is that of the forks among all tokens of the text: a real token weighs the same wherever it
+is predicted. As a plain mean a few forks would outweigh the rows that they stand in.
 
 Soft thoughts (`hf_thinktok.thoughts`) have no policy loss: the cross-entropy's own gradient goes through them.
 
@@ -155,6 +158,7 @@ def thinking_loss(
     step: int = 0,
     first_id: int = 0,
     value: ValueBaseline | None = None,
+    ce_share: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The thinking part of the loss, a mean over forks, and its metrics.
 
@@ -166,6 +170,7 @@ def thinking_loss(
         step: the clock of the schedules.
         first_id: the first thinking id.
         value: as in `credit`.
+        ce_share: forks for each token of the text.
     """
     speech = speak(scores, rollout, config.stop, config.stop_smoothing, config.blind)
     speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights, step, value)
@@ -173,7 +178,7 @@ def thinking_loss(
     speaks, thinks = _turns(config, step)
 
     spoken_BKG = masked_mean(speech.logps_BKGH, scores.mask_BKH[:, :, None])
-    loss = speaks * config.think_ce_weight * -(speaker_weights_BKG * spoken_BKG).sum() / num_forks
+    loss = speaks * config.think_ce_weight * ce_share * -(speaker_weights_BKG * spoken_BKG).sum() / num_forks
     if config.stop == "learned":
         gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
         mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks

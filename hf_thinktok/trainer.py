@@ -221,7 +221,11 @@ class ThinkTokTrainer(CheckpointingTrainer):
         rollout = self._think(model, inputs, self._rollout(model, inputs, labels_BT, turn))
         tree = self._tree(inputs, rollout)
         scores = self._score(model, tree, tokens_BT, labels_BT, rollout)
-        loss = args.text_ce_weight * _text_loss(scores, num_items_in_batch, self._ranks_to_average(num_items_in_batch))
+        # A token of the text weighs as in TRL. `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
+        tokens = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
+        token_weight = self._ranks_to_average(num_items_in_batch) / torch.as_tensor(tokens).clamp(min=1)
+        accumulated = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        loss = args.text_ce_weight * token_weight * -scores.trunk_logps_BT.sum()
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
             thinking, metrics = thinking_loss(
@@ -237,10 +241,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 step=self._schedule_step(inputs),
                 first_id=self.vocabulary.first_id,
                 value=self.value,
+                ce_share=token_weight * accumulated * scores.valid_BK.numel(),
             )
             self._old_logps[turn] = actions(scores, rollout, args)[0].detach() if self._old_logps[turn] is None else self._old_logps[turn]
-            # `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
-            loss = loss + thinking / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
+            loss = loss + thinking / accumulated
         self._record(loss, metrics, tree, inputs, labels_BT, rollout, scores)
         return loss
 
@@ -491,9 +495,3 @@ class ThinkTokTrainer(CheckpointingTrainer):
             levels_D = np.asarray(dataset["level"])
             return LevelSampler(levels_D, self.curriculum, batch, self.args.curriculum_replay, self.args.max_steps, self.args.seed)
         return RepeatSampler(dataset, mini_repeat_count=1, batch_size=batch, repeat_count=self.args.num_iterations, seed=self.args.seed)
-
-
-def _text_loss(scores: TreeScores, num_items_in_batch: Tensor | int | None, ranks: int) -> Tensor:
-    """Cross-entropy of the text itself over real rows; the normaliser is TRL's."""
-    count = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
-    return -scores.trunk_logps_BT.sum() / torch.as_tensor(count).clamp(min=1) * ranks

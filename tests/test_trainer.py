@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
-from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
+from hf_thinktok import ThinkingVocabulary, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.cli import main
 
 
@@ -67,6 +67,27 @@ def test_no_thinking_tokens_is_plain_sft_bit_for_bit(make_trainer, sft, accumula
     ours.train(), theirs.train()
     assert losses(ours) == losses(theirs)
     assert all(torch.equal(a, b) for a, b in zip(weights(ours).values(), weights(theirs).values(), strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_real_token_weighs_the_same_after_a_thought_as_in_the_text(make_trainer, accumulation):
+    """However few the forks: what their tokens add to the loss is their sum over all tokens of the step, as it is for the text."""
+    counts = []
+
+    class Counting(ThinkTokTrainer):
+        def compute_loss(self, *args, num_items_in_batch=None, **kwargs):
+            counts.append(int(num_items_in_batch))
+            return super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    found, forks = {}, 2 * 3 * accumulation
+    for weight in (0.0, 1.0):
+        options = {"stop": "fixed", "num_forks": 3, "max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(think_ce_weight=weight, trainer_class=Counting, **options)
+        trainer.train()
+        found[weight], reward = losses(trainer)[0], losses(trainer, "reward")[0]  # the mean log-probability after a thought
+    assert len(set(counts)) == 1
+    assert counts[0] > 10 * forks / 3
+    assert found[1.0] - found[0.0] == pytest.approx(-reward * forks / counts[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
