@@ -96,7 +96,7 @@ class Loop:
         return logps[range(len(after)), after]
 
     def loss(self, rows, rollout):
-        """Minus the mean over forks of how the tokens after the thoughts fare."""
+        """How the tokens after the thoughts fare, minus the sum over forks for each token of the text."""
         batch, forks, groups = rollout.lengths_BKG.shape
         total = 0.0
         for b, k in np.ndindex(batch, forks):
@@ -106,7 +106,7 @@ class Loop:
             after = ids[fork + 1 : fork + 1 + self.args.lookahead]
             said = torch.stack([self.say(ids[: fork + 1], self.think(ids[: fork + 1], (b, k, g)), after).mean() for g in range(groups)])
             total = total - (said.logsumexp(0) if self.args.objective == "marginal" else said.mean())
-        return total / (batch * forks)
+        return total / sum(len(row["input_ids"]) - 1 for row in rows)
 
 
 def check_against_loop(trainer, rows, tolerance=2e-5):
