@@ -1,13 +1,12 @@
 """Steps whose loss or rewards are not finite are skipped, counted, and end a run that does nothing else."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-
-import hf_thinktok.trainer as trainer_module
 
 SOME = {"stop": "fixed", "weight_decay": 0.1, "lr_scheduler_type": "constant"}
 
@@ -62,9 +61,14 @@ def test_step_with_a_bad_reward_is_skipped(make_trainer, value):
 
 def test_step_with_a_bad_loss_is_skipped(make_trainer, monkeypatch):
     """The rewards are fine, the text's own loss is not."""
-    losses, count = trainer_module._text_loss, iter(range(99))
-    monkeypatch.setattr(trainer_module, "_text_loss", lambda *args: losses(*args) * (math.nan if next(count) == 1 else 1.0))
     trainer = make_trainer(max_steps=3, **SOME)
+    score = trainer._score
+
+    def scored(*args):
+        scores = score(*args)
+        return replace(scores, trunk_logps_BT=scores.trunk_logps_BT * (math.nan if trainer.state.global_step == 1 else 1.0))
+
+    monkeypatch.setattr(trainer, "_score", scored)
     weights = Weights(trainer)
     trainer.train()
     assert weights.moved() == [True, False, True]
