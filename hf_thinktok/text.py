@@ -1,6 +1,8 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
 from dataclasses import dataclass, field, replace
+from glob import has_magic
+from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset
@@ -25,15 +27,20 @@ class TextArguments(ScriptArguments):
     )
     data_split_seed: int = field(default=0, metadata={"help": "Seed of both held-out parts; the same for all runs that are compared."})
 
+    def __post_init__(self):
+        for name in self.data_files or []:
+            if not (Path(name).exists() or has_magic(name) or "://" in name):
+                raise ValueError(f"data_files names {name}, and there is no such file: give its path from here, {Path.cwd()}, or a whole one.")
+
 
 def load_text(script: TextArguments) -> Dataset | IterableDataset:
     """Rows with a `text` column; rows without text are dropped."""
-    if script.dataset_name == STANDARD_LIBRARY:
-        return standard_library()
     if script.data_files:
         kind = "text" if script.data_files[0].endswith(".txt") else "json"
         options = {"sample_by": script.sample_by} if kind == "text" else {}
         text = load_dataset(kind, data_files=script.data_files, split="train", streaming=script.dataset_streaming, **options)
+    elif script.dataset_name == STANDARD_LIBRARY:
+        return standard_library()
     elif script.dataset_name:
         text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
     else:

@@ -75,9 +75,8 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
     )  # fmt: skip
 
 
-def main(mixed: MixtureArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
+def main(mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     task = make_task(mixed.task, **mixed.task_options or {})
-    text = TextArguments(data_files=mixed.text_files, held_out_documents=mixed.held_out_documents)
     folder = resolve_model(model.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(text).filter(lambda row: len(tokenizer(row["text"])["input_ids"]) >= SHORTEST)
@@ -120,6 +119,7 @@ if __name__ == "__main__":
         read_mappings(mixture_args, "task_options")
         if not mixture_args.text_files:
             raise ValueError("There is no text: name local files with --text_files.")
+        text_args = TextArguments(data_files=mixture_args.text_files, held_out_documents=mixture_args.held_out_documents)
         if not model_args.model_name_or_path:
             raise ValueError("There is no model: give model_name_or_path.")
         if not think_args.thinks:
@@ -128,4 +128,4 @@ if __name__ == "__main__":
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    main(mixture_args, fit_to_cpu(think_args), model_args)
+    main(mixture_args, text_args, fit_to_cpu(think_args), model_args)

@@ -12,6 +12,8 @@ from trl import SFTConfig
 import hf_thinktok.loading as loading_module
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.checkpoints import COMPLETE_FILE
+from hf_thinktok.sources import STANDARD_LIBRARY
+from hf_thinktok.text import TextArguments, load_text
 
 NOWHERE = "no-such-folder/no-such-model"
 
@@ -587,3 +589,15 @@ def test_two_models_and_what_does_not_go_with_them(train, options, extra, words)
     with pytest.raises(ValueError, match=words[0]) as error:
         train(options=options, **extra)
     one_sentence(error, *words)
+
+
+def test_text_that_is_not_there_is_one_sentence():
+    with pytest.raises(ValueError, match="data_files names nowhere.jsonl, and there is no such file"):
+        TextArguments(data_files=["nowhere.jsonl"])
+    assert TextArguments(data_files=["hf://datasets/me/mine/a.jsonl", "parts/*.jsonl"]).data_files
+
+
+def test_files_take_the_place_of_a_recipe_s_own_text(tmp_path):
+    (tmp_path / "mine.txt").write_text("one line\nand another\n")
+    rows = load_text(TextArguments(dataset_name=STANDARD_LIBRARY, data_files=[str(tmp_path / "mine.txt")]))
+    assert rows["text"][:] == ["one line", "and another"]

@@ -255,7 +255,7 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
     [
         ((), "There is no text"),
         (("--data_files", "nowhere.jsonl"), "nowhere.jsonl"),
-        (("--data_files", "nowhere.jsonl", "--colour", "red"), "There is no option"),
+        (("--dataset_name", "nowhere", "--colour", "red"), "There is no option"),
         (("--num_forks", "0"), "must be a whole number, 1 or more"),
     ],
 )
