@@ -54,9 +54,10 @@ class MixtureArguments:
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
 
 
-def rows_of(text: Dataset, tokenizer, length: int) -> Dataset:
-    """Documents as rows of ids, cut to a length; shorter ones stay as they are."""
-    return Dataset.from_dict({"input_ids": [row[:length] for row in tokenizer(list(text["text"]), add_special_tokens=False)["input_ids"]]})
+def read_text(text: TextArguments, tokenizer, length: int) -> Dataset:
+    """Documents and their ids, cut to a length; shorter ones stay as they are, headings are left out."""
+    rows = load_text(text).map(lambda rows: {"input_ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]}, batched=True)
+    return rows.filter(lambda row: len(row["input_ids"]) >= SHORTEST).map(lambda row: {"input_ids": row["input_ids"][:length]})
 
 
 def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> Dataset:
@@ -79,10 +80,8 @@ def main(mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, mod
     task = make_task(mixed.task, **mixed.task_options or {})
     folder = resolve_model(model.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    documents = load_text(text).filter(lambda row: len(tokenizer(row["text"])["input_ids"]) >= SHORTEST)
-    train_text, held_out, _ = split(documents, text)
+    train_rows, held_out, _ = split(read_text(text, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
-    train_rows = rows_of(train_text, tokenizer, mixed.text_length)
     train_rows = train_rows.select(range(min(mixed.text_rows, len(train_rows))))
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
     before = on_text(*load_whole(folder, "float32"), held_out, mixed, args, thinks=False)

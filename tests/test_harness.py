@@ -120,9 +120,16 @@ def test_wrong_options_are_told_in_a_sentence(options, sentence):
         harness(thinker()[0], **options)
 
 
+@pytest.mark.parametrize(
+    ("command", "tasks"),
+    [
+        (["hf_thinktok.cli", "lm-eval"], ["gsm8k_local,commonsenseqa_local", "--include_path", "tasks"]),
+        (["lm_eval"], ["tasks/gsm8k_local.yaml,tasks/commonsenseqa_local.yaml"]),
+    ],
+)
 @torch.no_grad()
-def test_the_command_runs_local_tasks(tmp_path):
-    model, tokenizer = thinker(scale=1.0)[0], None
+def test_both_commands_run_local_tasks(command, tasks, tmp_path):
+    model = thinker(scale=1.0)[0]
     tokenizer = tiny_tokenizer_of(model)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -132,8 +139,8 @@ def test_the_command_runs_local_tasks(tmp_path):
     rows = [{"question": {"stem": CORPUS[i], "choices": choices}, "answerKey": "ABCDE"[i]} for i in range(4)]
     (tmp_path / "commonsenseqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = [
-        sys.executable, "-m", "hf_thinktok.cli", "lm-eval", "--model", "thinktok", "--model_args", f"pretrained={tmp_path / 'model'},max_think_length=2",
-        "--tasks", "gsm8k_local,commonsenseqa_local", "--include_path", "tasks", "--limit", "3", "--device", "cpu", "--batch_size", "2",
+        sys.executable, "-m", *command, "--model", "thinktok", "--model_args", f"pretrained={tmp_path / 'model'},max_think_length=2",
+        "--tasks", *tasks, "--limit", "3", "--device", "cpu", "--batch_size", "2",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)

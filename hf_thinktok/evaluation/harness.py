@@ -1,6 +1,9 @@
 """lm-evaluation-harness with thoughts: any of its tasks, without them, where the model wants them, or before every token.
 
-    thinktok lm-eval --model thinktok --model_args pretrained=outputs/quickstart,thoughts=own --tasks gsm8k_local --include_path recipes/lm_eval
+    thinktok lm-eval --model thinktok --model_args pretrained=outputs/quickstart,thoughts=own --tasks hellaswag
+    lm_eval --model thinktok --model_args pretrained=outputs/quickstart,thoughts=own --tasks recipes/lm_eval/gsm8k_local.yaml
+
+The second is the harness's own command: it has no plug-ins, but a task file may name a function of this module (`as_they_are`), which makes it known.
 
 Shape suffixes as in tree.py; C places of continuations, P lengths of a thought from 0, V real rows.
 """
@@ -23,6 +26,11 @@ from .thinking import check_evaluable, padded
 KINDS = ("none", "own", "always")
 # Logits are made for so many numbers at a time: 256 MiB in fp32.
 NUMBERS = 2**26
+
+
+def as_they_are(documents):
+    """A task's documents, unchanged: `process_docs: !function hf_thinktok.evaluation.harness.as_they_are` in a task file makes `thinktok` known."""
+    return documents
 
 
 @register_model("thinktok")

@@ -105,8 +105,8 @@ def comparison_tables(results: dict[str, Any]) -> list[Table]:
     table = Table(padding=0, title=f"{found['judged_tokens']:,} judged tokens in {found['documents']:,} documents, {_seeds(seeds)}")
     for name in ("arm", "bits/token", "95 % interval", *(("steps", "TFLOP", "minutes") if training else ())):
         table.add_column(name, justify="left" if name == "arm" else "right")
-    for arm, one in found["arms"].items():
-        cost = training.get(arm)
+    for arm in sorted(found["arms"], key=_place):
+        one, cost = found["arms"][arm], training.get(arm)
         minutes = "" if cost is None else f"{sum(log['train_runtime'] for log in cost['seeds'].values()) / len(cost['seeds']) / 60:.1f}"
         flops = "" if cost is None or cost["flops"] is None else f"{cost['flops'] / 1e12:.1f}"
         interval = f"{one['low']:.3f} to {one['high']:.3f}"
@@ -137,14 +137,18 @@ def placed(gain: str) -> str:
 
 def in_order(gains: dict[str, Any]) -> dict[str, Any]:
     """The gains of a comparison as they are to be read: those of `think` over each arm first. A file has them by the alphabet."""
-    arms = [*ARMS, *(f"{arm}{SILENT}" for arm in ARMS)]
-    place = {arm: i for i, arm in enumerate(arms)} | {"think": -1}
 
-    def key(name: str) -> tuple[int, int, str]:
-        one, other = name.split(" over ")
-        return (place.get(one, len(place)), place.get(other, len(place)), name)
+    def key(name: str) -> tuple[bool, list[tuple[int, str]]]:
+        return (not name.startswith("think over "), [_place(arm) for arm in name.split(" over ")])
 
     return {name: gains[name] for name in sorted(gains, key=key)}
+
+
+def _place(arm: str) -> tuple[int, str]:
+    """Where an arm stands among others: the known ones in their order, each before itself without thoughts."""
+    known = [*ARMS]
+    name = arm.removesuffix(SILENT)
+    return (known.index(name) if name in known else len(known), arm)
 
 
 def _seeds(seeds: list[int]) -> str:
