@@ -146,27 +146,22 @@ def as_text(results: dict[str, Any]) -> str:
 
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     """Accuracy of runs on a task in per cent: levels across; for each seed a row with its own thoughts, one with random thoughts and one without any."""
-    levels, trained = levels_of_runs(results["runs"]), set(results["levels"])
-    table = Table(padding=0, title=f"{results['task']}: accuracy on test rows, %" + ("" if results["control"] == "none" else f", {results['control']} control"))
-    table.add_column("thoughts")
-    table.add_column("seed", justify="right")
-    for level in levels:
-        table.add_column(level + ("" if int(level) in trained else "*"), justify="right")
+    levels = levels_of_runs(results["runs"])
+    control = "" if results["control"] == "none" else f", {results['control']} control"
+    table = level_table(f"{results['task']}: accuracy on test rows, %{control}", "thoughts", levels, results["levels"])
     for how in _hows(results["runs"]):
         for run in results["runs"]:
             table.add_row(THOUGHTS[how], str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels))
         table.add_section()
     for run in results["runs"]:
         if lengths := run.get("think_length"):
-            table.add_row("mean length", str(run["seed"]), *(f"{lengths[level]:.2f}" for level in levels))
+            table.add_row("mean length", str(run["seed"]), *mean_lengths(lengths, levels))
     table.add_section()
     # Under `blind` whoever answers sees no question: no shortcut is open to it.
     best = dict.fromkeys(levels, results["chance"]) if results["config"].get("blind") else results["shortcut"]
     table.add_row("chance" if results["config"].get("blind") else "shortcut", "", *(per_cent(best[level]) for level in levels))
     console = console or Console()
     console.print(table)
-    if any(int(level) not in trained for level in levels):
-        console.print("* harder than any trained")
     took = ", ".join(f"{run['seconds']:.0f} s for {run['steps']} steps" for run in results["runs"])
     console.print(f"Training took {took}.")
 
@@ -183,7 +178,7 @@ def print_ablation(results: dict[str, Any], console: Console | None = None) -> N
         for run in runs:
             table.add_row(name, str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
             if lengths := run.get("think_length"):
-                table.add_row("  mean length", "", *(f"{lengths[level]:.2f}" for level in levels), "")
+                table.add_row("  mean length", "", *mean_lengths(lengths, levels), "")
     (console or Console()).print(table)
 
 
@@ -290,6 +285,20 @@ def per_cent(part: float) -> str:
 
 def levels_of_runs(runs: list[dict[str, Any]]) -> list[str]:
     return sorted(next(iter(runs[0]["accuracy"].values())), key=int)
+
+
+def level_table(title: str, what: str, levels: list[str], trained: list[int]) -> Table:
+    """A table with a column for each level, of which those that were not trained have a star."""
+    starred = [level + ("" if int(level) in trained else "*") for level in levels]
+    table = Table(padding=0, title=title, caption=None if starred == levels else "* harder than any trained", caption_justify="left")
+    table.add_column(what)
+    for column in ("seed", *starred):
+        table.add_column(column, justify="right")
+    return table
+
+
+def mean_lengths(lengths: dict[str, float], levels: list[str]) -> list[str]:
+    return [f"{lengths[level]:.2f}" for level in levels]
 
 
 def _hows(runs: list[dict[str, Any]]) -> list[str]:

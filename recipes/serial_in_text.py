@@ -4,7 +4,7 @@
     thinktok merge outputs/serial/seed-0 outputs/serial/merged
     python recipes/toy.py --config recipes/toy/serial_smollm2_stop.yaml --save_models true
     thinktok merge outputs/serial_stop/seed-0 outputs/serial_stop/merged
-    python recipes/serial_in_text.py --config recipes/smollm2-135m/serial_in_text.yaml --text_files wikitext.txt
+    python recipes/serial_in_text.py --config recipes/smollm2-135m/serial_in_text.yaml --data_files wikitext.txt
 
 Task rows are a small part of the training rows, the rest is text. The model decides when to think, and pays for it. A twin is trained on the same rows
 without thinking. The results have accuracy and length of thoughts by level of the task, and both models side by side on the same places of held-out text,
@@ -32,7 +32,7 @@ from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import make_task
-from hf_thinktok.text import TextArguments, load_text, split
+from hf_thinktok.text import NO_TEXT, TextArguments, load_text, split
 
 # Tokens of a document at least; shorter ones are headings.
 SHORTEST = 16
@@ -40,16 +40,13 @@ SHORTEST = 16
 
 @dataclass
 class MixtureArguments:
-    """The task, the text, and how much of the training rows is what."""
+    """The task, and how much of the training rows it is."""
 
     task: str = field(default="pointer_chasing", metadata={"help": "A task of hf_thinktok.tasks."})
     task_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its difficulty, a mapping (JSON on the command line)."})
     test_rows: int = field(default=200, metadata={"help": "Test rows of each level at most; 0 for all."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "A run that thinks and its twin for each."})
-    text_files: list[str] = field(default_factory=list, metadata={"help": "Local .txt files with a paragraph a line."})
-    text_rows: int = field(default=20_000, metadata={"help": "Training rows of text at most."})
     text_length: int = field(default=96, metadata={"help": "Tokens of a row of text."})
-    held_out_documents: int = field(default=150, metadata={"help": "Documents kept from training to measure on, the same for every seed."})
     held_out_forks: int = field(default=16, metadata={"help": "Places of each held-out document where models are compared."})
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
 
@@ -82,12 +79,11 @@ def main(mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, mod
     tokenizer = AutoTokenizer.from_pretrained(folder)
     train_rows, held_out, _ = split(read_text(text, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
-    train_rows = train_rows.select(range(min(mixed.text_rows, len(train_rows))))
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
     before = on_text(*load_whole(folder, "float32"), held_out, mixed, args, thinks=False)
     results: dict[str, Any] = {
         "task": task.name, "mixture": [], "levels": sorted(task.shortcut), "shortcut": {str(level): best for level, best in task.shortcut.items()},
-        "config": changed_options(mixed, args, model),
+        "config": changed_options(mixed, text, args, model),
     }  # fmt: skip
     for done, seed in enumerate(mixed.seeds, 1):
         evaluations["base"][seed] = before
@@ -112,13 +108,16 @@ def main(mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, mod
 
 
 if __name__ == "__main__":
-    parser = TrlParser((MixtureArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
+    parser = TrlParser((MixtureArguments, TextArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     try:
-        mixture_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
+        mixture_args, text_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(mixture_args, "task_options")
-        if not mixture_args.text_files:
-            raise ValueError("There is no text: name local files with --text_files.")
-        text_args = TextArguments(data_files=mixture_args.text_files, held_out_documents=mixture_args.held_out_documents)
+        if not (text_args.data_files or text_args.dataset_name):
+            raise ValueError(NO_TEXT)
+        if text_args.dataset_streaming:
+            raise ValueError("Both models are trained on the same shuffled rows, which a stream has not: leave dataset_streaming out.")
+        if text_args.held_out_documents < 2:
+            raise ValueError(f"held_out_documents={text_args.held_out_documents} is too few for intervals over documents: give 2 or more.")
         if not model_args.model_name_or_path:
             raise ValueError("There is no model: give model_name_or_path.")
         if not think_args.thinks:

@@ -14,6 +14,7 @@ from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
+from hf_thinktok.text import TextArguments
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "pretrain_think.py"
@@ -166,8 +167,8 @@ def test_every_toy_config_is_read_as_it_stands(path, toy_parser):
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
 def test_every_mixture_is_read_as_it_stands(path, monkeypatch):
     monkeypatch.syspath_prepend(RECIPE.parent)
-    parser = TrlParser((importlib.import_module("serial_in_text").MixtureArguments, ThinkTokConfig, ModelConfig))
-    mixed, args, model = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
+    parser = TrlParser((importlib.import_module("serial_in_text").MixtureArguments, TextArguments, ThinkTokConfig, ModelConfig))
+    mixed, _, args, model = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
     assert args.thinks
     assert mixed.task_options
     assert model.model_name_or_path

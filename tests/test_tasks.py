@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from hf_thinktok.tasks import TASKS, TEST_SHARE, Questions, held_back, make_task, matched, one_hop_accuracy, permutations, unordered_accuracy, word_tokenizer
+from hf_thinktok.tasks import TASKS, TEST_SHARE, Questions, held_back, make_task, matched, word_tokenizer
+from hf_thinktok.tasks.questions import one_hop_accuracy, permutations, unordered_accuracy
 
 ROWS = {"train_rows": 300, "test_rows": 150}
 CASES = {

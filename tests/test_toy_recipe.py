@@ -74,7 +74,7 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(f"{text.strip()} {i}".replace("\n", " ") for i, text in enumerate(CORPUS * 2)))
     command = [
         ROOT / "recipes" / "serial_in_text.py", "--config", ROOT / "recipes" / "smollm2-135m" / "serial_in_text.yaml", "--model_name_or_path",
-        tmp_path / "model", "--text_files", tmp_path / "text.txt", "--held_out_documents", 8, "--text_length", 24, "--max_steps", 2, "--test_rows", 8,
+        tmp_path / "model", "--data_files", tmp_path / "text.txt", "--held_out_documents", 8, "--text_length", 24, "--max_steps", 2, "--test_rows", 8,
         "--held_out_forks", 4, "--max_think_length", 3, "--output_dir", tmp_path / "out",
         "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..results import THOUGHTS, conclusion, levels_of_runs, per_cent
+from ..results import THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, per_cent
 from .comparison import ARMS, SILENT
 from .thinking import ARMS as PLACED
 from .thinking import CONTROLS
@@ -68,29 +68,25 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
 
 def print_comparison(results: dict[str, Any], console: Console | None = None) -> None:
     """Arms side by side: bits per token and what they cost, then what thinking gains over each, and the verdict."""
-    _print(comparison_tables(results), comparison_says(results["comparison"]), console)
+    _print(comparison_tables(results["comparison"], results["seeds"], results["training"]), comparison_says(results["comparison"]), console)
 
 
 def print_mixture(results: dict[str, Any], console: Console | None = None) -> None:
     """Models of a task and of text: by level how often each is right and how long it thinks, then both on held-out text."""
     runs = results["mixture"]
     levels = levels_of_runs(runs)
-    table = Table(padding=0, title=f"{results['task']} in text: accuracy on test rows, %")
-    table.add_column("")
-    table.add_column("seed", justify="right")
-    for level in levels:
-        table.add_column(level + ("" if int(level) in results["levels"] else "*"), justify="right")
+    table = level_table(f"{results['task']} in text: accuracy on test rows, %", "", levels, results["levels"])
     for run in runs:
         name = "twin without thinking" if run["arm"] == "cpt" else "thinks"
         for how, by_level in run["accuracy"].items():
             label = name if len(run["accuracy"]) == 1 else f"{name}: {THOUGHTS[how]}"
             table.add_row(label, str(run["seed"]), *(per_cent(by_level[level]) for level in levels))
         if run["think_length"]:
-            table.add_row("  mean length", "", *(f"{run['think_length'][level]:.2f}" for level in levels))
+            table.add_row("  mean length", "", *mean_lengths(run["think_length"], levels))
         table.add_section()
     table.add_row("shortcut", "", *(per_cent(results["shortcut"][level]) for level in levels))
     found = results["text"]
-    _print([table, *comparison_tables({"comparison": found, "training": {}, "seeds": results["seeds"]})], comparison_says(found), console)
+    _print([table, *comparison_tables(found, results["seeds"])], comparison_says(found), console)
 
 
 def comparison_says(found: dict[str, Any]) -> str:
@@ -99,9 +95,9 @@ def comparison_says(found: dict[str, Any]) -> str:
     return f"It thinks {sum(lengths) / len(lengths):.3f} tokens at a place. {comparison_verdict(found)}"
 
 
-def comparison_tables(results: dict[str, Any]) -> list[Table]:
-    """Every arm of a comparison and its cost, and what thinking gains over it."""
-    found, training, seeds = results["comparison"], results["training"], results["seeds"]
+def comparison_tables(found: dict[str, Any], seeds: list[int], training: dict[str, Any] | None = None) -> list[Table]:
+    """Every arm of a comparison, with its cost where `training` has it, and what thinking gains over it."""
+    training = training or {}
     table = Table(padding=0, title=f"{found['judged_tokens']:,} judged tokens in {found['documents']:,} documents, {_seeds(seeds)}")
     for name in ("arm", "bits/token", "95 % interval", *(("steps", "TFLOP", "minutes") if training else ())):
         table.add_column(name, justify="left" if name == "arm" else "right")

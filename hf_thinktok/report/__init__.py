@@ -83,7 +83,7 @@ class Run:
         results = self.results
         pictures: list[tuple[str, str | None]] = []
         if "comparison" in results:
-            says, tables = comparison_says(results["comparison"]), comparison_tables(results)
+            says, tables = comparison_says(results["comparison"]), comparison_tables(results["comparison"], results["seeds"], results["training"])
             gains = in_order(results["comparison"]["gains"])
             pictures.append(("What thinking gains", draw_intervals({name.replace(" over ", ", over "): gain for name, gain in gains.items()}, GAINS)))
         elif "evaluation" in results:
