@@ -111,6 +111,8 @@ class ThinkTokConfig(SFTConfig):
             Bonus of a thought for being rare: times -log of its frequency, nats.
         coverage_of (`str`, defaults to `"thought"`):
             What is counted: each whole `thought`, or each `token` in its place, whose bonuses add up.
+        coverage_where (`str`, defaults to `"everywhere"`):
+            Where the bonus is paid: `everywhere`, or as far as the group's best thought does not tell the judged text yet (`unsolved`), times 1 - p.
         coverage_decay (`float`, defaults to `0.8`):
             What remains of the running frequencies at each step.
         balance_coef (schedule, defaults to `[0.0]`):
@@ -223,6 +225,9 @@ class ThinkTokConfig(SFTConfig):
     epsilon_greedy: list[float] = option([0.0], "Probability that a thinking token is drawn uniformly: a value, or start, end and steps.")
     coverage_coef: list[float] = option([0.0], "Bonus for rare thoughts: a value, or start, end and steps.")
     coverage_of: str = option("thought", "What the bonus counts: whole thoughts, or each token in its place.", ("thought", "token"))
+    coverage_where: str = option(
+        "everywhere", "Where the bonus is paid: everywhere, or where thoughts do not tell what follows yet.", ("everywhere", "unsolved")
+    )
     coverage_decay: float = option(0.8, "What remains of the running frequencies at each step.")
     balance_coef: list[float] = option([0.0], "Weight of the entropy of the batch's mean choice: a value, or start, end and steps.")
     balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))

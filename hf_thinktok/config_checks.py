@@ -196,7 +196,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "search_random": (config.search > 0, "search"),
         "search_changes": (config.search > 0 and config.search_random > 0, "search and search_random"),
         "search_until": (config.search > 0, "search"),
-        **dict.fromkeys(("coverage_of", "coverage_decay"), (any(config.coverage_coef[:2]), "coverage_coef")),
+        **dict.fromkeys(("coverage_of", "coverage_where", "coverage_decay"), (any(config.coverage_coef[:2]), "coverage_coef")),
         "balance_given": (any(config.balance_coef[:2]), "balance_coef"),
         "curriculum_replay": (config.curriculum_threshold is not None, "curriculum_threshold"),
         "continuous_layer": (config.thoughts == "continuous", "thoughts=continuous"),

@@ -71,6 +71,18 @@ class Coverage:
         self.frequency_C = state["frequency"].to(self.frequency_C)
 
 
+def coverage_share(where: str, logps: Tensor) -> Tensor:
+    """How much of the bonus for rarity is paid at each place, `[..., 1]`: all of it, or 1 - p of what follows after its best thought (`unsolved`).
+
+    Texts that share a thought are told apart by none, p is 1/2 at most, and both look for a rarer one; who has a thought of its own keeps it.
+
+    Args:
+        logps: log p of what follows after each thought, `[..., G]`, nats.
+    """
+    best = logps.max(-1, keepdim=True).values
+    return torch.ones_like(best) if where == "everywhere" else -torch.expm1(best)
+
+
 def choice_entropy(think_logits_BKGLN: Tensor) -> Tensor:
     """Entropy of each next thinking token, nats, `[B, K, G, L]`."""
     logps = think_logits_BKGLN.log_softmax(-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .advantages import ValueBaseline, group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
-from .exploration import choice_entropy, entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
+from .exploration import choice_entropy, coverage_share, entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
 from .rewards import RewardFunction, masked_mean, masked_sum, total_reward
 from .rollout import Rollout
@@ -114,7 +114,8 @@ def credit(
     cost = scheduled(config.think_cost, step)
     extra_BKG = -cost * speech.lengths_BKG.detach()
     if rollout.rarity_BKG is not None:
-        extra_BKG = extra_BKG + scheduled(config.coverage_coef, step) * rollout.rarity_BKG
+        share_BK1 = coverage_share(config.coverage_where, masked_sum(logps_BKGH, scores.mask_BKH[:, :, None]))
+        extra_BKG = extra_BKG + scheduled(config.coverage_coef, step) * share_BK1 * rollout.rarity_BKG
     rewards_BKG = rewards_BKG + extra_BKG
     # A supplied thought was not drawn: it is no part of the comparison, and alone teaches the speaker.
     drawn = slice(1, None) if rollout.supplied else slice(None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .engine import evaluating
-from .exploration import Coverage, candidate_thoughts, scheduled
+from .exploration import Coverage, candidate_thoughts, coverage_share, scheduled
 from .rewards import masked_sum
 from .rollout import Rollout, Sampling
 from .tokens import ThinkingVocabulary
@@ -57,11 +57,11 @@ class Explorer:
     ) -> Rollout:
         args, trainer = self.args, self.trainer
 
-        def bonus(choices: Tensor) -> Tensor:
+        def bonus(choices: Tensor, logps_BKP: Tensor) -> Tensor:
             if self.coverage is None:
-                return choices.new_zeros(choices.shape[:-1], dtype=torch.float32)
+                return torch.zeros_like(logps_BKP)
             lengths = torch.full(choices.shape[:-1], choices.shape[-1], device=choices.device)
-            return coefficient * self.coverage.rarity(self.coverage.codes(choices, lengths))
+            return coefficient * coverage_share(args.coverage_where, logps_BKP) * self.coverage.rarity(self.coverage.codes(choices, lengths))
 
         def value(candidates: Rollout) -> Tensor:
             with evaluating(model):
@@ -98,7 +98,7 @@ def best_shared_thoughts(
     Args:
         targets_BK: the judged token of each fork, negative where there is none.
         among: gives the candidates, as `candidate_thoughts` does from the policy's own.
-        bonus: gives the coverage bonus of choices `[P, L]` from 0.
+        bonus: gives the coverage bonus of choices `[P, L]` from 0, and of how well they tell each target.
     """
     there_BK = rollout.forks_BK >= 0
     there_BK = there_BK | ~there_BK.any()  # where no fork is there the speaker's pass is made all the same, as on other ranks
@@ -111,8 +111,8 @@ def best_shared_thoughts(
     with evaluating(model):
         logits_PV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, -1]
     logps_PV = logits_PV[:, : vocabulary.num_real].float().log_softmax(-1)
-    values_PBK = logps_PV[:, targets_BK.clamp(min=0)] + bonus(candidates_PL)[:, None, None]
-    best_BKL = vocabulary.first_id + candidates_PL[values_PBK.argmax(0)]
+    told_BKP = logps_PV[:, targets_BK.clamp(min=0)].permute(1, 2, 0)
+    best_BKL = vocabulary.first_id + candidates_PL[(told_BKP + bonus(candidates_PL, told_BKP)).argmax(-1)]
     return _with_first(rollout, best_BKL, targets_BK >= 0)
 
 
@@ -133,8 +133,8 @@ def best_own_thoughts(sample, value, rollout: Rollout, among, vocabulary: Thinki
     thoughts_BKPL = vocabulary.first_id + choices_BKPL
     lengths_BKP = rollout.lengths_BKG[:, :, :1].expand(thoughts_BKPL.shape[:-1])
     candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device))
-    values_BKP = value(candidates) + bonus(choices_BKPL)
-    best_BK1L = values_BKP.argmax(-1)[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
+    told_BKP = value(candidates)
+    best_BK1L = (told_BKP + bonus(choices_BKPL, told_BKP)).argmax(-1)[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
     return _with_first(rollout, thoughts_BKPL.gather(2, best_BK1L)[:, :, 0], rollout.forks_BK >= 0)
 
 

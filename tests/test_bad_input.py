@@ -190,6 +190,7 @@ NO_EFFECT = [
     ({"search_changes": 1}, ["search_changes=1", "search"]),
     ({"coverage_decay": 0.1}, ["coverage_decay=0.1", "coverage_coef"]),
     ({"coverage_of": "token"}, ["coverage_of='token'", "coverage_coef"]),
+    ({"coverage_where": "unsolved"}, ["coverage_where='unsolved'", "coverage_coef"]),
     ({"balance_given": "token"}, ["balance_given='token'", "balance_coef"]),
     ({"curriculum_replay": 0.1}, ["curriculum_replay=0.1", "curriculum_threshold"]),
     *(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_thinktok.curriculum import LAG, LEAST_STEPS, Curriculum, LevelSampler
-from hf_thinktok.exploration import Coverage, all_thoughts, candidate_thoughts, entropy_servo, marginal_entropy, scheduled, thought_entropy
+from hf_thinktok.exploration import Coverage, all_thoughts, candidate_thoughts, coverage_share, entropy_servo, marginal_entropy, scheduled, thought_entropy
 
 CPU = torch.device("cpu")
 
@@ -80,6 +80,12 @@ def test_tokens_are_counted_in_their_places():
 def certain(thoughts, num_tokens):
     """Logits of a policy that is certain of the given thoughts `[M, L]`, as `[M, 1, 1, L, N]`."""
     return torch.nn.functional.one_hot(thoughts, num_tokens).float()[:, None, None] * 60
+
+
+def test_the_bonus_is_paid_everywhere_or_as_far_as_the_best_thought_fails():
+    logps_BKG = torch.tensor([[[0.5, 0.25], [1.0, 0.1]], [[0.01, 0.02], [1e-6, 1e-9]]]).log()
+    assert coverage_share("everywhere", logps_BKG).flatten().tolist() == [1, 1, 1, 1]
+    assert coverage_share("unsolved", logps_BKG).flatten().tolist() == pytest.approx([0.5, 0, 0.98, 1], abs=1e-5)
 
 
 def test_the_mean_choice_of_copied_tokens_is_varied_by_position_and_not_given_the_token_before():

@@ -381,6 +381,19 @@ def test_marginal_weights_are_the_posterior(model, make_config, stop, cost):
     torch.testing.assert_close(advantages[0, 0] / len(outcomes), (posterior - 1 / len(outcomes))[:, None].expand(-1, L), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("where", "lookahead"), [("everywhere", 1), ("unsolved", 1), ("unsolved", 3)])
+def test_a_rare_thought_is_paid_as_far_as_the_best_one_fails(model, make_config, where, lookahead):
+    config = make_config("fixed", lookahead=lookahead, coverage_coef=0.3, coverage_where=where)
+    scores, rollout, labels = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
+    rarity = torch.tensor([0.5, 2.0, 4.0])
+    rollout = dataclasses.replace(rollout, rarity_BKG=rarity.expand(rollout.lengths_BKG.shape))
+    speech = speak(scores, rollout, "fixed", config.stop_smoothing, False)
+    rewards = credit(scores, speech, rollout, labels, config, resolve_rewards("log_prob"), [1.0])[2]
+    logps = speech.logps_BKGH[0, 0].detach()
+    share = 1.0 if where == "everywhere" else 1 - logps.sum(-1).exp().max()
+    torch.testing.assert_close(rewards[0, 0], logps.mean(-1) + 0.3 * share * rarity, atol=1e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------- blind, and forks that are not there
 
 

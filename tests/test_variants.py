@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -232,6 +233,28 @@ def test_search_finds_the_best_thought_for_each_text(make, blind, judged):
             for thought in every
         ]
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
+
+
+@pytest.mark.parametrize("where", ["everywhere", "unsolved"])
+@pytest.mark.parametrize("blind", [False, True])
+def test_search_is_paid_for_rare_thoughts_where_asked(make, blind, where):
+    """Every thought's value by itself: log p and the bonus for its rarity, which `unsolved` pays as far as the best thought fails."""
+    rows = questions(levels=(3,))
+    trainer = make(rows, search=N**2, blind=blind, coverage_coef=[0.2], coverage_where=where)
+    inputs, labels = batch_of(trainer, rows.select(range(5)))
+    coverage, every = trainer.explore.coverage, list(itertools.product(range(N), repeat=2))
+    coverage.frequency_C = torch.rand(coverage.frequency_C.shape, generator=torch.Generator().manual_seed(0))
+    rarity = coverage.rarity(coverage.codes(torch.tensor(every), torch.full((N**2,), 2))).numpy()
+    with torch.no_grad():  # a speaker that is sure of some of it
+        trainer.model.get_output_embeddings().weight.mul_(20)
+    rollout, best = one_rollout(trainer, inputs, labels), []
+    for row in range(5):
+        ids = rows[row]["input_ids"]
+        thoughts = [[trainer.vocabulary.first_id + z for z in thought] for thought in every]
+        logps = np.array([plain_logps(trainer.model, trainer.vocabulary, [] if blind else ids[:5], thought, ids[5]).item() for thought in thoughts])
+        share = 1.0 if where == "everywhere" else 1 - math.exp(logps.max())
+        best.append(int(np.argmax(logps + 0.2 * share * rarity)))
+        assert rollout.thoughts_BKGL[row, 0, 0].tolist() == thoughts[best[-1]]
 
 
 def test_search_among_samples_is_no_worse_than_they_are(make):
