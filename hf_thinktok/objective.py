@@ -113,8 +113,9 @@ def credit(
     )
     cost = scheduled(config.think_cost, step)
     extra_BKG = -cost * speech.lengths_BKG.detach()
+    told_BKG = masked_sum(logps_BKGH, scores.mask_BKH[:, :, None])
     if rollout.rarity_BKG is not None:
-        share_BK1 = coverage_share(config.coverage_where, masked_sum(logps_BKGH, scores.mask_BKH[:, :, None]))
+        share_BK1 = coverage_share(config.coverage_where, told_BKG)
         extra_BKG = extra_BKG + scheduled(config.coverage_coef, step) * share_BK1 * rollout.rarity_BKG
     rewards_BKG = rewards_BKG + extra_BKG
     # A supplied thought was not drawn: it is no part of the comparison, and alone teaches the speaker.
@@ -122,8 +123,7 @@ def credit(
     num_groups = rewards_BKG[..., drawn].shape[-1]
     speaker_weights_BKG = valid_BK[:, :, None].expand(*valid_BK.shape, num_groups) / num_groups
     if config.objective == "marginal":
-        likelihoods_BKG = masked_sum(logps_BKGH, scores.mask_BKH[:, :, None]) + extra_BKG
-        posterior_BKG = posterior(likelihoods_BKG[..., drawn] / config.posterior_temperature, valid_BK)
+        posterior_BKG = posterior((told_BKG + extra_BKG)[..., drawn] / config.posterior_temperature, valid_BK)
         # The policy loss is a mean over the group; the posterior's weights are its share of a sum.
         advantages_BKG = (posterior_BKG - 1 / num_groups) * valid_BK[:, :, None] * num_groups
         speaker_weights_BKG = (1 - config.posterior_smoothing) * posterior_BKG + config.posterior_smoothing * speaker_weights_BKG

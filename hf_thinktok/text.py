@@ -10,8 +10,6 @@ from trl import ScriptArguments
 
 from .sources import STANDARD_LIBRARY, standard_library
 
-NO_TEXT = "There is no text: give dataset_name (on the Hub) or data_files (local)."
-
 
 @dataclass
 class TextArguments(ScriptArguments):
@@ -46,7 +44,7 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
     elif script.dataset_name:
         text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
     else:
-        raise ValueError(NO_TEXT)
+        raise ValueError("There is no text: give dataset_name (on the Hub) or data_files (local).")
     if script.text_template:
         columns = text.column_names
         try:

@@ -31,8 +31,8 @@ from hf_thinktok.loading import fit_to_cpu
 from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.tasks import make_task
-from hf_thinktok.text import NO_TEXT, TextArguments, load_text, split
+from hf_thinktok.tasks import Task, make_task
+from hf_thinktok.text import TextArguments, load_text, split
 
 # Tokens of a document at least; shorter ones are headings.
 SHORTEST = 16
@@ -51,9 +51,9 @@ class MixtureArguments:
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
 
 
-def read_text(text: TextArguments, tokenizer, length: int) -> Dataset:
+def with_ids(text: Dataset, tokenizer, length: int) -> Dataset:
     """Documents and their ids, cut to a length; shorter ones stay as they are, headings are left out."""
-    rows = load_text(text).map(lambda rows: {"input_ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]}, batched=True)
+    rows = text.map(lambda rows: {"input_ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]}, batched=True)
     return rows.filter(lambda row: len(row["input_ids"]) >= SHORTEST).map(lambda row: {"input_ids": row["input_ids"][:length]})
 
 
@@ -73,11 +73,10 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
     )  # fmt: skip
 
 
-def main(mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
-    task = make_task(mixed.task, **mixed.task_options or {})
+def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     folder = resolve_model(model.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    train_rows, held_out, _ = split(read_text(text, tokenizer, mixed.text_length), text)
+    train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
     before = on_text(*load_whole(folder, "float32"), held_out, mixed, args, thinks=False)
@@ -112,8 +111,6 @@ if __name__ == "__main__":
     try:
         mixture_args, text_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(mixture_args, "task_options")
-        if not (text_args.data_files or text_args.dataset_name):
-            raise ValueError(NO_TEXT)
         if text_args.dataset_streaming:
             raise ValueError("Both models are trained on the same shuffled rows, which a stream has not: leave dataset_streaming out.")
         if text_args.held_out_documents < 2:
@@ -124,6 +121,8 @@ if __name__ == "__main__":
             raise ValueError("The twin that does not think is trained besides: leave num_forks and num_think_tokens above 0.")
         if not 0 < mixture_args.task_share < 1:
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
+        the_task = make_task(mixture_args.task, **mixture_args.task_options or {})
+        the_text = load_text(text_args)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    main(mixture_args, text_args, fit_to_cpu(think_args), model_args)
+    main(the_task, the_text, mixture_args, text_args, fit_to_cpu(think_args), model_args)
