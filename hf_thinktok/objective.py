@@ -1,10 +1,10 @@
 """The part of the loss that is about thinking, from a tree's scores.
 
-    share * (think_ce_weight * CE(real tokens after thoughts) + exact gate + think_cost * E[length]) + think_loss_weight * policy loss(thoughts)
+    think_ce_weight * share * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
     - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
 
-Each part is a mean over forks. The share is that of the forks among all tokens of the text: a real token weighs the same wherever it is predicted, for
-speaker and gate alike. As a plain mean a few forks would outweigh the rows that they stand in.
+Each part is a mean over forks. The share of the cross-entropy is that of the forks among all tokens of the text: a real token weighs the same wherever it
+is predicted. As a plain mean a few forks would outweigh the rows that they stand in.
 
 Soft thoughts (`hf_thinktok.thoughts`) have no policy loss: the cross-entropy's own gradient goes through them.
 
@@ -183,7 +183,7 @@ def thinking_loss(
     if config.stop == "learned":
         gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
         mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
-        loss = loss + thinks * ce_share * (gate_loss + scheduled(config.think_cost, step) * mean_length)
+        loss = loss + thinks * (gate_loss + scheduled(config.think_cost, step) * mean_length)
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
     if config.thoughts in ("filler", "continuous"):  # nothing was drawn
         return loss, metrics

@@ -70,9 +70,8 @@ def test_no_thinking_tokens_is_plain_sft_bit_for_bit(make_trainer, sft, accumula
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stop", ["fixed", "learned"])
-def test_a_real_token_weighs_the_same_after_a_thought_as_in_the_text(make_trainer, accumulation, stop):
-    """However few the forks: speaker, gate and price add their sum over all tokens of the step, as the text does."""
+def test_a_real_token_weighs_the_same_after_a_thought_as_in_the_text(make_trainer, accumulation):
+    """However few the forks: what their tokens add to the loss is their sum over all tokens of the step, as it is for the text."""
     counts = []
 
     class Counting(ThinkTokTrainer):
@@ -80,17 +79,15 @@ def test_a_real_token_weighs_the_same_after_a_thought_as_in_the_text(make_traine
             counts.append(int(num_items_in_batch))
             return super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
 
-    options = {"stop": "learned", "stop_smoothing": 0.0, "think_cost": 0.5} if stop == "learned" else {"stop": "fixed"}
-    options |= {"num_forks": 3, "max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "gradient_accumulation_steps": accumulation}
-    trainer = make_trainer(text_ce_weight=0.0, think_loss_weight=0.0, trainer_class=Counting, **options)
-    trainer.train()
+    found, forks = {}, 2 * 3 * accumulation
+    for weight in (0.0, 1.0):
+        options = {"stop": "fixed", "num_forks": 3, "max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(think_ce_weight=weight, trainer_class=Counting, **options)
+        trainer.train()
+        found[weight], reward = losses(trainer)[0], losses(trainer, "reward")[0]  # the mean log-probability after a thought
     assert len(set(counts)) == 1
-    share = 2 * 3 * accumulation / counts[0]
-    assert share < 0.3
-    logp, length = losses(trainer, "rewards/log_prob")[0], losses(trainer, "think_length")[0]
-    # Without smoothing the gate is told the same log-probability as the speaker.
-    expected = -2 * logp + 0.5 * length if stop == "learned" else -logp
-    assert losses(trainer)[0] == pytest.approx(expected * share, rel=2e-3)
+    assert counts[0] > 10 * forks / 3
+    assert found[1.0] - found[0.0] == pytest.approx(-reward * forks / counts[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -368,8 +365,7 @@ def test_other_families_train(make_trainer, family):
 
 
 def test_the_engines_train_alike(make_trainer):
-    options = {"max_steps": 2, "adam_epsilon": 1e-6}  # with Adam's own 1e-8 a gradient that rounds to nothing takes a whole step
-    packed, replicated = make_trainer(engine="tree", **options), make_trainer(engine="replicated", **options)
+    packed, replicated = make_trainer(engine="tree", max_steps=2), make_trainer(engine="replicated", max_steps=2)
     packed.train(), replicated.train()
     assert losses(packed) == pytest.approx(losses(replicated), abs=1e-4)
     for (name, a), b in zip(weights(packed).items(), weights(replicated).values(), strict=True):
