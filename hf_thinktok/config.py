@@ -14,6 +14,8 @@ from .tree import Branching
 
 FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
 
+A_SCHEDULE = "a value, or start, end, steps (and the step it begins at)"
+
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
     """A dataclass field with a help text; the choices are checked here as well as on the command line."""
@@ -93,18 +95,17 @@ class ThinkTokConfig(SFTConfig):
 
         > Finding a language
 
-        A schedule is a number, or a list of start, end and the steps between them; with a curriculum each level's rows have a clock of their own.
+        A schedule is a number, or a list of start, end, the steps between them and, where it is not 0, the step at which it begins to change; with a curriculum
+        each level's rows have a clock of their own.
 
         think_start (`int`, defaults to `0`):
             Step at which thinking begins; before it the model only learns the text. Schedules count from there.
-        search (`int`, defaults to `0`):
+        search (schedule, defaults to `[0.0]`):
             One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that.
         search_random (`float`, defaults to `0.5`):
             Part of the candidates that are random; the others are the policy's.
         search_changes (`int`, *optional*):
             A random candidate is one of the policy's thoughts with so many tokens drawn anew. All of them where it is left out.
-        search_until (`int`, *optional*):
-            Last step of the search, on the clock of the schedules.
         epsilon_greedy (schedule, defaults to `[0.0]`):
             Probability that a thinking token is drawn uniformly.
         coverage_coef (schedule, defaults to `[0.0]`):
@@ -218,20 +219,19 @@ class ThinkTokConfig(SFTConfig):
     alternate: list[int] | None = option(None, "n steps of prediction, then m steps of thinking.")
 
     think_start: int = option(0, "Step at which thinking begins; before it the model only learns the text.")
-    search: int = option(0, "One thought of each group is the best of so many candidates.")
+    search: list[float] = option([0.0], f"One thought of each group is the best of so many candidates: {A_SCHEDULE}.")
     search_random: float = option(0.5, "Part of the candidates that are random.")
     search_changes: int | None = option(None, "Tokens drawn anew in a random candidate; all where left out.")
-    search_until: int | None = option(None, "Last step of the search.")
-    epsilon_greedy: list[float] = option([0.0], "Probability that a thinking token is drawn uniformly: a value, or start, end and steps.")
-    coverage_coef: list[float] = option([0.0], "Bonus for rare thoughts: a value, or start, end and steps.")
+    epsilon_greedy: list[float] = option([0.0], f"Probability that a thinking token is drawn uniformly: {A_SCHEDULE}.")
+    coverage_coef: list[float] = option([0.0], f"Bonus for rare thoughts: {A_SCHEDULE}.")
     coverage_of: str = option("thought", "What the bonus counts: whole thoughts, or each token in its place.", ("thought", "token"))
     coverage_where: str = option(
         "everywhere", "Where the bonus is paid: everywhere, or where thoughts do not tell what follows yet.", ("everywhere", "unsolved")
     )
     coverage_decay: float = option(0.8, "What remains of the running frequencies at each step.")
-    balance_coef: list[float] = option([0.0], "Weight of the entropy of the batch's mean choice: a value, or start, end and steps.")
+    balance_coef: list[float] = option([0.0], f"Weight of the entropy of the batch's mean choice: {A_SCHEDULE}.")
     balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))
-    thought_entropy_target: list[float] | None = option(None, "Entropy that a servo holds, in parts of ln N: a value, or start, end and steps.")
+    thought_entropy_target: list[float] | None = option(None, f"Entropy that a servo holds, in parts of ln N: {A_SCHEDULE}.")
     curriculum_threshold: float | None = option(None, "Running accuracy at which the next level of the data begins.")
     curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
 
@@ -257,7 +257,7 @@ class ThinkTokConfig(SFTConfig):
     think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought, each as a token of the text.")
     text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
     speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")
-    think_cost: list[float] = option([0.0], "Price of a thinking token in nats: a value, or start, end and steps.")
+    think_cost: list[float] = option([0.0], f"Price of a thinking token in nats: {A_SCHEDULE}.")
     beta: float = option(0.0, "Weight of the KL divergence of thoughts from the initial model.")
     num_iterations: int = option(1, "Optimizer steps on each rollout.")
     epsilon: float = option(0.2, "Clipping of the importance ratio, below and above.")

@@ -4,14 +4,15 @@ from collections.abc import Collection
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
+from .exploration import ever
 from .rewards import resolve_rewards
 from .thoughts import SOFT
 
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
 
-# Options that may change with the step: a number, or start, end and the steps between.
-SCHEDULES = ("epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
+# Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
+SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect on thoughts without rewards, soft ones and fillers, and further ones on thoughts that are not drawn.
 OF_REWARDED_THOUGHTS = (
@@ -35,7 +36,6 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "num_generations": 1,
         "max_think_length": 1,
         "num_iterations": 1,
-        "search": 0,
         "think_start": 0,
         "top_k": 0,
         "max_nonfinite_steps": 1,
@@ -58,8 +58,10 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be between 0 and 1.")
     for name in SCHEDULES:
         schedule = getattr(config, name)
-        if schedule is not None and (len(schedule) not in (1, 3) or min(schedule) < 0 or schedule[2:] == [0]):
-            raise ValueError(f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them, none negative.")
+        if schedule is not None and (len(schedule) not in (1, 3, 4) or min(schedule) < 0 or schedule[2:] == [0]):
+            raise ValueError(
+                f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them (and the step it begins at), none negative."
+            )
     if config.alternate is not None and (len(config.alternate) != 2 or min(config.alternate) < 1):
         raise ValueError(f"alternate={config.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
     if config.posterior_temperature <= 0:
@@ -105,7 +107,7 @@ def check_text(config: "ThinkTokConfig") -> None:
 
 def check_fit(config: "ThinkTokConfig") -> None:
     """What cannot be done."""
-    soft, text = config.thoughts in SOFT, config.thoughts == "text"
+    soft, text, searches = config.thoughts in SOFT, config.thoughts == "text", ever(config.search)
     compared = config.advantage != "value" or config.objective == "marginal"
     least = 1 + compared + config.supply_thoughts  # a supplied thought is no part of the comparison
     refusals = {
@@ -137,10 +139,10 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
             config.think_start > 0 and config.text_ce_weight == 0
         ),
-        "search compares thoughts of one length: set stop=fixed or stop=learned.": bool(config.search and config.stop == "sampled"),
+        "search compares thoughts of one length: set stop=fixed or stop=learned.": searches and config.stop == "sampled",
         "supply_thoughts has thoughts of given lengths: set stop=fixed.": config.supply_thoughts and config.stop != "fixed",
         "supply_thoughts gives one thought for each row: set num_forks=1.": config.supply_thoughts and config.num_forks != 1,
-        "supply_thoughts and search both fill the first thought of a group: choose one.": config.supply_thoughts and config.search > 0,
+        "supply_thoughts and search both fill the first thought of a group: choose one.": config.supply_thoughts and searches,
         "curriculum_threshold draws rows step by step: set max_steps.": config.curriculum_threshold is not None and config.max_steps <= 0,
         "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
             config.curriculum_threshold is not None and config.num_iterations > 1
@@ -193,11 +195,10 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "posterior_smoothing": (config.objective == "marginal", "objective=marginal"),
         "thought_ce_weight": (config.supply_thoughts, "supply_thoughts=True"),
         "speaker_learning_rate": (config.policies == "split", "policies=split"),
-        "search_random": (config.search > 0, "search"),
-        "search_changes": (config.search > 0 and config.search_random > 0, "search and search_random"),
-        "search_until": (config.search > 0, "search"),
-        **dict.fromkeys(("coverage_of", "coverage_where", "coverage_decay"), (any(config.coverage_coef[:2]), "coverage_coef")),
-        "balance_given": (any(config.balance_coef[:2]), "balance_coef"),
+        "search_random": (ever(config.search), "search"),
+        "search_changes": (ever(config.search) and config.search_random > 0, "search and search_random"),
+        **dict.fromkeys(("coverage_of", "coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
+        "balance_given": (ever(config.balance_coef), "balance_coef"),
         "curriculum_replay": (config.curriculum_threshold is not None, "curriculum_threshold"),
         "continuous_layer": (config.thoughts == "continuous", "thoughts=continuous"),
         "scale_rewards": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),

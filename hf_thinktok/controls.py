@@ -4,7 +4,7 @@ from .config_checks import OF_DRAWN_THOUGHTS, OF_REWARDED_THOUGHTS
 
 # What a run that draws no thoughts leaves at its default.
 ABOUT_THOUGHTS = (
-    *OF_REWARDED_THOUGHTS, *OF_DRAWN_THOUGHTS, "posterior_temperature", "posterior_smoothing", "search_random", "search_changes", "search_until",
+    *OF_REWARDED_THOUGHTS, *OF_DRAWN_THOUGHTS, "posterior_temperature", "posterior_smoothing", "search_random", "search_changes",
     "coverage_of", "coverage_where", "coverage_decay", "balance_given", "curriculum_threshold", "curriculum_replay",
     "thought_ce_weight", "continuous_layer", "num_completions_to_print",
 )  # fmt: skip

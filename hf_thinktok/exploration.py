@@ -21,11 +21,19 @@ SERVO_GAIN, SERVO_LIMIT = 0.5, 0.5
 
 
 def scheduled(schedule: Sequence[float], step: int) -> float:
-    """The value of a schedule at a step: `[value]`, or `[start, end, steps]`, which goes linearly and then stays."""
+    """The value of a schedule at a step: `[value]`, or `[start, end, steps]`, which goes linearly and then stays; a fourth number is the step it begins at."""
     if len(schedule) == 1:
         return schedule[0]
-    start, end, steps = schedule
-    return start + (end - start) * min(1.0, step / steps)
+    start, end, steps, *begin = schedule
+    since = step - sum(begin)
+    if since >= steps:
+        return end
+    return start + (end - start) * max(0.0, since) / max(1.0, steps)
+
+
+def ever(schedule: Sequence[float]) -> bool:
+    """Whether a schedule is anything but 0 at any step."""
+    return any(schedule[:2])
 
 
 class Coverage:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .advantages import ValueBaseline, group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
-from .exploration import choice_entropy, coverage_share, entropy_servo, entropy_unit, marginal_entropy, scheduled, thought_entropy
+from .exploration import choice_entropy, coverage_share, entropy_servo, entropy_unit, ever, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
 from .rewards import RewardFunction, masked_mean, masked_sum, total_reward
 from .rollout import Rollout
@@ -225,7 +225,7 @@ def _diversity(scores: TreeScores, rollout: Rollout, mask_BKGL: Tensor, config: 
     """Varied thoughts over the batch (balance), and as much doubt about each as the schedule asks for (servo)."""
     loss, metrics = scores.trunk_logps_BT.new_zeros(()), {}
     unit = entropy_unit(scores.think_logits_BKGLN.shape[-1])
-    if any(config.balance_coef[:2]):
+    if ever(config.balance_coef):
         choices_BKGL = (rollout.thoughts_BKGL - first_id).clamp(min=0) if config.balance_given == "token" else None
         entropy = marginal_entropy(scores.think_logits_BKGLN, mask_BKGL, choices_BKGL)
         loss = loss - scheduled(config.balance_coef, step) * entropy

@@ -171,7 +171,7 @@ class _Sharding:
 
 
 # What a plan does not count, with the values that it does.
-NOT_COUNTED = {"policies": ("shared",), "teacher": (None,), "beta": (0.0,), "search": (0,), "thoughts": ("discrete", "text", "filler")}
+NOT_COUNTED = {"policies": ("shared",), "teacher": (None,), "beta": (0.0,), "search": ([0.0],), "thoughts": ("discrete", "text", "filler")}
 
 
 def _check(args: ThinkTokConfig, attn_implementation: str | None, zero: int, fsdp2: bool, num_processes: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .engine import evaluating
-from .exploration import Coverage, candidate_thoughts, coverage_share, scheduled
+from .exploration import Coverage, candidate_thoughts, coverage_share, ever, scheduled
 from .rewards import masked_sum
 from .rollout import Rollout, Sampling
 from .tokens import ThinkingVocabulary
@@ -27,10 +27,9 @@ class Explorer:
 
     def __init__(self, trainer):
         self.trainer, self.args, self.vocabulary = trainer, trainer.args, trainer.vocabulary
-        wanted = any(self.args.coverage_coef[:2])
         num_tokens, length, device = self.vocabulary.num_tokens, self.args.max_think_length, trainer.accelerator.device
         by_place = self.args.coverage_of == "token"
-        self.coverage = Coverage(num_tokens, length, self.args.coverage_decay, device, by_place) if wanted else None
+        self.coverage = Coverage(num_tokens, length, self.args.coverage_decay, device, by_place) if ever(self.args.coverage_coef) else None
 
     def __call__(
         self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, step: int
@@ -42,9 +41,9 @@ class Explorer:
         if args.supply_thoughts:
             given_B1L = first + inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
             rollout = replace(_with_first(rollout, given_B1L, rollout.forks_BK >= 0), supplied=True)
-        if args.search and (args.search_until is None or step < args.search_until):
+        if num_candidates := round(scheduled(args.search, step)):
             coefficient = scheduled(args.coverage_coef, step)
-            rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling, coefficient)
+            rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling, num_candidates, coefficient)
         if self.coverage is not None:
             codes = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)
             there_BKG = (rollout.forks_BK >= 0)[..., None].expand_as(rollout.lengths_BKG)
@@ -53,7 +52,15 @@ class Explorer:
         return rollout
 
     def _search(
-        self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, coefficient: float
+        self,
+        model,
+        inputs: dict[str, Tensor],
+        labels_BT: Tensor,
+        rollout: Rollout,
+        generator: torch.Generator,
+        sampling: Sampling,
+        num_candidates: int,
+        coefficient: float,
     ) -> Rollout:
         args, trainer = self.args, self.trainer
 
@@ -73,7 +80,7 @@ class Explorer:
 
         among = partial(
             candidate_thoughts,
-            num_candidates=args.search,
+            num_candidates=num_candidates,
             random_part=args.search_random,
             changes=args.search_changes,
             num_tokens=self.vocabulary.num_tokens,

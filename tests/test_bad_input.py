@@ -92,7 +92,6 @@ BAD_VALUES = [
             "importance_sampling_level": "sequence",
         }.items()
     ),
-    ({"search": -1}, ["search=-1", "at least 0"]),
     ({"think_start": -1}, ["think_start=-1", "at least 0"]),
     ({"posterior_temperature": 0.0, "objective": "marginal"}, ["posterior_temperature=0.0", "above 0"]),
     ({"curriculum_threshold": 1.5}, ["curriculum_threshold=1.5", "between 0 and 1"]),
@@ -100,8 +99,8 @@ BAD_VALUES = [
     ({"alternate": [0, 3]}, ["alternate=.0, 3.", "at least 1"]),
     *(
         ({name: value}, [f"{name}=", "no schedule", "start, end and the steps"])
-        for name in ("coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy", "think_cost")
-        for value in ([], [0.1, 0.2], [-0.1], [0.3, 0.0, 0])
+        for name in ("search", "coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy", "think_cost")
+        for value in ([], [0.1, 0.2], [-0.1], [0.3, 0.0, 0], [0.3, 0.0, 10, -1], [0.3, 0.0, 10, 1, 1])
     ),
     *(
         ({name: "nobody"}, [f"{name}='nobody'", "one of", known])
@@ -186,7 +185,6 @@ NO_EFFECT = [
     ({"thought_ce_weight": 0.5}, ["thought_ce_weight=0.5", "supply_thoughts=True"]),
     ({"speaker_learning_rate": 1e-3}, ["speaker_learning_rate=0.001", "policies=split"]),
     ({"search_random": 0.1}, ["search_random=0.1", "search"]),
-    ({"search_until": 10}, ["search_until=10", "search"]),
     ({"search_changes": 1}, ["search_changes=1", "search"]),
     ({"coverage_decay": 0.1}, ["coverage_decay=0.1", "coverage_coef"]),
     ({"coverage_of": "token"}, ["coverage_of='token'", "coverage_coef"]),

@@ -24,6 +24,15 @@ def test_a_schedule_goes_from_start_to_end_and_stays(start, end, steps, step):
     assert scheduled([start], step) == start
 
 
+@given(start=st.floats(0, 2), end=st.floats(0, 2), steps=st.integers(0, 50), begin=st.integers(0, 50), step=st.integers(0, 100))
+def test_a_schedule_may_begin_later(start, end, steps, begin, step):
+    value = scheduled([start, end, steps, begin], step)
+    if step < begin:
+        assert value == start
+    else:
+        assert value == (pytest.approx(scheduled([start, end, steps], step - begin)) if steps else end), "no steps between: it jumps"
+
+
 @pytest.mark.parametrize(("num_tokens", "length"), [(3, 3), (10, 3), (7, 2)])
 def test_every_thought_of_every_length_has_a_code_of_its_own(num_tokens, length):
     coverage = Coverage(num_tokens, length, 0.5, CPU)

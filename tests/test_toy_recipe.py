@@ -137,7 +137,7 @@ def test_wrong_options_end_in_one_sentence(tmp_path):
 
 def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     variants = tmp_path / "variants.yaml"
-    variants.write_text(yaml.safe_dump({"as it is": {}, "without search": {"search": 0, "search_random": 0.5, "search_until": None}}))
+    variants.write_text(yaml.safe_dump({"as it is": {}, "without search": {"search": 0, "search_random": 0.5}}))
     small = ["--max_steps", 1, "--per_device_train_batch_size", 8, "--check_every", 0, "--test_rows", 8, "--think_start", 0]
     small += ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}"]
     command = [sys.executable, ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--variants", variants]
@@ -149,7 +149,7 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["ablation"]) == {"as it is", "without search"}
     assert (tmp_path / "out" / "accuracy.svg").exists()
-    assert yaml.safe_load((tmp_path / "out" / "without_search" / "config.yaml").read_text())["search"] == 0
+    assert yaml.safe_load((tmp_path / "out" / "without_search" / "config.yaml").read_text())["search"] == [0.0]
     written = (tmp_path / "out" / "as_it_is" / "results.json").stat().st_mtime_ns
     again = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert again.returncode == 0

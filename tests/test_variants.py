@@ -268,7 +268,7 @@ def test_search_among_samples_is_no_worse_than_they_are(make):
 
 def test_the_search_ends(make):
     rows = questions(levels=(3,))
-    trainer, without = make(rows, search=N**2, search_until=3), make(rows)
+    trainer, without = make(rows, search=[N**2, 0, 0, 3]), make(rows)
     inputs, labels = batch_of(trainer, rows.select(range(8)))
     trainer.state.global_step = without.state.global_step = 3
     assert torch.equal(one_rollout(trainer, inputs, labels).thoughts_BKGL, one_rollout(without, inputs, labels).thoughts_BKGL)
