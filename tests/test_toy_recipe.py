@@ -149,7 +149,7 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["ablation"]) == {"as it is", "without search"}
     assert (tmp_path / "out" / "accuracy.svg").exists()
-    assert yaml.safe_load((tmp_path / "out" / "without_search" / "config.yaml").read_text())["search"] == [0.0]
+    assert yaml.safe_load((tmp_path / "out" / "without_search" / "config.yaml").read_text())["search"] == 0
     written = (tmp_path / "out" / "as_it_is" / "results.json").stat().st_mtime_ns
     again = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert again.returncode == 0
