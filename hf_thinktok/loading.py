@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,6 +49,15 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
     if all(str_to_bool(os.environ.get(name, "false")) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")):
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends a recipe that was given what it cannot use with the sentence that says so, and no stack trace."""
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:

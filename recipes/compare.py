@@ -42,7 +42,7 @@ from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_comparison
-from hf_thinktok.loading import fit_to_cpu, sample_text
+from hf_thinktok.loading import fit_to_cpu, one_sentence, sample_text
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
@@ -201,7 +201,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
 
 def read() -> tuple[dict[str, Any], CompareArguments]:
     """What the config and the command line say: the recipe's options, and the comparison's own."""
-    parser = TrlParser((CompareArguments, *KINDS), description=__doc__.split("\n")[0])
+    parser = TrlParser((CompareArguments, *KINDS), description=__doc__.split("\n")[0], allow_abbrev=False)
     chosen, *_ = parser.parse_args_and_config(fail_with_unknown_args=True)
     words = sys.argv[1:]
     recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
@@ -213,7 +213,5 @@ def read() -> tuple[dict[str, Any], CompareArguments]:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
+    with one_sentence():
         compare(*read())
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -26,7 +26,7 @@ import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.loading import fit_to_cpu
+from hf_thinktok.loading import fit_to_cpu, one_sentence
 from hf_thinktok.results import changed_options, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, load_text, split
@@ -39,15 +39,15 @@ class PretrainArguments(TextArguments):
     report_documents: int = field(default=1, metadata={"help": "Held-out documents that the report shows token by token; 0: none."})
 
 
-def main(script: PretrainArguments, args: ThinkTokConfig, model: ModelConfig, config: dict) -> None:
+def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelConfig) -> ThinkTokTrainer:
+    """The trainer of this text and model; where there is text to compare on, it evaluates before its first step."""
     if not model.model_name_or_path:
         raise ValueError("There is no model: give model_name_or_path.")
     train, held_out, _ = split(load_text(script), script)
     loading = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     args.model_init_kwargs = {name: value for name, value in loading.items() if value is not None} | (args.model_init_kwargs or {})
-    compares = held_out is not None and args.thinks
-    args.eval_on_start = args.eval_on_start or compares  # within training, where launchers have set up what they run
-    trainer = ThinkTokTrainer(
+    args.eval_on_start |= held_out is not None and args.thinks  # within training, where launchers have set up what they run
+    return ThinkTokTrainer(
         resolve_model(model.model_name_or_path),
         args,
         train_dataset=train,
@@ -55,10 +55,14 @@ def main(script: PretrainArguments, args: ThinkTokConfig, model: ModelConfig, co
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+
+
+def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> None:
+    args = trainer.args
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the curves, for `thinktok report`
-    if compares:
+    if trainer.eval_dataset is not None and args.thinks:
         before = next(entry for entry in trainer.state.log_history if "eval_gain" in entry)
         results = training_results(before, trainer.evaluate(), training, config)
         if trainer.is_world_process_zero():
@@ -78,11 +82,11 @@ def report(folder: str, documents: int, max_length: int) -> None:
 
 if __name__ == "__main__":
     parser = TrlParser((PretrainArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
-    try:
+    with one_sentence():
         script_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    think_args = fit_to_cpu(think_args)
-    main(script_args, think_args, model_args, changed_options(script_args, think_args, model_args))
+        think_args = fit_to_cpu(think_args)
+        options = changed_options(script_args, think_args, model_args)
+        the_trainer = make_trainer(script_args, think_args, model_args)
+    main(the_trainer, script_args, options)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -12,7 +12,6 @@ with intervals over its documents.
 """
 
 import copy
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
-from hf_thinktok.loading import fit_to_cpu
+from hf_thinktok.loading import fit_to_cpu, one_sentence
 from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
@@ -108,7 +107,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
 
 if __name__ == "__main__":
     parser = TrlParser((MixtureArguments, TextArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
-    try:
+    with one_sentence():
         mixture_args, text_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(mixture_args, "task_options")
         if text_args.dataset_streaming:
@@ -123,6 +122,4 @@ if __name__ == "__main__":
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
         the_task = make_task(mixture_args.task, **mixture_args.task_options or {})
         the_text = load_text(text_args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     main(the_task, the_text, mixture_args, text_args, fit_to_cpu(think_args), model_args)

@@ -10,7 +10,6 @@ last line of the output is JSON with `seeds` and `accuracy`, a list over them.
 import copy
 import functools
 import json
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
 from hf_thinktok.data import levels_of
 from hf_thinktok.language import describe_language, draw_language, print_language
-from hf_thinktok.loading import fit_to_cpu
+from hf_thinktok.loading import fit_to_cpu, one_sentence
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
@@ -175,7 +174,8 @@ def run(
     thinker = make_model(toy, model, tokenizer)
     speaker = make_model(toy, model, tokenizer) if args.policies == "split" else None
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
-    trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
+    with one_sentence():
+        trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     progress = Progress(trainer, of_level(train, max(levels_of(train)), toy.check_rows), toy.check_every, toy.stop_accuracy)
     trainer.add_callback(progress)
     trainer.train()
@@ -206,11 +206,9 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
 
 if __name__ == "__main__":
     parser = TrlParser((ToyArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
-    try:
+    with one_sentence():
         toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(toy_args, "task_options", "model_shape")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)
         the_task = make(**toy_args.task_options or {})
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     main(the_task, toy_args, fit_to_cpu(think_args), model_args)

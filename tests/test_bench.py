@@ -1,17 +1,12 @@
 """The benchmark as a user starts it, on a tiny model."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, in_process
 from models import tiny_model, tiny_tokenizer
 
 from hf_thinktok.results import as_text, draw_bench
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -21,9 +16,8 @@ def bench(tmp_path):
     tokenizer.save_pretrained(tmp_path)
 
     def run(*options):
-        command = [sys.executable, ROOT / "recipes" / "bench.py", "--model_name_or_path", tmp_path, "--use_cpu", "--bf16", "false", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run([*map(str, command), "--results", str(tmp_path / "results.json")], capture_output=True, text=True, env=environment, cwd=ROOT)
+        command = [ROOT / "recipes" / "bench.py", "--model_name_or_path", tmp_path, "--use_cpu", "--bf16", "false", *options]
+        return in_process(*command, "--results", tmp_path / "results.json")
 
     return run
 

@@ -1,14 +1,13 @@
 """Arms are compared at the same places, cost what they are said to cost, and a comparison goes on where it stopped."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,7 +22,6 @@ from hf_thinktok.results import as_text
 from hf_thinktok.text import TextArguments, load_text, split
 
 pytestmark = pytest.mark.timeout(900)  # the comparison that most tests look at is five trainings
-ROOT = Path(__file__).parent.parent
 SHAPE = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96,
     "vocab_size": 512, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -179,15 +177,13 @@ save_strategy: "no"
 report_to: none
 """
     )
-    done = compare(folder)
+    done = started(ROOT / "recipes" / "compare.py", "--config", folder / "recipe.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, json.loads((folder / "out" / "results.json").read_text())
 
 
 def compare(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), "--config", str(folder / "recipe.yaml"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    return in_process(ROOT / "recipes" / "compare.py", "--config", folder / "recipe.yaml", *words)
 
 
 def test_five_arms_and_one_more_make_one_results_file(grid):

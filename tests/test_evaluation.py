@@ -2,20 +2,19 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from plain_rows import thinker
 
+from hf_thinktok.cli import main
 from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.intervals import ratio_interval
@@ -26,7 +25,6 @@ from hf_thinktok.results import as_text
 from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
 from hf_thinktok.tree import Branching
 
-ROOT = Path(__file__).parent.parent
 TEXT = [{"text": f"{text} {i * 7} {text[::2]}"} for i, text in enumerate(CORPUS[:6])]
 
 
@@ -233,8 +231,7 @@ def folder(tmp_path_factory):
 
 
 def thinktok(*words) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "hf_thinktok.cli", *map(str, words)], capture_output=True, text=True, env=environment, timeout=200)
+    return captured(lambda: main([*map(str, words)]))
 
 
 def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):

@@ -1,14 +1,11 @@
 """lm-evaluation-harness: without thoughts its own `hf`, with them what the model says of ordinary rows, whatever the batch."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, started
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from models import CORPUS, tiny_model, tiny_tokenizer
@@ -18,7 +15,6 @@ from hf_thinktok import add_thinking_tokens
 from hf_thinktok.evaluation.harness import ThinkTokLM
 from hf_thinktok.evaluation.inspection import inspect_text
 
-ROOT = Path(__file__).parent.parent
 PAIRS = [(f"{CORPUS[i % 4]} {i}", f" {CORPUS[(i + 1) % 4][: 7 + 5 * i]}") for i in range(6)]
 PROMPTS = [(f"{text} {i}", {"until": ["."], "max_gen_toks": 12, "do_sample": False}) for i, text in enumerate(CORPUS[:4])]
 
@@ -128,7 +124,7 @@ def test_wrong_options_are_told_in_a_sentence(options, sentence):
     ],
 )
 @torch.no_grad()
-def test_both_commands_run_local_tasks(command, tasks, tmp_path):
+def test_both_commands_run_local_tasks(command, tasks, tmp_path, monkeypatch):
     model = thinker(scale=1.0)[0]
     tokenizer = tiny_tokenizer_of(model)
     model.save_pretrained(tmp_path / "model")
@@ -139,11 +135,10 @@ def test_both_commands_run_local_tasks(command, tasks, tmp_path):
     rows = [{"question": {"stem": CORPUS[i], "choices": choices}, "answerKey": "ABCDE"[i]} for i in range(4)]
     (tmp_path / "commonsenseqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = [
-        sys.executable, "-m", *command, "--model", "thinktok", "--model_args", f"pretrained={tmp_path / 'model'},max_think_length=2",
+        "-m", *command, "--model", "thinktok", "--model_args", f"pretrained={tmp_path / 'model'},max_think_length=2",
         "--tasks", *tasks, "--limit", "3", "--device", "cpu", "--batch_size", "2",
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    done = started(*command, env={"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for words in ("gsm8k_local", "commonsenseqa_local", "exact_match", "acc_norm"):
         assert words in done.stdout

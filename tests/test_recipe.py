@@ -2,27 +2,18 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import yaml
+from commands import ROOT, in_process, started
 from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
 from hf_thinktok.text import TextArguments
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "pretrain_think.py"
-
-
-def run(*command, **kwargs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, cwd=ROOT, **kwargs)
 
 
 @pytest.fixture
@@ -42,8 +33,8 @@ TINY_OPTIONS = (
 
 @pytest.mark.parametrize("config", ["quickstart", "gsm8k"])
 def test_accelerate_launch_trains_evaluates_and_saves(tiny_folder, config):
-    done = run(
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml", RECIPE),
+    done = started(
+        *("-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml", RECIPE),
         *("--config", ROOT / "recipes" / "smollm2-135m" / f"{config}.yaml", "--model_name_or_path", tiny_folder / "model"),
         *("--data_files", tiny_folder / "data.jsonl", "--dataset_name", "", "--text_template", "Q: {question} A: {answer}"),
         *("--output_dir", tiny_folder / "out", *TINY_OPTIONS),
@@ -61,22 +52,13 @@ def test_accelerate_launch_trains_evaluates_and_saves(tiny_folder, config):
         f"m, t = M.from_pretrained({str(tiny_folder / 'out')!r}), T.from_pretrained({str(tiny_folder / 'out')!r}); "
         "m.generate(**t('a', return_tensors='pt'), max_new_tokens=8)"
     )
-    assert run(sys.executable, "-c", reload).returncode == 0
+    assert started("-c", reload).returncode == 0
 
 
 def test_text_files_and_streams(tiny_folder):
-    done = run(
-        *(
-            sys.executable,
-            RECIPE,
-            "--model_name_or_path",
-            tiny_folder / "model",
-            "--data_files",
-            tiny_folder / "data.txt",
-            "--dataset_streaming",
-            "--stop",
-            "fixed",
-        ),
+    done = in_process(
+        RECIPE,
+        *("--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.txt", "--dataset_streaming", "--stop", "fixed"),
         *("--output_dir", tiny_folder / "out", *TINY_OPTIONS),
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -84,7 +66,7 @@ def test_text_files_and_streams(tiny_folder):
 
 
 def test_help_names_every_option():
-    done = run(sys.executable, RECIPE, "--help")
+    done = in_process(RECIPE, "--help")
     assert done.returncode == 0, done.stderr[-2000:]
     ours = [f.name for f in fields(ThinkTokConfig) if f.name in ThinkTokConfig.__annotations__]
     assert len(ours) > 30
@@ -95,19 +77,22 @@ def test_help_names_every_option():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--num_generations", "1"], "error: num_generations=1"),
+        (["--num_generations", "1"], "num_generations=1"),
         (["--text_template", "{qestion}"], "names the column"),
         ([], "make it with text_template"),
         (["--held_out_documents", "1000", "--text_template", "{question}"], "leaves nothing to train on"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
-    done = run(
-        *(sys.executable, RECIPE, "--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl"),
+    done = in_process(
+        RECIPE,
+        *("--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl"),
         *("--output_dir", tiny_folder / "out", *TINY_OPTIONS, *options),
     )
     assert done.returncode != 0
-    assert sentence in done.stderr.strip().splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence in last
 
 
 CONFIGS = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "lm_eval")  # those are the harness's own

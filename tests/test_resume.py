@@ -1,14 +1,13 @@
 """A run that is killed, wherever, and resumed equals one that never was, bit for bit."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import started
 from tiny_run import main
 
 from hf_thinktok.checkpoints import newest_checkpoint
@@ -29,8 +28,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def run(folder: Path, options: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(HERE / "tiny_run.py"), str(folder), json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    return started(HERE / "tiny_run.py", folder, json.dumps(options))
 
 
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: "-".join(f"{name}={at}" for name, at in kill.items()))

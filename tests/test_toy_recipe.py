@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -16,14 +13,12 @@ from transformers import AutoModelForCausalLM
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.peft import load_whole
 
-ROOT = Path(__file__).parent.parent
 TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "\ntask:" in path.read_text() and "\nmodel_shape:" in path.read_text())
 PEERS = sorted(path for path in (ROOT / "recipes" / "peers").glob("*.yaml") if "dataset_name" in path.read_text())
 
 
 def run_toy(config, *options):
-    command = [sys.executable, str(ROOT / "recipes" / "toy.py"), "--config", str(config), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return in_process(ROOT / "recipes" / "toy.py", "--config", config, *options)
 
 
 @pytest.mark.parametrize("config", [*TOYS, ROOT / "recipes" / "peers" / "thinktokens.yaml"], ids=lambda path: path.stem)
@@ -72,14 +67,12 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(f"{text.strip()} {i}".replace("\n", " ") for i, text in enumerate(CORPUS * 2)))
-    command = [
+    done = in_process(
         ROOT / "recipes" / "serial_in_text.py", "--config", ROOT / "recipes" / "smollm2-135m" / "serial_in_text.yaml", "--model_name_or_path",
         tmp_path / "model", "--data_files", tmp_path / "text.txt", "--held_out_documents", 8, "--text_length", 24, "--max_steps", 2, "--test_rows", 8,
         "--held_out_forks", 4, "--max_think_length", 3, "--output_dir", tmp_path / "out",
         "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=environment)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "twin without thinking" in done.stdout
     assert "think, over cpt" in done.stdout
@@ -129,10 +122,20 @@ def test_a_peer_s_config_runs_a_few_steps(config, tmp_path):
     assert not before.equal(trainer.model.get_input_embeddings().weight[row])
 
 
-def test_wrong_options_end_in_one_sentence(tmp_path):
-    done = run_toy(ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--output_dir", tmp_path, "--task", "mod_ad")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--task", "mod_ad"), "There is no task 'mod_ad'; did you mean 'mod_add'?"),
+        (("--search", "-3"), "search=[-3.0] is no schedule"),
+        (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
+    ],
+)
+def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path):
+    done = run_toy(ROOT / "recipes" / "toy" / "mod_add_100_shared.yaml", "--output_dir", tmp_path, *options)
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith("error: There is no task 'mod_ad'; did you mean 'mod_add'?")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence in last
 
 
 def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
@@ -140,10 +143,9 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     variants.write_text(yaml.safe_dump({"as it is": {}, "without search": {"search": 0, "search_random": 0.5}}))
     small = ["--max_steps", 1, "--per_device_train_batch_size", 8, "--check_every", 0, "--test_rows", 8, "--think_start", 0]
     small += ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}"]
-    command = [sys.executable, ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--variants", variants]
+    command = [ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--variants", variants]
     command += ["--seeds", 5, "--output_dir", tmp_path / "out", *small]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    first = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    first = started(*command)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "without search" in first.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -151,6 +153,6 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     assert (tmp_path / "out" / "accuracy.svg").exists()
     assert yaml.safe_load((tmp_path / "out" / "without_search" / "config.yaml").read_text())["search"] == 0
     written = (tmp_path / "out" / "as_it_is" / "results.json").stat().st_mtime_ns
-    again = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    again = in_process(*command)
     assert again.returncode == 0
     assert (tmp_path / "out" / "as_it_is" / "results.json").stat().st_mtime_ns == written

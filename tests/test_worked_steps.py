@@ -1,17 +1,12 @@
 """Steps go away from the last one on, results never do, and the recipe trains on what is left."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, in_process
 from models import save_tiny
 
 from hf_thinktok.worked_steps import worked_steps
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -63,13 +58,11 @@ def test_the_recipe_trains_and_tests_each_level(file, tmp_path, control):
     save_tiny(tmp_path / "model")
     options = json.dumps({"file": str(file), "test_questions": 4, "tokens_per_step": 1})
     config = ROOT / "recipes" / "smollm2-135m" / "gsm8k_steps.yaml"
-    command = [
-        sys.executable, ROOT / "recipes" / "toy.py", "--config", config, "--model_name_or_path", tmp_path / "model", "--task_options", options,
+    done = in_process(
+        ROOT / "recipes" / "toy.py", "--config", config, "--model_name_or_path", tmp_path / "model", "--task_options", options,
         "--max_steps", 2, "--max_think_length", 2, "--num_think_tokens", 4, "--per_device_train_batch_size", 2, "--max_length", 96,
         "--use_cpu", "--bf16", "false", "--output_dir", tmp_path / "out", "--control", control,
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert set(run["accuracy"]["think"]) == {"0", "1", "2"}

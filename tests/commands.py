@@ -1,0 +1,44 @@
+"""Recipes with a command line: as a user starts them, or in this process, which saves the seconds in which a new one loads its libraries."""
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def started(*command: str | Path | int, **options) -> subprocess.CompletedProcess:
+    """Runs Python in a process of its own: one thread, with this package on its path."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, **{"cwd": ROOT, "timeout": 900} | options)
+
+
+def in_process(script: Path, *options: str | Path | int) -> subprocess.CompletedProcess:
+    """Runs a script in this process; an error that is no exit is raised."""
+    arguments, path = sys.argv, list(sys.path)
+    sys.argv = [str(script), *map(str, options)]
+    sys.path.insert(0, str(script.parent))
+    try:
+        with contextlib.chdir(ROOT):
+            return captured(lambda: runpy.run_path(str(script), run_name="__main__"))
+    finally:
+        sys.argv, sys.path[:] = arguments, path
+
+
+def captured(call: Callable[[], object]) -> subprocess.CompletedProcess:
+    """What a call prints and the exit code that it ends with or returns."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            code = call()
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):  # as Python does at its own end
+                print(code, file=sys.stderr)
+                code = 1
+    return subprocess.CompletedProcess("", code if isinstance(code, int) else 0, out.getvalue(), errors.getvalue())
