@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
+from commands import in_process
 from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, launched, save_tiny_model, weight_gap
 from models import CORPUS, tiny_model
 from transformers import AutoModelForCausalLM
@@ -35,6 +33,11 @@ CASES = {
     "two adapters": {"policies": "split", "stop": "fixed", "adapter": True},
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
 }
+EPOCHS = {"num_train_epochs": 2, "max_steps": -1}
+UNEVEN = {
+    "a short batch": {"per_device_train_batch_size": 3, **EPOCHS},
+    "batches cut in two": {"per_device_train_batch_size": 4, "accelerator_config": {"split_batches": True}, **EPOCHS},
+}
 KINDS = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 
 
@@ -45,10 +48,18 @@ def assert_same(one: dict, together: dict, launcher: str) -> None:
     assert weight_gap(one, together) < 1e-5
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_two_processes_under_ddp_are_one_that_accumulates(tmp_path, options):
-    together = launched("ddp", tmp_path / "two", options)
-    assert_same(alone(tmp_path / "one", options), together, "ddp")
+@pytest.fixture(scope="module")
+def under_ddp(tmp_path_factory):
+    """What two processes make of every case: one after another, as most of the time is that of bringing them up."""
+    folder, cases = tmp_path_factory.mktemp("ddp"), CASES | UNEVEN
+    done = launch_tiny("ddp", {folder / name: options for name, options in cases.items()})
+    return {name: torch.load(result) if (result := folder / name / "result.pt").exists() else done.stderr[-3000:] for name in cases}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_under_ddp_are_one_that_accumulates(under_ddp, tmp_path, case):
+    assert isinstance(under_ddp[case], dict), under_ddp[case]
+    assert_same(alone(tmp_path, CASES[case]), under_ddp[case], "ddp")
 
 
 @pytest.mark.parametrize("launcher", [*ZERO.values(), "fsdp2"])
@@ -71,12 +82,13 @@ def test_every_launcher_trains_what_one_process_trains_and_resumes(tmp_path, lau
         torch.testing.assert_close(value.detach(), one["weights"][name], atol=1e-5, rtol=0.0, msg=name)
 
 
-@pytest.mark.parametrize("options", [{"per_device_train_batch_size": 3}, {"per_device_train_batch_size": 4, "accelerator_config": {"split_batches": True}}])
-def test_batches_that_do_not_divide_evenly(tmp_path, options):
+@pytest.mark.parametrize(("case", "steps"), zip(UNEVEN, (2 * 6, 2 * 8), strict=True))
+def test_batches_that_do_not_divide_evenly(under_ddp, case, steps):
     """32 rows, two epochs: the last batch of an epoch is short, or all are cut in two."""
-    run = launched("ddp", tmp_path / "two", options | {"num_train_epochs": 2, "max_steps": -1})
-    assert len(run["losses"]) == (2 * 6 if options["per_device_train_batch_size"] == 3 else 2 * 8)
-    assert all(map(math.isfinite, run["losses"]))
+    assert isinstance(under_ddp[case], dict), under_ddp[case]
+    losses = under_ddp[case]["losses"]
+    assert len(losses) == steps
+    assert all(map(math.isfinite, losses))
 
 
 @pytest.mark.parametrize(("launcher", "tie"), [pytest.param("zero2", True, marks=NO_COMPILER), ("fsdp2", False)])
@@ -99,8 +111,7 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
     done = launch(launcher, recipe, *words, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo")
     # gloo's threads now and then abort a process at its very end, when all is written.
     assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr[-3000:]
-    command = [sys.executable, recipe, *words, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"})
+    assert in_process(recipe, *words, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2).returncode == 0
     together, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
     assert together["bits_per_token"]["base"] == pytest.approx(one["bits_per_token"]["base"], abs=1e-4)
     assert together["bits_per_token"]["no_think"] == pytest.approx(one["bits_per_token"]["no_think"], abs=1e-4)
@@ -110,7 +121,7 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
 
 def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     options = {"streaming": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
-    ended = launch_tiny("ddp", tmp_path / "two", options | {"terminate_step": 1})
+    ended = launch_tiny("ddp", {tmp_path / "two": options | {"terminate_step": 1}})
     assert "SIGTERM: saved after step 2" in ended.stderr
     resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
     one = alone(tmp_path / "one", options)
@@ -125,12 +136,12 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
 def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
     """The first and the last of these would train, alone, and say nothing."""
     monkeypatch.setitem(LAUNCHERS, "cpu mode", (["--cpu"], {}))
-    done = launch_tiny("cpu mode", tmp_path, {})
+    done = launch_tiny("cpu mode", {tmp_path: {}})
     assert "ValueError: The launcher was asked for several processes and started one" in done.stderr
 
-    done = launch_tiny("fsdp2", tmp_path, {"adapter": True})
+    done = launch_tiny("fsdp2", {tmp_path: {"adapter": True}})
     assert "ValueError: With FSDP2 an adapter needs an LM head of its own" in done.stderr
 
     if not torch.cuda.is_available():
         monkeypatch.setitem(LAUNCHERS, "as on GPUs", (["--config_file", str(HERE.parent / "accelerate_configs/fsdp2.yaml")], {}))
-        assert "ValueError: The launcher's config asks for FSDP, and MULTI_CPU came up" in launch_tiny("as on GPUs", tmp_path, {}).stderr
+        assert "ValueError: The launcher's config asks for FSDP, and MULTI_CPU came up" in launch_tiny("as on GPUs", {tmp_path: {}}).stderr

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from commands import ROOT, started
+from commands import ROOT, captured, started
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from models import CORPUS, tiny_model, tiny_tokenizer
 from plain_rows import thinker
 
 from hf_thinktok import add_thinking_tokens
+from hf_thinktok.cli import main
 from hf_thinktok.evaluation.harness import ThinkTokLM
 from hf_thinktok.evaluation.inspection import inspect_text
 
@@ -116,15 +119,25 @@ def test_wrong_options_are_told_in_a_sentence(options, sentence):
         harness(thinker()[0], **options)
 
 
+def lm_eval(*words):
+    return started("-m", "lm_eval", *words, env={"HF_HOME": "home", "HF_DATASETS_OFFLINE": "1"}, cwd=Path.cwd())
+
+
+def thinktok_lm_eval(*words):
+    return captured(lambda: main(["lm-eval", *map(str, words)]))
+
+
 @pytest.mark.parametrize(
     ("command", "tasks"),
     [
-        (["hf_thinktok.cli", "lm-eval"], ["gsm8k_local,commonsenseqa_local", "--include_path", "tasks"]),
-        (["lm_eval"], ["tasks/gsm8k_local.yaml,tasks/commonsenseqa_local.yaml"]),
+        (thinktok_lm_eval, ["gsm8k_local,commonsenseqa_local", "--include_path", "tasks"]),
+        (lm_eval, ["tasks/gsm8k_local.yaml,tasks/commonsenseqa_local.yaml"]),
     ],
 )
 @torch.no_grad()
 def test_both_commands_run_local_tasks(command, tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model = thinker(scale=1.0)[0]
     tokenizer = tiny_tokenizer_of(model)
     model.save_pretrained(tmp_path / "model")
@@ -134,11 +147,8 @@ def test_both_commands_run_local_tasks(command, tasks, tmp_path, monkeypatch):
     choices = [{"label": label, "text": text} for label, text in zip("ABCDE", CORPUS[0].split())]
     rows = [{"question": {"stem": CORPUS[i], "choices": choices}, "answerKey": "ABCDE"[i]} for i in range(4)]
     (tmp_path / "commonsenseqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [
-        "-m", *command, "--model", "thinktok", "--model_args", f"pretrained={tmp_path / 'model'},max_think_length=2",
-        "--tasks", *tasks, "--limit", "3", "--device", "cpu", "--batch_size", "2",
-    ]  # fmt: skip
-    done = started(*command, env={"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"}, cwd=tmp_path)
+    about_model = ["--model", "thinktok", "--model_args", f"pretrained={tmp_path / 'model'},max_think_length=2", "--device", "cpu", "--batch_size", 2]
+    done = command(*about_model, "--tasks", *tasks, "--limit", 3)
     assert done.returncode == 0, done.stderr[-3000:]
     for words in ("gsm8k_local", "commonsenseqa_local", "exact_match", "acc_norm"):
         assert words in done.stdout

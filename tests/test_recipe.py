@@ -1,5 +1,6 @@
 """The recipe as a user starts it: a real `accelerate launch`, every option in --help, every YAML file readable."""
 
+import functools
 import importlib
 import json
 from dataclasses import fields
@@ -31,10 +32,13 @@ TINY_OPTIONS = (
 ).split()
 
 
-@pytest.mark.parametrize("config", ["quickstart", "gsm8k"])
-def test_accelerate_launch_trains_evaluates_and_saves(tiny_folder, config):
-    done = started(
-        *("-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml", RECIPE),
+LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml")
+
+
+@pytest.mark.parametrize(("config", "start"), [("quickstart", functools.partial(started, *LAUNCH)), ("gsm8k", in_process)], ids=["quickstart", "gsm8k"])
+def test_a_config_trains_evaluates_and_saves(tiny_folder, config, start):
+    done = start(
+        RECIPE,
         *("--config", ROOT / "recipes" / "smollm2-135m" / f"{config}.yaml", "--model_name_or_path", tiny_folder / "model"),
         *("--data_files", tiny_folder / "data.jsonl", "--dataset_name", "", "--text_template", "Q: {question} A: {answer}"),
         *("--output_dir", tiny_folder / "out", *TINY_OPTIONS),

@@ -1,4 +1,7 @@
-"""Trains a tiny model with options from the command line, in a process of its own; the first rank writes losses and weights, unless it is killed."""
+"""Trains a tiny model with options from the command line, or several in turn, in a process of its own: for each a folder and JSON.
+
+The first rank writes losses and weights, unless it is killed.
+"""
 
 import functools
 import json
@@ -106,7 +109,8 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    for run_folder, run_options in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(run_folder, json.loads(run_options))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         sys.stdout.flush()
