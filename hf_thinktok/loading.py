@@ -56,7 +56,7 @@ def one_sentence() -> Iterator[None]:
     """Ends a recipe that was given what it cannot use with the sentence that says so, and no stack trace."""
     try:
         yield
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # transformers and datasets raise an OSError for what they do not find
         sys.exit(f"error: {error}")
 
 

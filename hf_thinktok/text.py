@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from trl import ScriptArguments
 
 from .sources import STANDARD_LIBRARY, standard_library
+
+# Builders of `datasets` by the ends of files' names.
+KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
 @dataclass
 class TextArguments(ScriptArguments):
     """Where the text comes from, and which part of it is held out."""
 
-    data_files: list[str] | None = field(default=None, metadata={"help": "Local .jsonl, .json or .txt files, in place of dataset_name."})
+    data_files: list[str] | None = field(default=None, metadata={"help": f"Local files ({', '.join(KINDS)}; all of one kind), in place of dataset_name."})
     text_template: str | None = field(default=None, metadata={"help": "Makes a row's text from its columns, for example '{question}\\n{answer}'."})
     sample_by: str = field(default="line", metadata={"help": "What one document of a .txt file is.", "choices": ["line", "paragraph", "document"]})
     max_documents: int | None = field(default=None, metadata={"help": "Use only so many documents, drawn with seed data_split_seed (a stream: the first)."})
@@ -31,14 +36,27 @@ class TextArguments(ScriptArguments):
         for name in self.data_files or []:
             if not (Path(name).exists() or has_magic(name) or "://" in name):
                 raise ValueError(f"data_files names {name}, and there is no such file: give its path from here, {Path.cwd()}, or a whole one.")
+        if len(kinds := {kind_of(name) for name in self.data_files or []}) > 1:
+            raise ValueError(f"data_files has files of several kinds ({', '.join(sorted(kinds))}): give files of one.")
+
+
+def kind_of(file: str) -> str:
+    """The builder of `datasets` that reads a file, by the end of its name, compressed or not."""
+    suffixes = [suffix for suffix in Path(file.split("?")[0]).suffixes if suffix not in COMPRESSED]
+    if not suffixes or suffixes[-1] not in KINDS:
+        raise ValueError(f"data_files names {file}, which is no kind of text that is known: give files that end in {', '.join(KINDS)}.")
+    return KINDS[suffixes[-1]]
 
 
 def load_text(script: TextArguments) -> Dataset | IterableDataset:
     """Rows with a `text` column; rows without text are dropped."""
     if script.data_files:
-        kind = "text" if script.data_files[0].endswith(".txt") else "json"
+        kind = kind_of(script.data_files[0])
         options = {"sample_by": script.sample_by} if kind == "text" else {}
-        text = load_dataset(kind, data_files=script.data_files, split="train", streaming=script.dataset_streaming, **options)
+        try:
+            text = load_dataset(kind, data_files=script.data_files, split="train", streaming=script.dataset_streaming, **options)
+        except DatasetGenerationError as error:
+            raise ValueError(f"{', '.join(script.data_files)} cannot be read as {kind}: {error.__cause__}") from error
     elif script.dataset_name == STANDARD_LIBRARY:
         return standard_library()
     elif script.dataset_name:

@@ -171,10 +171,10 @@ def run(
     """Trains and measures one model on tokenised rows."""
     set_seed(seed)
     args = replace(control_of(args, toy.control), seed=seed, output_dir=str(Path(args.output_dir) / f"seed-{seed}"))
-    thinker = make_model(toy, model, tokenizer)
-    speaker = make_model(toy, model, tokenizer) if args.policies == "split" else None
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
     with one_sentence():
+        thinker = make_model(toy, model, tokenizer)
+        speaker = make_model(toy, model, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     progress = Progress(trainer, of_level(train, max(levels_of(train)), toy.check_rows), toy.check_every, toy.stop_accuracy)
     trainer.add_callback(progress)
@@ -193,7 +193,8 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
         "task": task.name, "task_options": toy.task_options, "control": toy.control, "chance": task.chance, "config": changed_options(toy, args, model),
         "levels": levels_of(task.train), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
     }  # fmt: skip
-    tokenizer = make_tokenizer(model, task)
+    with one_sentence():
+        tokenizer = make_tokenizer(model, task)
     train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     for seed in toy.seeds:
         results["runs"].append(run(seed, toy, args, model, task, tokenizer, train, test))
@@ -209,6 +210,8 @@ if __name__ == "__main__":
     with one_sentence():
         toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(toy_args, "task_options", "model_shape")
+        if not model_args.model_name_or_path and "model_type" not in (toy_args.model_shape or {}):
+            raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)
         the_task = make(**toy_args.task_options or {})
     main(the_task, toy_args, fit_to_cpu(think_args), model_args)

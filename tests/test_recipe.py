@@ -5,6 +5,7 @@ import importlib
 import json
 from dataclasses import fields
 
+import pandas
 import pytest
 import yaml
 from commands import ROOT, in_process, started
@@ -12,7 +13,7 @@ from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
-from hf_thinktok.text import TextArguments
+from hf_thinktok.text import TextArguments, load_text
 
 RECIPE = ROOT / "recipes" / "pretrain_think.py"
 
@@ -23,6 +24,7 @@ def tiny_folder(tmp_path):
     rows = [{"question": f"{i} + {i}", "answer": f"{2 * i}. {CORPUS[i % 4]}"} for i in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "data.txt").write_text("\n\n".join(CORPUS))
+    (tmp_path / "broken.jsonl").write_text("question, answer\n")
     return tmp_path
 
 
@@ -69,6 +71,18 @@ def test_text_files_and_streams(tiny_folder):
     assert (tiny_folder / "out" / "results.json").exists()
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl", "rows.jsonl.gz"])
+def test_files_of_every_kind_are_read(tmp_path, name):
+    rows = pandas.DataFrame({"text": CORPUS[:3]})
+    if name.endswith(".parquet"):
+        rows.to_parquet(tmp_path / name)
+    elif name.endswith(".csv"):
+        rows.to_csv(tmp_path / name, index=False)
+    else:
+        rows.to_json(tmp_path / name, orient="records", lines=True)
+    assert list(load_text(TextArguments(data_files=[str(tmp_path / name)]))["text"]) == CORPUS[:3]
+
+
 def test_help_names_every_option():
     done = in_process(RECIPE, "--help")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -84,6 +98,12 @@ def test_help_names_every_option():
         (["--num_generations", "1"], "num_generations=1"),
         (["--text_template", "{qestion}"], "names the column"),
         ([], "make it with text_template"),
+        (["--data_files", "README.md"], "files that end in .txt, .jsonl"),
+        (["--data_files", "pyproject.toml", "README.md"], "pyproject.toml"),
+        (["--data_files", "{folder}/data.txt", "{folder}/data.jsonl"], "several kinds (json, text)"),
+        (["--data_files", "{folder}/broken.jsonl"], "broken.jsonl cannot be read as json"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model_name_or_path", "{folder}/nowhere", "--text_template", "{question}"], "There is no model at"),
         (["--held_out_documents", "1000", "--text_template", "{question}"], "leaves nothing to train on"),
     ],
 )
@@ -91,7 +111,7 @@ def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
     done = in_process(
         RECIPE,
         *("--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl"),
-        *("--output_dir", tiny_folder / "out", *TINY_OPTIONS, *options),
+        *("--output_dir", tiny_folder / "out", *TINY_OPTIONS, *(option.replace("{folder}", str(tiny_folder)) for option in options)),
     )
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
