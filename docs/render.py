@@ -1,7 +1,9 @@
 """Renders the figures in README.md and docs/, and model_cards/, from the results files that runs wrote: `python docs/render.py`, or `--check` to say
 whether they agree.
 
-Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it. A picture `docs/results/NAME.svg` is drawn from
+Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it. Between `<!-- NAME: KEY/KEY | FORMAT -->` and
+`<!-- -->` in a sentence stands one figure of `docs/results/NAME.json`, in a format of Python's; of several below the key the least, and with `-KEY` its
+negative. A picture `docs/results/NAME.svg` is drawn from
 `docs/results/NAME.json`, and `model_cards/NAME.md` is the card of that file's run; a new one is begun as an empty file.
 """
 
@@ -9,13 +11,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from hf_thinktok.card import render_card
 from hf_thinktok.results import as_text, draw_ablation, draw_bench, draw_task
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
+FIGURE = re.compile(r"(<!-- (?P<name>\w+): (?P<sign>-?)(?P<keys>[^|>]+) \| (?P<format>\S+) -->).*?(<!-- -->)")
 PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
 # Models that runs made, by the name of their results file.
 CARDS = {path.stem: ROOT / "docs" / "results" / f"{path.stem}.json" for path in sorted((ROOT / "model_cards").glob("*.md"))}
@@ -26,8 +29,20 @@ def table(file: str) -> str:
     return f"```text\n{as_text(json.loads((ROOT / file).read_text()))}```\n"
 
 
+def figure(match: re.Match) -> str:
+    value = json.loads((ROOT / "docs" / "results" / f"{match['name']}.json").read_text())
+    for key in match["keys"].split("/"):
+        value = value[int(key) if isinstance(value, list) else key]
+    return format((-1 if match["sign"] else 1) * least(value), match["format"])
+
+
+def least(value: Any) -> float:
+    return min(map(least, value.values())) if isinstance(value, dict) else value
+
+
 def rendered(text: str) -> str:
-    return BLOCK.sub(lambda match: match[1] + table(match["file"]) + match[3], text)
+    text = BLOCK.sub(lambda match: match[1] + table(match["file"]) + match[3], text)
+    return FIGURE.sub(lambda match: match[1] + figure(match) + match[6], text)
 
 
 def card(name: str) -> str:
