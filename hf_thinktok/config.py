@@ -78,9 +78,9 @@ class ThinkTokConfig(SFTConfig):
         freeze (`str`, defaults to `"none"`):
             `thinker`: thoughts get no gradient. `speaker`: predictions after thoughts get none.
         thoughts (`str`, defaults to `"discrete"`):
-            `discrete`: drawn from the thinking vocabulary. `filler`: always the first thinking token, the control that computes without saying anything.
-            `text`: drawn from the real vocabulary, between the first and the last thinking token, which begin and end a thought and count as two of
-            `max_think_length` (Quiet-STaR, RLP).
+            `discrete`: drawn from the thinking vocabulary. `filler`: always the first thinking token, the control that computes without saying anything;
+            with `stop=sampled` how many of them is drawn and rewarded. `text`: drawn from the real vocabulary, between the first and the last thinking token,
+            which begin and end a thought and count as two of `max_think_length` (Quiet-STaR, RLP).
             Two kinds have no rewards: the cross-entropy of what follows reaches them by its own gradient. `gumbel`: drawn, with the gradient of a soft
             mixture (straight-through). `continuous`: each node reads the hidden state of the one before (Coconut); nothing is drawn, so
             `num_generations=1` is enough. Both make a thought in `max_think_length` passes, and one more scores it.
@@ -314,6 +314,11 @@ class ThinkTokConfig(SFTConfig):
     @property
     def draw_temperature(self) -> float:
         return 1.0 if self.thoughts == "gumbel" else self.temperature
+
+    @property
+    def rewards_draws(self) -> bool:
+        """Whether anything is drawn that a reward can be for: thoughts, or of fillers how many."""
+        return self.thoughts in ("discrete", "text") or (self.thoughts == "filler" and self.stop == "sampled")
 
     @property
     def needs_gate(self) -> bool:

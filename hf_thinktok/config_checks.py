@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
-# Options without effect on thoughts without rewards, soft ones and fillers, and further ones on thoughts that are not drawn.
-OF_REWARDED_THOUGHTS = (
-    "search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "freeze", "alternate", "top_k", "top_p", "min_p", "reward_funcs", "reward_weights",
-    "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
+# Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
+# rewarded (those, and all fillers), and on thoughts that are not drawn at all.
+OF_REWARDS = (
+    "freeze", "alternate", "reward_funcs", "reward_weights", "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
 )  # fmt: skip
+OF_REWARDED_TOKENS = ("search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "top_k", "top_p", "min_p")
 OF_THINKING_VOCABULARY = (
     "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "top_k", "top_p", "min_p",
 )  # fmt: skip
-OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "objective", "log_completions")
+OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "log_completions")
 
 
 def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
@@ -112,7 +113,7 @@ def check_fit(config: "ThinkTokConfig") -> None:
     least = 1 + compared + config.supply_thoughts  # a supplied thought is no part of the comparison
     refusals = {
         f"num_generations={config.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
-            config.num_generations < least and config.thoughts in ("discrete", "text")
+            config.num_generations < least and config.rewards_draws
         ),
         f"scale_rewards=group needs a group: set num_generations to {2 + config.supply_thoughts} or more, or scale_rewards=batch or none.": (
             config.scale_rewards == "group" and config.num_generations <= 1 + config.supply_thoughts
@@ -149,9 +150,6 @@ def check_fit(config: "ThinkTokConfig") -> None:
         ),
         "policies=split with beta is not supported: set beta=0.": config.policies == "split" and config.beta > 0,
         "policies=split with memory=persistent is not supported: set memory=none.": config.policies == "split" and config.memory == "persistent",
-        "thoughts=filler draws nothing, and stop=sampled draws the end of a thought: set stop=learned or stop=fixed.": (
-            config.thoughts == "filler" and config.stop == "sampled"
-        ),
         "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
             config.blind and config.thoughts == "filler"
         ),
@@ -212,9 +210,12 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "importance_sampling_level": (config.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
         "num_completions_to_print": (config.log_completions, "log_completions=True"),
     }
+    spoken = config.thoughts not in ("continuous", "filler")
     for_soft_thoughts = {
-        **dict.fromkeys(OF_REWARDED_THOUGHTS, (config.thoughts not in (*SOFT, "filler"), f"thoughts=discrete or text ({config.thoughts} has no rewards)")),
-        **dict.fromkeys(OF_DRAWN_THOUGHTS, (config.thoughts not in ("continuous", "filler"), "thoughts=discrete or gumbel (nothing is drawn)")),
+        **dict.fromkeys(OF_REWARDS, (config.rewards_draws, f"thoughts=discrete or text ({config.thoughts} has no rewards)")),
+        **dict.fromkeys(OF_REWARDED_TOKENS, (config.thoughts in ("discrete", "text"), f"thoughts=discrete or text ({config.thoughts} has no rewards)")),
+        **dict.fromkeys(OF_DRAWN_THOUGHTS, (spoken, "thoughts=discrete or gumbel (nothing is drawn)")),
+        "objective": (spoken or config.rewards_draws, "thoughts=discrete or gumbel (nothing is drawn)"),
     }
     for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (config.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))
     for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *effects.items()]:

@@ -1,12 +1,26 @@
 """Runs to compare a thinking one with: what differs in their options, and nothing else does."""
 
-from .config_checks import OF_DRAWN_THOUGHTS, OF_REWARDED_THOUGHTS
+from typing import Any
 
-# What a run that draws no thoughts leaves at its default.
+from .config_checks import OF_DRAWN_THOUGHTS, OF_REWARDED_TOKENS, OF_REWARDS
+
+# What a run that draws no thoughts leaves at its default: the options of rewards, and the others.
+ABOUT_REWARDS = (*OF_REWARDS, "objective", "posterior_temperature", "posterior_smoothing")
 ABOUT_THOUGHTS = (
-    *OF_REWARDED_THOUGHTS, *OF_DRAWN_THOUGHTS, "posterior_temperature", "posterior_smoothing", "search_random", "search_changes",
-    "coverage_of", "coverage_where", "coverage_decay", "balance_given", "curriculum_threshold", "curriculum_replay",
-    "thought_ce_weight", "continuous_layer", "num_completions_to_print",
+    *OF_REWARDED_TOKENS, *OF_DRAWN_THOUGHTS, "search_random", "search_changes", "coverage_of", "coverage_where", "coverage_decay", "balance_given",
+    "curriculum_threshold", "curriculum_replay", "thought_ce_weight", "continuous_layer", "num_completions_to_print",
 )  # fmt: skip
-# no_think: the same model and text, nothing is thought. filler: thoughts as long, which say nothing.
-CONTROLS = {"no_think": {"num_forks": 0, "text_ce_weight": 1.0}, "filler": {"thoughts": "filler", "num_generations": 1}}
+
+
+def control(kind: str, stop: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What a control of a run with this `stop` leaves at its default, and what it sets.
+
+    Args:
+        kind: `no_think`, the same model and text, and nothing is thought; or `filler`, thoughts as long, which say nothing. Where a run draws how long its
+            thoughts are its fillers do too, and are rewarded as its thoughts are.
+    """
+    if kind == "no_think":
+        return (*ABOUT_THOUGHTS, *ABOUT_REWARDS), {"num_forks": 0, "text_ce_weight": 1.0}
+    if stop == "sampled":
+        return ABOUT_THOUGHTS, {"thoughts": "filler"}
+    return (*ABOUT_THOUGHTS, *ABOUT_REWARDS), {"thoughts": "filler", "num_generations": 1}

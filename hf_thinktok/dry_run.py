@@ -181,7 +181,7 @@ class DryRun:
         Nothing for the replicated path: it keeps no cache, and its passes are shorter than the gradient pass.
         """
         branching, sampling = rows.tree.branching, self.args.sampling()
-        if self.engine.name == "replicated" or sampling.filler or not self.args.thinks:
+        if self.engine.name == "replicated" or not sampling.draws or not self.args.thinks:
             return {}
         depth = branching.max_length - (not branching.persistent)  # only text behind a thought reads its last token
         tree = ThoughtTree(rows.tree.documents_BT, rows.tree.forks_BK, replace(branching, lookahead=1, blind=False))

@@ -43,6 +43,7 @@ class Rollout:
     noise_BKGLN: Tensor | None = None
     soft_BKGLX: Tensor | None = None
     text: bool = False
+    filler: bool = False
 
     @property
     def said_BKGL(self) -> Tensor:
@@ -52,6 +53,8 @@ class Rollout:
     @property
     def drawn_BKGL(self) -> Tensor:
         """Which of them were drawn."""
+        if self.filler:
+            return torch.zeros_like(self.said_BKGL)
         place_L = torch.arange(self.thoughts_BKGL.shape[-1], device=self.thoughts_BKGL.device)
         return self.said_BKGL & (place_L > 0) & (place_L < self.lengths_BKG[..., None] - 1) if self.text else self.said_BKGL
 
@@ -68,7 +71,7 @@ class Rollout:
             torch.cat([getattr(one, name) for one in (self, other)], 2) for name in ("thoughts_BKGL", "lengths_BKG", "logps_BKGL")
         )
         soft_BKGLX = None if self.soft_BKGLX is None or other.soft_BKGLX is None else torch.cat([self.soft_BKGLX, other.soft_BKGLX], 2)
-        return Rollout(self.forks_BK, thoughts_BKGL, lengths_BKG, logps_BKGL, soft_BKGLX=soft_BKGLX, text=self.text)
+        return Rollout(self.forks_BK, thoughts_BKGL, lengths_BKG, logps_BKGL, soft_BKGLX=soft_BKGLX, text=self.text, filler=self.filler)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Sampling:
         draw_stops: end each thought by its gate; else all have L tokens.
         min_length: no stop before so many tokens.
         epsilon: probability that a token is drawn uniformly.
-        filler: nothing is drawn; every token is the first of the vocabulary.
+        filler: no token is drawn; every one is the first of the vocabulary.
         text: tokens are drawn from the real vocabulary at temperature 1, or with `top_k=1` the most likely ones; the first and the last token of the
             thinking vocabulary begin and end a thought.
         gumbel: tokens are drawn as the largest logit plus noise, and the noise is kept; temperature, truncation and `epsilon` have no part in it.
@@ -95,6 +98,11 @@ class Sampling:
     filler: bool = False
     gumbel: bool = False
     text: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether the model is asked for anything."""
+        return self.draw_stops or not self.filler
 
     def warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
@@ -161,12 +169,12 @@ def sample_thoughts(
     """
     batch, num_forks = forks_BK.shape
     groups, length, device = branching.num_generations, branching.max_length, tokens_BT.device
-    rollout = replace(Rollout.empty(forks_BK, branching), text=sampling.text)
+    rollout = replace(Rollout.empty(forks_BK, branching), text=sampling.text, filler=sampling.filler)
     draw: Draw | None = None if not sampling.text else "greedy" if sampling.top_k == 1 else generator
     if num_forks == 0:
         return rollout
     longest_BKG = torch.full_like(rollout.lengths_BKG, length) if given_B is None else given_B[:, None, None].expand_as(rollout.lengths_BKG)
-    if sampling.filler:
+    if not sampling.draws:
         return replace(rollout, thoughts_BKGL=torch.full_like(rollout.thoughts_BKGL, vocabulary.first_id), lengths_BKG=longest_BKG.clone())
     thoughts_BKGL, lengths_BKG, logps_BKGL = rollout.thoughts_BKGL, rollout.lengths_BKG, rollout.logps_BKGL
     if sampling.gumbel:
@@ -197,6 +205,8 @@ def sample_thoughts(
                 if sampling.text:
                     chosen_BFG = between_markers(written_BFG, depth - 1, longest_BFG, vocabulary)
                     logps_BFG = torch.where(chosen_BFG < vocabulary.first_id, written_logps_BFG, 0.0)
+                elif sampling.filler:
+                    chosen_BFG, logps_BFG = torch.full_like(longest_BFG, vocabulary.first_id), torch.zeros_like(gate_BFG)
                 else:
                     noise_BFGN = noise_BKGLN[:, turn, :, depth - 1] if sampling.gumbel else None
                     chosen_BFG = vocabulary.first_id + sampling.choose(think_BFGN, generator, noise_BFGN)

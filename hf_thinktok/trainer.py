@@ -38,7 +38,7 @@ from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
 from .search import Explorer
 from .teacher import own_text, real_tokens_only, taught
-from .thoughts import SOFT, check_feedback, control_thoughts, think_softly, thought_inputs
+from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import ThinkingVocabulary, add_thinking_tokens
 from .tree import ThoughtTree
 
@@ -100,7 +100,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
             raise ValueError(f"reward_funcs has no effect here; it needs {REWARDED_BY_FUNCTIONS}.")
-        if reward_funcs is not None and args.thoughts in (*SOFT, "filler"):
+        if reward_funcs is not None and not args.rewards_draws:
             raise ValueError(f"reward_funcs has no effect here; it needs thoughts=discrete or text ({args.thoughts} has no rewards).")
         if speaker is not None and args.policies != "split":
             raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")

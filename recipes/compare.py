@@ -38,7 +38,8 @@ from transformers import AutoConfig, trainer_utils
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, add_thinking_tokens
-from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
+from hf_thinktok.config_checks import default_of
+from hf_thinktok.controls import control
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_comparison
@@ -72,9 +73,13 @@ class Grid:
     """The arms of a comparison as configs of recipes/pretrain_think.py, and what each of them costs."""
 
     def __init__(self, recipe: dict[str, Any], arms: dict[str, dict[str, Any]], folder: Path):
-        self.folder, silent = folder, {name: value for name, value in recipe.items() if name not in ABOUT_THOUGHTS}
-        no_forks = {name: value for name, value in silent.items() if name not in ("fork_positions", "fork_markers")} | CONTROLS["no_think"]
-        self.configs = {"cpt": no_forks, "cpt_flops": no_forks, "filler": silent | CONTROLS["filler"], "think": recipe}
+        self.folder, stop = folder, recipe.get("stop", default_of(ThinkTokConfig, "stop"))
+        cannot = {}
+        for kind in ("no_think", "filler"):
+            left_out, changes = control(kind, stop)
+            cannot[kind] = {name: value for name, value in recipe.items() if name not in left_out} | changes
+        no_forks = {name: value for name, value in cannot["no_think"].items() if name not in ("fork_positions", "fork_markers")}
+        self.configs = {"cpt": no_forks, "cpt_flops": no_forks, "filler": cannot["filler"], "think": recipe}
         self.configs |= {name: recipe | changes for name, changes in arms.items()}
         self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
         if self.options["think"][1].max_steps <= 0:
@@ -153,10 +158,9 @@ def load(name: str, args: ThinkTokConfig, text) -> tuple[Any, Any]:
 def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset) -> Evaluation:
     """What an arm does on the test part: measured, or from its file where that has the same settings."""
     args, arms = grid.options["think"][1], grid.options
-    samples = chosen.num_samples if arm in arms and arms[arm][1].thinks else 0
     asked = {
         "max_length": args.max_length, "rows_per_document": chosen.rows_per_document, "num_forks": args.num_forks,
-        "num_samples": min(samples, 1) if arm in arms and arms[arm][1].thoughts == "filler" else samples, "max_think_length": args.max_think_length,
+        "num_samples": chosen.num_samples if arm in arms and arms[arm][1].thinks else 0, "max_think_length": args.max_think_length,
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
     }  # fmt: skip
     if path.exists():

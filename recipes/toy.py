@@ -25,7 +25,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
 from hf_thinktok.config_checks import default_of
-from hf_thinktok.controls import ABOUT_THOUGHTS, CONTROLS
+from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
 from hf_thinktok.language import describe_language, draw_language, print_language
 from hf_thinktok.loading import fit_to_cpu, one_sentence
@@ -117,11 +117,12 @@ def make_model(toy: ToyArguments, model: ModelConfig, tokenizer: PreTrainedToken
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
 
 
-def control_of(args: ThinkTokConfig, control: str) -> ThinkTokConfig:
-    """The same run for a model that cannot think: everything about thoughts at its default."""
-    if control == "none":
+def control_of(args: ThinkTokConfig, kind: str) -> ThinkTokConfig:
+    """The same run for a model that cannot think."""
+    if kind == "none":
         return args
-    return replace(args, **{name: default_of(ThinkTokConfig, name) for name in ABOUT_THOUGHTS}, **CONTROLS[control])
+    left_out, changes = control(kind, args.stop)
+    return replace(args, **{name: default_of(ThinkTokConfig, name) for name in left_out}, **changes)
 
 
 def of_level(rows: Dataset, level: int, limit: int) -> Dataset:

@@ -157,7 +157,9 @@ BAD_FITS = [
     ({"policies": "split", "beta": 0.1}, ["policies=split", "beta=0"]),
     ({"policies": "split", "memory": "persistent"}, ["policies=split", "memory=none"]),
     ({"thoughts": "filler", "blind": True}, ["thoughts=filler", "blind=False"]),
-    ({"thoughts": "filler", "stop": "sampled", "num_generations": 1}, ["thoughts=filler", "stop=learned or stop=fixed"]),
+    ({"thoughts": "filler", "stop": "sampled", "num_generations": 1}, ["num_generations=1", "set num_generations to 2 or more"]),
+    ({"thoughts": "filler", "stop": "sampled", "search": 4}, ["search", "stop=fixed or stop=learned"]),
+    ({"thoughts": "filler", "stop": "sampled", "top_k": 4}, ["top_k=4", "thoughts=discrete or"]),
     ({"think_start": 5, "text_ce_weight": 0.0}, ["think_start", "text_ce_weight above 0"]),
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
 ]

@@ -1,5 +1,6 @@
 """Arms are compared at the same places, cost what they are said to cost, and a comparison goes on where it stopped."""
 
+import importlib
 import json
 import subprocess
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
@@ -60,7 +62,10 @@ def test_flops_of_a_step_are_those_of_the_formula(options, hand):
     assert counted == pytest.approx(hand, rel=0.03)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_forks": 0}, {"lookahead": 3, "stop": "sampled"}, {"fork_positions": "entropy"}])
+DRAWN = {"lookahead": 3, "stop": "sampled"}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_forks": 0}, DRAWN, DRAWN | {"thoughts": "filler"}, {"fork_positions": "entropy"}])
 def test_flops_without_data_are_those_of_a_real_step(options, tmp_path):
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
@@ -202,6 +207,27 @@ def test_five_arms_and_one_more_make_one_results_file(grid):
         assert words in printed
         assert words in as_text(results)
     assert (folder / "out" / "report.html").exists()
+
+
+def test_fillers_of_drawn_lengths_are_rewarded_as_thoughts_are(tmp_path, monkeypatch):
+    """The recipe of four judged tokens: lengths cannot be summed out, so both arms draw them, from groups of one size, with one reward and one price."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    recipe = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "wikitext.yaml").read_text())
+    changes = {
+        "max_steps": 4,
+        "reward_funcs": ["accuracy"],
+        "beta": 0.0,
+        "advantage": "loo",
+        "bf16": False,
+        "use_cpu": True,
+        "model_name_or_path": str(tmp_path),
+    }
+    save_tiny(tmp_path)
+    options = importlib.import_module("compare").Grid(recipe | changes, {}, tmp_path / "out").options
+    filler, think = options["filler"][1], options["think"][1]
+    assert (filler.thoughts, filler.stop) == ("filler", "sampled")
+    for name in ("num_generations", "reward_funcs", "advantage", "think_cost", "lookahead", "max_think_length", "think_loss_weight"):
+        assert getattr(filler, name) == getattr(think, name), name
 
 
 @torch.no_grad()

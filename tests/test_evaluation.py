@@ -40,6 +40,17 @@ def logps_of(model, ids: list[int]) -> torch.Tensor:
     return logits[:, : model.config.thinktok["first_id"]].log_softmax(-1)
 
 
+@torch.no_grad()
+def test_fillers_are_as_many_as_the_gate_says(model):
+    """For one judged token their number is summed out, for three it is drawn."""
+    model, tokenizer = model
+    model.config.thinktok |= {"thoughts": "filler", "stop": "sampled"}
+    summed, drawn = (evaluate_thinking(model, tokenizer, TEXT, num_forks=8, num_samples=64, max_think_length=2, lookahead=lookahead) for lookahead in (1, 3))
+    assert drawn.lengths_F.std() > 0
+    assert drawn.lengths_F.mean() == pytest.approx(summed.lengths_F.mean(), abs=0.05)
+    assert set(drawn.logps) == {"no_think", "think", "always", "random"}
+
+
 @pytest.mark.parametrize("lookahead", [1, 3])
 @torch.no_grad()
 def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead):

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import tiny_model
+from models import CORPUS, tiny_model
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
+from hf_thinktok.objective import actions
 from hf_thinktok.peft import is_speaker
 from hf_thinktok.scores import score_tree
 
@@ -333,6 +335,28 @@ def test_a_filler_says_nothing_and_trains_the_speaker(make):
     filler = [trainer.vocabulary.first_id] * 2
     expected = [-plain_logps(trainer.model, trainer.vocabulary, row["input_ids"][:5], filler, row["input_ids"][5]) for row in rows.select(range(4))]
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-4)
+
+
+def test_how_many_fillers_is_drawn_and_rewarded(make, tokenizer):
+    def many(lengths, **kwargs):
+        return lengths.float()
+
+    rows, model = questions(levels=(3,)), tiny_model("llama", vocab_size=len(tokenizer), tie=False)
+    add_thinking_tokens(model, tokenizer, N, sample_text=CORPUS, think_mass=0.5)
+    trainer = make(
+        rows, model=model, tokenizer=tokenizer, thoughts="filler", stop="sampled", num_generations=8, reward_funcs=[many], learning_rate=1e-2,
+        lr_scheduler_type="constant", max_steps=15, text_ce_weight=0.0, think_ce_weight=0.0,
+    )  # fmt: skip
+    inputs, labels = batch_of(trainer, rows)
+    before = one_rollout(trainer, inputs, labels)
+    assert (before.thoughts_BKGL == trainer.vocabulary.first_id).all()
+    assert set(before.lengths_BKG.unique().tolist()) == {0, 1, 2}
+    scores = trainer._score(trainer.model, trainer._tree(inputs, before), inputs["input_ids"], labels, before)
+    _, counts_BKGA = actions(scores, before, trainer.args)
+    assert torch.equal(counts_BKGA.sum(-1), before.lengths_BKG.add(1).clamp(max=2)), "each stop that was drawn, and no token"
+    trainer.train()
+    trainer._rollouts = []
+    assert one_rollout(trainer, inputs, labels).lengths_BKG.float().mean() > 1.5 > before.lengths_BKG.float().mean()
 
 
 @pytest.mark.parametrize(

@@ -165,16 +165,13 @@ def evaluate_thinking(
     """
     base, vocabulary, trained = check_evaluable(model)
     filler = trained.get("thoughts") == "filler"
-    if filler:  # all thoughts are the same
-        num_samples = min(num_samples, 1)
-    if filler and num_samples and (lookahead or 1) > 1 and trained.get("stop") == "learned":
-        raise ValueError(f"lookahead={lookahead}: how many fillers this model takes is known for one judged token; leave lookahead out.")
     blind, length = trained.get("blind", False), max_think_length or trained.get("max_think_length", 4)
     ahead = lookahead or trained.get("lookahead") or max_length
+    samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     attach_head(base, vocabulary)
-    branching = Branching(num_samples, length, ahead, blind=blind)
+    branching = Branching(samples, length, ahead, blind=blind)
     rows, num_bytes, num_tokens = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length), rows_per_document)
-    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(num_samples, 1)), max(len(ids) for _, ids in rows), num_forks)
+    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), max(len(ids) for _, ids in rows), num_forks)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
     batches = list(_batches(rows, batch_size, tokenizer.pad_token_id or 0, base.device))
