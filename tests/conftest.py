@@ -17,6 +17,14 @@ from hf_thinktok.head import attach_head
 torch.set_num_threads(1)
 
 
+# Files of few and long tests, which start processes. Last, one of them would keep the workers of all others waiting.
+LONG = ("test_distributed.py", "test_compare.py", "test_toy_recipe.py", "test_recipe.py", "test_resume.py", "test_bench.py", "test_hub.py", "test_harness.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
