@@ -41,9 +41,7 @@ class Explorer:
         if args.supply_thoughts:
             given_B1L = first + inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
             rollout = replace(_with_first(rollout, given_B1L, rollout.forks_BK >= 0), supplied=True)
-        if num_candidates := round(scheduled(args.search, step)):
-            coefficient = scheduled(args.coverage_coef, step)
-            rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling, num_candidates, coefficient)
+        rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling, step)
         if self.coverage is not None:
             codes = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)
             there_BKG = (rollout.forks_BK >= 0)[..., None].expand_as(rollout.lengths_BKG)
@@ -52,17 +50,12 @@ class Explorer:
         return rollout
 
     def _search(
-        self,
-        model,
-        inputs: dict[str, Tensor],
-        labels_BT: Tensor,
-        rollout: Rollout,
-        generator: torch.Generator,
-        sampling: Sampling,
-        num_candidates: int,
-        coefficient: float,
+        self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, step: int
     ) -> Rollout:
         args, trainer = self.args, self.trainer
+        num_candidates, coefficient = round(scheduled(args.search, step)), scheduled(args.coverage_coef, step)
+        if num_candidates == 0:
+            return rollout
 
         def bonus(choices: Tensor, logps_BKP: Tensor) -> Tensor:
             if self.coverage is None:

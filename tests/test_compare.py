@@ -213,15 +213,7 @@ def test_fillers_of_drawn_lengths_are_rewarded_as_thoughts_are(tmp_path, monkeyp
     """The recipe of four judged tokens: lengths cannot be summed out, so both arms draw them, from groups of one size, with one reward and one price."""
     monkeypatch.syspath_prepend(ROOT / "recipes")
     recipe = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "wikitext.yaml").read_text())
-    changes = {
-        "max_steps": 4,
-        "reward_funcs": ["accuracy"],
-        "beta": 0.0,
-        "advantage": "loo",
-        "bf16": False,
-        "use_cpu": True,
-        "model_name_or_path": str(tmp_path),
-    }
+    changes = {"max_steps": 4, "reward_funcs": ["accuracy"], "advantage": "loo", "bf16": False, "use_cpu": True, "model_name_or_path": str(tmp_path)}
     save_tiny(tmp_path)
     options = importlib.import_module("compare").Grid(recipe | changes, {}, tmp_path / "out").options
     filler, think = options["filler"][1], options["think"][1]

@@ -3,21 +3,17 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, in_process
 
 from hf_thinktok import ThinkTokConfig
 from hf_thinktok.data import TASK_COLUMNS
 from hf_thinktok.results import verdict
 
-ROOT = Path(__file__).parent.parent
-
 
 def test_readme_is_rendered_from_results_files():
-    done = subprocess.run([sys.executable, ROOT / "docs" / "render.py", "--check"], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    done = in_process(ROOT / "docs" / "render.py", "--check")
     assert done.returncode == 0, done.stderr[-500:]
 
 

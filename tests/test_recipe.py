@@ -95,7 +95,7 @@ def test_help_names_every_option():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--num_generations", "1"], "num_generations=1"),
+        (["--num_generations", "1"], "error: num_generations=1"),
         (["--text_template", "{qestion}"], "names the column"),
         ([], "make it with text_template"),
         (["--data_files", "README.md"], "files that end in .txt, .jsonl"),

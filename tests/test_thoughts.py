@@ -353,7 +353,7 @@ REFUSED = [
     ({"stop": "sampled"}, "stop=fixed"),
     ({"memory": "persistent"}, "memory=none"),
     ({"think_ce_weight": 0.0}, "think_ce_weight above 0"),
-    ({"search": 4}, "search=.4.0. has no effect"),
+    ({"search": 4}, r"search=\[4\.0\] has no effect"),
     ({"coverage_coef": [0.1]}, "coverage_coef"),
     ({"epsilon_greedy": [0.1]}, "epsilon_greedy"),
     ({"supply_thoughts": True, "num_forks": 1, "num_generations": 3}, "supply_thoughts=True has no effect"),

@@ -125,7 +125,7 @@ def test_a_peer_s_config_runs_a_few_steps(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--task", "mod_ad"), "There is no task 'mod_ad'; did you mean 'mod_add'?"),
+        (("--task", "mod_ad"), "error: There is no task 'mod_ad'; did you mean 'mod_add'?"),
         (("--search", "-3"), "search=[-3.0] is no schedule"),
         (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
     ],
