@@ -52,8 +52,10 @@ class ToyArguments:
         },
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run for each."})
-    check_every: int = field(default=0, metadata={"help": "Steps between checks of the accuracy on training rows of the hardest level. 0: no checks."})
-    check_rows: int = field(default=1000, metadata={"help": "How many rows a check answers."})
+    check_every: int = field(default=0, metadata={"help": "Steps between checks of the accuracy on training rows. 0: no checks."})
+    check_rows: int = field(
+        default=1000, metadata={"help": "How many rows a check answers: of the hardest level at a curriculum's end, else of each, where the least counts."}
+    )
     stop_accuracy: float = field(default=0.999, metadata={"help": "Checked accuracy at which training ends."})
     test_rows: int = field(default=1000, metadata={"help": "Test rows of each level at most; 0 for all."})
     save_models: bool = field(default=False, metadata={"help": "Keep each seed's checkpoint."})
@@ -62,18 +64,20 @@ class ToyArguments:
 class Progress(TrainerCallback):
     """Says now and then how far a run is, and ends one that has learned its task."""
 
-    def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, enough: float):
-        self.trainer, self.rows, self.every, self.enough = trainer, rows, every, enough
+    def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, count: int, enough: float):
+        levels = levels_of(rows)
+        checked = levels if trainer.curriculum is None else levels[-1:]
+        self.trainer, self.rows, self.every, self.enough = trainer, [of_level(rows, level, count) for level in checked], every, enough
         self.start, self.curve, self.console = time.perf_counter(), [], Console()
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.every or state.global_step % self.every:
             return
-        accuracy = answer(self.trainer, self.rows, "think" if self.trainer.args.thinks else "none").accuracy
+        accuracy = min(answer(self.trainer, rows, "think" if self.trainer.args.thinks else "none").accuracy for rows in self.rows)
         seconds, curriculum = time.perf_counter() - self.start, self.trainer.curriculum
         reached = [] if curriculum is None else curriculum.reached(state.global_step)
         self.curve.append({"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": max(reached, default=None)})
-        self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the hardest level {accuracy:.4f}")
+        self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the {'hardest' if reached else 'least learned'} level {accuracy:.4f}")
         if reached:
             table = Table(title="in training, thoughts sampled")
             table.add_column("level")
@@ -177,7 +181,7 @@ def run(
         thinker = make_model(toy, model, tokenizer)
         speaker = make_model(toy, model, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
-    progress = Progress(trainer, of_level(train, max(levels_of(train)), toy.check_rows), toy.check_every, toy.stop_accuracy)
+    progress = Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy)
     trainer.add_callback(progress)
     trainer.train()
     seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step

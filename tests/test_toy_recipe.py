@@ -1,16 +1,19 @@
 """The toy recipe as a user starts it, and every config of it and of the peers on a tiny model."""
 
 import dataclasses
+import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerControl
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
+from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.peft import load_whole
 
 TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "\ntask:" in path.read_text() and "\nmodel_shape:" in path.read_text())
@@ -120,6 +123,17 @@ def test_a_peer_s_config_runs_a_few_steps(config, tmp_path):
     trainer.train()
     assert all(float(entry["loss"]) > 0 for entry in trainer.state.log_history if "loss" in entry)
     assert not before.equal(trainer.model.get_input_embeddings().weight[row])
+
+
+@pytest.mark.parametrize(("curriculum", "ends"), [(None, False), (Curriculum([1, 2], 0.9), True)], ids=["all levels", "a curriculum"])
+def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculum, ends, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    toy = importlib.import_module("toy")
+    monkeypatch.setattr(toy, "answer", lambda trainer, rows, how: SimpleNamespace(accuracy={1: 0.5, 2: 1.0}[rows["level"][0]]))
+    trainer = SimpleNamespace(args=SimpleNamespace(thinks=True), curriculum=curriculum)
+    state, control = SimpleNamespace(global_step=1), TrainerControl()
+    toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9).on_step_end(None, state, control)
+    assert control.should_training_stop == ends
 
 
 @pytest.mark.parametrize(
