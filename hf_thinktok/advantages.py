@@ -36,9 +36,9 @@ def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Te
 
     Args:
         prefix_logps_BKGP: log p(y | z_1..l) for l = 0..L (P = L + 1), nats.
-        reach_BKGP: probability that the thought has at least l tokens; 1 for `stop: fixed`.
+        reach_BKGP: probability that the thought has at least l tokens; 1 or 0 where its length is given. What stands behind it may be anything.
     """
-    gained_BKGL = reach_BKGP[..., 1:] * prefix_logps_BKGP.diff(dim=-1)
+    gained_BKGL = torch.where(reach_BKGP[..., 1:] > 0, reach_BKGP[..., 1:] * prefix_logps_BKGP.diff(dim=-1), 0.0)
     to_come_BKGL = gained_BKGL.flip(-1).cumsum(-1).flip(-1)
     groups = to_come_BKGL.shape[2]
     advantages_BKGL = (to_come_BKGL - to_come_BKGL.mean(2, keepdim=True)) * (groups / (groups - 1))
@@ -48,8 +48,9 @@ def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Te
 def posterior(log_likelihoods_BKG: Tensor, valid_BK: Tensor) -> Tensor:
     """The group's posterior over its thoughts, w = softmax of their log-likelihoods, `[B, K, G]`; 0 at forks that are not there.
 
-    The gradient of `log (1/G) sum_g p(y | z_g)` weights the speaker's cross-entropy by w; w - 1/G is the thought's advantage under the same
-    objective (multi-sample bounds: IWAE, https://huggingface.co/papers/1509.00519; VIMCO, https://huggingface.co/papers/1602.06725).
+    The gradient of `log (1/G) sum_g p(y | z_g)` weights the speaker's cross-entropy by w (multi-sample bounds: IWAE,
+    https://huggingface.co/papers/1509.00519). w - 1/G is the thought's advantage: as G grows the gradient of log p(y), for few thoughts an estimate of it
+    and not the gradient of that bound (which VIMCO has, https://huggingface.co/papers/1602.06725).
     """
     return log_likelihoods_BKG.softmax(-1) * valid_BK[:, :, None]
 

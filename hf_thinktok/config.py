@@ -167,7 +167,7 @@ class ThinkTokConfig(SFTConfig):
         think_loss_weight (`float`, defaults to `1.0`):
             Weight of the policy loss.
         think_ce_weight (`float`, defaults to `1.0`):
-            Weight of the cross-entropy of real tokens after a thought. At 1 each weighs as much as a token of the text.
+            Weight of the cross-entropy of real tokens after a thought. At 1 a fork's weigh as much, all together, as one token of the text.
         text_ce_weight (`float`, defaults to `1.0`):
             Weight of the cross-entropy of the text itself, without thoughts.
         speaker_learning_rate (`float`, *optional*):
@@ -254,7 +254,7 @@ class ThinkTokConfig(SFTConfig):
 
     think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
     think_loss_weight: float = option(1.0, "Weight of the policy loss.")
-    think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought, each as a token of the text.")
+    think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought, a fork's as one token of the text.")
     text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
     speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")
     think_cost: list[float] = option([0.0], f"Price of a thinking token in nats: {A_SCHEDULE}.")

@@ -63,6 +63,8 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
             raise ValueError(
                 f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them (and the step it begins at), none negative."
             )
+    if isinstance(config.fork_markers, str):
+        raise ValueError(f"fork_markers={config.fork_markers!r} is one text: give a list of them.")
     if config.alternate is not None and (len(config.alternate) != 2 or min(config.alternate) < 1):
         raise ValueError(f"alternate={config.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
     if config.posterior_temperature <= 0:
@@ -141,6 +143,12 @@ def check_fit(config: "ThinkTokConfig") -> None:
             config.think_start > 0 and config.text_ce_weight == 0
         ),
         "search compares thoughts of one length: set stop=fixed or stop=learned.": searches and config.stop == "sampled",
+        "search changes a thought after those that follow it were drawn, and with memory=persistent these have read it: set memory=none.": (
+            searches and config.memory == "persistent"
+        ),
+        "The reward `information_gain` compares with the text without the thought, which memory=persistent puts into the text: set lookahead=1, or log_prob.": (
+            "information_gain" in config.reward_funcs and config.memory == "persistent" and config.lookahead != 1
+        ),
         "supply_thoughts has thoughts of given lengths: set stop=fixed.": config.supply_thoughts and config.stop != "fixed",
         "supply_thoughts gives one thought for each row: set num_forks=1.": config.supply_thoughts and config.num_forks != 1,
         "supply_thoughts and search both fill the first thought of a group: choose one.": config.supply_thoughts and searches,
@@ -176,6 +184,9 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
             config.num_iterations > 1 and config.save_strategy == "steps" and config.save_steps % config.num_iterations != 0
         ),
+        "stop=learned ends no thought, and with memory=persistent thoughts of full length would stay in the text: set stop=sampled or stop=fixed.": (
+            config.stop == "learned" and config.memory == "persistent"
+        ),
     }
     _refuse(refusals)
 
@@ -196,8 +207,16 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "search_random": (ever(config.search), "search"),
         "search_changes": (ever(config.search) and config.search_random > 0, "search and search_random"),
         **dict.fromkeys(("coverage_of", "coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
+        "coverage_coef": (
+            config.objective == "marginal" or config.advantage != "token" or ever(config.search),
+            "objective=marginal, another advantage than token (which credits predictions), or search",
+        ),
         "balance_given": (ever(config.balance_coef), "balance_coef"),
         "curriculum_replay": (config.curriculum_threshold is not None, "curriculum_threshold"),
+        "train_sampling_strategy": (
+            config.num_iterations == 1 and config.curriculum_threshold is None,
+            "num_iterations=1 and no curriculum_threshold, which have an order of their own",
+        ),
         "continuous_layer": (config.thoughts == "continuous", "thoughts=continuous"),
         "scale_rewards": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
         **dict.fromkeys(("reward_funcs", "reward_weights"), (config.objective == "expected" and config.advantage != "token", REWARDED_BY_FUNCTIONS)),

@@ -27,7 +27,7 @@ class Curriculum:
         self.levels, self.threshold = levels, threshold
         self.begins = [0]  # the step at which each reached level begins
         self.sums: dict[int, float] = {}
-        self.counts: dict[int, int] = {}
+        self.counts: dict[int, float] = {}  # optimizer steps
 
     @property
     def accuracy(self) -> dict[int, float]:
@@ -42,11 +42,13 @@ class Curriculum:
         """Steps since a level began, the clock of all schedules on its rows: a new level explores, and those below it keep what they have found."""
         return step - self.begins[self.levels.index(level)]
 
-    def observe(self, step: int, level: int, accuracy: float) -> None:
-        self.sums[level] = self.sums.get(level, 0.0) * (1 - RATE) + RATE * accuracy
-        self.counts[level] = self.counts.get(level, 0) + 1
+    def observe(self, step: int, level: int, accuracy: float, share: float = 1.0) -> None:
+        """Takes in the accuracy of a batch, which is a `share` of an optimizer step."""
+        kept = (1 - RATE) ** share
+        self.sums[level] = self.sums.get(level, 0.0) * kept + (1 - kept) * accuracy
+        self.counts[level] = self.counts.get(level, 0.0) + share
         last = self.levels[len(self.begins) - 1]
-        passed = self.counts.get(last, 0) >= LEAST_STEPS and self.accuracy[last] >= self.threshold
+        passed = round(self.counts.get(last, 0.0), 6) >= LEAST_STEPS and self.accuracy[last] >= self.threshold
         if passed and len(self.begins) < len(self.levels):
             self.begins.append(step + LAG)
 

@@ -1,13 +1,14 @@
 """Rows of text with their documents, and what a data set must have."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 
-from ._compat import DataCollatorForLanguageModeling
+from ._compat import DataCollatorForLanguageModeling, RepeatSampler
 
 # Rows looked at for missing text; more would make a large corpus wait.
 CHECKED_ROWS = 100_000
@@ -17,19 +18,29 @@ READABLE_COLUMNS = ("input_ids", "messages", "conversations", "prompt")
 TASK_COLUMNS = ("level", "think_length", "thoughts")
 
 
+def task_columns(args) -> list[str]:
+    """Those that the options make use of; to others a data set's columns of the same names are no concern."""
+    return [
+        column for column, used in zip(TASK_COLUMNS, (args.curriculum_threshold is not None, args.stop == "fixed", args.supply_thoughts), strict=True) if used
+    ]
+
+
 @dataclass
 class TreeCollator(DataCollatorForLanguageModeling):
     """TRL's padding collator, and `documents`: which document of a packed row each token belongs to, -1 for padding.
 
-    The columns of `TASK_COLUMNS` come along where the data has them; a row's `thoughts` are padded with -1.
+    Args:
+        columns: of `TASK_COLUMNS`, which come along where the data has them; a row's `thoughts` are padded with -1.
     """
+
+    columns: Sequence[str] = TASK_COLUMNS
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        for column in TASK_COLUMNS:
+        for column in self.columns:
             if column in examples[0] and column != "thoughts":
                 batch[column] = torch.tensor([example[column] for example in examples])
-        if "thoughts" in examples[0]:
+        if "thoughts" in self.columns and "thoughts" in examples[0]:
             thoughts = [torch.tensor(example["thoughts"], dtype=torch.long) for example in examples]
             batch["thoughts"] = torch.nn.utils.rnn.pad_sequence(thoughts, batch_first=True, padding_value=-1)
         batch["documents"] = batch["attention_mask"] - 1
@@ -37,7 +48,15 @@ class TreeCollator(DataCollatorForLanguageModeling):
             if (lengths := example.get("seq_lengths")) is not None:
                 lengths = torch.as_tensor(lengths)
                 batch["documents"][row, : int(lengths.sum())] = torch.arange(len(lengths)).repeat_interleave(lengths)
+                batch["labels"][row, lengths.cumsum(0) - lengths] = -100  # nothing predicts a packed document's first token, and TRL does not count it
         return batch
+
+
+class BatchesAgain(RepeatSampler):
+    """TRL's sampler that repeats batches, in an order that depends on seed and epoch alone: a resumed run goes on in the order of the interrupted one."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
@@ -64,7 +83,7 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
         )
-    _check_task_columns(dataset, name, columns, args)
+    _check_task_columns(dataset, name, head, args)
     if has_formatter or text not in columns:
         return
     rows = itertools.islice(dataset[text], CHECKED_ROWS) if isinstance(dataset, Dataset) else [row[text] for row in head]
@@ -75,18 +94,30 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
         )
 
 
-def _check_task_columns(dataset, name: str, columns: list[str], args) -> None:
-    """What the data says about thinking must fit the options."""
-    if not args.thinks or args.stop != "fixed" or not isinstance(dataset, Dataset):
+def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) -> None:
+    """What the data says about thinking must fit the options. Of a stream its first rows are looked at."""
+    if not args.thinks:
         return
-    if args.supply_thoughts and "thoughts" not in columns:
-        raise ValueError(f"supply_thoughts needs a column `thoughts` (lists of numbers from 0), and the {name} data set has {columns}.")
-    if "think_length" in columns and (longest := max(dataset["think_length"])) > args.max_think_length:
+    if args.supply_thoughts and "thoughts" not in head[0]:
+        raise ValueError(f"supply_thoughts needs a column `thoughts` (lists of numbers from 0), and the {name} data set has {list(head[0])}.")
+    largest = dict.fromkeys(TASK_COLUMNS, 0)
+    for column in task_columns(args):
+        if column not in head[0]:
+            continue
+        if args.packing:
+            raise ValueError(f"The {name} data set's column {column!r} is about a row, and packing=True joins rows: set packing=False, or drop the column.")
+        values = list(dataset[column] if isinstance(dataset, Dataset) else (row[column] for row in head))
+        numbers = list(itertools.chain.from_iterable(values)) if column == "thoughts" and all(isinstance(value, list) for value in values) else values
+        if wrong := [number for number in numbers if not isinstance(number, int) or number < 0]:
+            whole = "lists of whole numbers" if column == "thoughts" else "whole numbers"
+            raise ValueError(f"The {name} data set's column {column!r} has {wrong[0]!r} where {whole} from 0 are due: mend it, or drop or rename the column.")
+        largest[column] = max(numbers, default=0)
+    if (longest := largest["think_length"]) > args.max_think_length:
         raise ValueError(
             f"The {name} data set asks for thoughts of {longest} tokens (column think_length): set max_think_length={longest}, or drop the column."
         )
-    if args.supply_thoughts and (largest := max((max(thought, default=0) for thought in dataset["thoughts"]), default=0)) >= (args.num_think_tokens or 16):
-        raise ValueError(f"The {name} data set's thoughts go up to {largest}: set num_think_tokens={largest + 1} or more.")
+    if (token := largest["thoughts"]) >= (args.num_think_tokens or 16):
+        raise ValueError(f"The {name} data set's thoughts go up to {token}: set num_think_tokens={token + 1} or more.")
 
 
 def levels_of(dataset) -> list[int]:

@@ -16,6 +16,8 @@ from torch import Tensor
 LEAST_FREQUENCY = 1e-4
 # Thoughts are counted one by one up to so many, and by a hash of as many values beyond.
 LARGEST_TABLE = 2**20
+# Of the hash: a thought is a number modulo this prime (2^31 - 1), of which a multiple's middle bits are taken (Knuth's golden ratio).
+PRIME, MULTIPLIER = 2**31 - 1, 2654435761
 # The servo's gain and its bounds on the weight of the entropy.
 SERVO_GAIN, SERVO_LIMIT = 0.5, 0.5
 
@@ -57,10 +59,10 @@ class Coverage:
         said = torch.where(place_L < lengths[..., None], choices, self.radix - 1)
         if self.by_place:
             return place_L * self.radix + said
-        code = torch.zeros_like(lengths)
-        for place in range(choices.shape[-1]):  # L small integer operations
-            code = (code * self.radix + said[..., place]) % (2**40)
-        return (code if self.radix**self.length <= LARGEST_TABLE else (code * 2654435761 % 2**40) % self.size)[..., None]
+        code, ended = torch.zeros_like(lengths), torch.full_like(lengths, self.radix - 1)
+        for place in range(self.length):  # L small integer operations; a thought is the same number however long the batch's longest is
+            code = (code * self.radix + (said[..., place] if place < choices.shape[-1] else ended)) % PRIME
+        return (code if self.radix**self.length <= LARGEST_TABLE else (code * MULTIPLIER % 2**40) >> 20)[..., None]
 
     def update(self, codes: Tensor, valid: Tensor, total=lambda counts: counts) -> None:
         """Counts the thoughts of a batch, `valid` `[...]`; `total` sums counts over ranks."""

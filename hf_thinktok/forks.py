@@ -3,8 +3,14 @@
 Shape suffixes as in tree.py.
 """
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+# Rows in which a marker is looked for.
+CHECKED_ROWS = 10_000
 
 
 def eligible_forks(labels_BT: Tensor, documents_BT: Tensor) -> Tensor:
@@ -40,6 +46,30 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     best = rank_BT.masked_fill(~eligible_BT, -torch.inf).topk(min(num_forks, trunk_length), dim=1)
     forks_BK = torch.where(best.values > -torch.inf, best.indices, trunk_length).sort(1).values
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
+
+
+def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:
+    """Token id sequences of texts, each as at the beginning, behind a space and behind a letter: a tokenizer may have other tokens for each."""
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    letter, found = ids("a"), []
+    for marker in markers:
+        behind = ids("a" + marker)
+        found += [ids(marker), ids(" " + marker), behind[len(letter) :] if behind[: len(letter)] == letter else behind]
+    return [list(one) for one in dict.fromkeys(map(tuple, found)) if one]
+
+
+def check_markers(markers: list[list[int]], texts: list[str], rows) -> None:
+    """Refuses markers after none of which the model could think.
+
+    Raises:
+        ValueError: no marker ends within the first rows.
+    """
+    for row in itertools.islice(rows, CHECKED_ROWS):
+        if ends_of(markers, torch.as_tensor(row["input_ids"])[None])[:, :-1].any():
+            return
+    raise ValueError(
+        f"None of fork_markers={texts} ends anywhere in the first {CHECKED_ROWS:,} rows, so nothing would be thought: look at how they are written."
+    )
 
 
 def ends_of(markers: list[list[int]], tokens_BT: Tensor) -> Tensor:

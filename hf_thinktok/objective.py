@@ -3,8 +3,8 @@
     think_ce_weight * share * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
     - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
 
-Each part is a mean over forks. The share of the cross-entropy is that of the forks among all tokens of the text: a real token weighs the same wherever it
-is predicted. As a plain mean a few forks would outweigh the rows that they stand in.
+Each part is a mean over forks. The share of the cross-entropy is that of the forks among all tokens of the text: what follows a thought weighs as one token
+of the text (its judged tokens together: a mean). As a plain mean a few forks would outweigh the rows that they stand in.
 
 Soft thoughts (`hf_thinktok.thoughts`) have no policy loss: the cross-entropy's own gradient goes through them.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .advantages import ValueBaseline, group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
-from .exploration import choice_entropy, coverage_share, entropy_servo, entropy_unit, ever, marginal_entropy, scheduled, thought_entropy
+from .exploration import coverage_share, entropy_servo, entropy_unit, ever, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
 from .rewards import RewardFunction, masked_mean, masked_sum, total_reward
 from .rollout import Rollout
@@ -52,7 +52,7 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
     """
     if stop != "learned":
         lengths = rollout.lengths_BKG.float()
-        reach = torch.ones_like(scores.prefix_logps_BKGP)
+        reach = (torch.arange(scores.prefix_logps_BKGP.shape[-1], device=lengths.device) <= rollout.lengths_BKG[..., None]).float()
         return Speech(scores.logps_BKGH, scores.correct_BKGH, None, lengths, reach)
     stop_logps_BKGP, _ = stopping_logps(scores.gate_logits_BKGL, must_think=blind)
     even_P = torch.ones(stop_logps_BKGP.shape[-1], device=stop_logps_BKGP.device)
@@ -248,7 +248,9 @@ def _metrics(
     rewards: list[RewardFunction],
     config: ThinkTokConfig,
 ) -> dict[str, Tensor]:
+    """What the policy does: a thought that was chosen in the light of what follows is left out, but from what is said of the group that learns."""
     valid_BK = scores.valid_BK
+    own = slice(1, None) if rollout.chosen and rewards_BKG.shape[-1] > 1 else slice(None)
     valid = valid_BK[:, :, None]
     thought_BKGL = torch.where(rollout.said_BKGL, rollout.thoughts_BKGL, -1)
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
@@ -256,20 +258,20 @@ def _metrics(
     spread_BK = rewards_BKG.std(-1) if rewards_BKG.shape[-1] > 1 else torch.zeros_like(rewards_BKG[..., 0])
     # The gain of what the model would really do: with a learned stop, its own lengths.
     spoken_BKGH = speech.logps_BKGH if speech.gate_logps_BKG is None else speech.gate_logps_BKG[..., None]
-    gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None])
+    gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None])
     metrics = {
-        "reward": masked_mean(rewards_BKG, valid, None),
+        "reward": masked_mean(rewards_BKG[..., own], valid, None),
         "reward_std": masked_mean(spread_BK, valid_BK, None),
         "frac_reward_zero_std": masked_mean((spread_BK < 1e-6).float(), valid_BK, None),
-        "think_length": masked_mean(speech.lengths_BKG, valid, None),
-        "accuracy": masked_mean(speech.correct_BKGH.float(), scores.mask_BKH[:, :, None], None),
+        "think_length": masked_mean(speech.lengths_BKG[..., own], valid, None),
+        "accuracy": masked_mean(speech.correct_BKGH[:, :, own].float(), scores.mask_BKH[:, :, None], None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
-        "think_gain": masked_mean(gained_BKG, valid, None) / torch.log(torch.tensor(2.0)),
+        "think_gain": masked_mean(gained_BKG[..., own], valid, None) / torch.log(torch.tensor(2.0)),
     }
     if not rollout.text:  # of the thinking vocabulary, which does not write text
-        metrics["thought_entropy"] = masked_mean(choice_entropy(scores.think_logits_BKGLN).mean(-1), valid, None)
+        metrics["thought_entropy"] = thought_entropy(scores.think_logits_BKGLN, rollout.said_BKGL & valid[..., None])
     if config.needs_gate:
         metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None)
     for function, values_BKG in zip(rewards, each_FBKG, strict=True):
-        metrics[f"rewards/{getattr(function, '__name__', type(function).__name__)}"] = masked_mean(values_BKG, valid, None)
+        metrics[f"rewards/{getattr(function, '__name__', type(function).__name__)}"] = masked_mean(values_BKG[..., own], valid, None)
     return metrics

@@ -101,8 +101,8 @@ def plan(
 
 
 def step_flops(config: PretrainedConfig, args: ThinkTokConfig, attn_implementation: str | None = None, peft_config: Any = None) -> int:
-    """What the products of matrices in one training step of one process compute, each multiplication and each addition counted once: rollout and
-    gradient pass, on rows of `args.max_length` tokens, and all that is accumulated.
+    """What the products of matrices in one training step of one process compute, each multiplication and each addition counted once: its part of a rollout
+    and the gradient pass, on rows of `args.max_length` tokens, and all that is accumulated.
 
     Raises:
         ValueError: one sentence on what cannot be counted.
@@ -112,12 +112,14 @@ def step_flops(config: PretrainedConfig, args: ThinkTokConfig, attn_implementati
     rows = Rows(args, args.per_device_train_batch_size, args.num_generations)
     with warnings.catch_warnings(action="ignore"):
         model, vocabulary = model_without_data(config, args, torch.float32, attn_implementation, peft_config)
-        with _one_sentence(config), count_flops() as counter:
+        with _one_sentence(config):
             run = DryRun(model, vocabulary, args, torch.device("cpu"), None, gradient_share=1.0)
-            run.look_for_hard_places(rows)
-            run.rollout(rows)
-            run.gradient_pass(rows)
-    return counter.get_total_flops() * args.gradient_accumulation_steps
+            with count_flops() as rollout:
+                run.look_for_hard_places(rows)
+                run.rollout(rows)
+            with count_flops() as gradient:
+                run.gradient_pass(rows)
+    return (rollout.get_total_flops() // args.num_iterations + gradient.get_total_flops()) * args.gradient_accumulation_steps
 
 
 class _Sharding:

@@ -28,7 +28,8 @@ class Rollout:
         lengths_BKG: thinking tokens of each thought before it stopped, 0 to L.
         logps_BKGL: log p(z_l | its prefix, think) at the sampling temperature, in nats.
         rarity_BKG: -log of each thought's running frequency, nats, where there is a bonus for it.
-        supplied: whether the first thought of each group is the data's own.
+        chosen: whether the first thought of each group was put there for what follows it, by a search or by the data, and not drawn.
+        supplied: whether it is the data's own.
         noise_BKGLN: the Gumbel noise of each draw, where it has a gradient.
         soft_BKGLX: what thought nodes read where that is no id; see `hf_thinktok.thoughts`.
         text: whether thoughts are written in ordinary tokens, between a start and an end token that nobody draws.
@@ -39,6 +40,7 @@ class Rollout:
     lengths_BKG: Tensor
     logps_BKGL: Tensor
     rarity_BKG: Tensor | None = None
+    chosen: bool = False
     supplied: bool = False
     noise_BKGLN: Tensor | None = None
     soft_BKGLX: Tensor | None = None

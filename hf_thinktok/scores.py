@@ -30,6 +30,7 @@ class TreeScores:
         correct_BKGH: whether that token is the most likely one.
         baseline_logps_BKH: log p(judged token) along the text, without the thought (no gradient).
         mask_BKH: which judged tokens exist.
+        compared_BKH: of these, which the text without the thought predicts as well. A thought that stays is part of that text after the next token.
         prefix_logps_BKGP, prefix_correct_BKGP: the first judged token if the thought ended after l tokens; read only where every prefix was judged.
         gate_logits_BKGL: log p(think) - log p(speak) before each thinking token; 0 where nobody asked for the gate.
         think_logits_BKGLN: the thinking logits there.
@@ -43,6 +44,7 @@ class TreeScores:
     correct_BKGH: Tensor
     baseline_logps_BKH: Tensor
     mask_BKH: Tensor
+    compared_BKH: Tensor
     prefix_logps_BKGP: Tensor
     prefix_correct_BKGP: Tensor
     gate_logits_BKGL: Tensor
@@ -127,6 +129,7 @@ def score_tree(
         correct_BKGH=at(correct, predictors),
         baseline_logps_BKH=at(logps, places_BKH - 1).detach(),
         mask_BKH=mask_BKH,
+        compared_BKH=mask_BKH & (torch.arange(mask_BKH.shape[-1], device=mask_BKH.device) == 0) if tree.branching.persistent else mask_BKH,
         prefix_logps_BKGP=at(logps, speakers),
         prefix_correct_BKGP=at(correct, speakers),
         gate_logits_BKGL=at(gates, thinkers),

@@ -57,11 +57,10 @@ class Explorer:
         if num_candidates == 0:
             return rollout
 
-        def bonus(choices: Tensor, logps_BKP: Tensor) -> Tensor:
+        def bonus(choices_BKPL: Tensor, lengths_BKP: Tensor, logps_BKP: Tensor) -> Tensor:
             if self.coverage is None:
                 return torch.zeros_like(logps_BKP)
-            lengths = torch.full(choices.shape[:-1], choices.shape[-1], device=choices.device)
-            return coefficient * coverage_share(args.coverage_where, logps_BKP) * self.coverage.rarity(self.coverage.codes(choices, lengths))
+            return coefficient * coverage_share(args.coverage_where, logps_BKP) * self.coverage.rarity(self.coverage.codes(choices_BKPL, lengths_BKP))
 
         def value(candidates: Rollout) -> Tensor:
             with evaluating(model):
@@ -98,7 +97,7 @@ def best_shared_thoughts(
     Args:
         targets_BK: the judged token of each fork, negative where there is none.
         among: gives the candidates, as `candidate_thoughts` does from the policy's own.
-        bonus: gives the coverage bonus of choices `[P, L]` from 0, and of how well they tell each target.
+        bonus: gives the coverage bonus `[B, K, P]` of choices `[B, K, P, L]` from 0, their lengths, and how well they tell the judged text.
     """
     there_BK = rollout.forks_BK >= 0
     there_BK = there_BK | ~there_BK.any()  # where no fork is there the speaker's pass is made all the same, as on other ranks
@@ -108,12 +107,15 @@ def best_shared_thoughts(
         return sampled_ML[torch.randint(len(sampled_ML), (count,), generator=generator, device=sampled_ML.device)]
 
     candidates_PL = among(own)
+    lengths_BK = rollout.lengths_BKG[:, :, 0].clamp(min=1).where(there_BK, candidates_PL.shape[1])
+    shortest = int(lengths_BK.min())  # where all are of full length, the last token's prediction is all that is needed
     with evaluating(model):
-        logits_PV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, -1]
-    logps_PV = logits_PV[:, : vocabulary.num_real].float().log_softmax(-1)
-    told_BKP = logps_PV[:, targets_BK.clamp(min=0)].permute(1, 2, 0)
-    best_BKL = vocabulary.first_id + candidates_PL[(told_BKP + bonus(candidates_PL, told_BKP)).argmax(-1)]
-    return _with_first(rollout, best_BKL, targets_BK >= 0)
+        logits_PlV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, shortest - 1 :]
+    logps_PlV = logits_PlV[..., : vocabulary.num_real].float().log_softmax(-1)
+    told_BKP = logps_PlV[:, lengths_BK - shortest, targets_BK.clamp(min=0)].permute(1, 2, 0)
+    places = *targets_BK.shape, len(candidates_PL)
+    bonus_BKP = bonus(candidates_PL.expand(*places, -1), lengths_BK[..., None].expand(places), told_BKP)
+    return _with_first(rollout, vocabulary.first_id + candidates_PL[(told_BKP + bonus_BKP).argmax(-1)], targets_BK >= 0)
 
 
 @torch.no_grad()
@@ -134,11 +136,11 @@ def best_own_thoughts(sample, value, rollout: Rollout, among, vocabulary: Thinki
     lengths_BKP = rollout.lengths_BKG[:, :, :1].expand(thoughts_BKPL.shape[:-1])
     candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device))
     told_BKP = value(candidates)
-    best_BK1L = (told_BKP + bonus(choices_BKPL, told_BKP)).argmax(-1)[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
+    best_BK1L = (told_BKP + bonus(choices_BKPL, lengths_BKP, told_BKP)).argmax(-1)[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
     return _with_first(rollout, thoughts_BKPL.gather(2, best_BK1L)[:, :, 0], rollout.forks_BK >= 0)
 
 
 def _with_first(rollout: Rollout, thought_BKL: Tensor, valid_BK: Tensor) -> Rollout:
     """The rollout with the first thought of each group replaced."""
     first_BKL = torch.where(valid_BK[..., None], thought_BKL, rollout.thoughts_BKGL[:, :, 0])
-    return replace(rollout, thoughts_BKGL=torch.cat([first_BKL[:, :, None], rollout.thoughts_BKGL[:, :, 1:]], 2))
+    return replace(rollout, thoughts_BKGL=torch.cat([first_BKL[:, :, None], rollout.thoughts_BKGL[:, :, 1:]], 2), chosen=True)

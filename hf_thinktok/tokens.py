@@ -176,6 +176,7 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
         raise ValueError(
             "The tokenizer has thinking tokens but the model has none: load both from the same checkpoint, or take the base model's own tokenizer."
         )
+    largest = max(tokenizer.get_vocab().values())
     if existing is not None:
         if tokenizer.convert_tokens_to_ids(TEMPLATE.format(0)) != existing.first_id or tokenizer.convert_tokens_to_ids(GUARD) != existing.guard_id:
             raise ValueError(
@@ -186,7 +187,12 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
                 f"The model has {existing.num_tokens} thinking tokens and {num_tokens} are asked for: set num_think_tokens={existing.num_tokens} "
                 "(or leave it out) to train this checkpoint on, or start from its base model."
             )
-    if (largest := max(tokenizer.get_vocab().values())) >= num_rows:
+        if largest > existing.guard_id:
+            raise ValueError(
+                f"The tokenizer has the token {tokenizer.convert_ids_to_tokens(largest)!r} after the thinking tokens, which are to be the last: add tokens, "
+                "and a chat template with tokens of its own (chat_template_path), to the base model before it gets thinking tokens."
+            )
+    if largest >= num_rows:
         raise ValueError(f"The tokenizer has ids up to {largest} and the model {num_rows} embedding rows: they do not belong together.")
 
 

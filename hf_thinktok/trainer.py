@@ -17,18 +17,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
-from ._compat import RepeatSampler, disable_dropout_in_model
+from ._compat import disable_dropout_in_model
 from .advantages import ValueBaseline
 from .callbacks import NonFiniteGuard, SayWhatIsTrained, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .config import ThinkTokConfig
 from .config_checks import REWARDED_BY_FUNCTIONS
 from .curriculum import Curriculum, LevelSampler
-from .data import TASK_COLUMNS, TreeCollator, levels_of
+from .data import BatchesAgain, TreeCollator, levels_of, task_columns
 from .distributed import check_launcher, for_rollout, is_partitioned, prepare_frozen
 from .engine import choose_engine, evaluating, longest_row, small_twin
 from .evaluation import GainByDocument
-from .forks import choose_forks, eligible_forks, ends_of
+from .forks import check_markers, choose_forks, eligible_forks, ends_of, marker_ids
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, load_teacher, sample_text
 from .objective import actions, speak, thinking_loss
@@ -39,7 +39,7 @@ from .scores import TreeScores, score_tree
 from .search import Explorer
 from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
-from .tokens import ThinkingVocabulary, add_thinking_tokens
+from .tokens import ThinkingVocabulary, add_thinking_tokens, check_vocabulary
 from .tree import ThoughtTree
 
 
@@ -148,6 +148,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             **kwargs,
         )
         args.model_init_kwargs = loading
+        if not self.plain:
+            check_vocabulary(model.config, self._tokenizer, None)  # chat_template_path adds tokens
         check_launcher(self.accelerator, self.model)
         if two_adapters:
             add_speaker(self.model, peft_config)
@@ -166,8 +168,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
             attach_head(one, self.vocabulary)
         if args.thoughts == "continuous":
             check_feedback(base, args.continuous_layer, args.policies == "split")
-        self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id)
-        self.markers = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in args.fork_markers or ()]
+        self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, columns=task_columns(args))
+        self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
+        if args.fork_positions == "markers" and self.train_dataset is not None:
+            check_markers(self.markers, args.fork_markers, self.train_dataset)
         longest = args.max_length or 1024
         branching = args.branching(min(longest, 1024))
         if branching.persistent and longest + args.num_forks * args.max_think_length > longest_row(base):
@@ -373,7 +377,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if not self.plain:
-            self._signature_columns += [column for column in TASK_COLUMNS if column not in self._signature_columns]
+            self._signature_columns += [column for column in task_columns(self.args) if column not in self._signature_columns]
 
     def _next_micro_step(self) -> int:
         """How many forwards this optimizer step, or this evaluation, has had before this one."""
@@ -424,27 +428,27 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _record(
         self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, scores: TreeScores
     ) -> None:
-        """Averages the metrics over ranks and flags a step that is not finite: one synchronisation for all."""
-        real_tokens = (tree.documents_BT >= 0).sum()
-        values = torch.stack([loss.detach().float(), real_tokens.float(), *(value.detach().float() for value in metrics.values())])
-        gathered = self.accelerator.gather(values[None])
+        """Averages the metrics over the forks of all ranks and flags a step that is not finite: one synchronisation for all."""
+        counts = torch.stack([(tree.documents_BT >= 0).sum(), scores.valid_BK.sum()]).float()
+        values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
+        gathered = self.accelerator.gather(torch.cat([counts, values])[None])
         if not torch.isfinite(gathered).all():
             self.guard.flag()
-        _, tokens, *means = gathered.mean(0).tolist()
-        for name, value in zip(metrics, means, strict=True):
+        tokens, num_forks = gathered[:, :2].sum(0).tolist()
+        means = (gathered[:, 3:] * gathered[:, 1:2]).sum(0) / max(num_forks, 1)
+        found = dict(zip(metrics, means.tolist(), strict=True)) if num_forks else {}  # a batch without forks has nothing to say
+        for name, value in found.items():
             if math.isfinite(value):  # one skipped step must not blank the average of a log
                 self._metrics["train"][name].append(value)
-        if self.curriculum is not None and "accuracy" in metrics:
-            accuracy = dict(zip(metrics, means, strict=True))["accuracy"]
-            self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), accuracy)
+        if self.curriculum is not None and "accuracy" in found:
+            self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
             self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
-        ranks = len(gathered)
-        self._total_train_tokens += int(tokens * ranks)
-        self._tokens_since += tokens * ranks
-        self._nodes_since += tree.valid_BS.numel() * ranks
+        self._total_train_tokens += int(tokens)
+        self._tokens_since += tokens
+        self._nodes_since += tree.valid_BS.numel() * len(gathered)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         if self.args.log_completions and tree.num_forks:
-            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.mask_BKH[:, :, None]).detach() / np.log(2)
+            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / np.log(2)
             self._printable = sample_thoughts_to_print(
                 inputs["input_ids"], rollout, tree.judged_labels(labels_BT), gains_BKG, self.args.num_completions_to_print
             )
@@ -490,8 +494,13 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if self.plain or (self.args.num_iterations == 1 and self.curriculum is None):
             return super()._get_train_sampler(dataset)
         dataset = self.train_dataset if dataset is None else dataset
-        batch = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        # `auto_find_batch_size` lowers this one.
+        batch = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.curriculum is not None:
-            levels_D = np.asarray(dataset["level"])
-            return LevelSampler(levels_D, self.curriculum, batch, self.args.curriculum_replay, self.args.max_steps, self.args.seed)
-        return RepeatSampler(dataset, mini_repeat_count=1, batch_size=batch, repeat_count=self.args.num_iterations, seed=self.args.seed)
+            return LevelSampler(np.asarray(dataset["level"]), self.curriculum, batch, self.args.curriculum_replay, self.args.max_steps, seed)
+        if len(dataset) < batch:
+            raise ValueError(
+                f"num_iterations={self.args.num_iterations} repeats whole batches, and {len(dataset)} rows are fewer than one of {batch}: lower it."
+            )
+        return BatchesAgain(dataset, mini_repeat_count=1, batch_size=batch, repeat_count=self.args.num_iterations, seed=seed)

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,18 @@ class Grid:
         self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
         if self.options["think"][1].max_steps <= 0:
             raise ValueError("Arms are compared step by step: set max_steps.")
-        self.flops = {arm: self._step_flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}
-        self.flops["cpt_flops"] = self.flops["cpt"]  # step by step they are the same
+        self.flops = {arm: self._flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}
         if (known := self.flops["think"]) is None:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
-        steps = round(self.options["think"][1].max_steps * known / self.flops["cpt"])
+        steps = round(self.options["cpt"][1].max_steps * known / self.flops["cpt"])
         self.configs["cpt_flops"] = no_forks | {"max_steps": steps}
         self.options["cpt_flops"] = self.parse(self.configs["cpt_flops"])
+        self.flops["cpt_flops"] = self._flops(*self.options["cpt_flops"][1:])
 
     def costs(self, logs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Steps, FLOPs of one process and the end of the logs, by arm."""
         steps = {arm: options[1].max_steps for arm, options in self.options.items()}
-        flops = {arm: None if one is None else one * steps[arm] for arm, one in self.flops.items()}
-        return {arm: {"steps": steps[arm], "flops": flops[arm], "seeds": logs[arm]} for arm in self.configs}
+        return {arm: {"steps": steps[arm], "flops": self.flops[arm], "seeds": logs[arm]} for arm in self.configs}
 
     def parse(self, config: dict[str, Any]) -> tuple[TextArguments, ThinkTokConfig, ModelConfig]:
         path = self.folder / "config.yaml"
@@ -105,11 +104,14 @@ class Grid:
         return TrlParser(KINDS).parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
 
     @staticmethod
-    def _step_flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
-        """`None` where they are not known."""
+    def _flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
+        """Those of a run: before `think_start` its steps are without thoughts. `None` where they are not known."""
         shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path))
+        attention, adapter = (args.model_init_kwargs or {}).get("attn_implementation"), get_peft_config(model)
+        before = min(args.think_start, args.max_steps) if args.thinks else 0
         try:
-            return step_flops(shape, args, (args.model_init_kwargs or {}).get("attn_implementation"), get_peft_config(model))
+            thinking = step_flops(shape, args, attention, adapter) * (args.max_steps - before)
+            return thinking + (step_flops(shape, replace(args, num_forks=0), attention, adapter) * before if before else 0)
         except ValueError:
             return None
 

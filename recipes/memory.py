@@ -74,7 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16 weights, checkpointing": ({"dtype": torch.bfloat16}, {}),
     "eager attention": ({"attn_implementation": "eager"}, PLAIN),
     "2 rows, stop=learned, accumulation": ({}, PLAIN | {"lookahead": 1, "stop": "learned", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    "memory=persistent": ({}, PLAIN | {"memory": "persistent", "num_forks": 8, "num_generations": 16}),
+    "memory=persistent": ({}, PLAIN | {"memory": "persistent", "stop": "sampled", "num_forks": 8, "num_generations": 16}),
     "replicated path": ({}, PLAIN | {"engine": "replicated", "gradient_checkpointing": True, "num_forks": 4}),
     "SmolLM2-135M": ({}, {}),
     "evaluation of 2 rows": ({}, PLAIN | {"do_eval": True, "per_device_eval_batch_size": 2, "gradient_checkpointing": True}),

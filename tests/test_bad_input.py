@@ -3,15 +3,18 @@
 import itertools
 import json
 import re
+from unittest.mock import MagicMock
 
 import pytest
 from datasets import Dataset, IterableDataset
-from models import CORPUS, TINY, tiny_model, tiny_tokenizer
+from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.checkpoints import COMPLETE_FILE
+from hf_thinktok.cli import main
 from hf_thinktok.sources import STANDARD_LIBRARY
 from hf_thinktok.text import TextArguments, load_text
 
@@ -162,6 +165,13 @@ BAD_FITS = [
     ({"thoughts": "filler", "stop": "sampled", "top_k": 4}, ["top_k=4", "thoughts=discrete or"]),
     ({"think_start": 5, "text_ce_weight": 0.0}, ["think_start", "text_ce_weight above 0"]),
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
+    ({"memory": "persistent"}, ["stop=learned", "memory=persistent", "stop=sampled or stop=fixed"]),
+    ({"memory": "persistent", "stop": "fixed", "search": 4}, ["search", "memory=none"]),
+    (
+        {"memory": "persistent", "stop": "sampled", "lookahead": 3, "reward_funcs": ["information_gain"]},
+        ["information_gain", "memory=persistent", "lookahead=1, or log_prob"],
+    ),
+    ({"fork_positions": "markers", "fork_markers": "A: "}, ["fork_markers='A: '", "a list"]),
 ]
 NO_EFFECT = [
     ({"prompt_length": 5}, ["prompt_length=5", "rollout=free"]),
@@ -193,6 +203,8 @@ NO_EFFECT = [
     ({"coverage_where": "unsolved"}, ["coverage_where='unsolved'", "coverage_coef"]),
     ({"balance_given": "token"}, ["balance_given='token'", "balance_coef"]),
     ({"curriculum_replay": 0.1}, ["curriculum_replay=0.1", "curriculum_threshold"]),
+    ({"advantage": "token", "coverage_coef": [0.1]}, ["coverage_coef=.0.1.", "objective=marginal"]),
+    ({"num_iterations": 2, "train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy='group_by_length'", "num_iterations=1"]),
     *(
         ({"thoughts": "filler", "stop": "fixed", name: value}, [f"{name}=", "thoughts=discrete or"])
         for name, value in {
@@ -254,7 +266,7 @@ def test_text_losses_that_a_model_with_thoughts_does_not_take(make_config, optio
 def refused(stop, objective, memory, blind, advantage):
     """The combinations that the design rules out."""
     token = advantage == "token" and (stop == "sampled" or blind)
-    return (blind and memory == "persistent") or token or (objective == "marginal" and advantage != "group")
+    return (memory == "persistent" and (blind or stop == "learned")) or token or (objective == "marginal" and advantage != "group")
 
 
 COMBINATIONS = list(
@@ -267,7 +279,7 @@ ALLOWED = [c for c in COMBINATIONS if not refused(*c)]
 
 def test_combinations_that_are_refused(make_config):
     for stop, objective, memory, blind, advantage in set(COMBINATIONS) - set(ALLOWED):
-        with pytest.raises(ValueError, match="blind|advantage"):
+        with pytest.raises(ValueError, match="blind|advantage|memory=persistent"):
             make_config(stop=stop, objective=objective, memory=memory, blind=blind, advantage=advantage)
 
 
@@ -602,3 +614,36 @@ def test_files_take_the_place_of_a_recipe_s_own_text(tmp_path):
     (tmp_path / "mine.txt").write_text("one line\nand another\n")
     rows = load_text(TextArguments(dataset_name=STANDARD_LIBRARY, data_files=[str(tmp_path / "mine.txt")]))
     assert rows["text"][:] == ["one line", "and another"]
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_adapters_in_place_of_a_model(make_trainer, tmp_path):
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an adapter") as error:
+        make_trainer(model=str(tmp_path))
+    one_sentence(error, "thinktok merge")
+    with pytest.raises(ValueError, match="has an adapter") as error:
+        make_trainer(model=adapted)
+    one_sentence(error, "peft_config", "merge_and_unload")
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("where", ["target_modules", "modules_to_save", "pattern"])
+def test_adapters_of_whole_embeddings(make_trainer, tie, name, where):
+    options = {"pattern": {"target_modules": f".*(q_proj|{name})"}, "target_modules": {"target_modules": ["q_proj", name]}}
+    adapter = LoraConfig(r=2, **options.get(where, {"target_modules": ["q_proj"], "modules_to_save": [name]}))
+    with pytest.raises(ValueError, match=f"peft_config trains all of {name}") as error:
+        make_trainer(model=tiny_model(tie=tie), peft_config=adapter)
+    one_sentence(error, "take it out")
+
+
+def test_an_adapter_without_a_base_is_pushed_with_a_word(tmp_path, monkeypatch, capsys):
+    save_tiny(tmp_path, think_tokens=4)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    monkeypatch.setattr("hf_thinktok.cli.HfApi", MagicMock())
+    assert main(["push", str(tmp_path), "me/model"]) == 0
+    assert "config names no base" in capsys.readouterr().err

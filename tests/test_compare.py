@@ -18,7 +18,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.dry_run import count_flops
 from hf_thinktok.evaluation import Evaluation
 from hf_thinktok.evaluation.comparison import SILENT, Comparison
-from hf_thinktok.evaluation.tables import comparison_verdict
+from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict
 from hf_thinktok.plan import step_flops
 from hf_thinktok.results import as_text
 from hf_thinktok.text import TextArguments, load_text, split
@@ -63,9 +63,10 @@ def test_flops_of_a_step_are_those_of_the_formula(options, hand):
 
 
 DRAWN = {"lookahead": 3, "stop": "sampled"}
+AGAIN = {"num_iterations": 4, "stop": "fixed", "max_steps": 4}
 
 
-@pytest.mark.parametrize("options", [{}, {"num_forks": 0}, DRAWN, DRAWN | {"thoughts": "filler"}, {"fork_positions": "entropy"}])
+@pytest.mark.parametrize("options", [{}, {"num_forks": 0}, DRAWN, DRAWN | {"thoughts": "filler"}, {"fork_positions": "entropy"}, AGAIN])
 def test_flops_without_data_are_those_of_a_real_step(options, tmp_path):
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
@@ -75,7 +76,7 @@ def test_flops_without_data_are_those_of_a_real_step(options, tmp_path):
     planned = step_flops(trainer.model.config, args)
     with count_flops() as counter:
         trainer.train()
-    assert counter.get_total_flops() == pytest.approx(planned, rel=0.03)
+    assert counter.get_total_flops() / args.max_steps == pytest.approx(planned, rel=0.03)
 
 
 def evaluation(seed: int, gain: float, thinks: bool = True, stop: str = "learned", documents: int = 30) -> Evaluation:
@@ -125,6 +126,14 @@ def test_other_places_are_refused():
 )
 def test_verdict_needs_every_control(gains, words):
     assert words in comparison_verdict({"gains": {f"think over {arm}": {"low": low, "high": high} for arm, (low, high) in gains.items()}})
+
+
+@pytest.mark.parametrize(("stop", "words"), [("learned", "No gain from thinking"), ("fixed", "Thinking helps")])
+def test_a_model_that_always_thinks_is_judged_by_its_thoughts(stop, words):
+    """Its gate was never trained, and says nothing."""
+    found = evaluation(0, 0.0, stop=stop)
+    found.logps["always"] = found.logps["no_think"] + 1
+    assert words in evaluation_verdict(found.summary())
 
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):
@@ -220,6 +229,17 @@ def test_fillers_of_drawn_lengths_are_rewarded_as_thoughts_are(tmp_path, monkeyp
     assert (filler.thoughts, filler.stop) == ("filler", "sampled")
     for name in ("num_generations", "reward_funcs", "advantage", "think_cost", "lookahead", "max_think_length", "think_loss_weight"):
         assert getattr(filler, name) == getattr(think, name), name
+
+
+def test_think_start_leaves_steps_that_cost_less(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    recipe = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "wikitext.yaml").read_text())
+    recipe |= {"max_steps": 8, "bf16": False, "use_cpu": True, "model_name_or_path": str(tmp_path)}
+    save_tiny(tmp_path)
+    never, half, whole = (importlib.import_module("compare").Grid(recipe | {"think_start": start}, {}, tmp_path / "out") for start in (8, 4, 0))
+    assert never.flops["think"] == never.flops["cpt"] == whole.flops["cpt"]
+    assert half.flops["think"] == pytest.approx((never.flops["think"] + whole.flops["think"]) / 2)
+    assert half.options["cpt_flops"][1].max_steps < whole.options["cpt_flops"][1].max_steps
 
 
 @torch.no_grad()

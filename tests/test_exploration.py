@@ -56,6 +56,25 @@ def test_thoughts_beyond_the_table_are_spread_over_it():
     assert len(codes.unique()) > 4000
 
 
+@pytest.mark.parametrize(("num_tokens", "length"), [(15, 6), (31, 6), (63, 5), (3, 40)])
+def test_thoughts_that_differ_in_one_token_are_told_apart_beyond_the_table(num_tokens, length):
+    coverage = Coverage(num_tokens, length, 0.5, CPU)
+    for place in (0, length - 1):
+        choices = torch.zeros(num_tokens, length, dtype=torch.long)
+        choices[:, place] = torch.arange(num_tokens)
+        assert len(coverage.codes(choices, torch.full((num_tokens,), length)).unique()) == num_tokens
+
+
+@pytest.mark.parametrize(("num_tokens", "length"), [(4, 3), (31, 6)])
+def test_a_thought_has_one_code_in_every_batch(num_tokens, length):
+    coverage, seen = Coverage(num_tokens, length, 0.5, CPU), set()
+    for said in ([1], [0, 1], [0, 0, 1]):
+        codes = {coverage.codes(torch.tensor([said + [0] * more]), torch.tensor([len(said)])).item() for more in range(length - len(said) + 1)}
+        assert len(codes) == 1
+        seen |= codes
+    assert len(seen) == 3
+
+
 def test_frequencies_are_a_running_average_and_the_rare_are_worth_more():
     coverage = Coverage(4, 1, 0.75, CPU)
     codes = torch.tensor([[0], [0], [0], [1]])
@@ -182,6 +201,17 @@ def test_a_level_begins_after_the_one_before_is_passed():
     again.load_state_dict(curriculum.state_dict())
     assert again.begins == curriculum.begins
     assert again.accuracy == curriculum.accuracy
+
+
+def test_accumulated_batches_are_parts_of_a_step():
+    whole, parts = Curriculum([1, 2], 0.9), Curriculum([1, 2], 0.9)
+    for step in range(LEAST_STEPS):
+        assert whole.begins == parts.begins == [0]
+        whole.observe(step, 1, 0.95)
+        for _ in range(3):
+            parts.observe(step, 1, 0.95, 1 / 3)
+    assert whole.begins == parts.begins != [0]
+    assert parts.accuracy[1] == pytest.approx(0.95)
 
 
 def test_accuracy_on_easier_levels_passes_nothing():

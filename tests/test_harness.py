@@ -92,13 +92,45 @@ def test_a_generation_thinks_within_its_budget_and_shows_no_thought():
     assert "think" not in text
 
 
-def test_a_model_that_would_think_does_not_where_it_is_told_not_to():
+def with_a_gate_at(nats):
+    """A model that thinks never, or always, its first id and its guard."""
     model = thinker(scale=1.0)[0]
     first, guard = model.config.thinktok["first_id"], model.config.thinktok["guard_id"]
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
     with torch.no_grad():
-        head.bias[first:guard] = 50.0
+        head.bias[first:guard] = nats
+    return model, first, guard
+
+
+@pytest.mark.parametrize("length", [2, 16])
+def test_every_token_of_a_long_text_is_judged_whatever_room_thoughts_take(length):
+    model, _, _ = with_a_gate_at(-50.0)
+    asking = asked("loglikelihood_rolling", [("".join(CORPUS[:6]),)]) + asked("loglikelihood", [(CORPUS[0], "".join(CORPUS[1:6]))])
+    sums = {}
+    for thoughts, options in (("none", {}), ("own", {"max_think_length": length})):
+        lm = ThinkTokLM(pretrained=model, tokenizer=tiny_tokenizer_of(model), device="cpu", max_length=48, batch_size=2, thoughts=thoughts, **options)
+        counted = []
+        answer = lm._answer
+        lm._answer = lambda requests, answer=answer, counted=counted: counted.extend(count for _, count in requests) or answer(requests)
+        sums[thoughts] = lm.loglikelihood_rolling(asking[:1])[0]
+        if thoughts == "own":
+            assert sum(counted) == len(lm.tokenizer(asking[0].args[0])["input_ids"])
+            counted.clear()
+            lm.loglikelihood(asking[1:])
+            assert sum(counted) == len(lm.tokenizer(asking[1].args[1])["input_ids"])
+    assert sums["own"] == pytest.approx(sums["none"], rel=0.02)  # contexts differ a little, the tokens do not
+
+
+def test_who_does_not_think_has_no_more_text():
+    model, _, _ = with_a_gate_at(-50.0)
+    asking = asked("generate_until", [(CORPUS[0], {"until": ["@@"], "max_gen_toks": 12, "do_sample": False})])
+    one, other = harness(model, thoughts="none", batch_size=1), harness(model, thoughts="own", max_think_length=2, max_total_think=10, batch_size=1)
+    assert one.generate_until(asking) == other.generate_until(asking)
+
+
+def test_a_model_that_would_think_does_not_where_it_is_told_not_to():
+    model, first, guard = with_a_gate_at(50.0)
     made, generate = [], model.generate
     model.generate = lambda **kwargs: made.append(generate(**kwargs)) or made[-1]
     for thoughts in ("none", "own"):

@@ -102,6 +102,39 @@ def test_no_forks_is_plain_sft_on_real_rows(make_trainer, sft, accumulation):
     assert torch.equal(weights(ours)["model.embed_tokens.weight"][rows], start[rows]), "nothing may train thinking rows where nothing is thought"
 
 
+def test_packed_text_weighs_as_in_trl(make_trainer, sft):
+    """A packed document's first token is never predicted, and is none of the tokens that a loss is divided by."""
+    options = {"packing": True, "max_length": 64, "max_steps": 2}
+    ours, theirs = make_trainer(num_forks=0, **options), sft(**options)
+    ours.train(), theirs.train()
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
+
+
+def test_batches_without_forks_do_not_dilute_what_is_logged(make_trainer):
+    texts = ["the cat sat on the mat. Q and then", *["nothing of the kind is in here at all"] * 3]
+    options = {"fork_positions": "markers", "fork_markers": ["Q"], "per_device_train_batch_size": 1, "max_steps": 1, "learning_rate": 0.0, "stop": "fixed"}
+    some, all_of_them = (
+        make_trainer(train_dataset=Dataset.from_dict({"text": rows * 4}), gradient_accumulation_steps=4 * len(rows), **options) for rows in (texts, texts[:1])
+    )
+    some.train(), all_of_them.train()
+    for name in ("think_length", "thought_entropy", "reward"):
+        assert losses(some, name) == pytest.approx(losses(all_of_them, name), rel=0.2), name
+    assert losses(some, "think_length") == [2.0]
+
+
+@pytest.mark.parametrize("marker", ["=", " =", "7", "sat on"])
+def test_a_marker_is_found_however_it_is_written(make_trainer, marker):
+    rows = Dataset.from_dict({"text": ["2 + 5 = 7 and the cat sat on it", "3+4=7, and so the dog sat on it"] * 4})
+    trainer = make_trainer(fork_positions="markers", fork_markers=[marker], train_dataset=rows, max_steps=1, stop="fixed")
+    trainer.train()
+    assert losses(trainer, "think_length") == [2.0]
+
+
+def test_a_marker_that_is_nowhere_is_told(make_trainer):
+    with pytest.raises(ValueError, match=r"None of fork_markers=\['@@@'\] ends anywhere"):
+        make_trainer(fork_positions="markers", fork_markers=["@@@"])
+
+
 def test_packed_documents_do_not_see_each_other(make_trainer):
     rows = Dataset.from_dict({"text": CORPUS[:4]})
     packed = make_trainer(num_forks=0, packing=True, max_length=64, per_device_eval_batch_size=4, eval_dataset=rows, train_dataset=rows)
@@ -163,6 +196,80 @@ def test_resumed_equals_never_interrupted_bit_for_bit(make_trainer, resumed, opt
     whole, again = resumed(make_trainer, lr_scheduler_type="linear", **options)
     assert losses(whole)[2:] == losses(again)[2:]
     assert losses(whole, "reward")[2:] == losses(again, "reward")[2:]
+
+
+def test_repeated_batches_resume_in_a_later_epoch(make_trainer, resumed, corpus):
+    rows = corpus.select(range(4))
+    resumed(make_trainer, max_steps=12, train_dataset=rows, num_iterations=2, stop="fixed")  # two epochs of four steps are done where it is resumed
+
+
+def test_a_smaller_batch_repeats_the_same_rows(make_trainer):
+    """`auto_find_batch_size` halves the batch when memory runs out; thoughts must not come back with another batch's text."""
+    seen = []
+
+    class Small(ThinkTokTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            seen.append((inputs["input_ids"].sum().item(), self._rollouts[0].thoughts_BKGL.sum().item()))
+            return loss
+
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "num_iterations": 2, "stop": "fixed", "max_steps": 4, "save_strategy": "no"}
+    make_trainer(trainer_class=Small, **options).train()
+    assert seen[0] == seen[1]
+    assert seen[2] == seen[3]
+    assert seen[0] != seen[2]
+
+
+def test_too_few_rows_to_repeat_are_told(make_trainer, corpus):
+    with pytest.raises(ValueError, match="3 rows are fewer than one of 4"):
+        make_trainer(train_dataset=corpus.select(range(3)), num_iterations=2, per_device_train_batch_size=4).train()
+
+
+def test_rows_are_padded_to_a_multiple(make_trainer):
+    trainer = make_trainer(pad_to_multiple_of=32)
+    assert all(batch["input_ids"].shape[1] % 32 == 0 for batch in trainer.get_train_dataloader())
+
+
+@pytest.mark.parametrize("columns", [{"level": "Level 5"}, {"level": None}, {"think_length": "long"}, {"thoughts": "deep"}], ids=str)
+def test_a_data_set_s_own_columns_are_no_concern(make_trainer, columns):
+    rows = Dataset.from_list([{"text": text} | columns for text in CORPUS])
+    trainer = make_trainer(train_dataset=rows, max_steps=1)
+    trainer.train()
+    assert len(losses(trainer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "sentence"),
+    [
+        ({"level": "Level 5"}, {"curriculum_threshold": 0.9}, "column 'level' has 'Level 5' where whole numbers from 0 are due"),
+        ({"think_length": 1}, {"stop": "fixed", "packing": True}, "column 'think_length' is about a row, and packing=True joins rows"),
+        ({"think_length": -1}, {"stop": "fixed"}, "column 'think_length' has -1"),
+        ({"thoughts": "deep"}, {"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3}, "column 'thoughts' has 'deep'"),
+    ],
+)
+def test_columns_about_thinking_are_checked(make_trainer, columns, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(train_dataset=Dataset.from_list([{"text": text} | columns for text in CORPUS]), **options)
+
+
+@pytest.mark.parametrize("how", ["reloaded", "template"])
+def test_tokens_after_the_thinking_tokens_are_refused(make_trainer, tmp_path, how):
+    """They would never be learned, nor generated."""
+    if how == "reloaded":
+        trainer = make_trainer()
+        trainer.processing_class.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+        options = {"model": trainer.model, "tokenizer": trainer.processing_class}
+    else:
+        other = tiny_tokenizer()
+        other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+        other.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        other.save_pretrained(tmp_path / "other")
+        rows = Dataset.from_list([{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in CORPUS])
+        options = {"chat_template_path": str(tmp_path / "other"), "train_dataset": rows}
+    with pytest.raises(ValueError, match="after the thinking tokens, which are to be the last"):
+        make_trainer(**options)
 
 
 def test_seeds_differ_and_repeat(make_trainer):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
-from hf_thinktok.objective import actions
+from hf_thinktok.objective import actions, credit, speak
 from hf_thinktok.peft import is_speaker
 from hf_thinktok.scores import score_tree
 
@@ -209,6 +209,76 @@ def test_blind_search_finds_the_best_of_all_thoughts(make, policies):
     for row in range(5):
         values = [plain_logps(speaker, trainer.vocabulary, [], thought, rows[row]["input_ids"][5]).item() for thought in every]
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
+
+
+def test_blind_search_reads_thoughts_of_given_lengths(make):
+    """Rows whose thoughts are shorter than the batch's longest: the best of their length, and a bonus for what is said alone."""
+    rows = questions(levels=(2, 3))
+    trainer = make(rows, blind=True, search=N**2, coverage_coef=[5.0])
+    inputs, labels = batch_of(trainer, rows.select(range(6)))
+    coverage = trainer.explore.coverage
+    coverage.frequency_C = torch.rand(coverage.frequency_C.shape, generator=torch.Generator().manual_seed(0))
+    before = copy.deepcopy(coverage)
+    rollout = one_rollout(trainer, inputs, labels)
+    rarity = lambda thought: before.rarity(before.codes(torch.tensor([thought + [0] * (2 - len(thought))]), torch.tensor([len(thought)]))).item()
+    first = trainer.vocabulary.first_id
+    for row in range(6):
+        length, target = rows[row]["think_length"], rows[row]["input_ids"][5]
+        every = [list(thought) for thought in itertools.product(range(N), repeat=length)]
+        values = [plain_logps(trainer.model, trainer.vocabulary, [], [first + z for z in z_L], target).item() + 5.0 * rarity(z_L) for z_L in every]
+        assert (rollout.thoughts_BKGL[row, 0, 0, :length] - first).tolist() == every[int(np.argmax(values))]
+
+
+@pytest.mark.parametrize("options", [{"search": N**2}, {"supply_thoughts": True, "num_generations": 4}], ids=["search", "supplied"])
+def test_what_is_logged_is_what_the_policy_does(make, options):
+    """A thought that was chosen with the answer in hand is no part of the accuracy, which decides about levels."""
+    rows = questions(levels=(3,))
+    trainer = make(rows, learning_rate=0.0, max_steps=1, **options)
+    inputs, labels = batch_of(trainer, rows.select(range(8)))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, dict(inputs))
+    rollout = trainer._rollouts[0]
+    scores = trainer._score(trainer.model, trainer._tree(inputs, rollout), inputs["input_ids"], labels, rollout)
+    own_BG = scores.logps_BKGH[:, 0, 1:, 0].detach()
+    assert trainer._metrics["train"]["rewards/log_prob"] == [pytest.approx(own_BG.mean().item(), abs=1e-4)]
+    assert own_BG.mean().item() != pytest.approx(scores.logps_BKGH.mean().item(), abs=1e-3)
+
+
+def test_the_gain_of_a_thought_that_stays_is_over_the_text_without_it(make):
+    """After the next token the text has the thought in it and tells nothing of what would have been without."""
+    rows = questions(levels=(3,)).map(lambda row: {"input_ids": row["input_ids"] + [11, 12], "labels": row["labels"] + [11, 12]})
+    trainer = make(rows, memory="persistent", lookahead=3)
+    inputs, labels = batch_of(trainer, rows.select(range(4)))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, dict(inputs))
+    rollout, gains = trainer._rollouts[0], []
+    for row in range(4):
+        ids, fork = rows[row]["input_ids"], rollout.forks_BK[row, 0].item() + 1
+        said = [plain_logps(trainer.model, trainer.vocabulary, ids[:fork], thought, ids[fork]) for thought in [[], *rollout.thoughts_BKGL[row, 0].tolist()]]
+        gains += [(one - said[0]).item() / math.log(2) for one in said[1:]]
+    assert trainer._metrics["train"]["think_gain"] == [pytest.approx(np.mean(gains), abs=1e-4)]
+
+
+def test_token_credit_ends_with_the_thought(make):
+    """In a batch of several lengths each thinking token is credited as ordinary rows of its own length say, leave-one-out."""
+    rows = questions(levels=(2, 4))
+    trainer = make(rows, advantage="token", num_generations=4, max_think_length=3)
+    inputs, labels = batch_of(trainer, rows.select(range(4)))
+    rollout = one_rollout(trainer, inputs, labels)
+    tree = trainer._tree(inputs, rollout)
+    scores = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout)
+    speech = speak(scores, rollout, "fixed", 0.0, False)
+    _, advantages_BKGL, _, _ = credit(scores, speech, rollout, tree.judged_labels(labels), trainer.args, trainer.rewards, trainer.reward_weights)
+    for row in range(4):
+        ids, length = rows[row]["input_ids"], rows[row]["think_length"]
+        said = rollout.thoughts_BKGL[row, 0].tolist()
+        logps_GP = torch.stack(
+            [torch.stack([plain_logps(trainer.model, trainer.vocabulary, ids[:5], z[:end], ids[5]) for end in range(length + 1)]) for z in said]
+        )
+        to_come_GL = logps_GP[:, -1:] - logps_GP[:, :-1]
+        torch.testing.assert_close(advantages_BKGL[row, 0, :, :length], (to_come_GL - to_come_GL.mean(0)) * 4 / 3, atol=1e-4, rtol=1e-3)
 
 
 def test_blind_search_in_a_batch_without_forks_changes_nothing(make):

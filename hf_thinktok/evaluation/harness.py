@@ -8,6 +8,8 @@ The second is the harness's own command: it has no plug-ins, but a task file may
 Shape suffixes as in tree.py; C places of continuations, P lengths of a thought from 0, V real rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -79,28 +81,39 @@ class ThinkTokLM(HFLM):
 
     def _model_generate(self, context, max_length: int, stop, **generation_kwargs):
         more = min(max_length + (self.max_total_think or 0), self.max_length)
-        return super()._model_generate(context, more, stop, logits_processor=[self.budget], **generation_kwargs)
+        made_BT = super()._model_generate(context, more, stop, logits_processor=[self.budget], **generation_kwargs)
+        # Who thinks less than it may has no more text for it.
+        text_BT = (~self.vocabulary.is_thought(made_BT[:, context.shape[1] :])).cumsum(1)
+        made_BT[:, context.shape[1] :][text_BT > max_length - context.shape[1]] = self.eot_token_id
+        return made_BT
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         if self.thoughts == "none":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        answers: dict[int, tuple[float, bool]] = {}
+        pieces = [(i, *piece) for i, (_, context, continuation) in enumerate(requests) for piece in self._pieces(context, continuation)]
+        pieces.sort(key=lambda piece: -len(piece[1]))
+        answers = [(0.0, True)] * len(requests)
         size = override_bs or self.batch_size
-        for start in tqdm(range(0, len(order), size), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests with thoughts"):
-            batch = order[start : start + size]
-            for i, answer in zip(batch, self._answer([requests[i][1:] for i in batch]), strict=True):
-                answers[i] = answer
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
-        return [answers[i] for i in range(len(requests))]
+        for start in tqdm(range(0, len(pieces), size), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests with thoughts"):
+            batch = pieces[start : start + size]
+            for (i, _, _), (logp, hit) in zip(batch, self._answer([piece[1:] for piece in batch]), strict=True):
+                answers[i] = answers[i][0] + logp, answers[i][1] and hit
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        return answers
 
-    def _answer(self, requests: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """For each context and continuation the log-probability, nats, and whether it is what the model would say first, token by token."""
-        room = self.max_length - self.branching.max_length
-        rows = [(context + continuation)[-room:] for context, continuation in requests]
-        places = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(requests, rows, strict=True)]
+    def _pieces(self, context: list[int], continuation: list[int]) -> Iterator[tuple[list[int], int]]:
+        """Rows that leave room for a thought, each with how many tokens at its end are judged: all of the continuation, as long as it may be."""
+        row, room = context + continuation, self.max_length - self.branching.max_length + 1
+        for start in range(len(context), len(row), room - 1):
+            end = min(start + room - 1, len(row))
+            yield row[max(0, end - room) : end], end - start
+
+    def _answer(self, requests: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """For each row and its last tokens their log-probability, nats, and whether they are what the model would say first, token by token."""
+        rows, places = [row for row, _ in requests], [count for _, count in requests]
         most = max(places)
         tokens_BT, documents_BT = padded([(0, row) for row in rows], 0, self.device)
         forks = [[len(row) - 1 - count + k for k in range(count)] + [-1] * (most - count) for row, count in zip(rows, places, strict=True)]

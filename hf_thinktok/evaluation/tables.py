@@ -61,7 +61,11 @@ def _interval(gain: dict[str, float]) -> str:
 def evaluation_verdict(found: dict[str, Any]) -> str:
     """What the intervals carry."""
     gains = found["gains"]
-    gain, alike = gains["think over no_think"], [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0]
+    thought = "always" if found["settings"].get("stop") == "fixed" else "think"
+    gain, alike = (
+        gains[f"{thought} over no_think"],
+        [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0],
+    )
     otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
     return conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
 
