@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader
 
-from .results import as_text, machine
+from .results import as_text, machine, whole_results
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
 
 # Where text comes from, and under which licence.
@@ -22,6 +22,7 @@ PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NOT_SETTINGS = ("output_dir", "distributed_state", "activation_checkpointing", "mixed_precision", "push_to_hub", "hub_model_id")
 
 
+@whole_results("The results file")
 def render_card(results: dict[str, Any], repository: str, title: str | None = None, num_tokens: int | None = None, whole: bool = True) -> str:
     """The card of a run.
 
@@ -33,7 +34,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         whole: with the header for the Hub; else only the sections, to be added to another card.
 
     Raises:
-        ValueError: the results are of another kind.
+        ValueError: the results are of another kind, or not whole.
     """
     kinds = {"comparison": _comparison, "bits_per_token": _training, "runs": _task}
     kind = next((kind for name, kind in kinds.items() if name in results), None)
@@ -128,6 +129,12 @@ def read_results(path: Path) -> dict[str, Any]:
         ValueError: there are none.
     """
     file = path / "results.json" if path.is_dir() else path
-    if not file.exists():
+    if not file.is_file():
         raise ValueError(f"{path} has no results.json: name a results file, or the output_dir of a run that wrote one.")
-    return json.loads(file.read_text())
+    try:
+        results = json.loads(file.read_text())
+    except ValueError:  # no JSON, or no text
+        results = None
+    if not isinstance(results, dict):
+        raise ValueError(f"{file} is no results file: name one that a recipe or `thinktok eval --output` wrote.")
+    return results

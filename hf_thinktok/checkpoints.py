@@ -1,7 +1,6 @@
 """Checkpoints: what is written, when one counts, and how a run goes on from it as if it had never stopped."""
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from .card import render_card
+from .card import read_results, render_card
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
 from .results import changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
@@ -117,7 +116,8 @@ class CheckpointingTrainer(SFTTrainer):
             self.remove_callback(preemption)
         if preemption.agreed:
             if self.is_world_process_zero():
-                print(f"SIGTERM: saved after step {self.state.global_step} in {self.args.output_dir}. Go on with resume_from_checkpoint=true.", file=sys.stderr)
+                go_on = "" if self.args.save_only_model else " Go on with resume_from_checkpoint=true."
+                print(f"SIGTERM: saved after step {self.state.global_step} in {self.args.output_dir}.{go_on}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
         return done
 
@@ -129,6 +129,8 @@ class CheckpointingTrainer(SFTTrainer):
             return
         if (found := ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))) != self.vocabulary:
             raise ValueError(f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was.")
+        if not os.path.exists(os.path.join(folder, STATE_FILE)):
+            raise ValueError(f"The checkpoint {folder} holds the model alone (save_only_model), and no run goes on from that: start one from it as its model.")
         parts = self._stateful()
         state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
         if missing := set(parts) - set(state):
@@ -168,14 +170,16 @@ class CheckpointingTrainer(SFTTrainer):
             torch.save(state, os.path.join(output_dir, STATE_FILE))
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card; with thinking tokens what they are, and what the results say that the run wrote beside the model."""
+        """TRL's card; with thinking tokens what they are, and after training what the results say that the run wrote beside the model."""
         super().create_model_card(*args, **kwargs)
         if self.plain or not self.is_world_process_zero():
             return
-        card, results = Path(self.args.output_dir, "README.md"), Path(self.args.output_dir, "results.json")
+        card = Path(self.args.output_dir, "README.md")
         text = CARD.format(num_tokens=self.vocabulary.num_tokens, first=self.vocabulary.tokens[0], last=self.vocabulary.tokens[-1])
-        if results.exists():
-            text = render_card(json.loads(results.read_text()), self.args.hub_model_id or card.parent.name, num_tokens=self.vocabulary.num_tokens, whole=False)
+        if not self.is_in_train:  # what lies there before is an earlier run's
+            with contextlib.suppress(ValueError):  # there are none, or none of ours
+                name, number = self.args.hub_model_id or card.parent.name, self.vocabulary.num_tokens
+                text = render_card(read_results(card.parent), name, num_tokens=number, whole=False)
         card.write_text(card.read_text() + text)
 
     def push_to_hub(self, *args, **kwargs):

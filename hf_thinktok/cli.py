@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
-from .commands import DTYPES, UsageError, add_loading, load, loading, number, read_prompt, read_recipe, read_vocabulary, whole
+from .commands import DTYPES, LARGEST_SEED, UsageError, add_loading, load, loading, number, read_prompt, read_recipe, read_vocabulary, whole
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
 from .peft import merge
 from .sources import resolve_model
@@ -42,7 +42,7 @@ def add_generate(subparsers) -> None:
     )
     sampling.add_argument("--top_k", type=whole(0), metavar="K", help="sample from this many likeliest tokens; 0: from all (0)")
     sampling.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    sampling.add_argument("--seed", type=whole(0), metavar="N", help="seed of the sampling (a new one each time)")
+    sampling.add_argument("--seed", type=whole(0, LARGEST_SEED), metavar="N", help="seed of the sampling (a new one each time)")
 
     thinking = parser.add_argument_group("thinking")
     thinking.add_argument("--thoughts", choices=THOUGHTS, default="show", help="whether thoughts are printed (show)")
@@ -137,12 +137,17 @@ def run_push(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise UsageError(f"{args.folder} is not a folder.")
     read_vocabulary(str(args.folder))
-    adapter = args.folder / "adapter_config.json"
-    if adapter.exists() and Path(base := json.loads(adapter.read_text())["base_model_name_or_path"]).is_dir():
-        Console(stderr=True, highlight=False).print(
-            f"The adapter's base is a folder of this machine, {base}: elsewhere nobody can load it by name. `thinktok merge` makes a model that stands alone.",
-            style="yellow",
-        )
+    adapter, console = args.folder / "adapter_config.json", Console(stderr=True, highlight=False)
+    if adapter.exists():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        if base is None:
+            console.print("The adapter's config names no base, and without one nobody can load it: write base_model_name_or_path into it.", style="yellow")
+        elif Path(base).is_dir():
+            console.print(
+                f"The adapter's base is a folder of this machine, {base}: elsewhere nobody can load it by name. "
+                "`thinktok merge` makes a model that stands alone.",
+                style="yellow",
+            )
     api = HfApi()
     try:
         api.create_repo(args.repository, private=args.private or None, exist_ok=True)
@@ -153,7 +158,7 @@ def run_push(args: argparse.Namespace) -> None:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{args.folder} is whole, but its upload to {args.repository} failed: {str(error).splitlines()[0]} Run the command again.") from error
-    Console(stderr=True, highlight=False).print(done.commit_url, style="dim")
+    console.print(done.commit_url, style="dim")
 
 
 def add_plan(subparsers) -> None:

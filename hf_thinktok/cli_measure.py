@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .commands import UsageError, add_loading, load, read_prompt, read_recipe, read_vocabulary, whole
+from .commands import LARGEST_SEED, UsageError, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
 
 
 def add_eval(subparsers) -> None:
@@ -27,13 +27,13 @@ def add_eval(subparsers) -> None:
         ("num_forks", 16, 1, "places of a row to think at, evenly spaced"),
         ("num_samples", 4, 1, "thoughts at each"),
         ("batch_size", 4, 1, "rows at a time"),
-        ("seed", 0, 0, "seed of the thoughts"),
     ):
         parser.add_argument(f"--{name}", type=whole(lowest), default=default, metavar="N", help=f"{what} ({default})")
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="seed of the thoughts (0)")
     parser.add_argument("--rows_per_document", type=whole(1), metavar="N", help="rows of a document at most (all)")
     parser.add_argument("--max_think_length", type=whole(1), metavar="N", help="thinking tokens of a thought at most (as trained)")
     parser.add_argument("--lookahead", type=whole(1), metavar="N", help="real tokens after a thought that judge it (as trained)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    parser.add_argument("--output", type=file_to_write, metavar="FILE", help="write the figures as JSON, too")
     add_loading(parser)
     parser.set_defaults(run=run_eval, recipe=[])
 
@@ -81,7 +81,7 @@ def add_inspect(subparsers) -> None:
     parser.add_argument("--file", metavar="PATH", help="read the text from this UTF-8 file")
     parser.add_argument("--max_length", type=whole(2), default=256, metavar="N", help="tokens that are read (256)")
     parser.add_argument("--max_think_length", type=whole(1), metavar="N", help="thinking tokens of a thought (as trained)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write an HTML page, too, which shows each thought and the likeliest tokens")
+    parser.add_argument("--output", type=file_to_write, metavar="FILE", help="write an HTML page, too, which shows each thought and the likeliest tokens")
     add_loading(parser)
     parser.set_defaults(run=run_inspect)
 
@@ -118,12 +118,13 @@ def add_card(subparsers) -> None:
     parser.add_argument("results", metavar="RUN", type=Path, help="output_dir of a run, or its results file")
     parser.add_argument("repository", metavar="REPOSITORY", help="the model's name on the Hub, as in me/my-model")
     parser.add_argument("--title", help="the card's title (the repository's name)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the card goes (standard output)")
+    parser.add_argument("--output", type=file_to_write, metavar="FILE", help="where the card goes (standard output)")
     parser.set_defaults(run=run_card)
 
 
 def run_card(args: argparse.Namespace) -> None:
     from .card import read_results, render_card
+    from .results import written_whole
 
     try:
         card = render_card(read_results(args.results), args.repository, args.title)
@@ -132,7 +133,8 @@ def run_card(args: argparse.Namespace) -> None:
     if args.output is None:
         print(card)
     else:
-        args.output.write_text(card, encoding="utf-8")
+        with written_whole(args.output) as file:
+            file.write(card.encode())
 
 
 def add_lm_eval(subparsers) -> None:
@@ -167,7 +169,7 @@ def add_report(subparsers) -> None:
         "network and no other file. RUN is the output_dir of recipes/pretrain_think.py or recipes/compare.py, or a file of `thinktok eval --output`.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder, or results file")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
+    parser.add_argument("--output", type=file_to_write, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
     parser.add_argument("--documents", type=whole(0), default=2, metavar="N", help="held-out documents to show token by token; 0: none (2)")
     parser.add_argument("--max_length", type=whole(2), default=256, metavar="N", help="tokens of each (256)")
     parser.set_defaults(run=run_report)

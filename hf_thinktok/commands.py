@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
 from .tokens import ThinkingVocabulary
 
+LARGEST_SEED = 2**32 - 1  # that numpy takes
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -93,19 +95,27 @@ def loading(path: str) -> Iterator[None]:
     """Makes one sentence of what `from_pretrained` raises."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if not Path(path).is_dir():
             raise UsageError(f"{path} is neither a folder nor a Hub repository that can be read from here.") from error
         raise UsageError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def whole(lowest: int):
+def whole(lowest: int, highest: float = math.inf):
+    bounds = f"{lowest} or more" if highest == math.inf else f"{lowest} to {highest}"
+
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {lowest} or more; got {text!r}")
+        if not text.isdecimal() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}; got {text!r}")
         return int(text)
 
     return parse
+
+
+def file_to_write(text: str) -> Path:
+    if (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    return path
 
 
 def number(above: float, highest: float, meaning: str):

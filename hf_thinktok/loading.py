@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import str_to_bool
+from accelerate.utils import is_peft_model, str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,6 +82,11 @@ def load_model(
     model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: ThinkTokConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
+    if isinstance(model, str):
+        if os.path.exists(os.path.join(model, "adapter_config.json")):
+            raise ValueError(f"{model} is an adapter: make a checkpoint of it and its base with `thinktok merge {model} FOLDER`, and train that.")
+    elif args.num_think_tokens != 0 and is_peft_model(model):
+        raise ValueError("The model has an adapter, which would not train the thinking rows: give its base and peft_config, or merge_and_unload() it.")
     options = dict(args.model_init_kwargs or {})
     options.setdefault("trust_remote_code", args.trust_remote_code)
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}

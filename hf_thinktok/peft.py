@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tokens import ThinkingVocabulary
@@ -79,7 +80,7 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
     has all rows that its tokenizer has ids for; no loss trains it.
 
     Raises:
-        ValueError: the kind of adapter trains no rows, or would lose a bias of the LM head.
+        ValueError: the kind of adapter trains no rows, trains whole embeddings, or would lose a bias of the LM head.
     """
     if peft_config is None:
         return None
@@ -90,7 +91,11 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if getattr(outputs, "bias", None) is not None and inputs.weight is not outputs.weight:
         raise ValueError("The LM head of this model has a bias, which PEFT leaves out beside trained rows: train the whole model, without peft_config.")
-    names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    paths = {module: name for name, module in model.named_modules()}
+    names = {module: paths[module].rsplit(".", 1)[-1] for module in (inputs, outputs)}
+    for module, name in names.items():
+        if name in (peft_config.modules_to_save or ()) or peft_config.target_modules and check_target_module_exists(peft_config, paths[module]):
+            raise ValueError(f"peft_config trains all of {name}, of which an adapter trains the thinking rows: take it out of its modules.")
     wanted = {names[inputs]: ids} if inputs.weight is outputs.weight else {names[inputs]: ids, names[outputs]: ids}
     given = peft_config.trainable_token_indices or []
     given = set(given if isinstance(given, list) else (i for rows in given.values() for i in rows))

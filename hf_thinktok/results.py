@@ -60,7 +60,7 @@ def changed_options(*groups: Any) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for group in groups:
         plain = type(group)(output_dir=group.output_dir) if hasattr(group, "output_dir") else type(group)()
-        told = {name: value for name, value in vars(group).items() if not name.startswith("_") and not name.endswith(("_token", "_state"))}
+        told = {name: value for name, value in vars(group).items() if not name.startswith("_") and not name.endswith(("hub_token", "_state"))}
         changed |= {name: value for name, value in told.items() if value != getattr(plain, name, None)}
     return changed
 
@@ -108,6 +108,15 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
     with written_whole(path) as file:
         file.write(f"{json.dumps(results, indent=2, sort_keys=True, default=str)}\n".encode())
+
+
+@contextlib.contextmanager
+def whole_results(what: str) -> Iterator[None]:
+    """Makes one sentence of results that lack what is looked for in them."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{what} lacks what a run writes ({type(error).__name__}: {error}): name a results file as its recipe or command left it.") from error
 
 
 def machine(results: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
-from typing import NamedTuple
+from string import Formatter
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -38,6 +39,8 @@ class TextArguments(ScriptArguments):
                 raise ValueError(f"data_files names {name}, and there is no such file: give its path from here, {Path.cwd()}, or a whole one.")
         if len(kinds := {kind_of(name) for name in self.data_files or []}) > 1:
             raise ValueError(f"data_files has files of several kinds ({', '.join(sorted(kinds))}): give files of one.")
+        if self.text_template:  # from a shell they come as two characters each
+            self.text_template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def kind_of(file: str) -> str:
@@ -49,7 +52,7 @@ def kind_of(file: str) -> str:
 
 
 def load_text(script: TextArguments) -> Dataset | IterableDataset:
-    """Rows with a `text` column; rows without text are dropped."""
+    """Rows with a `text` column. Rows without text are dropped: where it is empty or no string, or where a column that makes it is null."""
     if script.data_files:
         kind = kind_of(script.data_files[0])
         options = {"sample_by": script.sample_by} if kind == "text" else {}
@@ -63,17 +66,33 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
         text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
     else:
         raise ValueError("There is no text: give dataset_name (on the Hub) or data_files (local).")
-    if script.text_template:
-        columns = text.column_names
-        try:
-            text = text.map(lambda row: {"text": script.text_template.format(**row)}, remove_columns=[name for name in columns or [] if name != "text"])
-        except KeyError as missing:
-            raise ValueError(f"text_template={script.text_template!r} names the column {missing}, and the data has {columns}.") from None
+    if template := script.text_template:
+        text = text.map(lambda row: {"text": filled(template, row)}, remove_columns=[name for name in text.column_names or [] if name != "text"])
     if text.column_names is not None and "text" not in text.column_names:
-        raise ValueError(
-            f"The data has the columns {text.column_names} and no 'text': make it with text_template, for example --text_template '{{{text.column_names[0]}}}'."
-        )
-    return text.filter(lambda row: bool(row["text"].strip()))
+        strings = [name for name, kind in (text.features or {}).items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+        how = f"make it with text_template, for example --text_template '{{{strings[0]}}}'" if strings else "give data with a column of strings to make it of"
+        raise ValueError(f"The data has the columns {text.column_names} and no 'text': {how}.")
+    text = text.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
+    if isinstance(text, Dataset) and not len(text):
+        raise ValueError("No row of the data has text: give data with a column 'text' of strings, or make it with text_template.")
+    return text
+
+
+def filled(template: str, row: dict[str, Any]) -> str:
+    """A row's text; none where a column that the template names is null.
+
+    Raises:
+        ValueError: the row has no such column, or not of such a kind.
+    """
+    try:
+        named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        if any(row[name.partition(".")[0].partition("[")[0]] is None for name in named):
+            return ""
+        return template.format(**row)
+    except KeyError as missing:
+        raise ValueError(f"text_template={template!r} names the column {missing}, and the data has {list(row)}.") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"text_template={template!r} does not fit the data: {error}.") from None
 
 
 def load_files(script: TextArguments, files: list[str]) -> Dataset | IterableDataset:

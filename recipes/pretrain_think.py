@@ -63,9 +63,12 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the curves, for `thinktok report`
     if trainer.eval_dataset is not None and args.thinks:
-        before = next(entry for entry in trainer.state.log_history if "eval_gain" in entry)
-        results = training_results(before, trainer.evaluate(), training, config)
-        if trainer.is_world_process_zero():
+        before = next((entry for entry in trainer.state.log_history if "eval_gain" in entry), None)
+        after = trainer.evaluate()
+        if trainer.is_world_process_zero() and before is None:
+            print(f"Nothing was thought in the held-out text (fork_positions={args.fork_positions}), so there is nothing to report.", file=sys.stderr)
+        elif trainer.is_world_process_zero():
+            results = training_results(before, after, training, config)
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
             report(args.output_dir, script.report_documents, args.max_length or 256)

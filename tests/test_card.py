@@ -53,3 +53,43 @@ def test_the_command_writes_a_card_or_says_why_not(tmp_path, capsys):
     assert "results are of another kind" in capsys.readouterr().err
     assert main(["card", str(tmp_path), "me/model"]) == 2
     assert "has no results.json" in capsys.readouterr().err
+    assert main(["card", str(RESULTS / "quickstart.json"), "me/model", "--output", str(tmp_path / "new" / "card.md")]) == 0
+    assert (tmp_path / "new" / "card.md").read_text().startswith("---")
+    with pytest.raises(SystemExit):
+        main(["card", str(RESULTS / "quickstart.json"), "me/model", "--output", str(tmp_path)])
+    assert "is a folder: name a file" in capsys.readouterr().err
+
+
+QUICKSTART = json.loads((RESULTS / "quickstart.json").read_text())
+
+
+@pytest.mark.parametrize("command", ["card", "report"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("3", "is no results file"),
+        ("null", "is no results file"),
+        ("not JSON", "is no results file"),
+        ('{"cells": []}', "of another kind"),
+        ('{"bits_per_token": 1}', "lacks what a run writes"),
+        (json.dumps({name: value for name, value in QUICKSTART.items() if name != "commit"}), "'commit'"),
+    ],
+)
+def test_what_is_no_results_file_is_told_in_a_sentence(tmp_path, capsys, command, content, sentence):
+    (tmp_path / "found.json").write_text(content)
+    where = ["me/model"] if command == "card" else ["--output", str(tmp_path / "report.html")]
+    assert main([command, str(tmp_path / "found.json"), *where]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['{"accuracy": 0.5}', '{"bits_per_token": 0.5}', "[1]", json.dumps(QUICKSTART)], ids=["other", "not whole", "list", "ours"])
+def test_checkpoints_have_a_card_without_the_figures_of_what_lay_there(make_trainer, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(content)
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    card = tmp_path / "out" / "README.md"
+    assert "`<|think_0|>` to `<|think_3|>`" in card.read_text()
+    assert "gain from thinking" not in card.read_text()
+    trainer.create_model_card()  # as a push after training does
+    assert ("gain from thinking" in card.read_text()) == (content == json.dumps(QUICKSTART))

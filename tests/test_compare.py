@@ -18,7 +18,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.dry_run import count_flops
 from hf_thinktok.evaluation import Evaluation
 from hf_thinktok.evaluation.comparison import SILENT, Comparison
-from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict
+from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict, print_evaluation
 from hf_thinktok.plan import step_flops
 from hf_thinktok.results import as_text
 from hf_thinktok.text import TextArguments, load_text, split
@@ -134,6 +134,12 @@ def test_a_model_that_always_thinks_is_judged_by_its_thoughts(stop, words):
     found = evaluation(0, 0.0, stop=stop)
     found.logps["always"] = found.logps["no_think"] + 1
     assert words in evaluation_verdict(found.summary())
+
+
+def test_one_document_has_no_interval(capsys):
+    print_evaluation({"evaluation": evaluation(0, 0.5, documents=1).summary()})
+    assert "+0.7" in (printed := capsys.readouterr().out)
+    assert "nan" not in printed
 
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):

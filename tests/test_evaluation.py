@@ -11,9 +11,11 @@ import torch
 from commands import ROOT, captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
+from peft import LoraConfig, PeftModel, get_peft_model
 from plain_rows import thinker
 
+from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
@@ -23,6 +25,7 @@ from hf_thinktok.evaluation.thinking import CONTROLS, control_sources
 from hf_thinktok.forks import choose_forks, eligible_forks
 from hf_thinktok.results import as_text
 from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
+from hf_thinktok.tokens import GUARD
 from hf_thinktok.tree import Branching
 
 TEXT = [{"text": f"{text} {i * 7} {text[::2]}"} for i, text in enumerate(CORPUS[:6])]
@@ -177,7 +180,8 @@ def test_summary_of_known_figures():
 )
 def test_the_verdict_is_what_the_intervals_carry(gain, over_random, words):
     gains = {"think over no_think": gain, "always over no_think": (1, 1), "always over random": over_random}
-    assert words in evaluation_verdict({"gains": {name: {"bits_per_token": 0.0, "low": low, "high": high} for name, (low, high) in gains.items()}})
+    found = {name: {"bits_per_token": 0.0, "low": low, "high": high} for name, (low, high) in gains.items()}
+    assert words in evaluation_verdict({"gains": found, "settings": {}})
 
 
 def test_an_interval_has_the_width_that_theory_gives():
@@ -216,8 +220,32 @@ def test_what_has_no_thoughts_or_no_text_is_refused(model):
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="no thinking tokens"):
         evaluate_thinking(tiny_model(vocab_size=len(tokenizer)), tokenizer, TEXT)
-    with pytest.raises(ValueError, match="no document has two tokens"):
-        evaluate_thinking(model[0], tokenizer, [{"text": "a"}])
+    plain = tiny_model(vocab_size=len(tokenizer))
+    add_thinking_tokens(plain, tokenizer, 4)
+    for text in ("a", GUARD * 4):
+        with pytest.raises(ValueError, match="no document has two tokens"):
+            evaluate_thinking(plain, tokenizer, [{"text": text}])
+    with pytest.raises(ValueError, match="max_think_length=255 leaves no room for text in the model's 256 positions"):
+        evaluate_thinking(*model, TEXT, max_think_length=255)
+
+
+def test_an_adapter_is_evaluated_on_a_base_that_has_thinking_tokens(model, tmp_path):
+    adapted = get_peft_model(model[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    assert evaluate_thinking(adapted, model[1], TEXT[:1], num_forks=2, num_samples=1).summary()["forks"] == 2
+    with pytest.raises(ValueError, match="load_whole"):
+        evaluate_thinking(PeftModel.from_pretrained(tiny_model(vocab_size=len(model[1])), tmp_path), model[1], TEXT)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
+def test_words_begin_where_there_is_a_space(kind):
+    tokenizer = tokenizer_of_kind(kind)
+    model = tiny_model(vocab_size=len(tokenizer))
+    add_thinking_tokens(model, tokenizer, 4)
+    text = "q a q a q a q"
+    found = evaluate_thinking(model, tokenizer, [{"text": text}], num_forks=len(text), num_samples=1)
+    words = sum(token.startswith(("▁", "Ġ")) and len(token) > 1 for token in tokenizer.tokenize(text)[1:])
+    assert (found.kinds_F == "word begins").sum() == words > 2
 
 
 def test_the_metric_loads_from_its_folder():
@@ -265,10 +293,13 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         (("--data_files", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--dataset_name", "nowhere", "--colour", "red"), "There is no option"),
         (("--num_forks", "0"), "must be a whole number, 1 or more"),
+        (("--seed", "5000000000"), "must be a whole number, 0 to 4294967295"),
+        (("--data_files", "{folder}/data.jsonl", "--output", "{folder}"), "is a folder: name a file"),
+        (("--data_files", "{folder}/data.jsonl", "--max_think_length", "256"), "max_think_length=256 leaves no room"),
     ],
 )
 def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):
-    done = thinktok("eval", folder, *words)
+    done = thinktok("eval", folder, *(word.format(folder=folder) for word in words))
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import re
 from dataclasses import fields
 
 import pandas
@@ -13,6 +14,7 @@ from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
+from hf_thinktok.results import changed_options
 from hf_thinktok.text import TextArguments, load_text
 
 RECIPE = ROOT / "recipes" / "pretrain_think.py"
@@ -81,6 +83,62 @@ def test_files_of_every_kind_are_read(tmp_path, name):
     else:
         rows.to_json(tmp_path / name, orient="records", lines=True)
     assert list(load_text(TextArguments(data_files=[str(tmp_path / name)]))["text"]) == CORPUS[:3]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize(
+    ("rows", "template", "texts"),
+    [
+        ([{"text": "a"}, {"text": None}, {"text": " "}], None, ["a"]),
+        ([{"q": "a", "n": 1}, {"q": None, "n": 2}], r"{q}\n\t{n}", ["a\n\t1"]),  # as it comes from a shell
+        ([{"q": "a", "n": 1}], "{q}\n{n}", ["a\n1"]),  # as it comes from YAML
+        ([{"q": ["a", "b"]}, {"q": None}], "{q[1]}", ["b"]),
+    ],
+    ids=["no template", "shell", "yaml", "nested"],
+)
+def test_rows_without_text_are_left_out(tmp_path, rows, template, texts, streaming):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = load_text(TextArguments(data_files=[str(tmp_path / "rows.jsonl")], text_template=template, dataset_streaming=streaming))
+    assert [row["text"] for row in read] == texts
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "sentence"),
+    [
+        ({"q": "a"}, "{q} {}", "names the column '', and the data has ['q']."),
+        ({"q": "a"}, "{q.x}", "text_template='{q.x}' does not fit the data"),
+        ({"q": "a"}, "{q[x]}", "text_template='{q[x]}' does not fit the data"),
+        ({"q": "a"}, "{q", "text_template='{q' does not fit the data"),
+        ({"n": 1, "q": "a"}, None, "for example --text_template '{q}'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, None, "give data with a column of strings"),
+        ({"text": 1}, None, "No row of the data has text"),
+    ],
+)
+def test_data_and_templates_that_make_no_text(tmp_path, row, template, sentence):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_text(TextArguments(data_files=[str(tmp_path / "rows.jsonl")], text_template=template))
+
+
+def test_options_are_told_and_no_secret():
+    args = ThinkTokConfig("out", bf16=False, use_cpu=True, eos_token="<|im_end|>", pad_token="<|endoftext|>", hub_token="hf_secret")
+    changed = changed_options(args)
+    assert {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}.items() <= changed.items()
+    assert "hf_secret" not in str(changed)
+
+
+def test_where_nothing_is_thought_the_run_ends_without_results(tiny_folder):
+    rows = [{"text": text} for text in CORPUS[:31]] + [{"text": "one row alone has it: here"}]  # which is not held out
+    (tiny_folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = in_process(
+        RECIPE,
+        *("--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl", "--output_dir", tiny_folder / "out", *TINY_OPTIONS),
+        *("--fork_positions", "markers", "--fork_markers", "has it:", "--max_steps", "1"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Nothing was thought in the held-out text" in done.stderr
+    assert (tiny_folder / "out" / "model.safetensors").exists()
+    assert not (tiny_folder / "out" / "results.json").exists()
 
 
 def test_help_names_every_option():

@@ -8,13 +8,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
+from commands import captured
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from plain_rows import thinker
 
+from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text
-from hf_thinktok.report import Run, as_cells, write_page, write_report
+from hf_thinktok.report import Run, as_cells, for_page, write_page, write_report
 from hf_thinktok.results import environment, run_table
 
 TEXT = CORPUS[0] + ' <b>& "quoted"</b> </script><script>window.broken = true</script>'
@@ -80,6 +82,19 @@ def test_an_inspected_text_is_scored_as_ordinary_rows(length):
         assert token.own == pytest.approx(np.log(sum(weighted)), abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
+def test_inspected_tokens_are_the_text(kind):
+    """Whatever a tokenizer does to spaces at the begin of a text, and to characters of several tokens."""
+    tokenizer = tokenizer_of_kind(kind)
+    model = tiny_model(vocab_size=len(tokenizer))
+    add_thinking_tokens(model, tokenizer, 4)
+    text = "é a café on a mat, 日本 \N{ROBOT FACE} a"
+    inspected = inspect_text(model, tokenizer, text, top=len(tokenizer) - 5)
+    shown = for_page(inspected, tokenizer, text)
+    assert shown["first"] + "".join(token["text"] for token in shown["tokens"]) == text
+    assert all(token.text in dict(token.top_before) for token in inspected if token.text)
+
+
 def test_without_text_or_thinking_tokens_there_is_nothing_to_inspect(folder):
     with pytest.raises(ValueError, match="fewer than two tokens"):
         inspect_text(thinker()[0], tiny_tokenizer(), "")
@@ -131,6 +146,29 @@ def test_text_that_cannot_be_read_is_said_and_the_rest_is_shown(folder, tmp_path
     assert "4.2500" in page
 
 
+def test_texts_are_inspected_anew_where_they_or_the_weights_changed(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    texts = lambda documents, length: Run.read(tmp_path, documents, length).texts
+    one, two = texts(1, 16), texts(2, 24)
+    assert [len(text["tokens"]) for text in one + two] == [15, 23, 23]
+    monkeypatch.setattr("hf_thinktok.report.inspect_texts", lambda *_: pytest.fail("inspected again"))
+    assert texts(2, 24) == json.loads(json.dumps(two))
+    monkeypatch.undo()
+    model = tiny_model(vocab_size=len(tiny_tokenizer()), seed=1)
+    add_thinking_tokens(model, tiny_tokenizer(), 4)
+    model.save_pretrained(tmp_path)
+    assert texts(2, 24)[0]["tokens"][0]["before"] != two[0]["tokens"][0]["before"]
+
+
+def test_curves_of_a_run_with_checkpoints_are_drawn(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+    run = Run.read(tmp_path, documents=0, max_length=16)
+    assert [len(log) for log in run.logs.values()] == [5]
+    assert [title for title, _ in run.page(0)["pictures"]] == ["Training"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -139,12 +177,26 @@ def test_text_that_cannot_be_read_is_said_and_the_rest_is_shown(folder, tmp_path
         (["inspect", "{}", " "], "The prompt is empty"),
         (["inspect", "{}", "a", "--file", "b"], "not both"),
         (["inspect", "nowhere", "text"], "neither a folder nor a Hub repository"),
+        (["inspect", "{}", "some text", "--max_think_length", "255"], "max_think_length=255 leaves no room"),
+        (["inspect", "{}", "some text", "--output", "{}"], "is a folder: name a file"),
+        (["generate", "{}", "some text", "--seed", "5000000000"], "must be a whole number, 0 to 4294967295"),
     ],
 )
-def test_wrong_words_are_told_in_a_sentence(folder, capsys, words, sentence):
+def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):
     (folder / "other.json").write_text(json.dumps({"cells": []}))
-    assert main([word.format(folder) for word in words]) == 2
-    assert sentence in capsys.readouterr().err
+    done = captured(lambda: main([word.format(folder) for word in words]))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+def test_weights_that_are_not_whole_are_told_in_a_sentence(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    for command in ("inspect", "generate"):
+        assert main([command, str(tmp_path), "some text"]) == 2
+        assert f"{tmp_path} cannot be loaded" in capsys.readouterr().err
+    assert "The text is not shown" in Run.read(tmp_path, documents=1, max_length=16).note
 
 
 # ---------------------------------------------------------------- in a browser
@@ -170,7 +222,7 @@ def page(folder):
 
 
 def test_hovering_a_token_shows_its_thought(page, folder):
-    token = json.loads((folder / "inspection.json").read_text())[0]["tokens"][5]
+    token = json.loads((folder / "inspection.json").read_text())["texts"][0]["tokens"][5]
     page.locator(".token").nth(5).hover()
     panel = page.locator(".panel").inner_text()
     assert " ".join(map(str, token["thought"])) in panel
@@ -181,7 +233,7 @@ def test_hovering_a_token_shows_its_thought(page, folder):
 
 def test_the_text_is_shown_as_it_is(page, folder):
     text = page.locator(".text").inner_text()
-    inspected = json.loads((folder / "inspection.json").read_text())[0]
+    inspected = json.loads((folder / "inspection.json").read_text())["texts"][0]
     assert "".join(text.split()) == "".join((inspected["first"] + "".join(token["text"] for token in inspected["tokens"])).split())
     assert page.evaluate("window.broken") is None
 

@@ -68,3 +68,14 @@ def test_what_cannot_be_resumed_from(tmp_path):
     with pytest.raises(ValueError, match="was not written to its end"):
         main(str(tmp_path), OPTIONS | {"resume": str(tmp_path / "checkpoint-2")})
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_model_saved_alone_is_no_checkpoint_to_resume_from(tmp_path, capsys):
+    options = OPTIONS | {"save_only_model": True, "terminate_step": 1}
+    with pytest.raises(SystemExit):
+        main(str(tmp_path), options)
+    told = capsys.readouterr().err
+    assert "SIGTERM: saved after step 2" in told
+    assert "resume_from_checkpoint" not in told
+    with pytest.raises(ValueError, match="checkpoint-2 holds the model alone .save_only_model."):
+        main(str(tmp_path), OPTIONS | {"resume": True})

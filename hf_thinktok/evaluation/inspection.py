@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import LogitTransform
-from ..engine import Pass, choose_engine, evaluating, longest_row
+from ..engine import Pass, choose_engine, evaluating
 from ..head import HiddenInputs, attach_head
 from ..objective import speak
 from ..rollout import Sampling, sample_thoughts
 from ..scores import score_tree
 from ..tokens import ThinkingVocabulary
 from ..tree import Branching, ThoughtTree
-from .thinking import check_evaluable
+from .thinking import check_evaluable, pieces, room_for_text
 
 # Logits of so many places at a time.
 PLACES = 256
@@ -32,7 +32,7 @@ class InspectedToken:
     """A token of the text, and what was thought before it.
 
     Attributes:
-        text: its own.
+        text: what it adds to the text before it.
         thought: the likeliest thinking tokens, one after the other, from 0.
         thought_logp: log-probability of that thought, nats; of its content, not of having one.
         gate: probability of thinking at all.
@@ -68,7 +68,7 @@ def inspect_text(
     """
     base, vocabulary, trained = check_evaluable(model)
     length = max_think_length or trained.get("max_think_length", 4)
-    ids = tokenizer(text)["input_ids"][: min(max_length, longest_row(base) - length)]
+    ids = tokenizer(text)["input_ids"][: min(max_length, room_for_text(base, length))]
     if len(ids) < 2:
         raise ValueError("There is nothing to inspect: the text has fewer than two tokens.")
     attach_head(base, vocabulary)
@@ -89,21 +89,24 @@ def inspect_text(
         ((hidden_MD,),) = engine.run(model, tree, tokens_BS, [Pass([HiddenInputs(nodes_M)])])
         likely = _likeliest(base, hidden_MD, vocabulary, top)
 
-    def words(where: int) -> list[tuple[str, float]]:
-        return [(tokenizer.decode([token]), probability) for token, probability in likely[where]]
+    texts, places = pieces(tokenizer, ids), forks_BK.shape[1]
 
-    places = forks_BK.shape[1]
+    def words(place: int, where: int) -> list[tuple[str, float]]:
+        """As they would go on after a place, with the tokens before from where its character begins."""
+        begin = next((i + 1 for i in range(place - 1, -1, -1) if texts[i]), 0)
+        return [(pieces(tokenizer, [*ids[begin : place + 1], token])[-1], probability) for token, probability in likely[where]]
+
     return [
         InspectedToken(
-            text=tokenizer.decode([ids[place + 1]]),
+            text=texts[place + 1],
             thought=(rollout.thoughts_BKGL[0, place, 0] - vocabulary.first_id).tolist(),
             thought_logp=scores.thought_logps_BKGL[0, place, 0].sum().item(),
             gate=scores.gate_logits_BKGL[0, place, 0, 0].sigmoid().item(),
             before=scores.baseline_logps_BKH[0, place, 0].item(),
             after=scores.logps_BKGH[0, place, 0, 0].item(),
             own=speech.logps_BKGH[0, place, 0, 0].item(),
-            top_before=words(place),
-            top_after=words(places + place),
+            top_before=words(place, place),
+            top_after=words(place, places + place),
         )
         for place in range(places)
     ]

@@ -1,5 +1,6 @@
 """Tables of what was measured on held-out text, and the sentence that their intervals carry."""
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -55,7 +56,8 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
 
 
 def _interval(gain: dict[str, float]) -> str:
-    return f"{gain['bits_per_token']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
+    ends = "" if math.isnan(gain["low"]) else f" ({gain['low']:+.4f} to {gain['high']:+.4f})"  # one document has none
+    return f"{gain['bits_per_token']:+.4f}{ends}"
 
 
 def evaluation_verdict(found: dict[str, Any]) -> str:
@@ -109,7 +111,7 @@ def comparison_tables(found: dict[str, Any], seeds: list[int], training: dict[st
         one, cost = found["arms"][arm], training.get(arm)
         minutes = "" if cost is None else f"{sum(log['train_runtime'] for log in cost['seeds'].values()) / len(cost['seeds']) / 60:.1f}"
         flops = "" if cost is None or cost["flops"] is None else f"{cost['flops'] / 1e12:.1f}"
-        interval = f"{one['low']:.3f} to {one['high']:.3f}"
+        interval = "" if math.isnan(one["low"]) else f"{one['low']:.3f} to {one['high']:.3f}"
         costs = ("" if cost is None else str(cost["steps"]), flops, minutes) if training else ()
         table.add_row(named(arm), f"{one['bits_per_token']:.4f}", interval, *costs)
     tables = [table]

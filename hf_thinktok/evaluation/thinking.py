@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engine import Engine, choose_engine, evaluating, longest_row
 from ..forks import choose_forks, eligible_forks
+from ..generation import INCOMPLETE
 from ..head import HeadInputs, attach_head
 from ..objective import speak
 from ..results import written_whole
@@ -153,7 +154,7 @@ def evaluate_thinking(
     Forks are evenly spaced, so that they are the same for every model and batch size. Thoughts are sampled at temperature 1.
 
     Args:
-        model: with thinking tokens; an adapter on its base as well.
+        model: with thinking tokens; an adapter as well, on a base that has them. Of an adapter's folder `load_whole` makes a model.
         dataset: documents. One longer than `max_length` tokens is cut into rows, of which the first `rows_per_document` are taken.
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
             probability, a tighter bound (IWAE, Burda et al. 2016). 0: only the text without thoughts is measured, at the same places.
@@ -170,7 +171,7 @@ def evaluate_thinking(
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     attach_head(base, vocabulary)
     branching = Branching(samples, length, ahead, blind=blind)
-    rows, num_bytes, num_tokens = _rows(tokenizer, dataset, text_field, min(max_length, longest_row(base) - length), rows_per_document)
+    rows, num_bytes, num_tokens = _rows(tokenizer, dataset, text_field, min(max_length, room_for_text(base, length)), rows_per_document)
     engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), max(len(ids) for _, ids in rows), num_forks)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
@@ -183,6 +184,8 @@ def evaluate_thinking(
             batch = _Batch(engine, model, vocabulary, here, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler)
             records.append(_measure(batch, tokenizer))
     joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
+    if not len(joined["documents"]):
+        raise ValueError("There is no text to evaluate on: no document has two tokens of text.")
     settings = {
         "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
         "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text_bytes": num_bytes, "engine": engine.name,
@@ -211,6 +214,11 @@ def check_evaluable(model: PreTrainedModel) -> tuple[PreTrainedModel, ThinkingVo
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (vocabulary := ThinkingVocabulary.from_config(base.config)) is None:
+        if base is not model:
+            raise ValueError(
+                "The adapter's base has no thinking tokens, which stand in the config of the adapter's folder: load both with "
+                "`hf_thinktok.peft.load_whole(FOLDER)`, or make a checkpoint of them with `thinktok merge`."
+            )
         raise ValueError("The model has no thinking tokens: its config lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
     trained = base.config.thinktok
     for name, usual in {"thoughts": ("discrete", "filler"), "memory": ("none",), "policies": ("shared",)}.items():
@@ -219,6 +227,17 @@ def check_evaluable(model: PreTrainedModel) -> tuple[PreTrainedModel, ThinkingVo
                 f"The model was trained with {name}={value}, and only {name}={' or '.join(usual)} can be evaluated so: look at its run's own evaluation."
             )
     return base, vocabulary, trained
+
+
+def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
+    """How many tokens of text go before a thought.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    if (room := longest_row(model) - max_think_length) < 2:
+        raise ValueError(f"max_think_length={max_think_length} leaves no room for text in the model's {longest_row(model)} positions: lower it.")
+    return room
 
 
 def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], int, int]:
@@ -290,12 +309,12 @@ def _measure(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.
     columns = {f"logps {arm}": flat(values_BKS.mean(-1).where(found.valid.get(arm, there_BK), math.nan)) for arm, values_BKS in summed.items()}
     columns |= {f"marginal {arm}": flat(summed[arm].logsumexp(-1) - math.log(summed[arm].shape[-1])) for arm in ("think", "always") if arm in summed}
     columns |= {f"correct {arm}": flat(masked_sum(values_BKSH, mask_BKH[:, :, None]).mean(-1)) for arm, values_BKSH in found.correct.items()}
-    first_BK = tokens_BT.gather(1, places_BKH[..., 0])
+    texts_BT = [pieces(tokenizer, row) for row in tokens_BT.tolist()]
     return columns | {
         "documents": documents_BT.gather(1, forks_BK.clamp(min=0))[there_BK].cpu().numpy(),
         "tokens": mask_BKH.sum(-1)[there_BK].cpu().numpy(),
         "entropy": flat(before(plain.entropy_M)[..., 0]),
-        "kinds": np.array([kind_of(token) for token in tokenizer.batch_decode(first_BK[there_BK][:, None].tolist())]),
+        "kinds": np.array([kind_of(texts_BT[b][t]) for b, t in zip(there_BK.nonzero()[:, 0].tolist(), places_BKH[..., 0][there_BK].tolist(), strict=True)]),
         "lengths": flat(found.lengths_BK),
     }
 
@@ -373,6 +392,25 @@ def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: Thinking
         "other_document": (taken(other_B, index_BK % count_B1[other_B]), there_BK & has_other_B1),
         "random": (random_thoughts(forks_BK, Branching(samples, length, 1), vocabulary, generator), there_BK),
     }
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """What each token adds to the text before it: joined they are the text. Of a character in several tokens all is in the last of them."""
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    # The tokens of the piece before are decoded along: some decoders drop the space that a text begins with.
+    before: list[int] = []
+    held: list[int] = []
+    found = [""] * len(ids)
+    for i, token in enumerate(ids):
+        held.append(token)
+        text = decode(before + held)
+        if not text.endswith(INCOMPLETE) or i == len(ids) - 1:
+            found[i] = text[len(decode(before)) :]
+            before, held = held, []
+    return found
 
 
 def kind_of(text: str) -> str:

@@ -7,12 +7,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table
+from safetensors import SafetensorError
 
 from ..card import read_results
 from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
+from ..evaluation.thinking import pieces
 from ..peft import load_whole
-from ..results import run_table, verdict, where, written_whole
+from ..results import run_table, verdict, where, whole_results, write_json, written_whole
 from ..text import TextArguments, load_files, load_text, split
 from .charts import draw_costs, draw_curves, draw_intervals
 
@@ -45,30 +47,34 @@ class Run:
             max_length: tokens of each.
 
         Raises:
-            ValueError: there are no results.
+            ValueError: there are no results, or not whole ones.
         """
         run = cls(path.resolve().name if path.is_dir() else path.stem, read_results(path))
         if not {"comparison", "evaluation", "bits_per_token"} & set(run.results):
             raise ValueError(f"{path} is of another kind: reports are of pretrain_think.py, compare.py and `thinktok eval --output`.")
         if path.is_dir():
-            states = sorted(path.glob("*/trainer_state.json")) or sorted(path.glob("trainer_state.json"))
-            run.logs = {state.parent.name: json.loads(state.read_text())["log_history"] for state in states if not state.parent.name.startswith("checkpoint-")}
-            if documents:
-                run._read_texts(path, documents, max_length)
+            arms = [state for state in sorted(path.glob("*/trainer_state.json")) if not state.parent.name.startswith("checkpoint-")]
+            with whole_results(str(path)):
+                run.logs = {state.parent.name: json.loads(state.read_text())["log_history"] for state in [*path.glob("trainer_state.json")] or arms}
+                if documents:
+                    run._read_texts(path, documents, max_length)
         return run
 
     def _read_texts(self, folder: Path, documents: int, max_length: int) -> None:
-        """Inspects held-out text, or takes what was inspected before."""
-        seen = folder / "inspection.json"
-        if not seen.exists():
-            model = folder / f"think-seed{self.results['seeds'][0]}" if "comparison" in self.results else folder
+        """Inspects held-out text, or takes what was inspected before of the same text by the same weights."""
+        file = folder / "inspection.json"
+        model = folder / f"think-seed{self.results['seeds'][0]}" if "comparison" in self.results else folder
+        weights = {one.name: [one.stat().st_size, one.stat().st_mtime_ns] for kind in ("*.safetensors", "*.bin") for one in model.glob(kind)}
+        of = {"documents": documents, "max_length": max_length, "weights": weights, "config": self.results.get("config")}
+        seen = json.loads(file.read_text()) if file.exists() else {}
+        if "of" not in seen or seen["of"] != of:
             try:
-                found = inspect_texts(model, held_out_text(self.results, documents), max_length)
-            except (OSError, ValueError) as error:
+                seen = {"of": of, "texts": inspect_texts(model, held_out_text(self.results, documents), max_length)}
+            except (OSError, ValueError, SafetensorError) as error:
                 self.note = f"The text is not shown: {str(error).splitlines()[0]}"
                 return
-            seen.write_text(json.dumps(found))
-        self.texts = [text | {"title": f"Held-out text {number}"} for number, text in enumerate(json.loads(seen.read_text()), 1)]
+            write_json(file, seen)
+        self.texts = [text | {"title": f"Held-out text {number}"} for number, text in enumerate(seen["texts"], 1)]
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:
@@ -116,7 +122,7 @@ def as_cells(table: Table) -> dict[str, Any]:
 
 def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
     """The first documents that a run kept from training."""
-    config, known = results["config"], {entry.name for entry in fields(TextArguments)}
+    config, known = results.get("config", {}), {entry.name for entry in fields(TextArguments)}
     script = TextArguments(**{name: value for name, value in config.items() if name in known})  # of a recipe's options those about text
     if files := results.get("settings", {}).get("test_files"):
         return list(load_files(script, files).take(documents)["text"])
@@ -133,13 +139,18 @@ def inspect_texts(folder: Path, texts: list[str], max_length: int) -> list[dict[
 
 def for_page(inspected: list[InspectedToken], tokenizer, text: str) -> dict[str, Any]:
     """An inspected text as the template takes it: its first token, before which nothing is thought, and the others."""
-    return {"first": tokenizer.decode(tokenizer(text)["input_ids"][:1]), "tokens": [asdict(token) for token in inspected]}
+    return {"first": pieces(tokenizer, tokenizer(text)["input_ids"][: len(inspected) + 1])[0], "tokens": [asdict(token) for token in inspected]}
 
 
 def write_report(runs: list[Run], path: Path) -> None:
     """Writes the page of some runs."""
-    points = {name: (one["mean_think_length"], one["gains"]["think over no_think"]) for run in runs for name, one in run.evaluations.items()}
-    write_page(path, [run.page(number) for number, run in enumerate(runs)], draw_costs(points))
+    pages: list[dict[str, Any]] = []
+    points: dict[str, tuple[float, dict[str, float]]] = {}
+    for number, run in enumerate(runs):
+        with whole_results(run.name):
+            pages.append(run.page(number))
+            points |= {name: (one["mean_think_length"], one["gains"]["think over no_think"]) for name, one in run.evaluations.items()}
+    write_page(path, pages, draw_costs(points))
 
 
 def write_page(path: Path, runs: list[dict[str, Any]], costs: str | None = None, title: str = "Thinking tokens") -> None:
