@@ -20,9 +20,8 @@ TASK_COLUMNS = ("level", "think_length", "thoughts")
 
 def task_columns(args) -> list[str]:
     """Those that the options make use of; to others a data set's columns of the same names are no concern."""
-    return [
-        column for column, used in zip(TASK_COLUMNS, (args.curriculum_threshold is not None, args.stop == "fixed", args.supply_thoughts), strict=True) if used
-    ]
+    used = {"level": args.curriculum_threshold is not None, "think_length": args.stop == "fixed", "thoughts": args.supply_thoughts}
+    return [column for column in TASK_COLUMNS if used[column]]
 
 
 @dataclass
