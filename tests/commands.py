@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,8 @@ def started(*command: str | Path | int, **options) -> subprocess.CompletedProces
 
 
 def in_process(script: Path, *options: str | Path | int) -> subprocess.CompletedProcess:
-    """Runs a script in this process; an error that is no exit is raised."""
-    arguments, path = sys.argv, list(sys.path)
+    """Runs a script in this process, and takes back what it did to it; an error that is no exit is raised."""
+    arguments, path, handler = sys.argv, list(sys.path), signal.getsignal(signal.SIGTERM)
     sys.argv = [str(script), *map(str, options)]
     sys.path.insert(0, str(script.parent))
     try:
@@ -28,6 +29,7 @@ def in_process(script: Path, *options: str | Path | int) -> subprocess.Completed
             return captured(lambda: runpy.run_path(str(script), run_name="__main__"))
     finally:
         sys.argv, sys.path[:] = arguments, path
+        signal.signal(signal.SIGTERM, handler)
 
 
 def captured(call: Callable[[], object]) -> subprocess.CompletedProcess:

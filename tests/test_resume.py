@@ -47,6 +47,7 @@ def test_killed_and_resumed_is_never_killed(uninterrupted, kill, tmp_path):
 @pytest.mark.parametrize("data", [{}, {"streaming": True}], ids=["rows", "stream"])
 def test_asked_to_end_it_saves_and_says_how_to_go_on(data, tmp_path):
     options = OPTIONS | MEMORIES | data | {"save_steps": 100}
+    handler = signal.getsignal(signal.SIGTERM)
     (tmp_path / "whole").mkdir()
     main(str(tmp_path / "whole"), dict(options))
     done = run(tmp_path, options | {"terminate_step": 3})
@@ -56,7 +57,7 @@ def test_asked_to_end_it_saves_and_says_how_to_go_on(data, tmp_path):
     main(str(tmp_path), options | {"resume": True})
     for name, value in torch.load(tmp_path / "whole" / "result.pt")["weights"].items():
         assert torch.equal(torch.load(tmp_path / "result.pt")["weights"][name], value), name
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_what_cannot_be_resumed_from(tmp_path):
