@@ -407,6 +407,13 @@ def longest_row(model) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
+def has_position_table(model) -> bool:
+    """Whether positions are looked up in a learned table, as GPT-2's and OPT's are: a row cannot be longer than that."""
+    rows = longest_row(model)
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings())
+    return any(rows <= table.num_embeddings <= rows + 2 for table in tables)  # OPT's has two rows more
+
+
 @contextlib.contextmanager
 def _in_fp32(model) -> Iterator[None]:
     """fp32 weights for a while: bf16's own noise (1e-2) would hide a leak. The way back is exact: each tensor gets its own type again."""

@@ -25,6 +25,30 @@ THOUGHTS = ("show", "hide")
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
+class PieceDecoder:
+    """Text as its tokens come, piece by piece: joined, the pieces are what decoding all tokens in one go gives, without the clean-up of spaces."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.before: list[int] = []  # the tokens of the last piece
+        self.held: list[int] = []  # those of an unfinished character
+
+    def put(self, token: int) -> str:
+        """What the token adds; nothing while a character is unfinished."""
+        self.held.append(token)
+        return "" if self._decode(self.before + self.held).endswith(INCOMPLETE) else self.end()
+
+    def end(self) -> str:
+        """What is held back, as it is."""
+        # The piece before is decoded along: some decoders drop the space that a text begins with, and this is no beginning.
+        piece = self._decode(self.before + self.held)[len(self._decode(self.before)) :]
+        self.before, self.held = self.held or self.before, []
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 class ThinkingStreamer(BaseStreamer):
     """Prints one sequence while `model.generate(streamer=...)` makes it: text in blue, thoughts in cyan, as in `The ‹3 0 7›answer`.
 
@@ -64,8 +88,7 @@ class ThinkingStreamer(BaseStreamer):
     def _begin(self) -> None:
         self.at_prompt = True
         self.in_thought = False
-        self.printed: list[int] = []
-        self.unprinted: list[int] = []
+        self.pieces = PieceDecoder(self.tokenizer)
 
     def put(self, value: Tensor) -> None:
         """Takes the prompt, then each new token; called by `generate`."""
@@ -87,26 +110,18 @@ class ThinkingStreamer(BaseStreamer):
 
     def _put_real(self, token: int) -> None:
         self._close_thought()
-        self.unprinted.append(token)
-        # The tokens before are decoded along: some decoders drop the space that a text begins with, and the new piece is no beginning.
-        text = self._decode(self.printed + self.unprinted)
-        if not text.endswith(INCOMPLETE):
-            self._print(text[len(self._decode(self.printed)) :], TEXT_STYLE)
-            self.printed, self.unprinted = self.unprinted, []
+        self._print(self.pieces.put(token), TEXT_STYLE)
 
     def end(self) -> None:
         """Prints what is left and a line break; called by `generate`."""
         self._close_thought()
-        self._print(self._decode(self.printed + self.unprinted)[len(self._decode(self.printed)) :] + "\n", TEXT_STYLE)
+        self._print(self.pieces.end() + "\n", TEXT_STYLE)
         self._begin()
 
     def _close_thought(self) -> None:
         if self.in_thought:
             self._print("›", THOUGHT_STYLE)
             self.in_thought = False
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _print(self, text: str, style: str) -> None:
         # A bare segment: rich would wrap and crop each piece as if it began a line, and replace tabs.

@@ -26,7 +26,7 @@ from .config_checks import REWARDED_BY_FUNCTIONS
 from .curriculum import Curriculum, LevelSampler
 from .data import BatchesAgain, TreeCollator, levels_of, task_columns
 from .distributed import check_launcher, for_rollout, is_partitioned, prepare_frozen
-from .engine import choose_engine, evaluating, longest_row, small_twin
+from .engine import choose_engine, evaluating, has_position_table, longest_row, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, choose_forks, eligible_forks, ends_of, marker_ids
 from .head import HeadInputs, attach_head
@@ -179,6 +179,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's "
                 f"{longest_row(base)} positions: lower max_length or num_forks."
             )
+        if (args.max_length or 0) > longest_row(base) and has_position_table(base):
+            raise ValueError(f"max_length={args.max_length} exceeds the {longest_row(base)} positions that the model has learned: lower max_length.")
         # A thought near the end of the model's context would run out of positions.
         room, ahead = longest_row(base) - args.max_think_length, longest if args.lookahead is None else args.lookahead
         self._last_fork = longest if longest <= room else room - ahead
@@ -215,7 +217,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if self.plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
-            raise ValueError("ThinkTokTrainer makes no logits: leave compute_metrics and preprocess_logits_for_metrics out.")
+            raise ValueError("ThinkTokTrainer makes no logits, so there is nothing to predict: call evaluate.")
         if not self.model.training:
             return self._evaluate_batch(model, inputs, self._labels(inputs))
         args, turn = self.args, self._next_micro_step()

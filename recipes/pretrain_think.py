@@ -60,6 +60,8 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
 def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> None:
     args = trainer.args
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / "results.json").unlink(missing_ok=True)  # of an earlier run, whose model is replaced here
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the curves, for `thinktok report`
     if trainer.eval_dataset is not None and args.thinks:

@@ -421,6 +421,22 @@ def test_hooks_that_would_never_be_called(train, name):
     one_sentence(error, "Leave it out")
 
 
+def test_nothing_to_predict(make_trainer, corpus):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="nothing to predict: call evaluate") as error:
+        trainer.predict(trainer.train_dataset.select(range(2)))
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_rows_longer_than_a_table_of_positions(make_trainer, family):
+    with pytest.raises(ValueError, match="max_length=257 exceeds the 256 positions that the model has learned: lower max_length") as error:
+        make_trainer(family, max_length=257)
+    one_sentence(error)
+    make_trainer(family, max_length=256)
+    make_trainer("llama", max_length=257)  # rotary positions go on
+
+
 def test_data_parallel(train, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(ThinkTokConfig, "n_gpu", property(lambda self: 2))

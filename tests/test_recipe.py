@@ -130,6 +130,8 @@ def test_options_are_told_and_no_secret():
 def test_where_nothing_is_thought_the_run_ends_without_results(tiny_folder):
     rows = [{"text": text} for text in CORPUS[:31]] + [{"text": "one row alone has it: here"}]  # which is not held out
     (tiny_folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tiny_folder / "out").mkdir()
+    (tiny_folder / "out" / "results.json").write_text('{"of": "an earlier run"}')
     done = in_process(
         RECIPE,
         *("--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl", "--output_dir", tiny_folder / "out", *TINY_OPTIONS),

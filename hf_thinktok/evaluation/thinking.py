@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engine import Engine, choose_engine, evaluating, longest_row
 from ..forks import choose_forks, eligible_forks
-from ..generation import INCOMPLETE
+from ..generation import PieceDecoder
 from ..head import HeadInputs, attach_head
 from ..objective import speak
 from ..results import written_whole
@@ -396,21 +396,9 @@ def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: Thinking
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """What each token adds to the text before it: joined they are the text. Of a character in several tokens all is in the last of them."""
-
-    def decode(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-
-    # The tokens of the piece before are decoded along: some decoders drop the space that a text begins with.
-    before: list[int] = []
-    held: list[int] = []
-    found = [""] * len(ids)
-    for i, token in enumerate(ids):
-        held.append(token)
-        text = decode(before + held)
-        if not text.endswith(INCOMPLETE) or i == len(ids) - 1:
-            found[i] = text[len(decode(before)) :]
-            before, held = held, []
-    return found
+    decoder = PieceDecoder(tokenizer)
+    found = [decoder.put(token) for token in ids]
+    return [*found[:-1], found[-1] + decoder.end()] if found else []
 
 
 def kind_of(text: str) -> str:

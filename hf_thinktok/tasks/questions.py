@@ -203,31 +203,31 @@ def sorting(values: int = 10) -> Recipe:
     return letters_in_a_row(decimals(values), decimals(values), np.sort, " ", " :", draw=draw, completions=completions, chance=chance)
 
 
-def pointer_chasing(nodes: int = 10, offsets: bool = False, pad_to: int = 0) -> Recipe:
+def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0) -> Recipe:
     """Where do level hops lead in a random permutation f of the nodes? The thought is the nodes on the way.
 
     A line `k2` for the hops, one `a>b` for each node in random order, and the start `4>`, which the completion `6` goes on. `inputs` are the start, then
     f(0), f(1) and so on, then the offsets. The shortcut is `one_hop_accuracy`.
 
     Args:
-        offsets: a hop leads from s to f((s + x) mod nodes), with a number x for each hop: a line `+3 +7` before the start. Short cycles then do not help.
+        offsets: a hop leads from s to f((s + x) mod nodes), with a number x below `offsets` for each hop: a line `+3 +7` before the start. Short cycles then
+            do not help. 0: no such line.
         pad_to: with so many offsets in every prompt, the missing ones as `.`: the k-th offset is as far from the k-th thought at every level.
     """
     check_whole(2, nodes=nodes)
     check_whole(0, pad_to=pad_to)
+    check_whole(0, nodes, offsets=offsets)
     if pad_to and not offsets:
-        raise ValueError(f"pad_to={pad_to} fills up the line of offsets: set offsets=True, or leave it out.")
-    if not isinstance(offsets, bool):
-        raise ValueError(f"offsets={offsets!r} must be True or False.")
-    edges, shifts = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)], decimals(nodes, "+") if offsets else []
+        raise ValueError(f"pad_to={pad_to} fills up the line of offsets: set offsets={nodes}, or leave it out.")
+    edges, shifts = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)], decimals(offsets, "+")
 
     def draw(rng, level):
         map_RM = rng.permuted(np.tile(np.arange(nodes), (BATCH, 1)), axis=1)
-        offsets_RK = rng.integers(nodes if offsets else 1, size=(BATCH, level))
+        offsets_RK = rng.integers(offsets or 1, size=(BATCH, level))
         path = [rng.integers(nodes, size=BATCH)]
         for offset_R in offsets_RK.T:
             path.append(map_RM[np.arange(BATCH), (path[-1] + offset_R) % nodes])
-        inputs_RC = np.concatenate([path[0][:, None], map_RM, offsets_RK[:, : level * offsets]], 1)
+        inputs_RC = np.concatenate([path[0][:, None], map_RM, offsets_RK[:, : level * bool(offsets)]], 1)
         return Questions(inputs_RC, np.stack(path, 1)[:, 1:-1], path[-1])
 
     def prompts(rng, level, inputs_RC):
@@ -243,7 +243,7 @@ def pointer_chasing(nodes: int = 10, offsets: bool = False, pad_to: int = 0) -> 
         draw=draw,
         prompts=prompts,
         key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
-        shortcut=lambda level: one_hop_accuracy(nodes, level, offsets),
+        shortcut=lambda level: one_hop_accuracy(nodes, level, bool(offsets)),
         levels=(1, pad_to or math.inf),
     )
 
