@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from trl.models.utils import add_hooks, prepare_deepspeed, prepare_fsdp, remove_hooks
@@ -16,6 +16,7 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "RepeatSampler",
     "add_hooks",
+    "check_target_module_exists",
     "create_model_from_path",
     "disable_dropout_in_model",
     "prepare_deepspeed",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .engine import evaluating
+from .models import evaluating
 from .objective import speak
 from .rewards import masked_sum
 from .rollout import Rollout

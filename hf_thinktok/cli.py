@@ -16,8 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
-from .commands import DTYPES, LARGEST_SEED, UsageError, add_loading, load, loading, number, read_prompt, read_recipe, read_vocabulary, whole
+from .commands import DTYPES, LARGEST_SEED, add_loading, load, loading, number, read_prompt, read_recipe, read_vocabulary, whole
+from .errors import UsageError, usage
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
+from .models import longest_row
 from .peft import merge
 from .sources import resolve_model
 
@@ -62,14 +64,12 @@ def run_generate(args: argparse.Namespace) -> None:
     # What can be wrong is looked at before the weights are read.
     prompt = read_prompt(args)
     vocabulary = read_vocabulary(args.model)
-    try:
+    with usage():
         budget = ThinkingBudget(vocabulary, args.min_think, args.max_think, args.max_total_think, args.think_bias)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     model, tokenizer = load(args)
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     length = inputs.shape[1]
-    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize) - length
+    room = longest_row(model) - length
     if room < 1:
         raise UsageError(f"The prompt has {length} tokens, which leaves no room in the model's context of {length + room}.")
     if args.seed is not None:
@@ -108,10 +108,8 @@ def run_merge(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"{args.output} exists: name a new folder.")
     read_vocabulary(args.adapter)
-    try:
+    with usage(RuntimeError, LookupError, before=f"{args.adapter} cannot be merged into its base: "):
         model, tokenizer = merge(args.adapter, dtype=args.dtype)
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
-        raise UsageError(f"{args.adapter} cannot be merged into its base: {str(error).splitlines()[0]}") from error
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     Console(stderr=True, highlight=False).print(
@@ -149,15 +147,13 @@ def run_push(args: argparse.Namespace) -> None:
                 style="yellow",
             )
     api = HfApi()
-    try:
+    with usage(RuntimeError, before=f"{args.folder} is whole, but its upload to {args.repository} failed: ", after=" Run the command again."):
         api.create_repo(args.repository, private=args.private or None, exist_ok=True)
         if args.revision:
             api.create_branch(args.repository, branch=args.revision, exist_ok=True)
         done = api.upload_folder(
             repo_id=args.repository, folder_path=args.folder, revision=args.revision, ignore_patterns=["checkpoint-*"], commit_message="Upload by thinktok"
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{args.folder} is whole, but its upload to {args.repository} failed: {str(error).splitlines()[0]} Run the command again.") from error
     console.print(done.commit_url, style="dim")
 
 
@@ -184,6 +180,7 @@ def run_plan(args: argparse.Namespace) -> None:
     from trl import ModelConfig, get_peft_config
 
     from .config import ThinkTokConfig
+    from .loading import init_kwargs
     from .plan import plan, print_plan
 
     config, model = read_recipe(args.recipe, ThinkTokConfig, ModelConfig)
@@ -191,15 +188,15 @@ def run_plan(args: argparse.Namespace) -> None:
         raise UsageError("There is no model: give --model, or a --config with model_name_or_path.")
     if model.load_in_4bit or model.load_in_8bit:
         raise UsageError("Quantized weights are not planned: leave load_in_4bit and load_in_8bit out.")
-    options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation} | (config.model_init_kwargs or {})
-    try:
+    options = init_kwargs(model, config.model_init_kwargs)
+    with usage():
         name = resolve_model(name)
         with loading(name):
             shape = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=config.trust_remote_code)
         dtype = (shape.dtype or torch.float32) if options["dtype"] == "auto" else getattr(torch, str(options["dtype"]).removeprefix("torch."))
-        made = plan(shape, config, dtype, options["attn_implementation"], get_peft_config(model), args.zero, args.fsdp2, args.num_processes, gpu=not args.cpu)
-    except (ImportError, ValueError) as error:
-        raise UsageError(str(error)) from error
+        made = plan(
+            shape, config, dtype, options.get("attn_implementation"), get_peft_config(model), args.zero, args.fsdp2, args.num_processes, gpu=not args.cpu
+        )
     if not args.json:
         print_plan(made, args.gpu_gib)
         return

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .commands import LARGEST_SEED, UsageError, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
+from .commands import LARGEST_SEED, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
+from .errors import UsageError, usage
 
 
 def add_eval(subparsers) -> None:
@@ -50,7 +51,7 @@ def run_eval(args: argparse.Namespace) -> None:
     (text,) = read_recipe(args.recipe, TextArguments)
     read_vocabulary(args.model)
     console = Console(stderr=True, highlight=False)
-    try:
+    with usage():
         documents = load_text(text)
         if "--config" in args.recipe:
             documents = split(documents, text).unseen
@@ -62,8 +63,6 @@ def run_eval(args: argparse.Namespace) -> None:
         names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
         chosen = {name: getattr(args, name) for name in names}
         found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
     results = {"evaluation": found.summary(), "model": args.model, **environment()}
     print_evaluation(results)
     if args.output is not None:
@@ -93,10 +92,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     text = read_prompt(args)
     read_vocabulary(args.model)
     model, tokenizer = load(args)
-    try:
+    with usage():
         inspected = inspect_text(model, tokenizer, text, args.max_length, args.max_think_length)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     print_inspection(inspected)
     if args.output is not None:
         page = {
@@ -126,10 +123,8 @@ def run_card(args: argparse.Namespace) -> None:
     from .card import read_results, render_card
     from .results import written_whole
 
-    try:
+    with usage():
         card = render_card(read_results(args.results), args.repository, args.title)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
     if args.output is None:
         print(card)
     else:
@@ -155,10 +150,8 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UsageError("lm-evaluation-harness is not installed: pip install 'hf-thinktok[eval]'.") from error
     sys.argv = ["lm-eval", *args.recipe]
-    try:
+    with usage():
         cli_evaluate()
-    except ValueError as error:
-        raise UsageError(str(error).splitlines()[0]) from error
 
 
 def add_report(subparsers) -> None:
@@ -178,8 +171,6 @@ def add_report(subparsers) -> None:
 def run_report(args: argparse.Namespace) -> None:
     from .report import Run, write_report
 
-    try:
+    with usage():
         write_report([Run.read(path, args.documents, args.max_length) for path in args.runs], args.output)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
     print(args.output)

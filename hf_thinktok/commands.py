@@ -10,17 +10,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
+from .errors import UsageError, usage
+from .peft import load_whole
 from .tokens import ThinkingVocabulary
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class UsageError(Exception):
-    """What the user can put right, in one sentence: shown without a stack trace, with exit code 2."""
 
 
 def add_loading(parser) -> None:
@@ -77,28 +75,27 @@ def read_vocabulary(path: str) -> ThinkingVocabulary:
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of `args.model`, in `args.dtype` on `args.device`."""
+    """The model and tokenizer of `args.model`, an adapter on its base, in `args.dtype` on `args.device`."""
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"The device {device} is not available here.") from error
-    if Path(args.model, "adapter_config.json").exists():
-        raise UsageError(f"{args.model} is an adapter: make a checkpoint of it with `thinktok merge {args.model} FOLDER`, and generate with that.")
     with loading(args.model):
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device), tokenizer
+        model, tokenizer = load_whole(args.model, args.dtype)
+    return model.to(device), tokenizer
 
 
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
     """Makes one sentence of what `from_pretrained` raises."""
     try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
+        with usage(SafetensorError, LookupError, RuntimeError, before=f"{path} cannot be loaded: "):
+            yield
+    except UsageError as error:
         if not Path(path).is_dir():
             raise UsageError(f"{path} is neither a folder nor a Hub repository that can be read from here.") from error
-        raise UsageError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise
 
 
 def whole(lowest: int, highest: float = math.inf):

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -9,6 +10,7 @@ from trl import SFTConfig
 from .config_checks import SCHEDULES, check_effect, check_fit, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
+from .rewards import REWARDS
 from .rollout import Sampling
 from .tree import Branching
 
@@ -145,7 +147,7 @@ class ThinkTokConfig(SFTConfig):
         > Rewards
 
         reward_funcs (`list[str]`, defaults to `["log_prob"]`):
-            `log_prob`, `accuracy`, `prob`, `information_gain`; functions are passed to the trainer.
+            `log_prob`, `accuracy`, `prob`, `information_gain`, `exact`; functions are passed to the trainer.
         reward_weights (`list[float]`, *optional*):
             A weight for each reward; 1 by default.
         objective (`str`, defaults to `"expected"`):
@@ -244,7 +246,7 @@ class ThinkTokConfig(SFTConfig):
     top_p: float = option(1.0, "Draw among the most likely thinking tokens that make up this probability.")
     min_p: float | None = option(None, "Draw among thinking tokens with at least this part of the largest probability.")
 
-    reward_funcs: list[str] = option(["log_prob"], "Rewards of a thought: log_prob, accuracy, prob, information_gain.")
+    reward_funcs: list[str] = option(["log_prob"], f"Rewards of a thought: {', '.join(REWARDS)}.")
     reward_weights: list[float] | None = option(None, "A weight for each reward.")
     objective: str = option("expected", "What speaker and thinker maximise.", ("expected", "marginal"))
     posterior_temperature: float = option(1.0, "With objective=marginal: divides log-likelihoods before they weight the group.")
@@ -327,6 +329,16 @@ class ThinkTokConfig(SFTConfig):
     @property
     def needs_every_prefix(self) -> bool:
         return self.stop == "learned" or self.advantage == "token"
+
+    def scoring(self, training: bool = True) -> dict[str, Any]:
+        """What `score_tree` is to look at."""
+        return {
+            "temperature": self.draw_temperature,
+            "every_prefix": self.needs_every_prefix,
+            "gate": self.needs_gate,
+            "split": self.policies == "split",
+            "hidden": self.advantage == "value" and training,
+        }
 
     def policy_loss(self) -> PolicyLoss:
         # As in TRL, cispo's bound is absolute; 5 is its paper's. The others' is counted from 1.

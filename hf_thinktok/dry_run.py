@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
 
 from .attention import TreeMask, run_length
 from .config import ThinkTokConfig
-from .engine import ReplicatedEngine, TreeEngine, evaluating
+from .engine import ReplicatedEngine, TreeEngine
 from .forks import choose_forks, eligible_forks
 from .head import HeadInputs, attach_head
 from .memory import LiveBytes, Part
+from .models import evaluating
 from .objective import thinking_loss
 from .peft import add_thinking_rows
 from .rewards import resolve_rewards
@@ -236,17 +237,7 @@ class DryRun:
             with self._autocast():
                 return self.engine.run(self.model, tree, torch.zeros_like(tree.position_ids_BS), passes)
 
-        return score_tree(
-            run,
-            tree,
-            rows.labels_BT,
-            rows.rollout,
-            self.vocabulary,
-            args.draw_temperature,
-            every_prefix=args.needs_every_prefix,
-            gate=args.needs_gate,
-            hidden=args.advantage == "value",
-        )
+        return score_tree(run, tree, rows.labels_BT, rows.rollout, self.vocabulary, **args.scoring())
 
     def _autocast(self):
         return torch.autocast("cpu", self.autocast_type, enabled=self.autocast_type is not None)

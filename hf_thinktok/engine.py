@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .architectures import attention_inputs, counts_places
 from .attention import run_length
 from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs, attach_head
+from .models import evaluating, longest_row, unwrapped
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
@@ -195,32 +196,14 @@ def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool, draw: Draw | 
     return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), spoken=0 if think_only else None, draw=draw)
 
 
-def _unwrapped(model):
-    while hasattr(model, "module"):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _config(model, speaks: bool = False):
-    model = _unwrapped(model)
+    model = unwrapped(model)
     return (getattr(model, SPEAKER, model) if speaks else model).config
 
 
 def _dtype(model) -> torch.dtype:
-    device = _unwrapped(model).device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else _unwrapped(model).dtype
-
-
-@contextlib.contextmanager
-def evaluating(model) -> Iterator[None]:
-    """Eval mode and no gradients, for sampling and checks. In training mode gradient checkpointing would silently drop the cache."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    device = unwrapped(model).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unwrapped(model).dtype
 
 
 def choose_engine(
@@ -400,18 +383,6 @@ class _Probe:
                 gathered.append(torch.cat([out.gate_logit_M[:, None], out.think_logits_MN], 1))
             done = end
         return self._gap(torch.cat(gathered[-len(self.last) :]), self._packed[:, 1:])
-
-
-def longest_row(model) -> int:
-    """How many positions a model has, or a very large number where nothing limits them."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-
-def has_position_table(model) -> bool:
-    """Whether positions are looked up in a learned table, as GPT-2's and OPT's are: a row cannot be longer than that."""
-    rows = longest_row(model)
-    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings())
-    return any(rows <= table.num_embeddings <= rows + 2 for table in tables)  # OPT's has two rows more
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
         forks_BK: ascending positions, then -1 for those that a row has no place for.
     """
     batch, trunk_length = eligible_BT.shape
-    if how == "all":
+    if how == "all" and num_forks:
         num_forks = trunk_length - 1
     if how == "stride":
         order_BT = eligible_BT.cumsum(1)

@@ -1,9 +1,9 @@
 """From the trainer's arguments to a model and a tokenizer, refused with one sentence where they do not fit."""
 
 import contextlib
+import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import is_peft_model, str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from ._compat import create_model_from_path
 from .architectures import check_supported
@@ -45,19 +46,25 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
             "Several GPUs in one process would use nn.DataParallel, which is not supported: start with `accelerate launch`, or set "
             "CUDA_VISIBLE_DEVICES to one GPU."
         )
+    if args.enable_jit_checkpoint:
+        raise ValueError("enable_jit_checkpoint has no effect here, as SIGTERM saves a checkpoint already: leave it out.")
     if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
         raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
     if all(str_to_bool(os.environ.get(name, "false")) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")):
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
 
 
-@contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
-    """Ends a recipe that was given what it cannot use with the sentence that says so, and no stack trace."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # transformers and datasets raise an OSError for what they do not find
-        sys.exit(f"error: {error}")
+def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What TRL's model options and `model_init_kwargs` say to `from_pretrained`."""
+    told = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    return {name: value for name, value in told.items() if value is not None} | (more or {})
+
+
+def read_mappings(arguments: Any, *names: str) -> None:
+    """Options that are mappings in a config file and JSON on a command line."""
+    for name in names:
+        if isinstance(getattr(arguments, name), str):
+            setattr(arguments, name, json.loads(getattr(arguments, name)))
 
 
 def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:

@@ -11,6 +11,7 @@ Soft thoughts (`hf_thinktok.thoughts`) have no policy loss: the cross-entropy's 
 Shape suffixes as in tree.py; P = L + 1 prefixes, A actions.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -266,7 +267,7 @@ def _metrics(
         "think_length": masked_mean(speech.lengths_BKG[..., own], valid, None),
         "accuracy": masked_mean(speech.correct_BKGH[:, :, own].float(), scores.mask_BKH[:, :, None], None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
-        "think_gain": masked_mean(gained_BKG[..., own], valid, None) / torch.log(torch.tensor(2.0)),
+        "think_gain": masked_mean(gained_BKG[..., own], valid, None) / math.log(2),
     }
     if not rollout.text:  # of the thinking vocabulary, which does not write text
         metrics["thought_entropy"] = thought_entropy(scores.think_logits_BKGLN, rollout.said_BKGL & valid[..., None])

@@ -5,9 +5,10 @@ import os
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
+from ._compat import check_target_module_exists
 from .tokens import ThinkingVocabulary
 
 # The second model of `policies: split`, or the second adapter, and the folder it is saved in.
@@ -61,7 +62,7 @@ def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def load_whole(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint and its tokenizer; of an adapter's folder what it and its base make together."""
-    if os.path.exists(os.path.join(name, "adapter_config.json")):
+    if find_adapter_config_file(name) is not None:
         return merge(name, dtype=dtype)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .engine import Engine, evaluating
+from .engine import Engine
 from .head import Draw, HeadOutputs, gumbel_noise
+from .models import evaluating
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
@@ -33,6 +34,7 @@ class Rollout:
         noise_BKGLN: the Gumbel noise of each draw, where it has a gradient.
         soft_BKGLX: what thought nodes read where that is no id; see `hf_thinktok.thoughts`.
         text: whether thoughts are written in ordinary tokens, between a start and an end token that nobody draws.
+        filler: whether all thinking tokens are the same one, which nobody draws.
     """
 
     forks_BK: Tensor

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .engine import evaluating
 from .exploration import Coverage, candidate_thoughts, coverage_share, ever, scheduled
+from .models import evaluating
 from .rewards import masked_sum
 from .rollout import Rollout, Sampling
 from .tokens import ThinkingVocabulary

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from .engine import evaluating
 from .head import HeadInputs, attach_head
+from .models import evaluating
 from .tokens import ThinkingVocabulary
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from trl import ScriptArguments
 
 from .sources import STANDARD_LIBRARY, standard_library
 
@@ -18,9 +17,13 @@ COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
 @dataclass
-class TextArguments(ScriptArguments):
+class TextArguments:
     """Where the text comes from, and which part of it is held out."""
 
+    dataset_name: str | None = field(default=None, metadata={"help": f"A data set on the Hub or in a folder, or {STANDARD_LIBRARY}, in place of data_files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Its split to take the text from, held-out parts as well."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read it as it is needed."})
     data_files: list[str] | None = field(default=None, metadata={"help": f"Local files ({', '.join(KINDS)}; all of one kind), in place of dataset_name."})
     text_template: str | None = field(default=None, metadata={"help": "Makes a row's text from its columns, for example '{question}\\n{answer}'."})
     sample_by: str = field(default="line", metadata={"help": "What one document of a .txt file is.", "choices": ["line", "paragraph", "document"]})
@@ -97,7 +100,7 @@ def filled(template: str, row: dict[str, Any]) -> str:
 
 def load_files(script: TextArguments, files: list[str]) -> Dataset | IterableDataset:
     """All text of other files, made as a script's own is."""
-    return load_text(replace(script, dataset_name=None, data_files=files))  # type: ignore[call-arg]
+    return load_text(replace(script, dataset_name=None, data_files=files))
 
 
 class TextParts(NamedTuple):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .engine import Engine, evaluating
+from .engine import Engine
 from .head import HeadInputs, HiddenInputs, ThoughtInputs
+from .models import evaluating
 from .rollout import Rollout, between_markers, random_thoughts
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree

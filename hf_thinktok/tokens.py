@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import LogitTransform, backbone
 from .distributed import embedding_rows, whole
+from .models import evaluating, longest_row
 
 logger = logging.getLogger(__name__)
 
@@ -328,15 +329,12 @@ def _sample_hidden(model, tokenizer, sample_text, vocabulary: ThinkingVocabulary
     ids = [i for text in sample_text for i in tokenizer(text)["input_ids"]][: 4 * model.get_output_embeddings().weight.shape[1]]
     if len(ids) < 2:
         raise ValueError("sample_text has no context to calibrate thinking tokens on: give a few sentences like those of the training data, or leave it out.")
-    window = min(window, len(ids), getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
+    window = min(window, len(ids), longest_row(model))
     rows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
     if thoughts_every is not None:
         generator = torch.Generator().manual_seed(0)
         thoughts = vocabulary.first_id + torch.randint(vocabulary.num_tokens, rows.shape, generator=generator)
         rows = torch.where(torch.rand(rows.shape, generator=generator) < 1 / thoughts_every, thoughts, rows)
     rows = rows.to(model.device)
-    training = model.training
-    model.eval()
-    hidden = [backbone(model)(row, use_cache=False).last_hidden_state[:, 1:].flatten(0, 1).float() for row in rows.split(4)]
-    model.train(training)
-    return torch.cat(hidden)
+    with evaluating(model):
+        return torch.cat([backbone(model)(row, use_cache=False).last_hidden_state[:, 1:].flatten(0, 1).float() for row in rows.split(4)])

@@ -26,11 +26,12 @@ from .config_checks import REWARDED_BY_FUNCTIONS
 from .curriculum import Curriculum, LevelSampler
 from .data import BatchesAgain, TreeCollator, levels_of, task_columns
 from .distributed import check_launcher, for_rollout, is_partitioned, prepare_frozen
-from .engine import choose_engine, evaluating, has_position_table, longest_row, small_twin
+from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, choose_forks, eligible_forks, ends_of, marker_ids
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, load_teacher, sample_text
+from .models import evaluating, has_position_table, longest_row, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
@@ -162,7 +163,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             self._prepare_to_think(teacher)
 
     def _prepare_to_think(self, teacher: PreTrainedModel | None) -> None:
-        args, base = self.args, self.model.get_base_model() if is_peft_model(self.model) else self.model
+        args, base = self.args, unwrapped(self.model)
         models = [base, base.speaker] if hasattr(base, SPEAKER) else [base]
         for one in models:
             attach_head(one, self.vocabulary)
@@ -308,7 +309,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
 
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
         args, entropy_BT = self.args, None
-        if self.model.training and self.state.global_step < args.think_start:
+        if not args.thinks or (self.model.training and self.state.global_step < args.think_start):
             return tokens_BT.new_zeros(len(tokens_BT), 0)
         eligible_BT = eligible_forks(labels_BT, documents_BT)
         eligible_BT[:, max(self._last_fork + 1, 0) :] = False
@@ -321,18 +322,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:
         args, tokens_BS = self.args, tree.tokens(tokens_BT, rollout.thoughts_BKGL)
         run = functools.partial(self.engine.run, model, tree, tokens_BS, thoughts=thought_inputs(tree, rollout.soft_BKGLX, args.thoughts))
-        return score_tree(
-            run,
-            tree,
-            labels_BT,
-            rollout,
-            self.vocabulary,
-            args.draw_temperature,
-            every_prefix=args.needs_every_prefix,
-            gate=args.needs_gate,
-            split=args.policies == "split",
-            hidden=args.advantage == "value" and self.model.training,
-        )
+        return score_tree(run, tree, labels_BT, rollout, self.vocabulary, **args.scoring(self.model.training))
 
     # ---------------------------------------------------------------- evaluation
 

@@ -21,11 +21,12 @@ TOY = Path(__file__).parent / "toy.py"
 
 def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str]) -> dict[str, Any]:
     """The results of one variant, from a run or from its file."""
-    results = folder / "results.json"
-    if not results.exists() or len(json.loads(results.read_text())["runs"]) < len(seeds):
-        config = folder / "config.yaml"
+    results, config, told = folder / "results.json", folder / "config.yaml", yaml.safe_dump(base | changes)
+    if config.exists() and config.read_text() != told:
+        raise SystemExit(f"{folder} holds a run with other settings: name another output_dir, or remove that folder.")
+    if not results.exists() or [run["seed"] for run in json.loads(results.read_text())["runs"]] != seeds:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(yaml.safe_dump(base | changes))
+        config.write_text(told)
         command = [sys.executable, str(TOY), "--config", str(config), "--output_dir", str(folder), "--seeds", *map(str, seeds), *more]
         subprocess.run(command, check=True)
     return json.loads(results.read_text())

@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallbac
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.loading import fit_to_cpu
+from hf_thinktok.loading import fit_to_cpu, init_kwargs
 from hf_thinktok.memory import PeakOfSecondStep
 from hf_thinktok.results import BENCH_ARMS, changed_options, environment, print_bench, write_json
 from hf_thinktok.sources import resolve_model, standard_library
@@ -274,7 +274,7 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     name = resolve_model(model.model_name_or_path)
-    loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation or "sdpa"}
+    loading = {"attn_implementation": "sdpa"} | init_kwargs(model)
     args = fit_to_cpu(args)
     options = {key: value for key, value in changed_options(args).items() if key not in ("output_dir", "model_init_kwargs")}
     options |= {name: getattr(args, name) for name in SHARED}

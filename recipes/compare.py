@@ -16,6 +16,7 @@ The config is one of recipes/pretrain_think.py, with `test_documents`, and what 
 Writes results.json and report.html into output_dir.
 """
 
+import argparse
 import functools
 import json
 import os
@@ -34,16 +35,18 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress, track
-from transformers import AutoConfig, trainer_utils
+from transformers import AutoConfig
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, add_thinking_tokens
+from hf_thinktok.checkpoints import newest_checkpoint
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
+from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_comparison
-from hf_thinktok.loading import fit_to_cpu, one_sentence, sample_text
+from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings, sample_text
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
@@ -61,7 +64,9 @@ class CompareArguments:
     """Options of the comparison itself."""
 
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of training; each arm is trained with each."})
-    arms: dict = field(default_factory=dict, metadata={"help": "Further arms: for each name, the options of `think` that it changes."})
+    arms: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arms: for each name, the options of `think` that it changes (JSON on the command line)."}
+    )
     test_files: list[str] | None = field(default=None, metadata={"help": "Local files to report on, in place of test_documents."})
     rows_per_document: int | None = field(default=1, metadata={"help": "Rows of a document that are measured, from its beginning; null for all."})
     num_samples: int = field(default=4, metadata={"help": "Thoughts at each place that is measured."})
@@ -72,14 +77,13 @@ class CompareArguments:
 class Grid:
     """The arms of a comparison as configs of recipes/pretrain_think.py, and what each of them costs."""
 
-    def __init__(self, recipe: dict[str, Any], arms: dict[str, dict[str, Any]], folder: Path):
-        self.folder, stop = folder, recipe.get("stop", default_of(ThinkTokConfig, "stop"))
+    def __init__(self, recipe: dict[str, Any], arms: dict[str, dict[str, Any]]):
+        stop = recipe.get("stop", default_of(ThinkTokConfig, "stop"))
         cannot = {}
         for kind in ("no_think", "filler"):
             left_out, changes = control(kind, stop)
             cannot[kind] = {name: value for name, value in recipe.items() if name not in left_out} | changes
-        no_forks = {name: value for name, value in cannot["no_think"].items() if name not in ("fork_positions", "fork_markers")}
-        self.configs = {"cpt": no_forks, "cpt_flops": no_forks, "filler": cannot["filler"], "think": recipe}
+        self.configs = {"cpt": cannot["no_think"], "cpt_flops": cannot["no_think"], "filler": cannot["filler"], "think": recipe}
         self.configs |= {name: recipe | changes for name, changes in arms.items()}
         self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
         if self.options["think"][1].max_steps <= 0:
@@ -88,7 +92,7 @@ class Grid:
         if (known := self.flops["think"]) is None:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
         steps = round(self.options["cpt"][1].max_steps * known / self.flops["cpt"])
-        self.configs["cpt_flops"] = no_forks | {"max_steps": steps}
+        self.configs["cpt_flops"] = cannot["no_think"] | {"max_steps": steps}
         self.options["cpt_flops"] = self.parse(self.configs["cpt_flops"])
         self.flops["cpt_flops"] = self._flops(*self.options["cpt_flops"][1:])
 
@@ -97,17 +101,16 @@ class Grid:
         steps = {arm: options[1].max_steps for arm, options in self.options.items()}
         return {arm: {"steps": steps[arm], "flops": self.flops[arm], "seeds": logs[arm]} for arm in self.configs}
 
-    def parse(self, config: dict[str, Any]) -> tuple[TextArguments, ThinkTokConfig, ModelConfig]:
-        path = self.folder / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(config))
-        return TrlParser(KINDS).parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
+    @staticmethod
+    def parse(config: dict[str, Any]) -> tuple[TextArguments, ThinkTokConfig, ModelConfig]:
+        parser = TrlParser(KINDS, allow_abbrev=False)
+        return parser.parse_args_into_dataclasses(parser.set_defaults_with_config(**config))
 
     @staticmethod
     def _flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
         """Those of a run: before `think_start` its steps are without thoughts. `None` where they are not known."""
         shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path))
-        attention, adapter = (args.model_init_kwargs or {}).get("attn_implementation"), get_peft_config(model)
+        attention, adapter = init_kwargs(model, args.model_init_kwargs).get("attn_implementation"), get_peft_config(model)
         before = min(args.think_start, args.max_steps) if args.thinks else 0
         try:
             thinking = step_flops(shape, args, attention, adapter) * (args.max_steps - before)
@@ -126,7 +129,7 @@ def train(arm: str, seed: int, config: dict[str, Any], folder: Path, launcher: s
         folder.mkdir(parents=True, exist_ok=True)
         told.write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "accelerate.commands.launch", *(["--config_file", launcher] if launcher else []), str(PRETRAIN), "--config", str(told)]
-        if checkpoint := trainer_utils.get_last_checkpoint(folder):
+        if checkpoint := newest_checkpoint(str(folder)):
             command += ["--resume_from_checkpoint", checkpoint]
         if run(command, folder / "log.txt", f"{arm}, seed {seed}"):
             raise ValueError(f"The arm {arm} of seed {seed} failed: {folder / 'log.txt'} says why.")
@@ -180,7 +183,7 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
 
 def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     output = Path(recipe.setdefault("output_dir", "outputs/compare"))
-    grid = Grid(recipe, chosen.arms, output)
+    grid = Grid(recipe, chosen.arms or {})
     script, args, model = grid.options["think"]
     test = load_files(script, chosen.test_files) if chosen.test_files else split(load_text(script), script).test
     if test is None:
@@ -209,10 +212,12 @@ def read() -> tuple[dict[str, Any], CompareArguments]:
     """What the config and the command line say: the recipe's options, and the comparison's own."""
     parser = TrlParser((CompareArguments, *KINDS), description=__doc__.split("\n")[0], allow_abbrev=False)
     chosen, *_ = parser.parse_args_and_config(fail_with_unknown_args=True)
+    read_mappings(chosen, "arms")
     words = sys.argv[1:]
     recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
-    told = vars(parser.parse_known_args(words)[0])
-    recipe |= {name: told[name] for name in (word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")) if name != "config"}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # leaves what was told
+    recipe |= vars(parser.parse_known_args(words)[0])
     return {name: value for name, value in recipe.items() if name not in vars(chosen)}, chosen
 
 

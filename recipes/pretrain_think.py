@@ -26,7 +26,8 @@ import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.loading import fit_to_cpu, one_sentence
+from hf_thinktok.errors import one_sentence
+from hf_thinktok.loading import fit_to_cpu, init_kwargs
 from hf_thinktok.results import changed_options, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, load_text, split
@@ -44,8 +45,7 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
     if not model.model_name_or_path:
         raise ValueError("There is no model: give model_name_or_path.")
     train, held_out, _ = split(load_text(script), script)
-    loading = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
-    args.model_init_kwargs = {name: value for name, value in loading.items() if value is not None} | (args.model_init_kwargs or {})
+    args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
     args.eval_on_start |= held_out is not None and args.thinks  # within training, where launchers have set up what they run
     return ThinkTokTrainer(
         resolve_model(model.model_name_or_path),

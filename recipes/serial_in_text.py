@@ -1,8 +1,8 @@
 """A model that thinks on a task goes on with ordinary text: does it keep its text, and does it think where that pays?
 
-    python recipes/toy.py --config recipes/toy/serial_smollm2.yaml --save_models true
+    python recipes/toy.py --config recipes/toy/serial_smollm2.yaml
     thinktok merge outputs/serial/seed-0 outputs/serial/merged
-    python recipes/toy.py --config recipes/toy/serial_smollm2_stop.yaml --save_models true
+    python recipes/toy.py --config recipes/toy/serial_smollm2_stop.yaml
     thinktok merge outputs/serial_stop/seed-0 outputs/serial_stop/merged
     python recipes/serial_in_text.py --config recipes/smollm2-135m/serial_in_text.yaml --data_files wikitext.txt
 
@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from toy import by_level, control_of, read_mappings, tokenized
+from toy import by_level, control_of, tokenized
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
-from hf_thinktok.loading import fit_to_cpu, one_sentence
+from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
@@ -74,7 +75,7 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
 
 def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     folder = resolve_model(model.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision)
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
@@ -89,7 +90,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             set_seed(seed)
             output = str(Path(args.output_dir) / f"{arm}-seed{seed}")
             trainer = ThinkTokTrainer(
-                AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype),
+                AutoModelForCausalLM.from_pretrained(folder, **init_kwargs(model)),
                 replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
                 train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
                 processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens

@@ -27,8 +27,9 @@ from hf_thinktok.answers import answer
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
+from hf_thinktok.errors import one_sentence
 from hf_thinktok.language import describe_language, draw_language, print_language
-from hf_thinktok.loading import fit_to_cpu, one_sentence
+from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
@@ -88,13 +89,6 @@ class Progress(TrainerCallback):
         control.should_training_stop |= accuracy >= self.enough
 
 
-def read_mappings(arguments: Any, *names: str) -> None:
-    """Options that are mappings in a config file and JSON on a command line."""
-    for name in names:
-        if isinstance(getattr(arguments, name), str):
-            setattr(arguments, name, json.loads(getattr(arguments, name)))
-
-
 def tokenized(rows: Dataset, tokenizer) -> Dataset:
     """Prompt and completion as ids, tokenised apart so that their border is a border of tokens."""
     prompts, completions = (tokenizer(list(rows[name]), add_special_tokens=False)["input_ids"] for name in ("prompt", "completion"))
@@ -109,14 +103,14 @@ def tokenized(rows: Dataset, tokenizer) -> Dataset:
 def make_tokenizer(model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
     """A pretrained model's own, or one with a word for each word of the task."""
     if model.model_name_or_path:
-        return AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path))
+        return AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision)
     return word_tokenizer(task.words)
 
 
 def make_model(toy: ToyArguments, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A pretrained model, or one made from scratch."""
     if model.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(resolve_model(model.model_name_or_path), dtype=model.dtype)
+        return AutoModelForCausalLM.from_pretrained(resolve_model(model.model_name_or_path), **init_kwargs(model))
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
 

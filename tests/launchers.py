@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from models import tiny_model, tiny_tokenizer
+from models import save_tiny
 from tiny_run import main
 
 HERE = Path(__file__).parent
@@ -69,20 +69,12 @@ def weight_gap(one: dict, other: dict) -> float:
     return max((theirs[name] - value).abs().max().item() for name, value in one["weights"].items())
 
 
-def save_tiny_model(folder: Path) -> str:
-    """A model to be loaded by name, as ZeRO-3 divides it."""
-    tokenizer = tiny_tokenizer()
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 if __name__ == "__main__":
     from hf_thinktok.results import environment, print_launchers, write_json
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        options = {"model_folder": save_tiny_model(root / "model"), "optim": "adamw_torch"}
+        options = {"model_folder": save_tiny(root / "model"), "optim": "adamw_torch"}
         one = alone(root / "one", options)
         rows = {"one process": {"processes": 1, "losses": one["losses"], "weight_gap": 0.0}}
         for launcher in LAUNCHERS:

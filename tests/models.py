@@ -174,7 +174,7 @@ def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=template)
 
 
-def save_tiny(folder, think_tokens: int = 0) -> None:
+def save_tiny(folder, think_tokens: int = 0) -> str:
     """A tiny model and its tokenizer in a folder, with thinking tokens or without."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
@@ -182,3 +182,4 @@ def save_tiny(folder, think_tokens: int = 0) -> None:
         add_thinking_tokens(model, tokenizer, think_tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -15,6 +15,7 @@ from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.checkpoints import COMPLETE_FILE
 from hf_thinktok.dry_run import count_flops
 from hf_thinktok.evaluation import Evaluation
 from hf_thinktok.evaluation.comparison import SILENT, Comparison
@@ -230,7 +231,7 @@ def test_fillers_of_drawn_lengths_are_rewarded_as_thoughts_are(tmp_path, monkeyp
     recipe = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "wikitext.yaml").read_text())
     changes = {"max_steps": 4, "reward_funcs": ["accuracy"], "advantage": "loo", "bf16": False, "use_cpu": True, "model_name_or_path": str(tmp_path)}
     save_tiny(tmp_path)
-    options = importlib.import_module("compare").Grid(recipe | changes, {}, tmp_path / "out").options
+    options = importlib.import_module("compare").Grid(recipe | changes, {}).options
     filler, think = options["filler"][1], options["think"][1]
     assert (filler.thoughts, filler.stop) == ("filler", "sampled")
     for name in ("num_generations", "reward_funcs", "advantage", "think_cost", "lookahead", "max_think_length", "think_loss_weight"):
@@ -242,7 +243,7 @@ def test_think_start_leaves_steps_that_cost_less(tmp_path, monkeypatch):
     recipe = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "wikitext.yaml").read_text())
     recipe |= {"max_steps": 8, "bf16": False, "use_cpu": True, "model_name_or_path": str(tmp_path)}
     save_tiny(tmp_path)
-    never, half, whole = (importlib.import_module("compare").Grid(recipe | {"think_start": start}, {}, tmp_path / "out") for start in (8, 4, 0))
+    never, half, whole = (importlib.import_module("compare").Grid(recipe | {"think_start": start}, {}) for start in (8, 4, 0))
     assert never.flops["think"] == never.flops["cpt"] == whole.flops["cpt"]
     assert half.flops["think"] == pytest.approx((never.flops["think"] + whole.flops["think"]) / 2)
     assert half.options["cpt_flops"][1].max_steps < whole.options["cpt_flops"][1].max_steps
@@ -271,6 +272,19 @@ def test_what_is_finished_is_not_run_again(grid):
     assert again["comparison"]["gains"] == results["comparison"]["gains"]
 
 
+def test_an_arm_goes_on_from_a_checkpoint_that_is_whole(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    script, commands = importlib.import_module("compare"), []
+    monkeypatch.setattr(
+        script, "run", lambda command, log, label: commands.append(command) or (log.parent / "trainer_state.json").write_text('{"log_history": [{}]}') and 0
+    )
+    for step in (3, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-3" / COMPLETE_FILE).touch()
+    script.train("think", 0, {}, tmp_path, None)
+    assert commands[0][-2:] == ["--resume_from_checkpoint", str(tmp_path / "checkpoint-3")]
+
+
 def test_other_settings_of_measuring_measure_again(grid):
     folder, _, results = grid
     done = compare(folder, "--num_samples", "1", "--report_documents", "0")
@@ -285,7 +299,9 @@ def test_other_settings_of_measuring_measure_again(grid):
     [
         (("--learning_rate", "0.1"), "holds a run with other settings"),
         (("--test_documents", "0", "--output_dir", "{}/other"), "no text to report on"),
-        (("--max_steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
+        (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
+        (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),
+        (("--arms", "more", "--output_dir", "{}/other"), "Expecting value"),
         (("--num_fork", "2"), "num_fork"),
     ],
 )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import in_process
-from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, launched, save_tiny_model, weight_gap
-from models import CORPUS, tiny_model
+from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, launched, weight_gap
+from models import CORPUS, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_thinktok.distributed import check_launcher
@@ -65,7 +65,7 @@ def test_two_processes_under_ddp_are_one_that_accumulates(under_ddp, tmp_path, c
 @pytest.mark.parametrize("launcher", [*ZERO.values(), "fsdp2"])
 def test_every_launcher_trains_what_one_process_trains_and_resumes(tmp_path, launcher):
     """The resumed run is the second half of the other one; layers are gathered one by one in it, where that is a choice."""
-    options = {"model_folder": save_tiny_model(tmp_path / "model"), "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options = {"model_folder": save_tiny(tmp_path / "model"), "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     if launcher in ("zero2", "fsdp2"):
         options["beta"] = 0.5  # a frozen copy of the model beside it
     one = alone(tmp_path / "one", options)
@@ -103,7 +103,7 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
     """Evaluation included, before training and after it."""
     (tmp_path / "text.txt").write_text("\n".join(CORPUS))
     options = {
-        "model_name_or_path": save_tiny_model(tmp_path / "model"), "data_files": tmp_path / "text.txt", "max_steps": 2, "max_length": 48,
+        "model_name_or_path": save_tiny(tmp_path / "model"), "data_files": tmp_path / "text.txt", "max_steps": 2, "max_length": 48,
         "num_forks": 3, "num_generations": 2, "num_think_tokens": 4, "held_out_documents": 8, "bf16": False, "report_to": "none", "optim": "adamw_torch",
         "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_checkpointing": False, "save_strategy": "no",
     }  # fmt: skip

@@ -11,14 +11,16 @@ import sys
 import pytest
 import torch
 from models import tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
-from transformers import LogitsProcessor, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.generation import ThinkingBudget, ThinkingStreamer
+from hf_thinktok.peft import save_adapter
 
 ALWAYS = 1e4  # a bias in nats that decides alone
 
@@ -383,6 +385,16 @@ def test_help_names_every_option(run):
     for option in f"{sampling} {thinking} chat file dtype device".split():
         assert f"--{option}" in output
     assert "generate" in run("--help")[1]
+
+
+def test_an_adapter_is_read_with_its_base(folder, run, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    save_adapter(model, str(tmp_path))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    for words in (("generate", tmp_path, "the cat", "--seed", 0), ("inspect", tmp_path, "the cat sat on")):
+        adapted, plain = run(*words), run(words[0], folder, *words[2:])
+        assert adapted[0] == 0, adapted[2]
+        assert adapted[1] == plain[1]  # a new adapter changes nothing
 
 
 def test_what_cannot_be_merged(folder, run, tmp_path):

@@ -157,6 +157,8 @@ def test_help_names_every_option():
     [
         (["--num_generations", "1"], "error: num_generations=1"),
         (["--text_template", "{qestion}"], "names the column"),
+        (["--enable_jit_checkpoint", "true", "--text_template", "{question}"], "SIGTERM saves a checkpoint already"),
+        (["--dataset_test_split", "validation"], "--dataset_test_split"),
         ([], "make it with text_template"),
         (["--data_files", "README.md"], "files that end in .txt, .jsonl"),
         (["--data_files", "pyproject.toml", "README.md"], "pyproject.toml"),

@@ -524,3 +524,10 @@ def test_padded_words_are_the_same_questions_in_prompts_of_one_length():
     assert set(padded.words) - set(plain.words) == {"."}
     with pytest.raises(ValueError, match="levels"):
         make_task("permutations", pad_to=7, levels=[8])
+
+
+def test_an_offset_that_is_always_zero_changes_no_shortcut():
+    options = {"nodes": 6, "levels": [2, 3, 4], "train_rows": 30, "test_rows": 6}
+    plain, zero, some = (make_task("pointer_chasing", **options, offsets=offsets) for offsets in (0, 1, 2))
+    assert zero.shortcut == plain.shortcut
+    assert some.shortcut[4] < plain.shortcut[4]

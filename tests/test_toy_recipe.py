@@ -9,10 +9,10 @@ import pytest
 import yaml
 from commands import ROOT, in_process, started
 from datasets import Dataset
-from models import CORPUS, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerControl
 
-from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.peft import load_whole
 
@@ -64,11 +64,7 @@ def test_a_model_that_thinks_goes_on_to_learn_when_to_stop(tmp_path):
 
 
 def test_a_task_in_text_is_measured_on_both(tmp_path):
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer))
-    add_thinking_tokens(model, tokenizer, 32)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model", think_tokens=32)
     (tmp_path / "text.txt").write_text("\n".join(f"{text.strip()} {i}".replace("\n", " ") for i, text in enumerate(CORPUS * 2)))
     done = in_process(
         ROOT / "recipes" / "serial_in_text.py", "--config", ROOT / "recipes" / "smollm2-135m" / "serial_in_text.yaml", "--model_name_or_path",
@@ -170,3 +166,9 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     again = in_process(*command)
     assert again.returncode == 0
     assert (tmp_path / "out" / "as_it_is" / "results.json").stat().st_mtime_ns == written
+    other = in_process(*command, "--seeds", 6)
+    assert other.returncode == 0
+    assert [run["seed"] for run in json.loads((tmp_path / "out" / "results.json").read_text())["ablation"]["as it is"]] == [6]
+    variants.write_text(yaml.safe_dump({"as it is": {"think_cost": 0.1}}))
+    changed = in_process(*command, "--seeds", 6)
+    assert "holds a run with other settings" in changed.stderr

@@ -375,7 +375,7 @@ def test_an_adapter_folder_and_its_base_are_the_thinking_model(make_trainer, tmp
     suppressed = GenerationConfig.from_pretrained(tmp_path / "merged").suppress_tokens
     assert trainer.vocabulary.guard_id in suppressed
     assert ThinkingVocabulary.from_pretrained(tmp_path / "merged") == ThinkingVocabulary.from_pretrained(tmp_path / "adapter") == trainer.vocabulary
-    assert main(["generate", str(tmp_path / "adapter"), "the cat"]) == 2, "it is to be merged first"
+    assert main(["generate", str(tmp_path / "adapter"), "the cat"]) == 0
     program = f"""
 import sys
 sys.modules["hf_thinktok"] = None
@@ -511,3 +511,12 @@ def test_rows_as_long_as_the_context(make_trainer):
     assert math.isfinite(losses(trainer)[-1])
     with pytest.raises(ValueError, match="24 positions"):
         make_trainer(model=model, tokenizer=tokenizer, max_length=24, num_forks=4, num_think_tokens=None, memory="persistent", stop="sampled")
+
+
+@pytest.mark.parametrize("fork_positions", ["random", "entropy", "stride", "all"])
+def test_without_forks_nothing_is_thought_wherever_they_would_be(make_trainer, fork_positions, monkeypatch):
+    trainer = make_trainer(num_forks=0, fork_positions=fork_positions, max_steps=1)
+    monkeypatch.setattr(trainer, "_entropy", lambda *inputs: pytest.fail("looked for places to think at"))
+    trainer.train()
+    assert "think_gain" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["num_tokens"] > 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-ARMS = ("no_think", "think", "random_thought")
+_ARMS = ("no_think", "think", "random_thought")
 
 
 @dataclass
@@ -22,7 +22,7 @@ class GainByDocument:
     def collect(documents_BK: Tensor, tokens_BK: Tensor, logps_BK: dict[str, Tensor], lengths_BK: Tensor) -> list[list[list[float]]]:
         """Sums per document of each row: judged tokens, summed log-probability of each arm (nats), forks, summed thought lengths."""
         present_BK = tokens_BK > 0
-        columns = [tokens_BK.float(), *(logps_BK[arm] for arm in ARMS), present_BK.float(), lengths_BK]
+        columns = [tokens_BK.float(), *(logps_BK[arm] for arm in _ARMS), present_BK.float(), lengths_BK]
         values_BKC = torch.stack([torch.where(present_BK, column, 0.0) for column in columns], -1).double()
         num_documents = int(documents_BK.max()) + 1 if documents_BK.numel() else 0
         sums_BDC = values_BKC.new_zeros(len(values_BKC), max(num_documents, 1), values_BKC.shape[-1])
@@ -35,7 +35,7 @@ class GainByDocument:
             return {}
         sums_DC = torch.tensor(self.rows, dtype=torch.float64)
         tokens_D, forks_D, lengths_D = sums_DC[:, 0], sums_DC[:, 4], sums_DC[:, 5]
-        logps = {arm: sums_DC[:, 1 + i] for i, arm in enumerate(ARMS)}
+        logps = {arm: sums_DC[:, 1 + i] for i, arm in enumerate(_ARMS)}
         bits = {arm: (-values.sum() / tokens_D.sum()).item() / math.log(2) for arm, values in logps.items()}
         gain, stderr = self._gain(logps["think"] - logps["no_think"], tokens_D)
         over_random, over_random_stderr = self._gain(logps["think"] - logps["random_thought"], tokens_D)

@@ -16,10 +16,11 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engine import Engine, Pass, choose_engine, evaluating
+from ..engine import Engine, Pass, choose_engine
 from ..generation import ThinkingBudget
 from ..head import HiddenInputs, attach_head
 from ..losses import stopping_logps
+from ..models import evaluating
 from ..rollout import Sampling, sample_thoughts
 from ..tree import Branching, ThoughtTree
 from .inspection import logits_of

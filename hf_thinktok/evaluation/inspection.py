@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import LogitTransform
-from ..engine import Pass, choose_engine, evaluating
+from ..engine import Pass, choose_engine
 from ..head import HiddenInputs, attach_head
+from ..models import evaluating
 from ..objective import speak
 from ..rollout import Sampling, sample_thoughts
 from ..scores import score_tree

@@ -8,8 +8,7 @@ from rich.table import Table
 
 from ..results import THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, per_cent
 from .comparison import ARMS, SILENT
-from .thinking import ARMS as PLACED
-from .thinking import CONTROLS
+from .thinking import CONTROLS, PLACED
 
 
 def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:

@@ -16,10 +16,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..engine import Engine, choose_engine, evaluating, longest_row
+from ..engine import Engine, choose_engine
 from ..forks import choose_forks, eligible_forks
 from ..generation import PieceDecoder
 from ..head import HeadInputs, attach_head
+from ..models import evaluating, longest_row, unwrapped
 from ..objective import speak
 from ..results import written_whole
 from ..rewards import masked_sum
@@ -30,7 +31,7 @@ from ..tree import Branching, ThoughtTree
 from .intervals import bits_per_token
 
 # What the model does at a fork, and what is put there in place of its thought.
-ARMS = {
+PLACED = {
     "no_think": "no thought",
     "think": "where it wants to",
     "always": "a thought everywhere",
@@ -191,7 +192,7 @@ def evaluate_thinking(
         "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text_bytes": num_bytes, "engine": engine.name,
         "thoughts": trained.get("thoughts", "discrete"), "stop": trained.get("stop", "learned"),
     }  # fmt: skip
-    arms = [arm for arm in ARMS if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
+    arms = [arm for arm in PLACED if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
     return Evaluation(
         documents_F=joined["documents"],
         tokens_F=joined["tokens"],
@@ -212,7 +213,7 @@ def check_evaluable(model: PreTrainedModel) -> tuple[PreTrainedModel, ThinkingVo
     Raises:
         ValueError: it has no thinking tokens, or its thoughts are no tokens of their own.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     if (vocabulary := ThinkingVocabulary.from_config(base.config)) is None:
         if base is not model:
             raise ValueError(

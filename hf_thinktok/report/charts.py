@@ -15,7 +15,7 @@ STROKES = ("-", "--", ":")
 CURVES = {
     "loss": "loss, nats",
     "reward": "reward",
-    "think_gain": "gain of a thought, nats",
+    "think_gain": "gain of a thought, bits",
     "accuracy": "hits after a thought",
     "think_length": "thinking tokens",
     "gate": "probability to think",

@@ -243,7 +243,7 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0) -> Recip
         draw=draw,
         prompts=prompts,
         key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
-        shortcut=lambda level: one_hop_accuracy(nodes, level, bool(offsets)),
+        shortcut=lambda level: one_hop_accuracy(nodes, level, offsets > 1),
         levels=(1, pad_to or math.inf),
     )
 
@@ -256,7 +256,8 @@ def one_hop_accuracy(nodes: int, hops: int, offsets: bool = False) -> float:
 
     With offsets, who sees s + x1 go to b knows the second hop if b + x2 = s + x1, one case in `nodes`, and has then one hop less to guess. Otherwise the
     best answer is right with 1 / (nodes - 1) after two hops and 2 / nodes after three, which makes 2 / nodes in both cases. From the fourth on chance
-    stands for what it adds, so the figure is a floor (enumeration for 6 nodes: 0.29 and 0.27 at four and five hops, where this gives 0.19 and 0.17).
+    stands for what it adds, so the figure is a floor (enumeration for 6 nodes: 0.29 and 0.27 at four and five hops, where this gives 0.19 and 0.17; with fewer
+    offsets than nodes it is further off: 0.31 and 0.34 at four hops with three and with two of them).
     """
     if hops == 1:
         return 1.0

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_thinktok.evaluation.intervals import ratio_interval
+from hf_thinktok.evaluation.intervals import bits_per_token
 
 DESCRIPTION = "Bits per token that thinking saves on the same text, with a 95 % interval bootstrapped over documents."
 INPUTS = """
@@ -35,14 +35,11 @@ class ThinkGain(evaluate.Metric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
 
     def _compute(self, predictions, references, documents=None, tokens=None) -> dict[str, float]:
-        bits = (np.asarray(predictions) - np.asarray(references)) / np.log(2)
-        counts = np.ones(len(bits)) if tokens is None else np.asarray(tokens, dtype=float)
-        names = np.arange(len(bits)) if documents is None else np.asarray(documents)
+        nats = np.asarray(predictions) - np.asarray(references)
+        counts = np.ones(len(nats)) if tokens is None else np.asarray(tokens, dtype=float)
+        names = np.arange(len(nats)) if documents is None else np.asarray(documents)
         for what, values in (("tokens", counts), ("documents", names)):
-            if len(values) != len(bits):
-                raise ValueError(f"{what} has {len(values)} entries for {len(bits)} predictions: give one for each.")
-        _, document = np.unique(names, return_inverse=True)
-        sums_D, counts_D = np.bincount(document, bits), np.bincount(document, counts)
-        low, high = ratio_interval(sums_D, counts_D)
-        gain = float(sums_D.sum() / counts_D.sum())
-        return {"think_gain": gain, "low": low, "high": high, "documents": len(sums_D), "tokens": int(counts_D.sum())}
+            if len(values) != len(nats):
+                raise ValueError(f"{what} has {len(values)} entries for {len(nats)} predictions: give one for each.")
+        found = bits_per_token(nats, names, counts)
+        return {"think_gain": found.pop("bits_per_token"), **found, "documents": len(np.unique(names)), "tokens": int(counts.sum())}

@@ -1,0 +1,37 @@
+"""What is asked of a model, whatever its architecture and whatever is wrapped around it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+def unwrapped(model):
+    """The model itself, without a launcher's wrapping and without an adapter's."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Eval mode and no gradients, for sampling and checks. In training mode gradient checkpointing would silently drop the cache."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def longest_row(model) -> int:
+    """How many positions a model has, or a very large number where nothing limits them."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def has_position_table(model) -> bool:
+    """Whether positions are looked up in a learned table, as GPT-2's and OPT's are: a row cannot be longer than that."""
+    rows = longest_row(model)
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings())
+    return any(rows <= table.num_embeddings <= rows + 2 for table in tables)  # OPT's has two rows more
