@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -35,6 +36,13 @@ def check_launcher(accelerator: Accelerator, model: PreTrainedModel, environment
         raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in the launcher's config, as accelerate_configs/fsdp2.yaml does.")
     if kind == DistributedType.FSDP and is_peft_model(model) and model.config.get_text_config().tie_word_embeddings:
         raise ValueError("With FSDP2 an adapter needs an LM head of its own, and this model's is tied to its input rows: take DDP or ZeRO-2.")
+
+
+def keep_types(accelerator: Accelerator) -> None:
+    """Has FSDP2 leave inputs and results as they are: accelerate casts both to the low precision of the weights, and a mask that is no tensor and scores in
+    fp32 among them."""
+    if accelerator.distributed_type == DistributedType.FSDP and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
 
 def is_partitioned(model: torch.nn.Module) -> bool:
@@ -72,7 +80,9 @@ def for_rollout(model: torch.nn.Module, accelerator: Accelerator, gather: bool) 
     Args:
         model: as the launcher has wrapped it.
     """
-    if not gather or not is_sharded(model):
+    if not is_sharded(model):
+        yield accelerator.unwrap_model(model)  # DDP would send its buffers round at every token
+    elif not gather:
         yield model
     elif is_partitioned(model):
         with whole(model):

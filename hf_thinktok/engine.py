@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .architectures import attention_inputs, counts_places
 from .attention import run_length
 from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs, attach_head
-from .models import evaluating, longest_row, unwrapped
+from .models import evaluating, longest_row, products_in, unwrapped
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
@@ -387,14 +387,16 @@ class _Probe:
 
 @contextlib.contextmanager
 def _in_fp32(model) -> Iterator[None]:
-    """fp32 weights for a while: bf16's own noise (1e-2) would hide a leak. The way back is exact: each tensor gets its own type again."""
-    if model.dtype == torch.float32 or getattr(model, "is_quantized", False):
-        yield
-        return
-    before = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
-    model.float()
+    """fp32 weights and products for a while: the noise of bf16 (1e-2) and of TF32 would hide a leak.
+
+    The way back is exact: each tensor gets its own type again.
+    """
+    before = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())] if model.dtype != torch.float32 else []
+    if before:
+        model.float()
     try:
-        yield
+        with products_in("ieee", torch.backends.cuda.matmul):
+            yield
     finally:
         for tensor, dtype in before:
             tensor.data = tensor.data.to(dtype)

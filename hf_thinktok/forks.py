@@ -5,9 +5,16 @@ Shape suffixes as in tree.py.
 
 import itertools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from .models import has_position_table, longest_row
+
+if TYPE_CHECKING:
+    from .config import ThinkTokConfig
 
 # Rows in which a marker is looked for.
 CHECKED_ROWS = 10_000
@@ -46,6 +53,25 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     best = rank_BT.masked_fill(~eligible_BT, -torch.inf).topk(min(num_forks, trunk_length), dim=1)
     forks_BK = torch.where(best.values > -torch.inf, best.indices, trunk_length).sort(1).values
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
+
+
+def last_fork(args: "ThinkTokConfig", model: PreTrainedModel, longest: int) -> int:
+    """The last place of a row of `longest` tokens at which a thought and what judges it do not run out of the model's positions.
+
+    Raises:
+        ValueError: a row does, or there is no such place.
+    """
+    positions = longest_row(model)
+    if longest > positions and args.max_length is not None and has_position_table(model):
+        raise ValueError(f"max_length={longest} exceeds the {positions} positions that the model has learned: lower max_length.")
+    num_forks = longest - 1 if args.fork_positions == "all" and args.num_forks else args.num_forks
+    if args.memory == "persistent" and longest + num_forks * args.max_think_length > positions:
+        raise ValueError(f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's {positions} positions: lower max_length.")
+    room = positions - args.max_think_length
+    last = longest if longest <= room else room - (longest if args.lookahead is None else args.lookahead)
+    if last < 0:
+        raise ValueError(f"max_length={longest} and a thought with its lookahead exceed the model's {positions} positions: lower max_length or lookahead.")
+    return last
 
 
 def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 
 from ._compat import running_adapter, trainable_token_rows
 from .architectures import LogitTransform, backbone
+from .models import products_in
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 
-# Logits are made tile by tile: this many numbers at most at a time, 64 MiB in fp32.
-TILE_ELEMENTS = 2**24
+# Logits are made tile by tile: this many numbers at most at a time, 64 MiB in fp32. A GPU reads the whole head for each tile, so its tiles are larger.
+TILE_ELEMENTS, TILE_ELEMENTS_GPU = 2**24, 2**26
 
 
 Draw = torch.Generator | Literal["greedy"]
@@ -136,24 +137,20 @@ def sums_in_fp32(hidden_MD: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _fp32_sums(hidden_MD: Tensor) -> Iterator[torch.dtype]:
+def _fp32_sums(hidden_MD: Tensor, mixed: bool) -> Iterator[torch.dtype]:
     """Products of low-precision numbers with fp32 sums and fp32 results; gives the type to multiply in. Autocast is off meanwhile.
 
     On CPU the matrices are made fp32 and the library may multiply in bf16, which loses nothing of low-precision inputs. Measured on an
     AVX512-BF16 CPU, 1,024 x 576 @ 576 x 49,152: 0.175 s against 0.367 s in full fp32; largest error 7e-6 against 3e-2 for a bf16 result.
+
+    Args:
+        mixed: whether autocast was on: then fp32 numbers, which a last norm may give, are multiplied in TF32 on a GPU.
     """
-    low_precision = hidden_MD.dtype in (torch.bfloat16, torch.float16)
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    relaxed = low_precision and not sums_in_fp32(hidden_MD) and hasattr(matmul, "fp32_precision")
-    with torch.autocast(hidden_MD.device.type, enabled=False):
-        before = getattr(matmul, "fp32_precision", None)
-        try:
-            if relaxed:
-                matmul.fp32_precision = "bf16"
-            yield hidden_MD.dtype if low_precision and sums_in_fp32(hidden_MD) else torch.float32
-        finally:
-            if relaxed:
-                matmul.fp32_precision = before
+    low_precision, on_gpu = hidden_MD.dtype in (torch.bfloat16, torch.float16), sums_in_fp32(hidden_MD)
+    backend = torch.backends.cuda.matmul if on_gpu else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precision = ("tf32" if mixed and not low_precision else None) if on_gpu else ("bf16" if low_precision else None)
+    with torch.autocast(hidden_MD.device.type, enabled=False), products_in(precision, backend):
+        yield hidden_MD.dtype if low_precision and on_gpu else torch.float32
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -179,10 +176,11 @@ class _VocabularyPass(torch.autograd.Function):
         target_logits, log_z_real, entropy = new(), new(), new() if want_entropy else None
         think_logits = hidden_MD.new_empty(num_nodes, vocabulary.num_tokens, dtype=torch.float32)
         correct = torch.zeros(num_nodes, device=hidden_MD.device, dtype=torch.bool)
-        with _fp32_sums(hidden_MD) as dtype:
+        ctx.mixed = torch.is_autocast_enabled(hidden_MD.device.type)
+        with _fp32_sums(hidden_MD, ctx.mixed) as dtype:
             rows_D, bias, silent_ND, silent_bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype, spoken)
             think_logits[spoken:] = _logits(hidden_MD[spoken:].to(dtype), silent_ND, silent_bias, transform)
-            for tile in _tiles(spoken, len(rows_D)):
+            for tile in _tiles(spoken, len(rows_D), sums_in_fp32(hidden_MD)):
                 logits = _logits(hidden_MD[tile].to(dtype), rows_D, bias, transform)
                 real = logits[:, :num_real]
                 think_logits[tile] = logits[:, num_real:]
@@ -207,7 +205,7 @@ class _VocabularyPass(torch.autograd.Function):
         hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, log_z_real = ctx.saved_tensors
         vocabulary, num_real = ctx.vocabulary, ctx.vocabulary.num_real
         grad_hidden = torch.empty_like(hidden_MD)
-        with _fp32_sums(hidden_MD) as dtype:
+        with _fp32_sums(hidden_MD, ctx.mixed) as dtype:
             rows_D, bias, silent_ND, silent_bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype, ctx.spoken)
             # As long as the parameters, where rows that take no part get zero; beside a frozen weight, only thinking rows.
             first, last = 0 if ctx.needs_input_grad[1] else num_real, num_real + vocabulary.num_tokens
@@ -227,7 +225,7 @@ class _VocabularyPass(torch.autograd.Function):
             hidden, nodes = hidden_MD[ctx.spoken :].to(dtype), slice(ctx.spoken, None)
             slope = ctx.transform.slope(_logits(hidden, silent_ND, silent_bias, ctx.transform))
             propagate(grad_think[nodes] if slope is None else grad_think[nodes] * slope, nodes, hidden, silent_ND, slice(num_real, last))
-            for tile in _tiles(ctx.spoken, len(rows_D)):
+            for tile in _tiles(ctx.spoken, len(rows_D), sums_in_fp32(hidden_MD)):
                 hidden = hidden_MD[tile].to(dtype)
                 logits = _logits(hidden, rows_D, bias, ctx.transform)
                 slope = ctx.transform.slope(logits)
@@ -264,8 +262,8 @@ def _logits(hidden, rows, bias, transform):
     return transform(logits if bias is None else logits.add_(bias))
 
 
-def _tiles(num_nodes: int, num_rows: int) -> Iterator[slice]:
-    size = max(16, TILE_ELEMENTS // num_rows)
+def _tiles(num_nodes: int, num_rows: int, on_gpu: bool) -> Iterator[slice]:
+    size = max(16, (TILE_ELEMENTS_GPU if on_gpu else TILE_ELEMENTS) // num_rows)
     return (slice(start, min(start + size, num_nodes)) for start in range(0, num_nodes, size))
 
 

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model, str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from ._compat import create_model_from_path
@@ -86,16 +88,20 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
 
 
 def load_model(
-    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: ThinkTokConfig
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: ThinkTokConfig, quantization_config: Any = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
+    if quantization_config is not None and not isinstance(model, str):
+        raise ValueError("The model is loaded already and quantization_config would do nothing: give its name, or load it with quantization_config.")
     if isinstance(model, str):
         if os.path.exists(os.path.join(model, "adapter_config.json")):
             raise ValueError(f"{model} is an adapter: make a checkpoint of it and its base with `thinktok merge {model} FOLDER`, and train that.")
     elif args.num_think_tokens != 0 and is_peft_model(model):
         raise ValueError("The model has an adapter, which would not train the thinking rows: give its base and peft_config, or merge_and_unload() it.")
     options = dict(args.model_init_kwargs or {})
-    options.setdefault("trust_remote_code", args.trust_remote_code)
+    options = {"trust_remote_code": args.trust_remote_code, "device_map": placement()} | options
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
     with _there("model", model):
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
@@ -109,7 +115,22 @@ def load_model(
         check_attention(attention)
     if isinstance(model, str):
         model = create_model_from_path(model, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack weights at a first evaluation, and has no gradients through them then
+            module.support_avx512bf16_for_cpu = False
+    if len(devices := set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            f"The model is spread over {', '.join(sorted(map(str, devices)))}, and each process trains on one device: leave device_map out, and for a model "
+            "that does not fit take ZeRO-3 or FSDP2."
+        )
     return model, tokenizer
+
+
+def placement() -> dict[str, torch.device] | None:
+    """The device map of a model to be loaded: all of it on this process's device, or nowhere yet where the launcher divides it."""
+    divided = is_deepspeed_zero3_enabled() or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    device = PartialState().device
+    return None if divided or device.type in ("cpu", "mps") else {"": device}
 
 
 def check_attention(name: str | None) -> None:
@@ -126,7 +147,7 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokCo
     how = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in ("dtype", "attn_implementation", "device_map")}
     with _there("teacher", name):
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        teacher = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
+        teacher = create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, "device_map": placement()} | how)
     own, others = ({word: i for word, i in one.get_vocab().items() if not word.startswith(GUARD)} for one in (tokenizer, theirs))
     if own != others:
         raise ValueError(f"The teacher {name!r} has another tokenizer: it must be a model of the same family, whose tokens mean the same.")

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -25,6 +26,20 @@ def evaluating(model) -> Iterator[None]:
         model.train(training)
 
 
+@contextlib.contextmanager
+def products_in(precision: str | None, backend: Any) -> Iterator[None]:
+    """Products of fp32 matrices in another precision for a while: `ieee`, `tf32` or `bf16`; `None` as it is. Older PyTorch has no such choice."""
+    before = getattr(backend, "fp32_precision", None)
+    if precision is None or before is None:
+        yield
+        return
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
 def longest_row(model) -> int:
     """How many positions a model has, or a very large number where nothing limits them."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -35,3 +50,10 @@ def has_position_table(model) -> bool:
     rows = longest_row(model)
     tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings())
     return any(rows <= table.num_embeddings <= rows + 2 for table in tables)  # OPT's has two rows more
+
+
+def fits_in_fp32(model) -> bool:
+    """Whether its weights can be made fp32 where they are for a while: there is room for as many numbers again, and they are no packed ones."""
+    if getattr(model, "is_quantized", False):
+        return False
+    return model.dtype == torch.float32 or model.device.type != "cuda" or torch.cuda.mem_get_info(model.device)[0] > 4 * model.num_parameters()

@@ -129,7 +129,9 @@ class Sampling:
         probabilities_MN = self.warpers()(None, think_BFGN.reshape(-1, num_tokens)).softmax(-1).nan_to_num(1.0)
         if self.epsilon:
             probabilities_MN = (1 - self.epsilon) * probabilities_MN + self.epsilon / num_tokens
-        return torch.multinomial(probabilities_MN, 1, generator=generator)[:, 0].view(think_BFGN.shape[:-1])
+        # As `torch.multinomial` draws one of each row, without its checks, for which a GPU would be waited for at every token.
+        waiting_MN = torch.empty_like(probabilities_MN).exponential_(generator=generator)
+        return (probabilities_MN / waiting_MN).argmax(-1).view(think_BFGN.shape[:-1])
 
 
 def thought_logps(think_logits: Tensor, thoughts: Tensor, vocabulary: ThinkingVocabulary, temperature: float) -> Tensor:

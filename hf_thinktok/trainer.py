@@ -25,13 +25,13 @@ from .config import ThinkTokConfig
 from .config_checks import REWARDED_BY_FUNCTIONS
 from .curriculum import Curriculum, LevelSampler
 from .data import BatchesAgain, TreeCollator, levels_of, task_columns
-from .distributed import check_launcher, for_rollout, is_partitioned, prepare_frozen
+from .distributed import check_launcher, for_rollout, is_partitioned, keep_types, prepare_frozen
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, choose_forks, eligible_forks, ends_of, marker_ids
+from .forks import check_markers, choose_forks, eligible_forks, ends_of, last_fork, marker_ids
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, load_teacher, sample_text
-from .models import evaluating, has_position_table, longest_row, unwrapped
+from .models import evaluating, fits_in_fp32, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
@@ -68,6 +68,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             In place of `args.reward_funcs`; see `hf_thinktok.rewards`.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains an adapter and the thinking rows.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Loads a model given by name in 4 or 8 bits, for `peft_config` (QLoRA).
         kwargs:
             Whatever else [`~trl.SFTTrainer`] takes.
 
@@ -91,6 +93,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         speaker: PreTrainedModel | None = None,
         teacher: PreTrainedModel | None = None,
         formatting_func: Callable[[dict], str] | None = None,
+        quantization_config: Any = None,
         **kwargs: Any,
     ):
         args = ThinkTokConfig("thinktok-output") if args is None else args
@@ -116,7 +119,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             raise ValueError("A teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
         if teacher is not None and teacher is model:
             raise ValueError("The teacher and the model are the same object, and a teacher stays as it is: load it once more.")
-        model, tokenizer = load_model(model, processing_class, args)
+        model, tokenizer = load_model(model, processing_class, args, quantization_config)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
 
@@ -152,6 +155,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if not self.plain:
             check_vocabulary(model.config, self._tokenizer, None)  # chat_template_path adds tokens
         check_launcher(self.accelerator, self.model)
+        keep_types(self.accelerator)
         if two_adapters:
             add_speaker(self.model, peft_config)
         if is_peft_model(self.model):
@@ -175,24 +179,16 @@ class ThinkTokTrainer(CheckpointingTrainer):
             check_markers(self.markers, args.fork_markers, self.train_dataset)
         longest = args.max_length or 1024
         branching = args.branching(min(longest, 1024))
-        if branching.persistent and longest + args.num_forks * args.max_think_length > longest_row(base):
-            raise ValueError(
-                f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's "
-                f"{longest_row(base)} positions: lower max_length or num_forks."
-            )
-        if (args.max_length or 0) > longest_row(base) and has_position_table(base):
-            raise ValueError(f"max_length={args.max_length} exceeds the {longest_row(base)} positions that the model has learned: lower max_length.")
-        # A thought near the end of the model's context would run out of positions.
-        room, ahead = longest_row(base) - args.max_think_length, longest if args.lookahead is None else args.lookahead
-        self._last_fork = longest if longest <= room else room - ahead
-        if self._last_fork < 0:
-            raise ValueError(
-                f"max_length={longest} and a thought with its lookahead exceed the model's {longest_row(base)} positions: lower max_length or lookahead."
-            )
+        self._last_fork = last_fork(args, base, longest)
+        if self.accelerator.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of mask, and each step has others
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
         if args.thinks and not sharded and not args.gather_for_rollout:
             raise ValueError("gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2.")
-        tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
+        for one in models:
+            if not sharded and one.device != self.accelerator.device:  # DeepSpeed would do it later
+                one.to(self.accelerator.device)
+        tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded or not fits_in_fp32(one) else one for one in models]
         engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine, args.torch_compile) for one in tried]
         self.engine = max(engines, key=lambda engine: engine.generality)  # exact for both
         self.reference = self._reference_model() if args.beta > 0 else None
@@ -317,7 +313,11 @@ class ThinkTokTrainer(CheckpointingTrainer):
             eligible_BT &= ends_of(self.markers, tokens_BT)
         elif how == "entropy":
             entropy_BT = self._entropy(model, tokens_BT, documents_BT)
-        return choose_forks(eligible_BT, args.num_forks, how, generator, entropy_BT)
+        forks_BK = choose_forks(eligible_BT, args.num_forks, how, generator, entropy_BT)
+        if args.memory == "persistent":  # a pass for each fork: every rank makes as many
+            most = int(self.accelerator.gather(torch.tensor([forks_BK.shape[1]], device=forks_BK.device)).max())
+            forks_BK = torch.nn.functional.pad(forks_BK, (0, most - forks_BK.shape[1]), value=-1)
+        return forks_BK
 
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:
         args, tokens_BS = self.args, tree.tokens(tokens_BT, rollout.thoughts_BKGL)
@@ -423,7 +423,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         """Averages the metrics over the forks of all ranks and flags a step that is not finite: one synchronisation for all."""
         counts = torch.stack([(tree.documents_BT >= 0).sum(), scores.valid_BK.sum()]).float()
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
-        gathered = self.accelerator.gather(torch.cat([counts, values])[None])
+        gathered = self.accelerator.gather(torch.cat([counts, values])[None]).cpu()
         if not torch.isfinite(gathered).all():
             self.guard.flag()
         tokens, num_forks = gathered[:, :2].sum(0).tolist()

@@ -68,8 +68,8 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
 def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: ThinkTokConfig, thinks: bool) -> Evaluation:
     """Held-out documents from their beginnings, at the same places whether the model thinks or not."""
     return evaluate_thinking(
-        model, tokenizer, held_out, max_length=mixed.text_length, rows_per_document=1, num_forks=mixed.held_out_forks, num_samples=2 if thinks else 0,
-        max_think_length=args.max_think_length, lookahead=1, batch_size=args.per_device_eval_batch_size,
+        model.to(args.device), tokenizer, held_out, max_length=mixed.text_length, rows_per_document=1, num_forks=mixed.held_out_forks,
+        num_samples=2 if thinks else 0, max_think_length=args.max_think_length, lookahead=1, batch_size=args.per_device_eval_batch_size,
     )  # fmt: skip
 
 

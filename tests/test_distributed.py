@@ -22,6 +22,7 @@ ZERO = {name: pytest.param(name, marks=NO_COMPILER) for name in ("zero1", "zero2
 CASES = {
     "learned stop": {},
     "sampled stop, thoughts that stay": {"stop": "sampled", "memory": "persistent", "lookahead": 3},
+    "more places to think at than rows have": {"stop": "fixed", "memory": "persistent", "num_forks": 40},
     "two models": {"policies": "split", "stop": "fixed", "blind": True, "objective": "marginal", "search": 6},
     "two models, checkpointed, one of them idle at first": {
         "policies": "split",
@@ -117,6 +118,22 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
     assert together["bits_per_token"]["no_think"] == pytest.approx(one["bits_per_token"]["no_think"], abs=1e-4)
     assert together["bits_per_token"]["no_think"] < together["bits_per_token"]["base"]
     assert together["documents"] == one["documents"] == 8
+
+
+def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(tmp_path):
+    options = {"model_folder": save_tiny(tmp_path / "model"), "optim": "adamw_torch", "bf16": True}
+    together, one = launched("fsdp2", tmp_path / "two", options), alone(tmp_path / "one", options)
+    assert together["losses"] == pytest.approx(one["losses"], abs=0.02)
+    # Rewards compare log-probabilities; as bf16 numbers around 5 they would be 0.03 apart from each other.
+    assert together["reward_std"] == pytest.approx(one["reward_std"], rel=0.05)
+
+
+def test_ranks_that_write_texts_of_their_own_wait_for_each_other(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    options = {"model_folder": folder, "teacher": folder, "rollout": "free", "prompt_length": 4, "optim": "adamw_torch"}
+    losses = launched("fsdp2", tmp_path / "two", options)["losses"]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
 
 
 def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):

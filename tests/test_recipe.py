@@ -190,6 +190,7 @@ VARIANTS = {
     "ablations": "mod_add_30",
     "pointer_chasing_controls": "pointer_chasing",
     "s5_controls": "s5",
+    "s5_super": "s5",
     "pointer_chasing_costs": "pointer_chasing_stop",
     "pointer_chasing_deep": "pointer_chasing",
 }

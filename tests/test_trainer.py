@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
-from hf_thinktok import ThinkingVocabulary, ThinkTokTrainer, add_thinking_tokens
+from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
 from hf_thinktok.cli import main
 
 
@@ -520,3 +521,38 @@ def test_without_forks_nothing_is_thought_wherever_they_would_be(make_trainer, f
     trainer.train()
     assert "think_gain" not in trainer.state.log_history[0]
     assert trainer.state.log_history[0]["num_tokens"] > 0
+
+
+def test_four_bits_and_an_adapter(tmp_path, corpus):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = ThinkTokConfig(str(tmp_path / "out"), max_length=48, max_steps=2, num_think_tokens=4, num_forks=3, bf16=False, use_cpu=True, report_to="none")
+    adapter, quantized = LoraConfig(r=4, target_modules="all-linear"), BitsAndBytesConfig(load_in_4bit=True)
+    trainer = ThinkTokTrainer(str(tmp_path), args, train_dataset=corpus, peft_config=adapter, quantization_config=quantized)
+    layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+    assert isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit)
+    before = layer.base_layer.weight.clone(), layer.lora_B["default"].weight.clone()
+    trainer.train()
+    assert torch.equal(layer.base_layer.weight, before[0])
+    assert not torch.equal(layer.lora_B["default"].weight, before[1])
+    with pytest.raises(ValueError, match="quantization_config would do nothing: give its name"):
+        ThinkTokTrainer(tiny_model(vocab_size=len(tokenizer)), args, train_dataset=corpus, processing_class=tokenizer, quantization_config=quantized)
+
+
+def test_a_model_in_parts_on_several_devices(make_trainer):
+    model = tiny_model(vocab_size=len(tiny_tokenizer()))
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    with pytest.raises(ValueError, match="spread over 0, cpu, and each process trains on one device: leave device_map out"):
+        make_trainer(model=model)
+
+
+@pytest.mark.parametrize(
+    ("device", "zero3", "fsdp", "there"), [("cpu", 0, 0, None), ("cuda:1", 0, 0, "cuda:1"), ("cuda:1", 1, 0, None), ("cuda:1", 0, 1, None)]
+)
+def test_models_are_loaded_where_they_are_trained(monkeypatch, device, zero3, fsdp, there):
+    monkeypatch.setattr(loading, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: bool(zero3))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(bool(fsdp)))
+    assert loading.placement() == (there and {"": torch.device(there)})

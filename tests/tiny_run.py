@@ -56,6 +56,8 @@ def bring_up_fsdp2_on_cpu() -> None:
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False
         )
+        if self.mixed_precision != "no":
+            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision, override=True)
 
     Accelerator.__init__ = init
 
@@ -103,7 +105,8 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
         weights = {name: getattr(value, "full_tensor", lambda value=value: value)().detach().cpu().clone() for name, value in trainer.model.named_parameters()}
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        result = {"losses": losses, "weights": weights, "world": trainer.accelerator.num_processes, "sharded": sharded}
+        spread = [entry["reward_std"] for entry in trainer.state.log_history if "reward_std" in entry]
+        result = {"losses": losses, "reward_std": spread, "weights": weights, "world": trainer.accelerator.num_processes, "sharded": sharded}
         torch.save(result | {"launcher": trainer.accelerator.distributed_type.value}, f"{folder}/result.pt")
     return trainer
 
