@@ -39,8 +39,9 @@ class Explorer:
         if rollout.forks_BK.shape[1] == 0:
             return rollout
         if args.supply_thoughts:
-            given_B1L = first + inputs["thoughts"][:, None, : rollout.thoughts_BKGL.shape[-1]].clamp(min=0)
-            rollout = replace(_with_first(rollout, given_B1L, rollout.forks_BK >= 0), supplied=True)
+            given_BL, length = inputs["thoughts"], rollout.thoughts_BKGL.shape[-1]
+            given_BL = torch.nn.functional.pad(given_BL, (0, max(length - given_BL.shape[1], 0)))[:, :length].clamp(min=0)
+            rollout = replace(_with_first(rollout, first + given_BL[:, None], rollout.forks_BK >= 0), supplied=True)
         rollout = self._search(model, inputs, labels_BT, rollout, generator, sampling, step)
         if self.coverage is not None:
             codes = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)

@@ -556,3 +556,15 @@ def test_models_are_loaded_where_they_are_trained(monkeypatch, device, zero3, fs
     monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: bool(zero3))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(bool(fsdp)))
     assert loading.placement() == (there and {"": torch.device(there)})
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [0, 2]])
+def test_supplied_thoughts_may_be_none(make_trainer, lengths):
+    rows = Dataset.from_dict({"text": ["the cat sat on", "the cat sat off"], "think_length": lengths, "thoughts": [list(range(length)) for length in lengths]})
+    options = {"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3, "max_steps": 1, "per_device_train_batch_size": 2}
+    trainer = make_trainer(train_dataset=rows, **options)
+    trainer.train()
+    (rollout,) = trainer._rollouts
+    assert rollout.lengths_BKG[:, 0, 0].sort().values.tolist() == lengths
+    said = rollout.thoughts_BKGL[:, :, 0][rollout.said_BKGL[:, :, 0]] - trainer.vocabulary.first_id
+    assert said.tolist() == list(range(max(lengths)))
