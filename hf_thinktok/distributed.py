@@ -39,8 +39,8 @@ def check_launcher(accelerator: Accelerator, model: PreTrainedModel, environment
 
 
 def keep_types(accelerator: Accelerator) -> None:
-    """Has FSDP2 leave inputs and results as they are: accelerate casts both to the low precision of the weights, and a mask that is no tensor and scores in
-    fp32 among them."""
+    """Has FSDP2 leave inputs and results of modules as they are. accelerate casts both to the low precision of the weights: a tree's mask cannot be cast, and
+    scores have to stay fp32."""
     if accelerator.distributed_type == DistributedType.FSDP and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 

@@ -21,7 +21,7 @@ TOY = Path(__file__).parent / "toy.py"
 
 def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str]) -> dict[str, Any]:
     """The results of one variant, from a run or from its file."""
-    results, config, told = folder / "results.json", folder / "config.yaml", yaml.safe_dump(base | changes)
+    results, config, told = folder / "results.json", folder / "config.yaml", f"# {' '.join(more)}\n{yaml.safe_dump(base | changes)}"
     if config.exists() and config.read_text() != told:
         raise SystemExit(f"{folder} holds a run with other settings: name another output_dir, or remove that folder.")
     if not results.exists() or [run["seed"] for run in json.loads(results.read_text())["runs"]] != seeds:

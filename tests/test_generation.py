@@ -312,10 +312,13 @@ def test_the_command_in_a_process_of_its_own(folder, tmp_path):
     output, error = good.communicate("the cat sat\n", timeout=120)
     assert good.returncode == 0, error
     assert len(re.findall(r"‹\d \d›", output)) == 4
-    assert re.fullmatch(r"4 tokens spoken, 8 thought, [\d.]+ per second\n", error)
+    said = lambda error: [line for line in error.splitlines() if "pip install kernels" not in line]  # bitsandbytes on a CPU, of itself
+    assert len(said(error)) == 1
+    assert re.fullmatch(r"4 tokens spoken, 8 thought, [\d.]+ per second", said(error)[0])
     output, error = bad.communicate("the cat sat\n", timeout=120)
     assert (bad.returncode, output) == (2, "")
-    assert re.fullmatch(r"thinktok: .*missing is neither a folder nor .*\n", error)
+    assert len(said(error)) == 1
+    assert re.fullmatch(r"thinktok: .*missing is neither a folder nor .*", said(error)[0])
 
 
 def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
