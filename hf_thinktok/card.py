@@ -65,7 +65,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
     shown |= kind(results, config)
     if config.get("stop") == "fixed":
         shown["limits"].append(
-            "Its thoughts had given lengths and its gate was left alone: plain `generate` hardly thinks, `thinktok generate --min_think N` does."
+            "Its thoughts had given lengths and its gate was left alone: plain `generate` hardly thinks, `thinktok generate --min_think_length N` does."
         )
     return template.render(**shown, repository=repository, title=title or repository.split("/")[-1], whole=whole)
 

@@ -48,8 +48,8 @@ def add_generate(subparsers) -> None:
 
     thinking = parser.add_argument_group("thinking")
     thinking.add_argument("--thoughts", choices=THOUGHTS, default="show", help="whether thoughts are printed (show)")
-    thinking.add_argument("--min_think", type=whole(0), default=0, metavar="N", help="thinking tokens before every real token at least (0)")
-    thinking.add_argument("--max_think", type=whole(0), metavar="N", help="thinking tokens in a row at most; 0: never think (no bound)")
+    thinking.add_argument("--min_think_length", type=whole(0), default=0, metavar="N", help="thinking tokens before every real token at least (0)")
+    thinking.add_argument("--max_think_length", type=whole(0), metavar="N", help="thinking tokens in a row at most; 0: never think (no bound)")
     thinking.add_argument("--max_total_think", type=whole(0), metavar="N", help="thinking tokens in all at most (no bound)")
     thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
 
@@ -65,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> None:
     prompt = read_prompt(args)
     vocabulary = read_vocabulary(args.model)
     with usage():
-        budget = ThinkingBudget(vocabulary, args.min_think, args.max_think, args.max_total_think, args.think_bias)
+        budget = ThinkingBudget(vocabulary, args.min_think_length, args.max_think_length, args.max_total_think, args.think_bias)
     model, tokenizer = load(args)
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     length = inputs.shape[1]

@@ -3,7 +3,7 @@
 Neither is needed to think: thinking tokens are ordinary ids of an ordinary softmax, and vanilla `generate` draws them. `ThinkingStreamer` prints
 them as they come, `ThinkingBudget` bounds how many there are.
 
-    budget = ThinkingBudget(vocabulary, max_length=4)
+    budget = ThinkingBudget(vocabulary, max_think_length=4)
     model.generate(**inputs, do_sample=True, logits_processor=[budget], streamer=ThinkingStreamer(tokenizer))
 """
 
@@ -140,15 +140,15 @@ class ThinkingBudget(LogitsProcessor):
     """How much a model may, must and tends to think, for `model.generate(logits_processor=[...])`. By default it changes nothing.
 
     Lengths count thinking tokens in a row before a real token, those that the prompt ends with included; the end of the sequence is a real token
-    as well. Where `max_total` is used up, the model speaks, whatever `min_length` says. The bounds hold for each sequence of a batch or beam.
+    as well. Where `max_total_think` is used up, the model speaks, whatever `min_think_length` says. The bounds hold for each sequence of a batch or beam.
 
     Args:
         vocabulary: which ids are thoughts.
-        min_length: thinking tokens before every real token at least.
-        max_length: thinking tokens in a row at most; 0: never think; `None`: no bound.
-        max_total: thinking tokens in one generation at most, the prompt's not counted; `None`: no bound.
-        bias: nats added to every thinking logit, so that the odds of thinking change by `exp(bias)`.
-        prompt_length: tokens (padding included) of the prompt, for `max_total`. `None`: a generation is recognised by its prompts and by growing
+        min_think_length: thinking tokens before every real token at least.
+        max_think_length: thinking tokens in a row at most; 0: never think; `None`: no bound.
+        max_total_think: thinking tokens in one generation at most, the prompt's not counted; `None`: no bound.
+        think_bias: nats added to every thinking logit, so that the odds of thinking change by `exp(think_bias)`.
+        prompt_length: tokens (padding included) of the prompt, for `max_total_think`. `None`: a generation is recognised by its prompts and by growing
             one token at a time, so one object serves many `generate` calls. Give it for assisted decoding, which takes tokens back.
 
     Raises:
@@ -160,48 +160,48 @@ class ThinkingBudget(LogitsProcessor):
     def __init__(
         self,
         vocabulary: ThinkingVocabulary,
-        min_length: int = 0,
-        max_length: int | None = None,
-        max_total: int | None = None,
-        bias: float = 0.0,
+        min_think_length: int = 0,
+        max_think_length: int | None = None,
+        max_total_think: int | None = None,
+        think_bias: float = 0.0,
         prompt_length: int | None = None,
     ):
         if not isinstance(vocabulary, ThinkingVocabulary):
             raise ValueError(f"vocabulary must be a ThinkingVocabulary, such as ThinkingVocabulary.from_config(model.config); got {vocabulary!r}.")
-        if not isinstance(min_length, int) or min_length < 0:
-            raise ValueError(f"min_length must be an integer, 0 or more; got {min_length!r}.")
-        for name, value in (("max_length", max_length), ("max_total", max_total), ("prompt_length", prompt_length)):
+        if not isinstance(min_think_length, int) or min_think_length < 0:
+            raise ValueError(f"min_think_length must be an integer, 0 or more; got {min_think_length!r}.")
+        for name, value in (("max_think_length", max_think_length), ("max_total_think", max_total_think), ("prompt_length", prompt_length)):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name} must be None or an integer, 0 or more; got {value!r}.")
-        if max_length is not None and max_length < min_length:
-            raise ValueError(f"A thought cannot have at least {min_length} and at most {max_length} thinking tokens.")
-        if max_total is not None and max_total < min_length:
-            raise ValueError(f"A thought of at least {min_length} thinking tokens does not fit into {max_total} in all.")
-        if not math.isfinite(bias):
-            raise ValueError(f"bias must be a finite number of nats; got {bias!r}. To never think set max_length=0.")
+        if max_think_length is not None and max_think_length < min_think_length:
+            raise ValueError(f"A thought cannot have at least {min_think_length} and at most {max_think_length} thinking tokens.")
+        if max_total_think is not None and max_total_think < min_think_length:
+            raise ValueError(f"A thought of at least {min_think_length} thinking tokens does not fit into {max_total_think} in all.")
+        if not math.isfinite(think_bias):
+            raise ValueError(f"think_bias must be a finite number of nats; got {think_bias!r}. To never think set max_think_length=0.")
         self.vocabulary = vocabulary
-        self.min_length, self.max_length, self.max_total = min_length, max_length, max_total
-        self.bias = bias
+        self.min_think_length, self.max_think_length, self.max_total_think = min_think_length, max_think_length, max_total_think
+        self.think_bias = think_bias
         self.prompt_length = prompt_length
         self._prompts = torch.empty(0, 0, dtype=torch.long)
         self._length = -1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         thinking_V = self.vocabulary.is_thought(torch.arange(scores.shape[-1], device=scores.device))
-        if self.bias:
-            scores = torch.where(thinking_V, scores + self.bias, scores)
+        if self.think_bias:
+            scores = torch.where(thinking_V, scores + self.think_bias, scores)
         run_B = self._run(input_ids)
         full_B = torch.zeros_like(run_B, dtype=torch.bool)
-        if self.max_length is not None:
-            full_B |= run_B >= self.max_length
-        if self.max_total is not None:
-            full_B |= self.vocabulary.is_thought(input_ids[:, self._start(input_ids) :]).sum(-1) >= self.max_total
-        must_B = (run_B < self.min_length) & ~full_B
+        if self.max_think_length is not None:
+            full_B |= run_B >= self.max_think_length
+        if self.max_total_think is not None:
+            full_B |= self.vocabulary.is_thought(input_ids[:, self._start(input_ids) :]).sum(-1) >= self.max_total_think
+        must_B = (run_B < self.min_think_length) & ~full_B
         return scores.masked_fill(full_B[:, None] & thinking_V | must_B[:, None] & ~thinking_V, -math.inf)
 
     def _run(self, input_ids: Tensor) -> Tensor:
         """Thinking tokens that each sequence ends with, counted as far as the bounds need it."""
-        last = input_ids[:, -max(self.min_length, self.max_length or 0, 1) :]
+        last = input_ids[:, -max(self.min_think_length, self.max_think_length or 0, 1) :]
         return self.vocabulary.is_thought(last).flip(-1).int().cumprod(-1).sum(-1)
 
     def _start(self, input_ids: Tensor) -> int:

@@ -93,7 +93,7 @@ def test_thoughts_are_as_long_as_the_bounds_allow(parts):
     free = [max(runs(row, vocabulary)[0]) for row in generate(parts)]
     assert max(free) > 3, "the bound would not bind"
     for low, high in ((0, 3), (1, 3), (2, 2), (0, 0), (2, None)):
-        for row in generate(parts, ThinkingBudget(vocabulary, min_length=low, max_length=high)):
+        for row in generate(parts, ThinkingBudget(vocabulary, min_think_length=low, max_think_length=high)):
             complete, last = runs(row, vocabulary)
             assert min(complete) >= low
             assert max([*complete, last]) <= (math.inf if high is None else high)
@@ -103,15 +103,15 @@ def test_the_total_counts_the_new_thoughts_of_each_sequence(parts):
     vocabulary = parts[2]
     thoughtful = torch.tensor([[310, *list(vocabulary.ids) * 2, 303]])
     for prompt in ({"ids": thoughtful}, {}):
-        for row in generate(parts, ThinkingBudget(vocabulary, max_total=5, bias=3.0), **prompt):
+        for row in generate(parts, ThinkingBudget(vocabulary, max_total_think=5, think_bias=3.0), **prompt):
             assert thinks(row, vocabulary) == 5
-    for row in generate(parts, ThinkingBudget(vocabulary, min_length=2, max_length=2, max_total=5)):
+    for row in generate(parts, ThinkingBudget(vocabulary, min_think_length=2, max_think_length=2, max_total_think=5)):
         assert runs(row, vocabulary)[0][:4] == [2, 2, 1, 0], "where nothing is left, the model speaks"
 
 
 def test_one_budget_serves_one_generation_after_another(parts):
     vocabulary = parts[2]
-    budget = ThinkingBudget(vocabulary, max_total=5, bias=3.0)
+    budget = ThinkingBudget(vocabulary, max_total_think=5, think_bias=3.0)
     rows = generate(parts, budget)
     assert generate(parts, budget) == rows, "the same prompts"
     assert [thinks(row, vocabulary) for row in generate(parts, budget, prompts=["a thought is", "a"])] == [5, 5], "another batch"
@@ -123,10 +123,10 @@ def test_one_budget_serves_one_generation_after_another(parts):
 
 def test_the_total_holds_for_beams_and_for_assisted_decoding(parts):
     vocabulary = parts[2]
-    rows = generate(parts, ThinkingBudget(vocabulary, max_length=3, max_total=4, bias=3.0), num_beams=3)
+    rows = generate(parts, ThinkingBudget(vocabulary, max_think_length=3, max_total_think=4, think_bias=3.0), num_beams=3)
     assert [thinks(row, vocabulary) for row in rows] == [4, 4, 4]
     ids = torch.tensor([[310, 303, 317, 310, 303, 317]])
-    budget = ThinkingBudget(vocabulary, max_total=4, bias=3.0, prompt_length=ids.shape[1])
+    budget = ThinkingBudget(vocabulary, max_total_think=4, think_bias=3.0, prompt_length=ids.shape[1])
     assert thinks(generate(parts, budget, ids=ids, prompt_lookup_num_tokens=3, do_sample=False)[0], vocabulary) == 4
 
 
@@ -138,10 +138,10 @@ def test_a_thought_at_the_end_of_the_prompt_goes_on(parts):
 
 def test_a_large_bias_always_or_never_thinks_within_the_bounds(parts):
     vocabulary = parts[2]
-    for bias, budget, expected in ((ALWAYS, {"max_length": 3}, 3), (-ALWAYS, {"min_length": 1, "max_length": 3}, 1), (-ALWAYS, {}, 0)):
-        for row in generate(parts, ThinkingBudget(vocabulary, bias=bias, **budget)):
+    for bias, budget, expected in ((ALWAYS, {"max_think_length": 3}, 3), (-ALWAYS, {"min_think_length": 1, "max_think_length": 3}, 1), (-ALWAYS, {}, 0)):
+        for row in generate(parts, ThinkingBudget(vocabulary, think_bias=bias, **budget)):
             assert set(runs(row, vocabulary)[0]) == {expected}
-    assert all(thinks(row, vocabulary) == len(row) == 60 for row in generate(parts, ThinkingBudget(vocabulary, bias=ALWAYS)))
+    assert all(thinks(row, vocabulary) == len(row) == 60 for row in generate(parts, ThinkingBudget(vocabulary, think_bias=ALWAYS)))
 
 
 def test_bias_multiplies_the_odds_of_thinking(parts):
@@ -152,7 +152,7 @@ def test_bias_multiplies_the_odds_of_thinking(parts):
         return think - torch.cat([scores[:, : vocabulary.first_id], scores[:, vocabulary.guard_id :]], -1).logsumexp(-1)
 
     before = scores.clone()
-    after = ThinkingBudget(vocabulary, bias=1.5)(torch.zeros(2, 3, dtype=torch.long), scores)
+    after = ThinkingBudget(vocabulary, think_bias=1.5)(torch.zeros(2, 3, dtype=torch.long), scores)
     torch.testing.assert_close(log_odds(after) - log_odds(scores), torch.full((2,), 1.5))
     torch.testing.assert_close(scores, before, rtol=0, atol=0, msg="the model's own logits are not written to")
 
@@ -164,7 +164,7 @@ def test_the_end_waits_for_the_thought_as_well(parts):
             scores[:, parts[1].eos_token_id] += ALWAYS
             return scores
 
-    for row in generate(parts, [Ends(), ThinkingBudget(parts[2], min_length=2)]):
+    for row in generate(parts, [Ends(), ThinkingBudget(parts[2], min_think_length=2)]):
         assert len(row) == 3
         assert runs(row, parts[2]) == ([2], 0)
 
@@ -172,7 +172,7 @@ def test_the_end_waits_for_the_thought_as_well(parts):
 def test_suppressed_rows_stay_suppressed(parts):
     """The guard's and the padding rows have -inf from the generation config; neither bias nor masks may bring them back."""
     model, tokenizer, vocabulary = parts
-    budget = ThinkingBudget(vocabulary, min_length=1, bias=5.0)
+    budget = ThinkingBudget(vocabulary, min_think_length=1, think_bias=5.0)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
     output = model.generate(**encode(tokenizer, ["the"]), logits_processor=[budget], **options)
     assert torch.stack(output.scores)[..., vocabulary.guard_id :].eq(-math.inf).all()
@@ -182,13 +182,13 @@ def test_suppressed_rows_stay_suppressed(parts):
     ("arguments", "message"),
     [
         ({"vocabulary": None}, "must be a ThinkingVocabulary"),
-        ({"min_length": -1}, "min_length must be"),
-        ({"max_length": 1.5}, "max_length must be"),
-        ({"max_total": -1}, "max_total must be"),
+        ({"min_think_length": -1}, "min_think_length must be"),
+        ({"max_think_length": 1.5}, "max_think_length must be"),
+        ({"max_total_think": -1}, "max_total_think must be"),
         ({"prompt_length": -1}, "prompt_length must be"),
-        ({"min_length": 3, "max_length": 2}, "at least 3 and at most 2"),
-        ({"min_length": 3, "max_total": 2}, "at least 3 .* does not fit into 2"),
-        ({"bias": math.inf}, "bias must be a finite number"),
+        ({"min_think_length": 3, "max_think_length": 2}, "at least 3 and at most 2"),
+        ({"min_think_length": 3, "max_total_think": 2}, "at least 3 .* does not fit into 2"),
+        ({"think_bias": math.inf}, "bias must be a finite number"),
     ],
 )
 def test_a_wrong_budget_is_refused(parts, arguments, message):
@@ -256,7 +256,7 @@ def test_a_generation_is_streamed_in_colour(parts):
     for seed in (0, 1):
         screen.seek(0)
         screen.truncate()
-        row = generate(parts, ThinkingBudget(vocabulary, max_length=3), ["the moon"], seed, streamer=streamer)[0]
+        row = generate(parts, ThinkingBudget(vocabulary, max_think_length=3), ["the moon"], seed, streamer=streamer)[0]
         pieces = re.findall(r"\x1b\[(3[46])m(.*?)\x1b\[0m", screen.getvalue(), re.DOTALL)
         assert "".join(text for colour, text in pieces if colour == "34") == tokenizer.decode(row, skip_special_tokens=True) + "\n"
         assert [int(number) for colour, text in pieces if colour == "36" for number in re.findall(r"\d", text)] == numbers(row, vocabulary)
@@ -303,7 +303,7 @@ def run(capsys):
 
 def test_the_command_in_a_process_of_its_own(folder, tmp_path):
     def start(path):
-        options = ["--device", "cpu", "--max_new_tokens", "12", "--min_think", "2", "--max_think", "2", "--seed", "1"]
+        options = ["--device", "cpu", "--max_new_tokens", "12", "--min_think_length", "2", "--max_think_length", "2", "--seed", "1"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen([sys.executable, "-m", "hf_thinktok.cli", "generate", path, *options], encoding="utf-8", env=environment, **pipes)
@@ -323,11 +323,11 @@ def test_the_command_in_a_process_of_its_own(folder, tmp_path):
 
 def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
     _, tokenizer, vocabulary = parts
-    common = (folder, "--device", "cpu", "--max_new_tokens", 20, "--max_think", 1)
+    common = (folder, "--device", "cpu", "--max_new_tokens", 20, "--max_think_length", 1)
     greedy = (*common, "--greedy", "--thoughts", "hide")
 
     def expected(ids):
-        row = generate(parts, ThinkingBudget(vocabulary, max_length=1), ids=torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0]
+        row = generate(parts, ThinkingBudget(vocabulary, max_think_length=1), ids=torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0]
         return tokenizer.decode(row, skip_special_tokens=True) + "\n"
 
     plain = expected(tokenizer("the cat sat")["input_ids"])
@@ -366,7 +366,7 @@ def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatc
         ([folder, "--file", tmp_path / "missing"], "cannot be read"),
         ([folder, "--file", tmp_path / "latin"], "not text in UTF-8"),
         ([folder, "hi", "--greedy", "--top_k", 5], "leave out --top_k"),
-        ([folder, "hi", "--min_think", 2, "--max_think", 1], "at least 2 and at most 1"),
+        ([folder, "hi", "--min_think_length", 2, "--max_think_length", 1], "at least 2 and at most 1"),
         ([folder, "hi", "--device", "abacus"], "abacus is not available"),
         ([folder, "word " * 300], "no room in the model's context of 256"),
     ):
@@ -384,7 +384,7 @@ def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatc
 def test_help_names_every_option(run):
     code, output, _ = run("generate", "--help")
     assert code == 0
-    sampling, thinking = "max_new_tokens temperature top_p top_k greedy seed", "thoughts min_think max_think max_total_think think_bias"
+    sampling, thinking = "max_new_tokens temperature top_p top_k greedy seed", "thoughts min_think_length max_think_length max_total_think think_bias"
     for option in f"{sampling} {thinking} chat file dtype device".split():
         assert f"--{option}" in output
     assert "generate" in run("--help")[1]

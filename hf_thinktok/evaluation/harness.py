@@ -72,7 +72,7 @@ class ThinkTokLM(HFLM):
         length = max_think_length or trained.get("max_think_length", 4)
         self.branching, self.max_total_think = Branching(1, length, 1), max_total_think
         bounds = {"none": (0, 0), "own": (0, length), "always": (length, length)}[thoughts]
-        self.budget = ThinkingBudget(self.vocabulary, *bounds, max_total=max_total_think, bias=think_bias)
+        self.budget = ThinkingBudget(self.vocabulary, *bounds, max_total_think, think_bias)
         self.engine: Engine | None = None
         self.base = base
         attach_head(base, self.vocabulary)
