@@ -93,7 +93,7 @@ def loading(path: str) -> Iterator[None]:
         with usage(SafetensorError, LookupError, RuntimeError, before=f"{path} cannot be loaded: "):
             yield
     except UsageError as error:
-        if not Path(path).is_dir():
+        if isinstance(error.__cause__, OSError) and not Path(path).is_dir():
             raise UsageError(f"{path} is neither a folder nor a Hub repository that can be read from here.") from error
         raise
 

@@ -81,7 +81,7 @@ def for_rollout(model: torch.nn.Module, accelerator: Accelerator, gather: bool) 
         model: as the launcher has wrapped it.
     """
     if not is_sharded(model):
-        yield accelerator.unwrap_model(model)  # DDP would send its buffers round at every token
+        yield accelerator.unwrap_model(model, keep_torch_compile=False)  # DDP would send its buffers round at every token
     elif not gather:
         yield model
     elif is_partitioned(model):

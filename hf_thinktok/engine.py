@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .architectures import attention_inputs, counts_places
 from .attention import run_length
 from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs, attach_head
-from .models import evaluating, longest_row, products_in, unwrapped
+from .models import evaluating, fits_in_fp32, longest_row, products_in, unwrapped
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
@@ -219,7 +219,7 @@ def choose_engine(
 
     Checked in fp32, at the lengths of the training run: the head gives the model's own log-probabilities; later tokens change nothing before them; nodes
     that the last branch must not see change nothing in it; the last branch equals the same tokens as an ordinary row; cached decoding equals the
-    packed pass.
+    packed pass. Where its weights cannot be made fp32 beside what is there, a small random model of its architecture is checked in its place.
 
     Args:
         model: with `attach_head` applied, not yet wrapped by a launcher.
@@ -229,6 +229,8 @@ def choose_engine(
     Raises:
         ValueError: the head does not fit the architecture, the model is not causal, or `tree` is asked for and is not exact.
     """
+    if not fits_in_fp32(model):
+        model = small_twin(model, vocabulary, model.device)
     with evaluating(model), _in_fp32(model):
         probe = _Probe(model, vocabulary, branching, trunk_length, num_forks)
         if (gap := probe.head_gap()) > TOLERANCE:

@@ -66,7 +66,10 @@ def last_fork(args: "ThinkTokConfig", model: PreTrainedModel, longest: int) -> i
         raise ValueError(f"max_length={longest} exceeds the {positions} positions that the model has learned: lower max_length.")
     num_forks = longest - 1 if args.fork_positions == "all" and args.num_forks else args.num_forks
     if args.memory == "persistent" and longest + num_forks * args.max_think_length > positions:
-        raise ValueError(f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's {positions} positions: lower max_length.")
+        fewer = "" if args.fork_positions == "all" else " or num_forks"
+        raise ValueError(
+            f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's {positions} positions: lower max_length{fewer}."
+        )
     room = positions - args.max_think_length
     last = longest if longest <= room else room - (longest if args.lookahead is None else args.lookahead)
     if last < 0:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import is_peft_model, str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +51,7 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("enable_jit_checkpoint has no effect here, as SIGTERM saves a checkpoint already: leave it out.")
     if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
         raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
-    if all(str_to_bool(os.environ.get(name, "false")) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")):
+    if _uses_fsdp(args) and str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
 
 
@@ -65,8 +64,13 @@ def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[
 def read_mappings(arguments: Any, *names: str) -> None:
     """Options that are mappings in a config file and JSON on a command line."""
     for name in names:
-        if isinstance(getattr(arguments, name), str):
-            setattr(arguments, name, json.loads(getattr(arguments, name)))
+        value = told = getattr(arguments, name)
+        if isinstance(told, str):
+            with contextlib.suppress(json.JSONDecodeError):
+                value = json.loads(told)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name} must be a mapping, as JSON on a command line; got {told!r}.")
+        setattr(arguments, name, value)
 
 
 def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:
@@ -99,8 +103,10 @@ def load_model(
     elif args.num_think_tokens != 0 and is_peft_model(model):
         raise ValueError("The model has an adapter, which would not train the thinking rows: give its base and peft_config, or merge_and_unload() it.")
     options = dict(args.model_init_kwargs or {})
-    options = {"trust_remote_code": args.trust_remote_code, "device_map": placement()} | options
+    options = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | options
     if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ValueError("quantization_config is given to the trainer and in model_init_kwargs: leave one of the two out.")
         options["quantization_config"] = quantization_config
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
     with _there("model", model):
@@ -126,11 +132,15 @@ def load_model(
     return model, tokenizer
 
 
-def placement() -> dict[str, torch.device] | None:
+def placement(args: ThinkTokConfig) -> dict[str, torch.device] | None:
     """The device map of a model to be loaded: all of it on this process's device, or nowhere yet where the launcher divides it."""
-    divided = is_deepspeed_zero3_enabled() or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    device = PartialState().device
-    return None if divided or device.type in ("cpu", "mps") else {"": device}
+    divided = is_deepspeed_zero3_enabled() or _uses_fsdp(args)
+    return None if divided or args.device.type in ("cpu", "mps") else {"": args.device}
+
+
+def _uses_fsdp(args: ThinkTokConfig) -> bool:
+    """Whether a launcher's config or the trainer's own options say so."""
+    return bool(args.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
 
 
 def check_attention(name: str | None) -> None:
@@ -147,7 +157,7 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokCo
     how = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in ("dtype", "attn_implementation", "device_map")}
     with _there("teacher", name):
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        teacher = create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, "device_map": placement()} | how)
+        teacher = create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | how)
     own, others = ({word: i for word, i in one.get_vocab().items() if not word.startswith(GUARD)} for one in (tokenizer, theirs))
     if own != others:
         raise ValueError(f"The teacher {name!r} has another tokenizer: it must be a model of the same family, whose tokens mean the same.")

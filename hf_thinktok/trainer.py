@@ -31,7 +31,7 @@ from .evaluation import GainByDocument
 from .forks import check_markers, choose_forks, eligible_forks, ends_of, last_fork, marker_ids
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, load_model, load_teacher, sample_text
-from .models import evaluating, fits_in_fp32, unwrapped
+from .models import evaluating, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
@@ -186,9 +186,9 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if args.thinks and not sharded and not args.gather_for_rollout:
             raise ValueError("gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2.")
         for one in models:
-            if not sharded and one.device != self.accelerator.device:  # DeepSpeed would do it later
-                one.to(self.accelerator.device)
-        tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded or not fits_in_fp32(one) else one for one in models]
+            if not sharded and one.device != args.device:  # DeepSpeed would do it later
+                one.to(args.device)
+        tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
         engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine, args.torch_compile) for one in tried]
         self.engine = max(engines, key=lambda engine: engine.generality)  # exact for both
         self.reference = self._reference_model() if args.beta > 0 else None

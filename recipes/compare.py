@@ -104,12 +104,13 @@ class Grid:
     @staticmethod
     def parse(config: dict[str, Any]) -> tuple[TextArguments, ThinkTokConfig, ModelConfig]:
         parser = TrlParser(KINDS, allow_abbrev=False)
-        return parser.parse_args_into_dataclasses(parser.set_defaults_with_config(**config))
+        options = {name: value for name, value in config.items() if name != "env"}  # those variables are set by now
+        return parser.parse_args_into_dataclasses(parser.set_defaults_with_config(**options))
 
     @staticmethod
     def _flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
         """Those of a run: before `think_start` its steps are without thoughts. `None` where they are not known."""
-        shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path))
+        shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision)
         attention, adapter = init_kwargs(model, args.model_init_kwargs).get("attn_implementation"), get_peft_config(model)
         before = min(args.think_start, args.max_steps) if args.thinks else 0
         try:

@@ -90,7 +90,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             set_seed(seed)
             output = str(Path(args.output_dir) / f"{arm}-seed{seed}")
             trainer = ThinkTokTrainer(
-                AutoModelForCausalLM.from_pretrained(folder, **init_kwargs(model)),
+                AutoModelForCausalLM.from_pretrained(folder, **init_kwargs(model, args.model_init_kwargs)),
                 replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
                 train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
                 processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens

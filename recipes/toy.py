@@ -107,10 +107,10 @@ def make_tokenizer(model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
     return word_tokenizer(task.words)
 
 
-def make_model(toy: ToyArguments, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_model(toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A pretrained model, or one made from scratch."""
     if model.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(resolve_model(model.model_name_or_path), **init_kwargs(model))
+        return AutoModelForCausalLM.from_pretrained(resolve_model(model.model_name_or_path), **init_kwargs(model, args.model_init_kwargs))
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
 
@@ -172,8 +172,8 @@ def run(
     args = replace(control_of(args, toy.control), seed=seed, output_dir=str(Path(args.output_dir) / f"seed-{seed}"))
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
     with one_sentence():
-        thinker = make_model(toy, model, tokenizer)
-        speaker = make_model(toy, model, tokenizer) if args.policies == "split" else None
+        thinker = make_model(toy, args, model, tokenizer)
+        speaker = make_model(toy, args, model, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     progress = Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy)
     trainer.add_callback(progress)

@@ -301,7 +301,7 @@ def test_other_settings_of_measuring_measure_again(grid):
         (("--test_documents", "0", "--output_dir", "{}/other"), "no text to report on"),
         (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),
-        (("--arms", "more", "--output_dir", "{}/other"), "Expecting value"),
+        (("--arms", "more", "--output_dir", "{}/other"), "arms must be a mapping"),
         (("--num_fork", "2"), "num_fork"),
     ],
 )

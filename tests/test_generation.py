@@ -391,13 +391,16 @@ def test_help_names_every_option(run):
 
 
 def test_an_adapter_is_read_with_its_base(folder, run, tmp_path):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    save_adapter(model, str(tmp_path))
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    for words in (("generate", tmp_path, "the cat", "--seed", 0), ("inspect", tmp_path, "the cat sat on")):
-        adapted, plain = run(*words), run(words[0], folder, *words[2:])
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    save_adapter(model, str(tmp_path / "adapter"))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "merged")[0] == 0
+    for command, *words in (("generate", "the cat", "--seed", 0), ("inspect", "the cat sat on")):
+        adapted, merged, plain = (run(command, name, *words) for name in (tmp_path / "adapter", tmp_path / "merged", folder))
         assert adapted[0] == 0, adapted[2]
-        assert adapted[1] == plain[1]  # a new adapter changes nothing
+        assert adapted[1] == merged[1] != plain[1]
 
 
 def test_what_cannot_be_merged(folder, run, tmp_path):

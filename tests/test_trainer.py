@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
 from hf_thinktok.cli import main
+from hf_thinktok.evaluation import evaluate_thinking
 
 
 def losses(trainer, key="loss"):
@@ -552,10 +553,9 @@ def test_a_model_in_parts_on_several_devices(make_trainer):
     ("device", "zero3", "fsdp", "there"), [("cpu", 0, 0, None), ("cuda:1", 0, 0, "cuda:1"), ("cuda:1", 1, 0, None), ("cuda:1", 0, 1, None)]
 )
 def test_models_are_loaded_where_they_are_trained(monkeypatch, device, zero3, fsdp, there):
-    monkeypatch.setattr(loading, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
     monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: bool(zero3))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(bool(fsdp)))
-    assert loading.placement() == (there and {"": torch.device(there)})
+    args = SimpleNamespace(device=torch.device(device), fsdp=["full_shard"] if fsdp else [])
+    assert loading.placement(args) == (there and {"": torch.device(there)})
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [0, 2]])
@@ -568,3 +568,15 @@ def test_supplied_thoughts_may_be_none(make_trainer, lengths):
     assert rollout.lengths_BKG[:, 0, 0].sort().values.tolist() == lengths
     said = rollout.thoughts_BKGL[:, :, 0][rollout.said_BKGL[:, :, 0]] - trainer.vocabulary.first_id
     assert said.tolist() == list(range(max(lengths)))
+
+
+def test_a_model_in_four_bits_is_evaluated(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128)
+    add_thinking_tokens(model, tokenizer, 4)
+    model.save_pretrained(tmp_path)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    found = evaluate_thinking(packed, tokenizer, [{"text": CORPUS[0]}], num_forks=4, num_samples=1).summary()
+    plain = evaluate_thinking(model, tokenizer, [{"text": CORPUS[0]}], num_forks=4, num_samples=1).summary()
+    assert found["arms"]["no_think"]["bits_per_token"] == pytest.approx(plain["arms"]["no_think"]["bits_per_token"], rel=0.2)
