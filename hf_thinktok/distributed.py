@@ -80,9 +80,7 @@ def for_rollout(model: torch.nn.Module, accelerator: Accelerator, gather: bool) 
     Args:
         model: as the launcher has wrapped it.
     """
-    if not is_sharded(model):
-        yield accelerator.unwrap_model(model, keep_torch_compile=False)  # DDP would send its buffers round at every token
-    elif not gather:
+    if not gather or not is_sharded(model):
         yield model
     elif is_partitioned(model):
         with whole(model):

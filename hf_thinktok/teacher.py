@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from .distributed import is_sharded
 from .head import HeadInputs, attach_head
 from .models import evaluating
 from .tokens import ThinkingVocabulary
@@ -83,7 +82,6 @@ def own_text(
             attention_mask=torch.ones_like(prompt_BP),
             do_sample=True,
             max_new_tokens=row_length - prompt_BP.shape[1],
-            synced_gpus=is_sharded(model) or None,  # transformers knows of ZeRO-3 alone
             temperature=1.0,
             top_k=0,
             top_p=1.0,

@@ -314,7 +314,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         elif how == "entropy":
             entropy_BT = self._entropy(model, tokens_BT, documents_BT)
         forks_BK = choose_forks(eligible_BT, args.num_forks, how, generator, entropy_BT)
-        if args.memory == "persistent":  # a pass for each fork: every rank makes as many
+        if args.memory == "persistent":  # a pass for each fork, and where layers are gathered in each, every rank has to make as many
             most = int(self.accelerator.gather(torch.tensor([forks_BK.shape[1]], device=forks_BK.device)).max())
             forks_BK = torch.nn.functional.pad(forks_BK, (0, most - forks_BK.shape[1]), value=-1)
         return forks_BK

@@ -22,7 +22,6 @@ ZERO = {name: pytest.param(name, marks=NO_COMPILER) for name in ("zero1", "zero2
 CASES = {
     "learned stop": {},
     "sampled stop, thoughts that stay": {"stop": "sampled", "memory": "persistent", "lookahead": 3},
-    "more places to think at than rows have": {"stop": "fixed", "memory": "persistent", "num_forks": 40},
     "two models": {"policies": "split", "stop": "fixed", "blind": True, "objective": "marginal", "search": 6},
     "two models, checkpointed, one of them idle at first": {
         "policies": "split",
@@ -34,6 +33,7 @@ CASES = {
     "two adapters": {"policies": "split", "stop": "fixed", "adapter": True},
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
 }
+BATCHES_OF_ONE = {"per_device_train_batch_size": 1}  # of two ranks, one of a longer row
 EPOCHS = {"num_train_epochs": 2, "max_steps": -1}
 UNEVEN = {
     "a short batch": {"per_device_train_batch_size": 3, **EPOCHS},
@@ -120,6 +120,13 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
     assert together["documents"] == one["documents"] == 8
 
 
+def test_ranks_whose_rows_have_fewer_places_to_think_at_make_as_many_passes(tmp_path):
+    options = {"model_folder": save_tiny(tmp_path / "model"), "stop": "fixed", "memory": "persistent", "num_forks": 40}
+    options |= BATCHES_OF_ONE
+    together = launched("fsdp2", tmp_path / "two", options | {"gather_for_rollout": False})
+    assert_same(alone(tmp_path / "one", options), together, "fsdp2")
+
+
 def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(tmp_path):
     options = {"model_folder": save_tiny(tmp_path / "model"), "optim": "adamw_torch", "bf16": True}
     together, one = launched("fsdp2", tmp_path / "two", options), alone(tmp_path / "one", options)
@@ -131,7 +138,7 @@ def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(tmp_path):
 def test_ranks_that_write_texts_of_their_own_wait_for_each_other(tmp_path):
     folder = save_tiny(tmp_path / "model")
     options = {"model_folder": folder, "teacher": folder, "rollout": "free", "prompt_length": 4, "optim": "adamw_torch"}
-    losses = launched("fsdp2", tmp_path / "two", options)["losses"]
+    losses = launched("fsdp2", tmp_path / "two", options | BATCHES_OF_ONE)["losses"]
     assert len(losses) == 3
     assert all(map(math.isfinite, losses))
 
