@@ -89,13 +89,13 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
     """Makes one sentence of what `from_pretrained` raises."""
-    try:
-        with usage(SafetensorError, LookupError, RuntimeError, before=f"{path} cannot be loaded: "):
+    with usage(SafetensorError, LookupError, RuntimeError, before=f"{path} cannot be loaded: "):
+        try:
             yield
-    except UsageError as error:
-        if isinstance(error.__cause__, OSError) and not Path(path).is_dir():
+        except OSError as error:
+            if Path(path).is_dir():
+                raise
             raise UsageError(f"{path} is neither a folder nor a Hub repository that can be read from here.") from error
-        raise
 
 
 def whole(lowest: int, highest: float = math.inf):

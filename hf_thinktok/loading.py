@@ -102,8 +102,7 @@ def load_model(
             raise ValueError(f"{model} is an adapter: make a checkpoint of it and its base with `thinktok merge {model} FOLDER`, and train that.")
     elif args.num_think_tokens != 0 and is_peft_model(model):
         raise ValueError("The model has an adapter, which would not train the thinking rows: give its base and peft_config, or merge_and_unload() it.")
-    options = dict(args.model_init_kwargs or {})
-    options = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | options
+    options = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | (args.model_init_kwargs or {})
     if quantization_config is not None:
         if "quantization_config" in options:
             raise ValueError("quantization_config is given to the trainer and in model_init_kwargs: leave one of the two out.")
@@ -140,7 +139,7 @@ def placement(args: ThinkTokConfig) -> dict[str, torch.device] | None:
 
 def _uses_fsdp(args: ThinkTokConfig) -> bool:
     """Whether a launcher's config or the trainer's own options say so."""
-    return bool(args.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
+    return bool(args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
 
 
 def check_attention(name: str | None) -> None:

@@ -282,8 +282,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self, model, inputs: dict[str, Tensor], forks_BK: Tensor, generator: torch.Generator, sampling: Sampling, num_generations: int | None = None
     ) -> Rollout:
         given_B = inputs.get("think_length") if self.args.stop == "fixed" else None
-        # The longest of all ranks: every rank makes as many passes.
-        length = None if given_B is None else max(int(self.accelerator.gather(given_B.max()[None]).max()), 1)
+        length = None if given_B is None else max(self._largest_of_ranks(given_B.max()), 1)
         branching = self.args.branching(inputs["input_ids"].shape[1], length)
         branching = dataclasses.replace(branching, num_generations=num_generations or branching.num_generations)
         # Around all passes, so that weights are cast, and gathered, once and not at every token.
@@ -314,8 +313,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         elif how == "entropy":
             entropy_BT = self._entropy(model, tokens_BT, documents_BT)
         forks_BK = choose_forks(eligible_BT, args.num_forks, how, generator, entropy_BT)
-        if args.memory == "persistent":  # a pass for each fork, and where layers are gathered in each, every rank has to make as many
-            most = int(self.accelerator.gather(torch.tensor([forks_BK.shape[1]], device=forks_BK.device)).max())
+        if args.memory == "persistent":  # a pass for each
+            most = self._largest_of_ranks(torch.tensor(forks_BK.shape[1], device=forks_BK.device))
             forks_BK = torch.nn.functional.pad(forks_BK, (0, most - forks_BK.shape[1]), value=-1)
         return forks_BK
 
@@ -413,6 +412,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
 
     def _ranks_to_average(self, num_items_in_batch) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
+
+    def _largest_of_ranks(self, number: Tensor) -> int:
+        """For what takes a pass each: where layers are gathered in every pass, all ranks have to make as many."""
+        return int(self.accelerator.gather(number[None]).max())
 
     def _global_mean(self, value: Tensor) -> Tensor:
         return self.accelerator.gather(value.detach()[None]).mean()

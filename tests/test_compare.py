@@ -275,9 +275,12 @@ def test_what_is_finished_is_not_run_again(grid):
 def test_an_arm_goes_on_from_a_checkpoint_that_is_whole(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "recipes")
     script, commands = importlib.import_module("compare"), []
-    monkeypatch.setattr(
-        script, "run", lambda command, log, label: commands.append(command) or (log.parent / "trainer_state.json").write_text('{"log_history": [{}]}') and 0
-    )
+
+    def run(command, log, label):
+        commands.append(command)
+        (log.parent / "trainer_state.json").write_text('{"log_history": [{}]}')
+
+    monkeypatch.setattr(script, "run", run)
     for step in (3, 5):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-3" / COMPLETE_FILE).touch()
@@ -299,6 +302,7 @@ def test_other_settings_of_measuring_measure_again(grid):
     [
         (("--learning_rate", "0.1"), "holds a run with other settings"),
         (("--test_documents", "0", "--output_dir", "{}/other"), "no text to report on"),
+        (("--max_steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),
         (("--arms", "more", "--output_dir", "{}/other"), "arms must be a mapping"),
