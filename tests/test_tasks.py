@@ -24,7 +24,7 @@ CASES = {
     "many pointers": ("pointer_chasing", {"nodes": 26, "levels": [1, 4]} | ROWS),
     "offsets": ("pointer_chasing", {"nodes": 5, "offsets": 5, "levels": [1, 2, 3], "test_levels": [3, 5]} | ROWS),
     "padded offsets": ("pointer_chasing", {"nodes": 5, "offsets": 3, "pad_to": 6, "levels": [1, 3], "test_levels": [3, 6]} | ROWS),
-    "sums of offsets": ("pointer_chasing", {"nodes": 5, "offsets": 4, "pad_to": 4, "think_sums": True, "levels": [1, 3], "test_levels": [1, 4]} | ROWS),
+    "sums of offsets": ("pointer_chasing", {"nodes": 5, "offsets": 4, "pad_to": 4, "sum_steps": True, "levels": [1, 3], "test_levels": [1, 2, 4]} | ROWS),
     "reachability": ("reachability", {"nodes": 6, "edges": 8, "levels": [1, 2, 3], "test_levels": [2, 4]} | ROWS),
     "sorting": ("sorting", {"levels": [1, 2, 3, 5], "test_levels": [2, 4, 7]} | ROWS),
     "many values": ("sorting", {"values": 100, "levels": [12]} | ROWS),
@@ -97,18 +97,22 @@ def read_parity(prompt, options):
 def read_pointer_chasing(prompt, options):
     hops, *lines, start = prompt.split("\n")
     written = lines.pop().split() if options.get("offsets") else []
-    assert len(written) == options.get("pad_to", len(written))
-    shifts = [int(shift.removeprefix("+")) for shift in written if shift != "."] if options.get("offsets") else [0] * int(hops[1:])
+    level, apart = int(hops.removeprefix("k")), options.get("sum_steps")
+    shifts = [int(shift.removeprefix("+")) for shift in written if shift != "."] if options.get("offsets") else [0] * (level - 1)
     arrows = dict(tuple(map(int, line.split(">"))) for line in lines)
     assert len(lines) == options["nodes"]
     assert sorted(arrows) == sorted(arrows.values()) == list(range(options["nodes"]))
-    assert len(shifts) == int(hops.removeprefix("k"))
-    path, sums = [int(start.removesuffix(">"))], []
+    longest = options.get("pad_to", level)
+    for line, hardest in ((shifts, level), (written, longest if options.get("offsets") else 1)):
+        assert len(line) == (hardest // 2 if apart else hardest - 1)
+    start = int(start.removesuffix(">"))
+    path, steps = [arrows[start]], [arrows[start]]
     for shift in shifts:
-        sums.append((path[-1] + shift) % options["nodes"])
-        path.append(arrows[sums[-1]])
-    thoughts = [step for hop in zip(sums, path[1:]) for step in hop][:-1] if options.get("think_sums") else path[1:-1]
-    return thoughts, str(path[-1]), [path[0], *(arrows[node] for node in sorted(arrows)), *(shifts if options.get("offsets") else [])]
+        steps.append((path[-1] + shift) % options["nodes"])
+        path.append(arrows[steps[-1]])
+        steps.append(path[-1])
+    path = steps[:level] if apart else path
+    return path[:-1], str(path[-1]), [start, *(arrows[node] for node in sorted(arrows)), *(shifts if options.get("offsets") else [])]
 
 
 def read_reachability(prompt, options):
@@ -163,9 +167,11 @@ def one_step_more(name, row, options):
     if name == "parity":
         return [" even", " odd"][last ^ int(words[-2])]
     if name == "pointer_chasing":
-        node = last
-        if options.get("offsets") and not options.get("think_sums"):
+        apart, node = options.get("sum_steps"), last
+        if options.get("offsets") and (not apart or row["level"] % 2 == 0):
             node = (last + int([word for word in words if word.startswith("+")][-1])) % options["nodes"]
+        if apart and row["level"] % 2 == 0:
+            return str(node)
         return next(word.split(">")[1] for word in words if word.startswith(f"{node}>") and word != f"{node}>")
     if name == "reachability":
         arrows = [tuple(map(int, word.split(">"))) for word in words if ">" in word]
@@ -195,8 +201,7 @@ def test_rows_are_what_the_oracle_says(case):
 
 def test_a_level_is_the_number_of_steps(case):
     task, options = case
-    a_level = 2 if options.get("think_sums") else 1
-    steps = {"mod_add": lambda level: None, "three_sat": lambda level: 2**level - 1}.get(task.name, lambda level: a_level * level - 1)
+    steps = {"mod_add": lambda level: None, "three_sat": lambda level: 2**level - 1}.get(task.name, lambda level: level - 1)
     for rows, levels, size in ((task.train, options.get("levels", [1]), 300), (task.test, options.get("test_levels", options.get("levels", [1])), 150)):
         size = min(size, 270) if task.name == "mod_add" and rows is task.test else size
         assert Counter(rows["level"]) == dict.fromkeys(levels, size)
@@ -480,7 +485,7 @@ ERRORS = [
     ("mod_add", {"modulus": 1}, ["modulus=1", "from 2 to 2000"]),
     ("mod_add", {"slack": -1}, ["slack=-1", "of 0 or more"]),
     ("pointer_chasing", {"pad_to": 4}, ["pad_to=4", "offsets=10"]),
-    ("pointer_chasing", {"think_sums": True}, ["think_sums", "offsets=10"]),
+    ("pointer_chasing", {"sum_steps": True}, ["sum_steps=True", "offsets=10"]),
     ("pointer_chasing", {"offsets": 10, "pad_to": 4, "levels": [5]}, [r"levels=\[5\]", "from 1 to 4"]),
     ("mod_add", {"digits": 3}, ["digits=3", "True or False"]),
     ("mod_add", {"held_out": 1.0}, ["held_out=1.0", "either side"]),

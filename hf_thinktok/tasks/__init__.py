@@ -6,7 +6,7 @@ The same rows serve tiny transformers with a tokenizer of whole words (`word_tok
   of prompt and completion separately: a tokenizer of whole words does not know `4>6`.
 - `level`: the difficulty. `inputs`: the question as integers. `answer`: the number of the answer.
 - `think_length`, `thoughts`: a thought that is enough, as ids 0..N-1: the states on the way, so that the last one and a single step give the answer.
-  It is empty at level 1, except in `mod_add` and where `pointer_chasing` thinks its sums; `three_sat` begins at level 4.
+  It is empty at level 1, except in `mod_add`; `three_sat` begins at level 4.
 
 No question of `test` is in `train`, nor with its facts in another order. Sides are a hash of the question: a test set is new to models of other seeds
 too. In `mod_add` they are random instead, and the same without `held_out`.

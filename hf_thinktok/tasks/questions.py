@@ -203,40 +203,46 @@ def sorting(values: int = 10) -> Recipe:
     return letters_in_a_row(decimals(values), decimals(values), np.sort, " ", " :", draw=draw, completions=completions, chance=chance)
 
 
-def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, think_sums: bool = False) -> Recipe:
+def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_steps: bool = False) -> Recipe:
     """Where do level hops lead in a random permutation f of the nodes? The thought is the nodes on the way.
 
     A line `k2` for the hops, one `a>b` for each node in random order, and the start `4>`, which the completion `6` goes on. `inputs` are the start, then
     f(0), f(1) and so on, then the offsets. The shortcut is `one_hop_accuracy`.
 
     Args:
-        offsets: a hop leads from s to f((s + x) mod nodes), with a number x below `offsets` for each hop: a line `+3 +7` before the start. Short cycles then
-            do not help. 0: no such line.
-        pad_to: with so many offsets in every prompt, the missing ones as `.`: the k-th offset is as far from the k-th thought at every level.
-        think_sums: two thinking tokens for a hop, s + x before the node that it leads to; the last of these is the answer.
+        offsets: from the second hop on, a hop leads from s to f((s + x) mod nodes), with a number x below `offsets` for each: a line `+3 +7` before the
+            start. Short cycles then do not help, and two hops cannot be made one. 0: no such line.
+        pad_to: the line of offsets is as long as at this level everywhere, with `.` for those that are missing: the k-th offset is as far from the k-th
+            thought at every level.
+        sum_steps: to add a number is a step of its own. Level 2 asks for f(s) + x, level 3 for where that leads, and so on, with a thought before each.
     """
     check_whole(2, nodes=nodes)
     check_whole(0, pad_to=pad_to)
     check_whole(0, nodes, offsets=offsets)
-    if pad_to and not offsets:
-        raise ValueError(f"pad_to={pad_to} fills up the line of offsets: set offsets={nodes}, or leave it out.")
-    if think_sums and not offsets:
-        raise ValueError(f"think_sums has no effect without numbers to add: set offsets={nodes}, or leave it out.")
+    if (pad_to or sum_steps) and not offsets:
+        option = f"pad_to={pad_to} fills up the line of offsets" if pad_to else "sum_steps=True adds offsets"
+        raise ValueError(f"{option}, and there are none: set offsets={nodes}, or leave it out.")
     edges, shifts = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)], decimals(offsets, "+")
+
+    def count(level: int) -> int:
+        """How many numbers are added."""
+        return level // 2 if sum_steps else level - 1
 
     def draw(rng, level):
         map_RM = rng.permuted(np.tile(np.arange(nodes), (BATCH, 1)), axis=1)
-        offsets_RK = rng.integers(offsets or 1, size=(BATCH, level))
-        path = [rng.integers(nodes, size=BATCH)]  # each hop is a sum, then the node that it leads to
+        offsets_RK = rng.integers(offsets or 1, size=(BATCH, count(level)))
+        start_R = rng.integers(nodes, size=BATCH)
+        path = [map_RM[np.arange(BATCH), start_R]]  # then a sum and the node that it leads to, in turn
         for offset_R in offsets_RK.T:
             path.append((path[-1] + offset_R) % nodes)
             path.append(map_RM[np.arange(BATCH), path[-1]])
-        inputs_RC = np.concatenate([path[0][:, None], map_RM, offsets_RK[:, : level * bool(offsets)]], 1)
-        return Questions(inputs_RC, np.stack(path, 1)[:, 1:-1] if think_sums else np.stack(path, 1)[:, 2:-1:2], path[-1])
+        steps_RL = np.stack(path, 1)[:, :level] if sum_steps else np.stack(path, 1)[:, ::2]
+        inputs_RC = np.concatenate([start_R[:, None], map_RM, offsets_RK[:, : count(level) * bool(offsets)]], 1)
+        return Questions(inputs_RC, steps_RL[:, :-1], steps_RL[:, -1])
 
     def prompts(rng, level, inputs_RC):
         facts = joined(edges, shuffled(rng, np.arange(nodes) * nodes + inputs_RC[:, 1 : 1 + nodes]), "\n")
-        missing = " ." * (pad_to - level)
+        missing = " ." * (count(pad_to) - count(level))
         lines = [f"{line}{missing}\n" for line in joined(shifts, inputs_RC[:, 1 + nodes :])] if offsets else [""] * len(facts)
         return [f"k{level}\n{fact}\n{line}{start}>" for fact, line, start in zip(facts, lines, inputs_RC[:, 0].tolist())]
 
@@ -247,7 +253,7 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, think_su
         draw=draw,
         prompts=prompts,
         key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
-        shortcut=lambda level: one_hop_accuracy(nodes, level, offsets > 1),
+        shortcut=lambda level: one_hop_accuracy(nodes, (level + 1) // 2 if sum_steps else level, offsets > 1),
         levels=(1, pad_to or math.inf),
     )
 
