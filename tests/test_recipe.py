@@ -189,6 +189,7 @@ TOYS = [path for path in CONFIGS if "\ntask:" in path.read_text() and path not i
 VARIANTS = {
     "ablations": "mod_add_30",
     "pointer_chasing_controls": "pointer_chasing",
+    "pointer_chasing_offsets_controls": "pointer_chasing_offsets",
     "s5_controls": "s5",
     "s5_super": "s5",
     "pointer_chasing_costs": "pointer_chasing_stop",
