@@ -98,21 +98,21 @@ def read_pointer_chasing(prompt, options):
     hops, *lines, start = prompt.split("\n")
     written = lines.pop().split() if options.get("offsets") else []
     level, apart = int(hops.removeprefix("k")), options.get("sum_steps")
-    shifts = [int(shift.removeprefix("+")) for shift in written if shift != "."] if options.get("offsets") else [0] * (level - 1)
+    shifts = [int(shift.removeprefix("+")) for shift in written if shift != "."] if options.get("offsets") else [0] * level
     arrows = dict(tuple(map(int, line.split(">"))) for line in lines)
     assert len(lines) == options["nodes"]
     assert sorted(arrows) == sorted(arrows.values()) == list(range(options["nodes"]))
-    longest = options.get("pad_to", level)
-    for line, hardest in ((shifts, level), (written, longest if options.get("offsets") else 1)):
-        assert len(line) == (hardest // 2 if apart else hardest - 1)
+    assert len(shifts) == (-(-level // 2) if apart else level)
+    if "pad_to" in options:
+        assert len(written) == (-(-options["pad_to"] // 2) if apart else options["pad_to"])
     start = int(start.removesuffix(">"))
-    path, steps = [arrows[start]], [arrows[start]]
+    steps, node = [], start
     for shift in shifts:
-        steps.append((path[-1] + shift) % options["nodes"])
-        path.append(arrows[steps[-1]])
-        steps.append(path[-1])
-    path = steps[:level] if apart else path
-    return path[:-1], str(path[-1]), [start, *(arrows[node] for node in sorted(arrows)), *(shifts if options.get("offsets") else [])]
+        steps.append((node + shift) % options["nodes"])
+        node = arrows[steps[-1]]
+        steps.append(node)
+    steps = steps[:level] if apart else steps[1::2]
+    return steps[:-1], str(steps[-1]), [start, *(arrows[node] for node in sorted(arrows)), *(shifts if options.get("offsets") else [])]
 
 
 def read_reachability(prompt, options):
@@ -168,9 +168,9 @@ def one_step_more(name, row, options):
         return [" even", " odd"][last ^ int(words[-2])]
     if name == "pointer_chasing":
         apart, node = options.get("sum_steps"), last
-        if options.get("offsets") and (not apart or row["level"] % 2 == 0):
+        if options.get("offsets") and (not apart or row["level"] % 2):
             node = (last + int([word for word in words if word.startswith("+")][-1])) % options["nodes"]
-        if apart and row["level"] % 2 == 0:
+        if apart and row["level"] % 2:
             return str(node)
         return next(word.split(">")[1] for word in words if word.startswith(f"{node}>") and word != f"{node}>")
     if name == "reachability":
@@ -488,6 +488,7 @@ ERRORS = [
     ("pointer_chasing", {"sum_steps": True}, ["sum_steps=True", "offsets=10"]),
     ("pointer_chasing", {"offsets": 10, "pad_to": 4, "levels": [5]}, [r"levels=\[5\]", "from 1 to 4"]),
     ("mod_add", {"digits": 3}, ["digits=3", "True or False"]),
+    ("pointer_chasing", {"offsets": 10, "sum_steps": "no"}, ["sum_steps='no'", "True or False"]),
     ("mod_add", {"held_out": 1.0}, ["held_out=1.0", "either side"]),
     ("mod_add", {"held_out": 1e-9}, ["held_out=1e-09", "either side"]),
     ("mod_add", {"levels": [2]}, [r"levels=\[2\]", "from 1 to 1"]),

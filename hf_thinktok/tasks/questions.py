@@ -73,6 +73,13 @@ def check_whole(least: int, most: float = math.inf, **options) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number {span(least, most)}.")
 
 
+def check_flag(**options) -> None:
+    """Raises a ValueError for an option that is neither True nor False."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False.")
+
+
 def letters_in_a_row(letters: list[str], answers: list[str], states: Callable, sep: str = " ", end: str = " =", extra: int = 0, **more) -> Recipe:
     """Questions of level + `extra` letters, each of which changes a state; the last of `states` is the answer."""
 
@@ -116,8 +123,7 @@ def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float 
     check_whole(0, slack=slack)
     if not isinstance(held_out, Real) or not (held_out == 0 or 0 < round(held_out * modulus**2) < modulus**2):
         raise ValueError(f"held_out={held_out!r} must be 0, or a part of the {modulus**2} questions that leaves some on either side.")
-    if not isinstance(digits, bool):
-        raise ValueError(f"digits={digits!r} must be True or False.")
+    check_flag(digits=digits)
     inputs_RC = np.stack(np.divmod(np.arange(modulus**2), modulus), 1)
     answers_R, length = inputs_RC.sum(1) % modulus, 0
     while base**length < modulus:
@@ -210,39 +216,39 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
     f(0), f(1) and so on, then the offsets. The shortcut is `one_hop_accuracy`.
 
     Args:
-        offsets: from the second hop on, a hop leads from s to f((s + x) mod nodes), with a number x below `offsets` for each: a line `+3 +7` before the
-            start. Short cycles then do not help, and two hops cannot be made one. 0: no such line.
+        offsets: a hop leads from s to f((s + x) mod nodes), with a number x below `offsets` for each hop: a line `+3 +7` before the start. Short cycles then
+            do not help, and two hops cannot be made one. 0: no such line.
         pad_to: the line of offsets is as long as at this level everywhere, with `.` for those that are missing: the k-th offset is as far from the k-th
             thought at every level.
-        sum_steps: to add a number is a step of its own. Level 2 asks for f(s) + x, level 3 for where that leads, and so on, with a thought before each.
+        sum_steps: to add a number is a step of its own. Level 1 asks for s + x, level 2 for where that leads, level 3 for that and the next number, and so
+            on, with a thought for each step but the last.
     """
     check_whole(2, nodes=nodes)
     check_whole(0, pad_to=pad_to)
     check_whole(0, nodes, offsets=offsets)
+    check_flag(sum_steps=sum_steps)
     if (pad_to or sum_steps) and not offsets:
         option = f"pad_to={pad_to} fills up the line of offsets" if pad_to else "sum_steps=True adds offsets"
         raise ValueError(f"{option}, and there are none: set offsets={nodes}, or leave it out.")
     edges, shifts = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)], decimals(offsets, "+")
 
-    def count(level: int) -> int:
-        """How many numbers are added."""
-        return level // 2 if sum_steps else level - 1
+    def hops(level: int) -> int:
+        return (level + 1) // 2 if sum_steps else level
 
     def draw(rng, level):
         map_RM = rng.permuted(np.tile(np.arange(nodes), (BATCH, 1)), axis=1)
-        offsets_RK = rng.integers(offsets or 1, size=(BATCH, count(level)))
-        start_R = rng.integers(nodes, size=BATCH)
-        path = [map_RM[np.arange(BATCH), start_R]]  # then a sum and the node that it leads to, in turn
+        offsets_RK = rng.integers(offsets or 1, size=(BATCH, hops(level)))
+        path = [rng.integers(nodes, size=BATCH)]  # then a sum and the node that it leads to, in turn
         for offset_R in offsets_RK.T:
             path.append((path[-1] + offset_R) % nodes)
             path.append(map_RM[np.arange(BATCH), path[-1]])
-        steps_RL = np.stack(path, 1)[:, :level] if sum_steps else np.stack(path, 1)[:, ::2]
-        inputs_RC = np.concatenate([start_R[:, None], map_RM, offsets_RK[:, : count(level) * bool(offsets)]], 1)
+        steps_RL = np.stack(path[1 : level + 1] if sum_steps else path[2::2], 1)
+        inputs_RC = np.concatenate([path[0][:, None], map_RM, offsets_RK[:, : hops(level) * bool(offsets)]], 1)
         return Questions(inputs_RC, steps_RL[:, :-1], steps_RL[:, -1])
 
     def prompts(rng, level, inputs_RC):
         facts = joined(edges, shuffled(rng, np.arange(nodes) * nodes + inputs_RC[:, 1 : 1 + nodes]), "\n")
-        missing = " ." * (count(pad_to) - count(level))
+        missing = " ." * (hops(pad_to) - hops(level))
         lines = [f"{line}{missing}\n" for line in joined(shifts, inputs_RC[:, 1 + nodes :])] if offsets else [""] * len(facts)
         return [f"k{level}\n{fact}\n{line}{start}>" for fact, line, start in zip(facts, lines, inputs_RC[:, 0].tolist())]
 
@@ -253,7 +259,7 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
         draw=draw,
         prompts=prompts,
         key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
-        shortcut=lambda level: one_hop_accuracy(nodes, (level + 1) // 2 if sum_steps else level, offsets > 1),
+        shortcut=lambda level: one_hop_accuracy(nodes, max(level // 2, 1) if sum_steps else level, offsets > 1),
         levels=(1, pad_to or math.inf),
     )
 
