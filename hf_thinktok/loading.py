@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model, str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import find_adapter_config_file
 from trl import ModelConfig
 
 from ._compat import create_model_from_path
@@ -97,10 +98,7 @@ def load_model(
     """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError("The model is loaded already and quantization_config would do nothing: give its name, or load it with quantization_config.")
-    if isinstance(model, str):
-        if os.path.exists(os.path.join(model, "adapter_config.json")):
-            raise ValueError(f"{model} is an adapter: make a checkpoint of it and its base with `thinktok merge {model} FOLDER`, and train that.")
-    elif args.num_think_tokens != 0 and is_peft_model(model):
+    if not isinstance(model, str) and args.num_think_tokens != 0 and is_peft_model(model):
         raise ValueError("The model has an adapter, which would not train the thinking rows: give its base and peft_config, or merge_and_unload() it.")
     options = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | (args.model_init_kwargs or {})
     if quantization_config is not None:
@@ -109,6 +107,8 @@ def load_model(
         options["quantization_config"] = quantization_config
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
     with _there("model", model):
+        if isinstance(model, str) and find_adapter_config_file(model, **{name: where[name] for name in ("revision", "subfolder") if name in where}):
+            raise ValueError(f"{model} is an adapter: make a checkpoint of it and its base with `thinktok merge {model} FOLDER`, and train that.")
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
     check_supported(config)
     if tokenizer is None:

@@ -646,6 +646,19 @@ def test_adapters_in_place_of_a_model(make_trainer, tmp_path):
     one_sentence(error, "peft_config", "merge_and_unload")
 
 
+def test_an_adapter_on_the_hub_in_place_of_a_model(make_trainer, tmp_path, monkeypatch):
+    """As it lies in the Hub's cache, where transformers would load its base, with thinking rows that nothing trains."""
+    cached = tmp_path / "models--me--mine"
+    get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="me/mine is an adapter") as error:
+        make_trainer(model="me/mine")
+    one_sentence(error, "thinktok merge")
+
+
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 @pytest.mark.parametrize("where", ["target_modules", "modules_to_save", "pattern"])
