@@ -539,6 +539,13 @@ def test_padded_words_are_the_same_questions_in_prompts_of_one_length():
         make_task("permutations", pad_to=7, levels=[8])
 
 
+def test_a_sum_that_is_a_step_of_its_own_changes_no_shortcut():
+    options = {"nodes": 6, "offsets": 6, "train_rows": 30, "test_rows": 6}
+    plain, apart = make_task("pointer_chasing", levels=[1, 2, 3], **options), make_task("pointer_chasing", levels=range(2, 8), sum_steps=True, **options)
+    for hops, accuracy in plain.shortcut.items():
+        assert apart.shortcut[2 * hops] == apart.shortcut[2 * hops + 1] == accuracy
+
+
 def test_an_offset_that_is_always_zero_changes_no_shortcut():
     options = {"nodes": 6, "levels": [2, 3, 4], "train_rows": 30, "test_rows": 6}
     plain, zero, some = (make_task("pointer_chasing", **options, offsets=offsets) for offsets in (0, 1, 2))

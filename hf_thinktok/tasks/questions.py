@@ -213,7 +213,7 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
     """Where do level hops lead in a random permutation f of the nodes? The thought is the nodes on the way.
 
     A line `k2` for the hops, one `a>b` for each node in random order, and the start `4>`, which the completion `6` goes on. `inputs` are the start, then
-    f(0), f(1) and so on, then the offsets. The shortcut is `one_hop_accuracy`.
+    f(0), f(1) and so on, then the offsets. The shortcut is `one_hop_accuracy`; sums are given.
 
     Args:
         offsets: a hop leads from s to f((s + x) mod nodes), with a number x below `offsets` for each hop: a line `+3 +7` before the start. Short cycles then
