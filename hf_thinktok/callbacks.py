@@ -1,6 +1,7 @@
-"""What happens around a step: skipping numbers that are not finite, and printing thoughts."""
+"""What happens around a step: starting over, skipping numbers that are not finite, and printing thoughts."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -24,6 +25,20 @@ class SayWhatIsTrained(TrainerCallback):
             print(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %): adapter and thinking rows, {megabytes:.1f} MB on disk.")
 
 
+class StartOver(TrainerCallback):
+    """Each attempt at training begins anew, one after an interruption or with a smaller batch (`auto_find_batch_size`) too.
+
+    Args:
+        forget: what drops the state of the attempt before.
+    """
+
+    def __init__(self, forget: Callable[[], None]):
+        self.forget = forget
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.forget()
+
+
 class NonFiniteGuard(TrainerCallback):
     """Skips optimizer steps whose loss, gradient or rewards were not finite, counts them, and ends a run that does nothing else.
 
@@ -43,6 +58,9 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if optimizer is None:
             return
+        scaler = getattr(optimizer, "scaler", None)  # of fp16, which asks for an unscaled gradient even where a step is skipped; clipping has unscaled it
+        if scaler is not None and not args.max_grad_norm:
+            scaler.unscale_(optimizer.optimizer)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None] if model is not None else []
         # A finite loss can have a gradient that is not; it is the same on all ranks.
         if self.flagged or (gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients))):

@@ -53,7 +53,7 @@ text and thoughts apart.
 
 
 class Preemption(TrainerCallback):
-    """On SIGTERM, to any one of the processes: the step is finished, all save, and training stops."""
+    """On SIGTERM, to any one of the processes: the step, and all with the same rollout, are finished, all save, and training stops."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -73,7 +73,7 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor([self.asked], device=self.accelerator.device)
-        self.agreed = bool(self.accelerator.gather(asked).any())
+        self.agreed = bool(self.accelerator.gather(asked).any()) and state.global_step % args.num_iterations == 0
         control.should_save |= self.agreed
         control.should_training_stop |= self.agreed
 

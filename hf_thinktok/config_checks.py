@@ -24,6 +24,10 @@ OF_THINKING_VOCABULARY = (
     "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "top_k", "top_p", "min_p",
 )  # fmt: skip
 OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "log_completions")
+# Without effect where the thinker gets no gradient, where its policy gets none, and there but for the marginal objective, whose posterior they change.
+OF_LEARNING_THINKERS = ("balance_coef", "thought_entropy_target", "think_loss_weight", "thought_ce_weight")
+OF_POLICY_LOSS = ("think_loss_type", "beta")
+OF_COMPARISON = ("reward_funcs", "reward_weights", "advantage", "scale_rewards")
 
 
 def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
@@ -156,6 +160,9 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
             config.curriculum_threshold is not None and config.num_iterations > 1
         ),
+        "curriculum_threshold chooses rows as training goes, and dataloader_num_workers fetch them far ahead: set dataloader_num_workers=0.": (
+            config.curriculum_threshold is not None and config.dataloader_num_workers > 0
+        ),
         "policies=split with beta is not supported: set beta=0.": config.policies == "split" and config.beta > 0,
         "policies=split with memory=persistent is not supported: set memory=none.": config.policies == "split" and config.memory == "persistent",
         "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
@@ -193,6 +200,8 @@ def check_fit(config: "ThinkTokConfig") -> None:
 
 def check_effect(config: "ThinkTokConfig") -> None:
     """What would do nothing."""
+    thinker_learns, speaker_learns = config.freeze != "thinker", config.freeze != "speaker"
+    policy_learns = thinker_learns and config.think_loss_weight > 0
     effects = {
         "prompt_length": (config.rollout == "free", "rollout=free"),
         "fork_markers": (config.fork_positions == "markers", "fork_positions=markers"),
@@ -208,8 +217,8 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "search_changes": (ever(config.search) and config.search_random > 0, "search and search_random"),
         **dict.fromkeys(("coverage_of", "coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
         "coverage_coef": (
-            config.objective == "marginal" or config.advantage != "token" or ever(config.search),
-            "objective=marginal, another advantage than token (which credits predictions), or search",
+            config.objective == "marginal" or (policy_learns and config.advantage != "token") or ever(config.search),
+            "objective=marginal, search, or a policy that learns by another advantage than token (which credits predictions)",
         ),
         "balance_given": (ever(config.balance_coef), "balance_coef"),
         "curriculum_replay": (config.curriculum_threshold is not None, "curriculum_threshold"),
@@ -236,8 +245,19 @@ def check_effect(config: "ThinkTokConfig") -> None:
         **dict.fromkeys(OF_DRAWN_THOUGHTS, (spoken, "thoughts=discrete or gumbel (nothing is drawn)")),
         "objective": (spoken or config.rewards_draws, "thoughts=discrete or gumbel (nothing is drawn)"),
     }
+    for_learning = {
+        **dict.fromkeys(OF_LEARNING_THINKERS, (thinker_learns, "freeze=none or speaker (a frozen thinker learns nothing)")),
+        **dict.fromkeys(OF_POLICY_LOSS, (policy_learns, "think_loss_weight above 0, and freeze=none or speaker")),
+        **dict.fromkeys(OF_COMPARISON, (policy_learns or config.objective == "marginal", "think_loss_weight above 0, and freeze=none or speaker")),
+        "think_cost": (thinker_learns or config.objective == "marginal", "freeze=none or speaker, or objective=marginal"),
+        "think_ce_weight": (speaker_learns, "freeze=none or thinker (a frozen speaker learns nothing from thoughts)"),
+        "posterior_smoothing": (
+            config.stop == "learned" or (speaker_learns and config.think_ce_weight > 0),
+            "think_ce_weight above 0, and freeze=none or thinker (it weighs what the speaker learns from)",
+        ),
+    }
     for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (config.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))
-    for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *effects.items()]:
+    for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *for_learning.items(), *effects.items()]:
         if not effective and getattr(config, name) != default_of(type(config), name):
             raise ValueError(f"{name}={getattr(config, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
 

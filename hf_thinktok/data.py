@@ -1,7 +1,7 @@
 """Rows of text with their documents, and what a data set must have."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
         return
     if args.supply_thoughts and "thoughts" not in head[0]:
         raise ValueError(f"supply_thoughts needs a column `thoughts` (lists of numbers from 0), and the {name} data set has {list(head[0])}.")
-    largest = dict.fromkeys(TASK_COLUMNS, 0)
+    found: dict[str, list[Any]] = {}
     for column in task_columns(args):
         if column not in head[0]:
             continue
@@ -110,13 +110,31 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
         if wrong := [number for number in numbers if not isinstance(number, int) or number < 0]:
             whole = "lists of whole numbers" if column == "thoughts" else "whole numbers"
             raise ValueError(f"The {name} data set's column {column!r} has {wrong[0]!r} where {whole} from 0 are due: mend it, or drop or rename the column.")
-        largest[column] = max(numbers, default=0)
-    if (longest := largest["think_length"]) > args.max_think_length:
+        found[column] = values
+    if (longest := max(found.get("think_length", ()), default=0)) > args.max_think_length:
         raise ValueError(
             f"The {name} data set asks for thoughts of {longest} tokens (column think_length): set max_think_length={longest}, or drop the column."
         )
-    if (token := largest["thoughts"]) >= (args.num_think_tokens or 16):
-        raise ValueError(f"The {name} data set's thoughts go up to {token}: set num_think_tokens={token + 1} or more.")
+    if not args.supply_thoughts:
+        return
+    if args.num_think_tokens is not None:
+        check_thinking_numbers(found["thoughts"], name, args.num_think_tokens)
+    for number, (thought, length) in enumerate(zip(found["thoughts"], found.get("think_length") or itertools.repeat(args.max_think_length))):
+        if len(thought) != length:
+            raise ValueError(
+                f"Row {number} of the {name} data set has a thought of {len(thought)} tokens where {length} are thought: mend it, or give each row its length "
+                "in a column think_length."
+            )
+
+
+def check_thinking_numbers(thoughts: Iterable[list[int]], name: str, num_tokens: int) -> None:
+    """Supplied thoughts consist of thinking tokens that there are."""
+    largest = max(itertools.chain.from_iterable(thoughts), default=0)
+    if largest >= num_tokens:
+        raise ValueError(
+            f"The {name} data set's thoughts go up to {largest}, and there are {num_tokens} thinking tokens: start from a model without any and set "
+            f"num_think_tokens={largest + 1} or more, or number them from 0."
+        )
 
 
 def levels_of(dataset) -> list[int]:

@@ -91,14 +91,23 @@ def for_rollout(model: torch.nn.Module, accelerator: Accelerator, gather: bool) 
                 add_hooks(model)
     else:
         shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        # Before its first forward the root does not know yet that it keeps its parameters.
+        before = [shard is not model and _reshards(shard) for shard in shards]
         for shard in shards:
             shard.set_reshard_after_forward(False, recurse=False)
         try:
             yield model
         finally:
-            for shard in shards:
+            for shard, reshards in zip(shards, before, strict=True):
                 shard.reshard()
-                shard.set_reshard_after_forward(shard is not model, recurse=False)
+                shard.set_reshard_after_forward(reshards, recurse=False)
+
+
+def _reshards(shard: FSDPModule) -> bool:
+    """Whether a module gives its parameters back after its forward. FSDP has a way to say so and none to ask."""
+    state = shard._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # several in newer versions
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
 def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:

@@ -391,14 +391,18 @@ class _Probe:
 def _in_fp32(model) -> Iterator[None]:
     """fp32 weights and products for a while: the noise of bf16 (1e-2) and of TF32 would hide a leak.
 
-    The way back is exact: each tensor gets its own type again.
+    The way back is exact: each parameter gets its own type again, and buffers, which `float` replaces, are put back.
     """
-    before = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())] if model.dtype != torch.float32 else []
-    if before:
+    low = model.dtype != torch.float32
+    types = [(parameter, parameter.dtype) for parameter in model.parameters() if low]
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if low]
+    if low:
         model.float()
     try:
         with products_in("ieee", torch.backends.cuda.matmul):
             yield
     finally:
-        for tensor, dtype in before:
-            tensor.data = tensor.data.to(dtype)
+        for parameter, dtype in types:
+            parameter.data = parameter.data.to(dtype)
+        for module, own in buffers:
+            module._buffers.update(own)

@@ -149,7 +149,8 @@ class ThinkingBudget(LogitsProcessor):
         max_total_think: thinking tokens in one generation at most, the prompt's not counted; `None`: no bound.
         think_bias: nats added to every thinking logit, so that the odds of thinking change by `exp(think_bias)`.
         prompt_length: tokens (padding included) of the prompt, for `max_total_think`. `None`: a generation is recognised by its prompts and by growing
-            one token at a time, so one object serves many `generate` calls. Give it for assisted decoding, which takes tokens back.
+            one token at a time, so one object serves many `generate` calls; call `reset` before a prompt that is what the last call returned. Give it for
+            assisted decoding, which takes tokens back.
 
     Raises:
         ValueError: an argument is out of its range, or the bounds contradict each other.
@@ -183,6 +184,10 @@ class ThinkingBudget(LogitsProcessor):
         self.min_think_length, self.max_think_length, self.max_total_think = min_think_length, max_think_length, max_total_think
         self.think_bias = think_bias
         self.prompt_length = prompt_length
+        self.reset()
+
+    def reset(self) -> None:
+        """The next call begins a generation, whatever its prompt: what one generation returned looks like its own next step."""
         self._prompts = torch.empty(0, 0, dtype=torch.long)
         self._length = -1
 

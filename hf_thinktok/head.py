@@ -263,7 +263,7 @@ def _logits(hidden, rows, bias, transform):
 
 
 def _tiles(num_nodes: int, num_rows: int, on_gpu: bool) -> Iterator[slice]:
-    size = max(16, (TILE_ELEMENTS_GPU if on_gpu else TILE_ELEMENTS) // num_rows)
+    size = max(16, (TILE_ELEMENTS_GPU if on_gpu else TILE_ELEMENTS) // max(num_rows, 1))
     return (slice(start, min(start + size, num_nodes)) for start in range(0, num_nodes, size))
 
 

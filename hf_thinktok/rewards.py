@@ -85,4 +85,4 @@ def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFuncti
 def total_reward(functions: list[RewardFunction], weights: list[float], **judgement: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weighted sum `[B, K, G]`, and each reward by itself `[F, B, K, G]`."""
     rewards_FBKG = torch.stack([function(**judgement).float() for function in functions])
-    return torch.einsum("f,fbkg->bkg", torch.tensor(weights, device=rewards_FBKG.device), rewards_FBKG), rewards_FBKG
+    return torch.einsum("f,fbkg->bkg", rewards_FBKG.new_tensor(weights), rewards_FBKG), rewards_FBKG

@@ -49,8 +49,9 @@ def taught(teacher, inputs: dict[str, Any], generator: torch.Generator) -> dict[
     position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     place_BT = position_BT - torch.where(first_BT, position_BT, 0).cummax(1).values
     rows_M, places_M = row_BT[there_BT], place_BT[there_BT]
-    # At least one row: every rank makes as many passes.
-    tokens_RP = tokens_BT.new_zeros(max(int(row_BT.max()) + 1, 1), tokens_BT.shape[1]).index_put((rows_M, places_M), tokens_BT[there_BT])
+    # At least one row and place: every rank makes as many passes.
+    sizes = torch.stack([row_BT.max(), place_BT.where(there_BT, 0).max()]).clamp(min=0) + 1
+    tokens_RP = tokens_BT.new_zeros(sizes.tolist()).index_put((rows_M, places_M), tokens_BT[there_BT])
     nodes_M = rows_M * tokens_RP.shape[1] + places_M
     with evaluating(teacher):
         drawn_M = teacher(input_ids=tokens_RP, use_cache=False, head=HeadInputs(nodes_M, torch.full_like(nodes_M, -100), draw=generator)).drawn_M

@@ -289,7 +289,8 @@ def initial_rows(
 
     if norm is None:
         own_ND = own_part(8.0)
-        own_ND = own_ND * (logit_spread / max(spread(own_ND), 1e-6))
+        # A thought of one token has no others to differ from.
+        own_ND = own_ND * (logit_spread / max(spread(own_ND), 1e-6) if len(noise_ND) > 1 else 0.0)
     else:
         own_ND = own_part(_bisect(lambda log_damping: spread(own_part(log_damping)) - logit_spread, -6.0, 8.0))
 

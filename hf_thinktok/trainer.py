@@ -19,7 +19,7 @@ from trl.models import unwrap_model_for_generation
 
 from ._compat import disable_dropout_in_model
 from .advantages import ValueBaseline
-from .callbacks import NonFiniteGuard, SayWhatIsTrained, print_thoughts, sample_thoughts_to_print
+from .callbacks import NonFiniteGuard, SayWhatIsTrained, StartOver, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .config import ThinkTokConfig
 from .config_checks import REWARDED_BY_FUNCTIONS
@@ -195,18 +195,22 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.teacher = None
         if teacher is not None:
             self.teacher = prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)
+        self._forget_rollouts()
+        self.add_callback(StartOver(self._forget_rollouts))
         self.add_callback(self.guard)
         self.explore = Explorer(self)
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
         self.curriculum = None
         if args.curriculum_threshold is not None:
             self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
-        self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
-        self._old_logps: list[Tensor | None] = []
-        self._micro_step = (-1, -1)  # optimizer step, and forward within it
         self._gains, self._prefix = GainByDocument(), "eval"
         self._printable: list[dict] = []
         self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
+
+    def _forget_rollouts(self) -> None:
+        self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
+        self._old_logps: list[Tensor | None] = []
+        self._micro_step = (-1, -1)  # optimizer step, and forward within it
 
     # ---------------------------------------------------------------- the algorithm
 

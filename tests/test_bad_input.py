@@ -128,6 +128,7 @@ BAD_FITS = [
     ({"num_iterations": 2, "save_steps": 3}, ["save_steps", "multiple of num_iterations"]),
     ({"search": 8, "search_changes": 0, "stop": "fixed"}, ["search_changes=0", "at least 1"]),
     ({"search": 8, "stop": "sampled"}, ["search", "stop=fixed or stop=learned"]),
+    ({"curriculum_threshold": 0.9, "max_steps": 9, "dataloader_num_workers": 2}, ["dataloader_num_workers", "set dataloader_num_workers=0"]),
     ({"supply_thoughts": True}, ["supply_thoughts", "stop=fixed"]),
     ({"supply_thoughts": True, "stop": "fixed"}, ["supply_thoughts", "num_forks=1"]),
     ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "search": 8}, ["supply_thoughts and search", "choose one"]),
@@ -224,6 +225,18 @@ NO_EFFECT = [
         ({"thoughts": "text", "stop": "fixed", name: value}, [f"{name}=", "thoughts=discrete", "real vocabulary"])
         for name, value in {"search": 4, "balance_coef": [0.1], "thought_entropy_target": [0.1], "top_k": 3, "min_p": 0.1}.items()
     ),
+    *(
+        ({frozen: value, name: given}, [f"{name}=", "freeze=none or speaker"])
+        for frozen, value in {"freeze": "thinker", "think_loss_weight": 0.0}.items()
+        for name, given in {"beta": 0.1, "think_loss_type": "bnpo", "reward_funcs": ["prob"], "reward_weights": [2.0], "advantage": "loo"}.items()
+    ),
+    *(
+        ({"freeze": "thinker", name: given}, [f"{name}=", "freeze=none or speaker"])
+        for name, given in {"balance_coef": [0.1], "thought_entropy_target": [0.1], "think_cost": [0.1], "think_loss_weight": 2.0}.items()
+    ),
+    ({"freeze": "thinker", "coverage_coef": [0.1]}, ["coverage_coef=", "search"]),
+    ({"freeze": "speaker", "think_ce_weight": 2.0}, ["think_ce_weight=2.0", "freeze=none or thinker"]),
+    ({"objective": "marginal", "stop": "fixed", "think_ce_weight": 0.0, "posterior_smoothing": 0.1}, ["posterior_smoothing=0.1", "think_ce_weight above 0"]),
     ({"num_completions_to_print": 3}, ["num_completions_to_print=3", "log_completions=True"]),
 ]
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from accelerate import Accelerator
 from commands import in_process
 from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, launched, weight_gap
 from models import CORPUS, save_tiny, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from hf_thinktok.distributed import check_launcher
+from hf_thinktok.distributed import check_launcher, for_rollout
 
 pytestmark = pytest.mark.timeout(600)  # DeepSpeed compiles a part of itself the first time
 NO_COMPILER = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="DeepSpeed compiles a part of itself, and there is no compiler")
@@ -150,6 +154,28 @@ def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
     one = alone(tmp_path / "one", options)
     assert_same(one, resumed, "ddp")
+
+
+@pytest.mark.parametrize("reshard", [True, False], ids=["given back", "kept"])
+def test_a_rollout_leaves_fsdp2_as_the_launcher_set_it_up(reshard):
+    """What is gathered for the forward is kept for the backward afterwards too, where the launcher's config says so."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = tiny_model(tie=False)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh)
+        for _ in range(2):
+            with for_rollout(model, SimpleNamespace(), True) as whole_model:
+                whole_model(input_ids=torch.ones(1, 2, dtype=torch.long))
+            model(input_ids=torch.ones(1, 2, dtype=torch.long))
+            kept = [not isinstance(next(module.parameters()), DTensor) for module in (*model.model.layers, model.model.norm)]
+            assert kept == [not reshard] * len(model.model.layers) + [True]
+            model.reshard()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused():

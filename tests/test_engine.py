@@ -241,9 +241,12 @@ def test_insisting_is_obeyed_where_it_is_exact():
     assert names == ["tree", "tree", "replicated"]
 
 
-def test_choosing_leaves_a_bf16_model_as_it_was():
-    model, vocabulary = thinker("llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "xglm", "gemma4_text"])
+def test_choosing_leaves_a_bf16_model_as_it_was(family):
+    """Its buffers too: positions that are added to the text, a scale that is saved."""
+    model, vocabulary = thinker(family, dtype=torch.bfloat16)
     model.train()
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     assert choose_engine(model, vocabulary, Branching(2, 2, 2), T, 3).name == "tree"
     assert model.training
@@ -251,6 +254,7 @@ def test_choosing_leaves_a_bf16_model_as_it_was():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == buffers
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper", "llava", "gemma3", "qwen2_audio", "vit", "clip"])

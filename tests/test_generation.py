@@ -119,6 +119,11 @@ def test_one_budget_serves_one_generation_after_another(parts):
     chat = torch.tensor([[310, *first, 65, 66]])
     assert thinks(first, vocabulary) == 5
     assert thinks(generate(parts, budget, ids=chat)[0], vocabulary) == 5, "a conversation that goes on has new thoughts"
+    budget.reset()
+    whole = torch.tensor([[310, *generate(parts, budget, ids=torch.tensor([[310]]), max_new_tokens=10)[0]]])
+    assert thinks(generate(parts, budget, ids=whole)[0], vocabulary) == 0, "what was returned looks like its own next step"
+    budget.reset()
+    assert thinks(generate(parts, budget, ids=whole)[0], vocabulary) == 5
 
 
 def test_the_total_holds_for_beams_and_for_assisted_decoding(parts):

@@ -238,6 +238,7 @@ def test_total_reward_is_the_weighted_sum():
     said = judgement() | {"lengths": torch.randint(4, (B, K, G))}
     functions = resolve_rewards(["log_prob", longest])
     total, each = total_reward(functions, [2.0, -0.5], **said)
+    assert torch.equal(total_reward(functions, [2, 1], **said)[0], total_reward(functions, [2.0, 1.0], **said)[0]), "whole numbers, as YAML has them"
     torch.testing.assert_close(total, 2 * REWARDS["log_prob"](**said) - 0.5 * said["lengths"])
     torch.testing.assert_close(each[1], said["lengths"].float())
 

@@ -2,11 +2,16 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from transformers import TrainerCallback
+
+from hf_thinktok.callbacks import NonFiniteGuard
 
 SOME = {"stop": "fixed", "weight_decay": 0.1, "lr_scheduler_type": "constant"}
 
@@ -85,6 +90,26 @@ def test_step_whose_scores_are_not_finite_is_skipped(make_trainer):
     assert weights.moved() == [True, False, True]
     assert weights.seen[-1].isfinite().all()
     assert logged(trainer, "skipped_steps") == [0, 1, 1]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_an_overflow_in_fp16_is_skipped_and_lowers_the_scale(max_grad_norm):
+    """The scaler asks whether the gradient was unscaled, which clipping does and without it nobody."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    Accelerator(cpu=True)  # an optimizer of accelerate's asks where it is
+    optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], 0.1), scaler=scaler)
+    args = SimpleNamespace(max_grad_norm=max_grad_norm)
+    for factor in (math.inf, 1.0):
+        scaler.scale((weight * factor).sum()).backward()
+        if max_grad_norm:
+            scaler.unscale_(optimizer.optimizer)
+        NonFiniteGuard(3).on_pre_optimizer_step(args, None, None, model=torch.nn.ParameterList([weight]), optimizer=optimizer)
+        scaler.step(optimizer.optimizer)
+        scaler.update()
+        optimizer.optimizer.zero_grad()
+        assert scaler.get_scale() == 32.0
+        assert torch.equal(weight, torch.full((2,), 1.0 if factor == math.inf else 0.9))
 
 
 def test_later_steps_are_those_of_a_run_without_the_skipped_one(make_trainer):

@@ -60,6 +60,18 @@ def test_asked_to_end_it_saves_and_says_how_to_go_on(data, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_asked_to_end_within_a_rollout_it_finishes_that_first(tmp_path, capsys):
+    options = OPTIONS | {"num_iterations": 3, "save_steps": 300, "max_grad_norm": 1.0, "learning_rate": 1e-2}
+    main(str(tmp_path / "whole"), dict(options))
+    with pytest.raises(SystemExit):
+        main(str(tmp_path / "cut"), options | {"terminate_step": 1})
+    assert "SIGTERM: saved after step 3" in capsys.readouterr().err
+    main(str(tmp_path / "cut"), options | {"resume": True})
+    whole, resumed = (torch.load(tmp_path / name / "result.pt")["weights"] for name in ("whole", "cut"))
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+
+
 def test_what_cannot_be_resumed_from(tmp_path):
     with pytest.raises(ValueError, match="no whole checkpoint"):
         main(str(tmp_path), OPTIONS | {"resume": True})

@@ -51,6 +51,18 @@ def test_labels_are_drawn_as_the_teacher_predicts(make):
         assert ((counts - probabilities).abs() < 5 * (probabilities * (1 - probabilities) / len(drawn)).sqrt() + 2e-3).all()
 
 
+def test_packed_documents_cost_the_teacher_no_more_than_their_own_length(make):
+    trainer, _ = make("fork")
+    documents = torch.arange(12).repeat_interleave(3)[None]
+    widths = []
+    trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    ids = torch.randint(10, 200, documents.shape)
+    taught(trainer.teacher, {"input_ids": ids, "documents": documents, "labels": ids}, torch.Generator())
+    nothing = torch.full_like(documents, -1)
+    taught(trainer.teacher, {"input_ids": ids, "documents": nothing, "labels": torch.full_like(ids, -100)}, torch.Generator())
+    assert widths == [(12, 3), (1, 1)], "and a rank without text makes its pass"
+
+
 def test_own_text_is_what_the_model_writes_without_its_thoughts(make):
     trainer, _ = make()
     with torch.no_grad():  # think about as often as speak

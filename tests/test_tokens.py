@@ -189,6 +189,18 @@ def test_new_rows_are_distinct_thoughts_of_ordinary_size(family, options, num_to
     assert THINK_MASS / 2 < think_mass_of(*scores(model, tokenizer, vocabulary, thoughts_every=THOUGHTS_EVERY)).mean() < THINK_MASS * 2
 
 
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_a_single_thinking_token_starts_like_one_of_many(tie):
+    """It has no others to differ from, and its gate is as open."""
+    model, tokenizer = lifelike("llama", tie=tie), tiny_tokenizer()
+    vocabulary = add_thinking_tokens(model, tokenizer, 1)
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        assert 0.3 < norm_ratio(weight.detach(), vocabulary).item() < 3.0
+    mass_M = think_mass_of(*scores(model, tokenizer, vocabulary))
+    assert THINK_MASS / 3 < mass_M.mean() < THINK_MASS * 3
+    assert mass_M.max() < 0.5
+
+
 @pytest.mark.parametrize("family", ["llama", "granite", "cohere2"])
 def test_thinking_rises_and_falls_with_the_real_logits(family):
     # Real rows with much in common: log Z swings between contexts, and so would the probability to think.

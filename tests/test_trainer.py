@@ -224,6 +224,30 @@ def test_a_smaller_batch_repeats_the_same_rows(make_trainer):
     assert seen[0] != seen[2]
 
 
+@pytest.mark.parametrize("where", ["_sample", "_score"])
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_training_starts_over_after_memory_ran_out_or_an_interruption(make_trainer, monkeypatch, where, num_iterations):
+    """Whatever the first attempt had drawn is forgotten."""
+    options = {"per_device_train_batch_size": 4, "num_iterations": num_iterations, "stop": "fixed", "max_steps": 4}
+    for failure in (RuntimeError("CUDA out of memory."), KeyboardInterrupt()):
+        trainer = make_trainer(auto_find_batch_size=isinstance(failure, RuntimeError), **options)
+        pending, method = [failure], getattr(trainer, where)
+
+        def first_fails(*args, pending=pending, method=method):
+            if pending:
+                raise pending.pop()
+            return method(*args)
+
+        monkeypatch.setattr(trainer, where, first_fails)
+        if isinstance(failure, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        trainer.train()
+        assert trainer.state.global_step == 4
+        assert len(trainer._rollouts) == 1
+        assert all(map(math.isfinite, losses(trainer)))
+
+
 def test_too_few_rows_to_repeat_are_told(make_trainer, corpus):
     with pytest.raises(ValueError, match="3 rows are fewer than one of 4"):
         make_trainer(train_dataset=corpus.select(range(3)), num_iterations=2, per_device_train_batch_size=4).train()
@@ -249,11 +273,26 @@ def test_a_data_set_s_own_columns_are_no_concern(make_trainer, columns):
         ({"think_length": 1}, {"stop": "fixed", "packing": True}, "column 'think_length' is about a row, and packing=True joins rows"),
         ({"think_length": -1}, {"stop": "fixed"}, "column 'think_length' has -1"),
         ({"thoughts": "deep"}, {"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3}, "column 'thoughts' has 'deep'"),
+        ({"thoughts": [1]}, {"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3}, "a thought of 1 tokens where 2 are thought"),
+        (
+            {"thoughts": [1], "think_length": 2},
+            {"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3},
+            "a thought of 1 tokens where 2 are thought",
+        ),
     ],
 )
 def test_columns_about_thinking_are_checked(make_trainer, columns, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_trainer(train_dataset=Dataset.from_list([{"text": text} | columns for text in CORPUS]), **options)
+
+
+def test_supplied_thoughts_are_numbers_of_the_model_s_own_tokens(make_trainer):
+    """Of a model that thinks already, whose number of tokens no option says."""
+    rows = Dataset.from_list([{"text": text, "thoughts": [3, 4]} for text in CORPUS])
+    options = {"train_dataset": rows, "supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3, "num_think_tokens": None}
+    with pytest.raises(ValueError, match="go up to 4, and there are 4 thinking tokens"):
+        make_trainer(**open_minded(), **options)
+    make_trainer(**options)  # a model without any gets 16
 
 
 @pytest.mark.parametrize("how", ["reloaded", "template"])
