@@ -52,6 +52,14 @@ text and thoughts apart.
 """
 
 
+class CheckpointError(ValueError):
+    """There is no such checkpoint, or it does not fit the run."""
+
+
+class PushError(RuntimeError):
+    """The Hub did not take what was uploaded."""
+
+
 class Preemption(TrainerCallback):
     """On SIGTERM, to any one of the processes: the step, and all with the same rollout, are finished, all save, and training stops."""
 
@@ -102,7 +110,7 @@ class CheckpointingTrainer(SFTTrainer):
         if str(resume_from_checkpoint).lower() == "true":
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
+                raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
         if resume_from_checkpoint:
             self._check_checkpoint(str(resume_from_checkpoint))
         if self.args.save_strategy == "no":
@@ -123,18 +131,24 @@ class CheckpointingTrainer(SFTTrainer):
 
     def _check_checkpoint(self, folder: str) -> None:
         if not os.path.exists(os.path.join(folder, COMPLETE_FILE)):
+            if os.path.exists(os.path.join(folder, "config.json")) and not os.path.exists(os.path.join(folder, "trainer_state.json")):
+                raise CheckpointError(f"{folder} is a model, and no checkpoint of a run: start a run from it as its model, without resume_from_checkpoint.")
             why = "was not written to its end" if os.path.isdir(folder) else "does not exist"
-            raise ValueError(f"The checkpoint {folder} {why}: resume from another one, or with resume_from_checkpoint=true from the newest whole one.")
+            raise CheckpointError(f"The checkpoint {folder} {why}: resume from another one, or with resume_from_checkpoint=true from the newest whole one.")
         if self.plain:
             return
         if (found := ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))) != self.vocabulary:
-            raise ValueError(f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was.")
+            raise CheckpointError(
+                f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was."
+            )
         if not os.path.exists(os.path.join(folder, STATE_FILE)):
-            raise ValueError(f"The checkpoint {folder} holds the model alone (save_only_model), and no run goes on from that: start one from it as its model.")
+            raise CheckpointError(
+                f"The checkpoint {folder} holds the model alone (save_only_model), and no run goes on from that: start one from it as its model."
+            )
         parts = self._stateful()
         state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
         if missing := set(parts) - set(state):
-            raise ValueError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
+            raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
         for name, part in parts.items():
             part.load_state_dict(state[name])
 
@@ -189,7 +203,12 @@ class CheckpointingTrainer(SFTTrainer):
             for entry in self.state.log_history:
                 metrics |= entry
             write_json(Path(self.args.output_dir, "training.json"), {"config": changed_options(self.args), "metrics": metrics} | environment())
-        return super().push_to_hub(*args, **kwargs)
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            folder = self.args.output_dir
+            raise PushError(f"{folder} is whole, but its upload failed: {first} Go on with `thinktok push {folder} REPOSITORY`.") from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():

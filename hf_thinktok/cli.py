@@ -110,8 +110,9 @@ def run_merge(args: argparse.Namespace) -> None:
     read_vocabulary(args.adapter)
     with usage(RuntimeError, LookupError, before=f"{args.adapter} cannot be merged into its base: "):
         model, tokenizer = merge(args.adapter, dtype=args.dtype)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    with usage():
+        model.save_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
     Console(stderr=True, highlight=False).print(
         f"{args.output}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}", style="dim"
     )
@@ -147,7 +148,7 @@ def run_push(args: argparse.Namespace) -> None:
                 style="yellow",
             )
     api = HfApi()
-    with usage(RuntimeError, before=f"{args.folder} is whole, but its upload to {args.repository} failed: ", after=" Run the command again."):
+    with usage(Exception, before=f"{args.folder} is whole, but its upload to {args.repository} failed: ", after=" Run the command again."):
         api.create_repo(args.repository, private=args.private or None, exist_ok=True)
         if args.revision:
             api.create_branch(args.repository, branch=args.revision, exist_ok=True)

@@ -66,7 +66,8 @@ def run_eval(args: argparse.Namespace) -> None:
     results = {"evaluation": found.summary(), "model": args.model, **environment()}
     print_evaluation(results)
     if args.output is not None:
-        write_json(args.output, results)
+        with usage():
+            write_json(args.output, results)
 
 
 def add_inspect(subparsers) -> None:
@@ -102,7 +103,8 @@ def run_inspect(args: argparse.Namespace) -> None:
             "texts": [for_page(inspected, tokenizer, text) | {"title": "Text"}],
             "settings": json.dumps(vars(args), default=str),
         }
-        write_page(args.output, [page])
+        with usage():
+            write_page(args.output, [page])
 
 
 def add_card(subparsers) -> None:
@@ -128,7 +130,7 @@ def run_card(args: argparse.Namespace) -> None:
     if args.output is None:
         print(card)
     else:
-        with written_whole(args.output) as file:
+        with usage(), written_whole(args.output) as file:
             file.write(card.encode())
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
+FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold")
+WEIGHTS = ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
 # rewarded (those, and all fillers), and on thoughts that are not drawn at all.
@@ -47,6 +49,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "num_completions_to_print": 1,
         "prompt_length": 1,
     }
+    _check_numbers(config, (*least, "num_think_tokens", "lookahead", "search_changes", "alternate"))
     for name, bound in least.items():
         if getattr(config, name) < bound:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {bound}.")
@@ -58,7 +61,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         raise ValueError(f"search_changes={config.search_changes} must be at least 1, or null for all tokens.")
     if config.temperature <= 0:
         raise ValueError(f"temperature={config.temperature} must be above 0: thoughts are explored by sampling.")
-    for name in ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold"):
+    for name in FRACTIONS:
         if getattr(config, name) is not None and not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)} must be between 0 and 1.")
     for name in SCHEDULES:
@@ -73,7 +76,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         raise ValueError(f"alternate={config.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
     if config.posterior_temperature <= 0:
         raise ValueError(f"posterior_temperature={config.posterior_temperature} must be above 0.")
-    for name in ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta"):
+    for name in WEIGHTS:
         if getattr(config, name) < 0:
             raise ValueError(f"{name}={getattr(config, name)} must not be negative.")
     resolve_rewards(config.reward_funcs)
@@ -86,6 +89,15 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} entries and reward_funcs {len(config.reward_funcs)}: give one weight for each reward."
         )
+
+
+def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
+    """Numbers, and lists of them, are no texts, and counts have no fractions."""
+    for name in (*whole, *FRACTIONS, *WEIGHTS, *SCHEDULES, "temperature", "posterior_temperature", "reward_weights"):
+        value = getattr(config, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and (isinstance(one, bool) or not isinstance(one, int if name in whole else int | float)):
+                raise ValueError(f"{name}={value!r} is not made of {'whole ' if name in whole else ''}numbers.")
 
 
 def check_text(config: "ThinkTokConfig") -> None:

@@ -1,7 +1,7 @@
 """Rows of text with their documents, and what a data set must have."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,14 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ._compat import DataCollatorForLanguageModeling, RepeatSampler
+from .distributed import embedding_rows
 
 # Rows looked at for missing text; more would make a large corpus wait.
 CHECKED_ROWS = 100_000
-# Columns that TRL can make a row from, beside the text column.
-READABLE_COLUMNS = ("input_ids", "messages", "conversations", "prompt")
+# Rows whose ids are looked at.
+LOOKED_AT_ROWS = 1_000
+# Columns that TRL can make a row from, beside the text column; the first that are there.
+READABLE_COLUMNS = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"))
 # What a data set may say about thinking: how hard a row is, how many thinking tokens it gets, and a thought of its own (numbers from 0).
 TASK_COLUMNS = ("level", "think_length", "thoughts")
 
@@ -58,7 +61,7 @@ class BatchesAgain(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
+def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | None) -> None:
     """Refuses data that would fail later, or silently teach nothing.
 
     Raises:
@@ -76,21 +79,47 @@ def check_dataset(dataset, name: str, args, has_formatter: bool) -> None:
         raise TypeError(f"The {name} data set is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`.")
     if not head:
         raise ValueError(f"The {name} data set is empty.")
-    columns = list(head[0])
-    text = args.dataset_text_field
-    if not has_formatter and text not in columns and not any(column in columns for column in READABLE_COLUMNS):
+    _check_task_columns(dataset, name, head, args)
+    if formatter is not None:
+        for row in head:
+            if not isinstance(text := formatter(row), str) or not text.strip():
+                raise ValueError(f"formatting_func made {text!r} of a row of the {name} data set: it must return a text.")
+        return
+    columns, text = list(head[0]), args.dataset_text_field
+    used = next((names for names in READABLE_COLUMNS if set(names) <= set(columns)), (text,))
+    if not set(used) <= set(columns):
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
         )
-    _check_task_columns(dataset, name, head, args)
-    if has_formatter or text not in columns:
-        return
-    rows = itertools.islice(dataset[text], CHECKED_ROWS) if isinstance(dataset, Dataset) else [row[text] for row in head]
-    empty = next((i for i, row in enumerate(rows) if not isinstance(row, str) or not row.strip()), None)
-    if empty is not None:
-        raise ValueError(
-            f"Row {empty} of the {name} data set has no text in {text!r}: drop empty rows, for example with dataset.filter(lambda row: row[{text!r}].strip())."
-        )
+    for column in used:
+        values = itertools.islice(dataset[column], CHECKED_ROWS) if isinstance(dataset, Dataset) else (row[column] for row in head)
+        wrong = next((i for i, value in enumerate(values) if not (value.strip() if isinstance(value, str) else value and column != text)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"Row {wrong} of the {name} data set has no text in {column!r}: drop empty rows, for example with dataset.filter(lambda row: row[{column!r}])."
+            )
+
+
+def check_prepared(train_dataset, eval_dataset, model, args) -> None:
+    """What was made of the rows: there are some, and their ids are the model's. Of many rows the first are looked at.
+
+    Raises:
+        ValueError: none is left, or ids are not in the embedding.
+    """
+    for name, dataset in named_sets(train_dataset, eval_dataset).items():
+        if not isinstance(dataset, Dataset):
+            continue
+        if len(dataset) == 0:
+            raise ValueError(f"No row of the {name} data set has a token to predict within max_length={args.max_length}: raise max_length.")
+        largest = max(max(ids, default=0) for ids in dataset[:LOOKED_AT_ROWS]["input_ids"])
+        if largest >= (rows := embedding_rows(model)):
+            raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
+
+
+def named_sets(train_dataset, eval_dataset) -> dict[str, Dataset | IterableDataset]:
+    """The data sets that there are, with the names that errors call them by."""
+    sets = {"train": train_dataset, **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})}
+    return {name: dataset for name, dataset in sets.items() if dataset is not None}
 
 
 def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) -> None:

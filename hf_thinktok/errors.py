@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from yaml import YAMLError
+
 # transformers and datasets raise an OSError for what they do not find.
 MENDABLE = (ImportError, OSError, ValueError)
 
@@ -27,9 +29,14 @@ def usage(*more: type[Exception], before: str = "", after: str = "") -> Iterator
 
 
 @contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
-    """Ends a recipe that was given what it cannot use with the sentence that says so."""
+def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends a recipe that was given what it cannot use with the sentence that says so.
+
+    Args:
+        kinds: the errors to take so; by default all that the user can put right.
+    """
+    mendable = kinds or (*MENDABLE, YAMLError)
     try:
         yield
-    except MENDABLE as error:
-        sys.exit(f"error: {error}")
+    except mendable as error:
+        sys.exit(f"error: the config is no YAML: {' '.join(str(error).split())}" if isinstance(error, YAMLError) else f"error: {error}")

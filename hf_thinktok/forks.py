@@ -73,7 +73,11 @@ def last_fork(args: "ThinkTokConfig", model: PreTrainedModel, longest: int) -> i
     room = positions - args.max_think_length
     last = longest if longest <= room else room - (longest if args.lookahead is None else args.lookahead)
     if last < 0:
-        raise ValueError(f"max_length={longest} and a thought with its lookahead exceed the model's {positions} positions: lower max_length or lookahead.")
+        lower = "max_think_length" if room < 2 else "max_length or lookahead"
+        raise ValueError(
+            f"max_length={longest} and a thought of max_think_length={args.max_think_length} with its lookahead exceed the model's {positions} positions: "
+            f"lower {lower}."
+        )
     return last
 
 

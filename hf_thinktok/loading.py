@@ -20,7 +20,8 @@ from trl import ModelConfig
 from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
-from .data import check_dataset
+from .config_checks import REWARDED_BY_FUNCTIONS
+from .data import check_dataset, named_sets
 from .distributed import embedding_rows
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
@@ -33,9 +34,8 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise TypeError(f"args is a {type(args).__name__}; ThinkTokTrainer needs a ThinkTokConfig.")
     if train_dataset is None:
         raise ValueError("train_dataset is missing: pass a datasets.Dataset or IterableDataset of text.")
-    for name, dataset in {"train": train_dataset, **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})}.items():
-        if dataset is not None:
-            check_dataset(dataset, name, args, formatting_func is not None)
+    for name, dataset in named_sets(train_dataset, eval_dataset).items():
+        check_dataset(dataset, name, args, formatting_func)
     if args.thinks and args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
         raise ValueError("num_iterations > 1 needs batches that can come again: use a map-style data set, or num_iterations=1.")
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
@@ -54,6 +54,29 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
     if _uses_fsdp(args) and str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
+
+
+def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, speaker, teacher) -> None:
+    """What the trainer is given beside its options must have a use there."""
+    if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
+        raise ValueError(f"reward_funcs has no effect here; it needs {REWARDED_BY_FUNCTIONS}.")
+    if reward_funcs is not None and not args.rewards_draws:
+        raise ValueError(f"reward_funcs has no effect here; it needs thoughts=discrete or text ({args.thoughts} has no rewards).")
+    if speaker is not None and args.policies != "split":
+        raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
+    if speaker is not None and peft_config is not None:
+        raise ValueError("A speaker is given, and with peft_config a second adapter of the model speaks: leave one of the two out.")
+    if args.policies == "split" and peft_config is not None and args.num_think_tokens != 0 and args.gradient_checkpointing:
+        raise ValueError("policies=split with an adapter runs one model as two, which checkpointing would confuse: set gradient_checkpointing=False.")
+    if args.rollout == "free" and args.teacher is None and teacher is None:
+        raise ValueError("rollout=free needs a teacher, as nobody else says what should follow a text that the model made up: set teacher.")
+    if teacher is not None and args.num_think_tokens == 0:
+        raise ValueError("A teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
+    if teacher is not None and teacher is model:
+        raise ValueError("The teacher and the model are the same object, and a teacher stays as it is: load it once more.")
+    for what, one in {"speaker": speaker, "teacher": teacher}.items():
+        if one is not None and not isinstance(one, torch.nn.Module):
+            raise TypeError(f"The {what} is a {type(one).__name__}; it must be a model that is loaded.")
 
 
 def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -112,7 +135,7 @@ def load_model(
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
     check_supported(config)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else config._name_or_path, **where)
+        tokenizer = load_tokenizer(model if isinstance(model, str) else config._name_or_path, **where)
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
     attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
@@ -129,6 +152,21 @@ def load_model(
             "that does not fit take ZeRO-3 or FSDP2."
         )
     return model, tokenizer
+
+
+def load_tokenizer(name: str, **where: Any) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        if name:  # a model made here has none
+            return AutoTokenizer.from_pretrained(name, **where)
+        why = "the model was not loaded from anywhere"
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0].rstrip(":.")
+    raise ValueError(f"There is no tokenizer at {name!r} ({why}): pass processing_class.")
 
 
 def placement(args: ThinkTokConfig) -> dict[str, torch.device] | None:
@@ -155,7 +193,9 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokCo
     """
     how = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in ("dtype", "attn_implementation", "device_map")}
     with _there("teacher", name):
-        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        if find_adapter_config_file(name):
+            raise ValueError(f"The teacher {name} is an adapter: make a model of it and its base first, with merge_and_unload() or `thinktok merge`.")
+        theirs = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         teacher = create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | how)
     own, others = ({word: i for word, i in one.get_vocab().items() if not word.startswith(GUARD)} for one in (tokenizer, theirs))
     if own != others:
@@ -169,6 +209,8 @@ def _there(what: str, name: Any) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if os.path.exists(os.path.join(str(name), "config.json")):
+            raise ValueError(f"The {what} {name!r} cannot be read: {str(error).splitlines()[0]}") from error
         raise ValueError(f"There is no {what} at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
 
 

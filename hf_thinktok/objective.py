@@ -21,7 +21,7 @@ from .advantages import ValueBaseline, group_advantages, posterior, token_advant
 from .config import ThinkTokConfig
 from .exploration import coverage_share, entropy_servo, entropy_unit, ever, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
-from .rewards import RewardFunction, masked_mean, masked_sum, total_reward
+from .rewards import RewardFunction, masked_mean, masked_sum, names_of, total_reward
 from .rollout import Rollout
 from .scores import TreeScores
 
@@ -273,6 +273,6 @@ def _metrics(
         metrics["thought_entropy"] = thought_entropy(scores.think_logits_BKGLN, rollout.said_BKGL & valid[..., None])
     if config.needs_gate:
         metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None)
-    for function, values_BKG in zip(rewards, each_FBKG, strict=True):
-        metrics[f"rewards/{getattr(function, '__name__', type(function).__name__)}"] = masked_mean(values_BKG[..., own], valid, None)
+    for name, values_BKG in zip(names_of(rewards), each_FBKG, strict=True):
+        metrics[f"rewards/{name}"] = masked_mean(values_BKG[..., own], valid, None)
     return metrics

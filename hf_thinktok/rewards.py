@@ -16,12 +16,14 @@ Arguments, all without gradient (B rows, K forks, G thoughts, L thinking tokens,
 """
 
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 RewardFunction = Callable[..., Tensor]
+JUDGEMENT = ("logps", "correct", "baseline_logps", "mask", "thoughts", "lengths", "targets", "supplied")
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -72,17 +74,47 @@ def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFuncti
     """Reward functions from names and callables.
 
     Raises:
-        ValueError: an unknown name; the nearest known one is suggested.
+        ValueError: an unknown name, for which the nearest known one is suggested, or a function that cannot be called with what there is.
     """
     names = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     for name in names:
         if isinstance(name, str) and name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"reward_funcs has the unknown name {name!r}; did you mean {near!r}? Known: {', '.join(REWARDS)}, or pass a function.")
+        if callable(name):
+            try:
+                inspect.signature(name).bind(**dict.fromkeys(JUDGEMENT))
+            except TypeError as error:
+                raise ValueError(
+                    f"The reward {name_of(name)} cannot be called ({error}): it gets {', '.join(JUDGEMENT)} as keywords, and **kwargs takes the rest."
+                ) from None
     return [REWARDS[r] if isinstance(r, str) else r for r in names]
 
 
+def name_of(reward: RewardFunction) -> str:
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def names_of(rewards: Sequence[RewardFunction]) -> list[str]:
+    """What each is called in logs; those of one name are numbered."""
+    names = [name_of(reward) for reward in rewards]
+    return [name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}" for i, name in enumerate(names)]
+
+
 def total_reward(functions: list[RewardFunction], weights: list[float], **judgement: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weighted sum `[B, K, G]`, and each reward by itself `[F, B, K, G]`."""
-    rewards_FBKG = torch.stack([function(**judgement).float() for function in functions])
+    """The weighted sum `[B, K, G]`, and each reward by itself `[F, B, K, G]`.
+
+    Raises:
+        ValueError: a function returns anything but a tensor `[B, K, G]`.
+    """
+    lengths_BKG = judgement["lengths"]
+    assert lengths_BKG is not None
+    values = []
+    for function in functions:
+        value = function(**judgement)
+        if not isinstance(value, Tensor) or value.shape != lengths_BKG.shape:
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"The reward {name_of(function)} returned {found}; it must return a tensor [B, K, G], here {list(lengths_BKG.shape)}.")
+        values.append(value.float())
+    rewards_FBKG = torch.stack(values)
     return torch.einsum("f,fbkg->bkg", rewards_FBKG.new_tensor(weights), rewards_FBKG), rewards_FBKG

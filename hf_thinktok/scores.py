@@ -127,7 +127,7 @@ def score_tree(
         trunk_mask_BT=judged_BS[:, : tree.trunk_length],
         logps_BKGH=at(logps, predictors),
         correct_BKGH=at(correct, predictors),
-        baseline_logps_BKH=at(logps, places_BKH - 1).detach(),
+        baseline_logps_BKH=at(logps, (places_BKH - 1).clamp(min=0)).detach(),  # in rows of one token there is no judged place
         mask_BKH=mask_BKH,
         compared_BKH=mask_BKH & (torch.arange(mask_BKH.shape[-1], device=mask_BKH.device) == 0) if tree.branching.persistent else mask_BKH,
         prefix_logps_BKGP=at(logps, speakers),

@@ -37,6 +37,8 @@ class TextArguments:
     data_split_seed: int = field(default=0, metadata={"help": "Seed of both held-out parts; the same for all runs that are compared."})
 
     def __post_init__(self):
+        if isinstance(self.data_files, str):
+            self.data_files = [self.data_files]
         for name in self.data_files or []:
             if not (Path(name).exists() or has_magic(name) or "://" in name):
                 raise ValueError(f"data_files names {name}, and there is no such file: give its path from here, {Path.cwd()}, or a whole one.")
@@ -73,7 +75,10 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
         text = text.map(lambda row: {"text": filled(template, row)}, remove_columns=[name for name in text.column_names or [] if name != "text"])
     if text.column_names is not None and "text" not in text.column_names:
         strings = [name for name, kind in (text.features or {}).items() if getattr(kind, "dtype", None) in ("string", "large_string")]
-        how = f"make it with text_template, for example --text_template '{{{strings[0]}}}'" if strings else "give data with a column of strings to make it of"
+        example = "{prompt}{completion}" if {"prompt", "completion"} <= set(strings) else "".join(f"{{{name}}}" for name in strings[:1])
+        how = f"make it with text_template, for example --text_template '{example}'" if strings else "give data with a column of strings to make it of"
+        if {"messages", "conversations"} & set(text.column_names):
+            how = "ThinkTokTrainer itself takes chats, and here they have to be text: write it with the tokenizer's apply_chat_template"
         raise ValueError(f"The data has the columns {text.column_names} and no 'text': {how}.")
     text = text.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
     if isinstance(text, Dataset) and not len(text):
@@ -114,6 +119,16 @@ class TextParts(NamedTuple):
     def unseen(self) -> Dataset | None:
         """What training did not see: the test part, or where there is none what was held out."""
         return self.test or self.held_out
+
+
+def check_column(name: str) -> None:
+    """Recipes read, compare and report one column of their text.
+
+    Raises:
+        ValueError: the trainer was told of another one.
+    """
+    if name != "text":
+        raise ValueError(f"dataset_text_field={name!r} would be trained on and 'text' be evaluated: make the text with --text_template '{{{name}}}' instead.")
 
 
 def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:

@@ -128,6 +128,10 @@ def add_thinking_tokens(
     Raises:
         ValueError: the tokenizer and the model disagree, the model has another number of thinking tokens, or its embedding cannot grow.
     """
+    if num_tokens is not None and num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens} must be 1 or more.")
+    if isinstance(sample_text, str):
+        sample_text = [sample_text]
     existing = ThinkingVocabulary.from_config(model.config)
     rows = embedding_rows(model)
     check_vocabulary(model.config, tokenizer, num_tokens, rows)

@@ -22,15 +22,14 @@ from .advantages import ValueBaseline
 from .callbacks import NonFiniteGuard, SayWhatIsTrained, StartOver, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .config import ThinkTokConfig
-from .config_checks import REWARDED_BY_FUNCTIONS
 from .curriculum import Curriculum, LevelSampler
-from .data import BatchesAgain, TreeCollator, levels_of, task_columns
+from .data import BatchesAgain, TreeCollator, check_prepared, levels_of, task_columns
 from .distributed import check_launcher, for_rollout, is_partitioned, keep_types, prepare_frozen
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, choose_forks, eligible_forks, ends_of, last_fork, marker_ids
 from .head import HeadInputs, attach_head
-from .loading import check_arguments, load_model, load_teacher, sample_text
+from .loading import check_arguments, check_parts, load_model, load_teacher, sample_text
 from .models import evaluating, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
@@ -102,23 +101,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
-        if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
-            raise ValueError(f"reward_funcs has no effect here; it needs {REWARDED_BY_FUNCTIONS}.")
-        if reward_funcs is not None and not args.rewards_draws:
-            raise ValueError(f"reward_funcs has no effect here; it needs thoughts=discrete or text ({args.thoughts} has no rewards).")
-        if speaker is not None and args.policies != "split":
-            raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
-        if speaker is not None and peft_config is not None:
-            raise ValueError("A speaker is given, and with peft_config a second adapter of the model speaks: leave one of the two out.")
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
-        if two_adapters and args.gradient_checkpointing:
-            raise ValueError("policies=split with an adapter runs one model as two, which checkpointing would confuse: set gradient_checkpointing=False.")
-        if args.rollout == "free" and args.teacher is None and teacher is None:
-            raise ValueError("rollout=free needs a teacher, as nobody else says what should follow a text that the model made up: set teacher.")
-        if teacher is not None and args.num_think_tokens == 0:
-            raise ValueError("A teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
-        if teacher is not None and teacher is model:
-            raise ValueError("The teacher and the model are the same object, and a teacher stays as it is: load it once more.")
+        check_parts(args, model, reward_funcs, peft_config, speaker, teacher)
         model, tokenizer = load_model(model, processing_class, args, quantization_config)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
@@ -152,6 +136,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             **kwargs,
         )
         args.model_init_kwargs = loading
+        check_prepared(self.train_dataset, self.eval_dataset, model, args)
         if not self.plain:
             check_vocabulary(model.config, self._tokenizer, None)  # chat_template_path adds tokens
         check_launcher(self.accelerator, self.model)
@@ -352,7 +337,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         speech = speak(scores, both, args.stop, 0.0, args.blind)
 
         places_BKH, mask_BKH = tree.judged(labels_BT)
-        without_BKH = plain.trunk_logps_BT.gather(1, (places_BKH - 1).flatten(1)).view_as(places_BKH)
+        without_BKH = plain.trunk_logps_BT.gather(1, (places_BKH - 1).clamp(min=0).flatten(1)).view_as(places_BKH)
         summed_BKG = masked_sum(speech.logps_BKGH, mask_BKH[:, :, None])
         think_BKG, random_BKG = summed_BKG.chunk(2, dim=2)
         logps = {"no_think": masked_sum(without_BKH, mask_BKH), "think": think_BKG.mean(-1), "random_thought": random_BKG.mean(-1)}

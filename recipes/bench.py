@@ -31,10 +31,11 @@ import torch
 import transformers
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import fit_to_cpu, init_kwargs
 from hf_thinktok.memory import PeakOfSecondStep
 from hf_thinktok.results import BENCH_ARMS, changed_options, environment, print_bench, write_json
@@ -273,7 +274,11 @@ class Bench:
 def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
-    name = resolve_model(model.model_name_or_path)
+    with one_sentence():
+        if not model.model_name_or_path:
+            raise ValueError("There is no model: give model_name_or_path.")
+        name = resolve_model(model.model_name_or_path)
+        AutoConfig.from_pretrained(name)
     loading = {"attn_implementation": "sdpa"} | init_kwargs(model)
     args = fit_to_cpu(args)
     options = {key: value for key, value in changed_options(args).items() if key not in ("output_dir", "model_init_kwargs")}
@@ -291,4 +296,6 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
 
 
 if __name__ == "__main__":
-    main(*TrlParser((BenchArguments, ThinkTokConfig, ModelConfig)).parse_args_and_config(fail_with_unknown_args=True))
+    with one_sentence():
+        told = TrlParser((BenchArguments, ThinkTokConfig, ModelConfig)).parse_args_and_config(fail_with_unknown_args=True)
+    main(*told)

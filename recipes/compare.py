@@ -52,7 +52,7 @@ from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import environment, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import TextArguments, load_files, load_text, split
+from hf_thinktok.text import TextArguments, check_column, load_files, load_text, split
 
 PRETRAIN = Path(__file__).parent / "pretrain_think.py"
 KINDS = (TextArguments, ThinkTokConfig, ModelConfig)
@@ -186,6 +186,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     output = Path(recipe.setdefault("output_dir", "outputs/compare"))
     grid = Grid(recipe, chosen.arms or {})
     script, args, model = grid.options["think"]
+    check_column(args.dataset_text_field)
     test = load_files(script, chosen.test_files) if chosen.test_files else split(load_text(script), script).test
     if test is None:
         raise ValueError("There is no text to report on: set test_documents, or test_files.")

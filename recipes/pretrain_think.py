@@ -26,11 +26,12 @@ import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.checkpoints import CheckpointError, PushError
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import fit_to_cpu, init_kwargs
 from hf_thinktok.results import changed_options, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import TextArguments, load_text, split
+from hf_thinktok.text import TextArguments, check_column, load_text, split
 
 
 @dataclass
@@ -44,6 +45,7 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
     """The trainer of this text and model; where there is text to compare on, it evaluates before its first step."""
     if not model.model_name_or_path:
         raise ValueError("There is no model: give model_name_or_path.")
+    check_column(args.dataset_text_field)
     train, held_out, _ = split(load_text(script), script)
     args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
     args.eval_on_start |= held_out is not None and args.thinks  # within training, where launchers have set up what they run
@@ -59,7 +61,8 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
 
 def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> None:
     args = trainer.args
-    training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    with one_sentence(CheckpointError):
+        training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if trainer.is_world_process_zero():
         (Path(args.output_dir) / "results.json").unlink(missing_ok=True)  # of an earlier run, whose model is replaced here
     trainer.save_model(args.output_dir)
@@ -75,7 +78,8 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
             print_results(results)
             report(args.output_dir, script.report_documents, args.max_length or 256)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        with one_sentence(PushError):
+            trainer.push_to_hub()
 
 
 def report(folder: str, documents: int, max_length: int) -> None:

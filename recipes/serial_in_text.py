@@ -32,7 +32,7 @@ from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task
-from hf_thinktok.text import TextArguments, load_text, split
+from hf_thinktok.text import TextArguments, check_column, load_text, split
 
 # Tokens of a document at least; shorter ones are headings.
 SHORTEST = 16
@@ -121,6 +121,7 @@ if __name__ == "__main__":
             raise ValueError("The twin that does not think is trained besides: leave num_forks and num_think_tokens above 0.")
         if not 0 < mixture_args.task_share < 1:
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
+        check_column(think_args.dataset_text_field)
         the_task = make_task(mixture_args.task, **mixture_args.task_options or {})
         the_text = load_text(text_args)
     main(the_task, the_text, mixture_args, text_args, fit_to_cpu(think_args), model_args)

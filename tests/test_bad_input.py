@@ -63,6 +63,16 @@ def one_sentence(error, *words):
 
 
 BAD_VALUES = [
+    ({"num_forks": 3.5}, ["num_forks=3.5 is not made of whole numbers"]),
+    ({"num_forks": "3"}, ["num_forks='3' is not made of whole numbers"]),
+    ({"num_generations": 2.0}, ["num_generations=2.0 is not made of whole numbers"]),
+    ({"lookahead": 1.5, "stop": "fixed"}, ["lookahead=1.5 is not made of whole numbers"]),
+    ({"temperature": "hot"}, ["temperature='hot' is not made of numbers"]),
+    ({"stop_smoothing": "much"}, ["stop_smoothing='much' is not made of numbers"]),
+    ({"think_cost": "high"}, ["think_cost=.*high.* is not made of numbers"]),
+    ({"think_cost": ["a", 0.1, 5]}, ["think_cost=.*a.* is not made of numbers"]),
+    ({"reward_weights": ["a"]}, ["reward_weights=.*a.* is not made of numbers"]),
+    ({"alternate": [1.5, 2]}, ["alternate=.1.5, 2. is not made of whole numbers"]),
     ({"num_generations": 1}, ["num_generations=1", "compare", "2 or more"]),
     ({"num_generations": 0}, ["num_generations=0", "at least 1"]),
     ({"max_think_length": 0}, ["max_think_length=0", "at least 1"]),
@@ -358,6 +368,38 @@ def test_functions_can_be_weighted(make_trainer):
     assert trainer.reward_weights == [1.0, 0.5]
 
 
+def test_rewards_that_cannot_be_called(train):
+    for reward, words in (
+        (lambda completions, **kwargs: [1.0], ["missing a required argument: 'completions'", "logps, correct"]),
+        (lambda logps: logps.sum(-1), ["unexpected keyword argument 'correct'", "kwargs"]),
+    ):
+        with pytest.raises(ValueError, match="The reward <lambda> cannot be called") as error:
+            train(reward_funcs=[reward])
+        one_sentence(error, *words)
+
+
+@pytest.mark.parametrize(
+    ("reward", "found"),
+    [
+        (lambda logps, **kwargs: logps, "a tensor of shape .2, 3, 2, 1."),
+        (lambda logps, **kwargs: logps.mean((-1, -2))[..., None], "a tensor of shape .2, 3, 1."),
+        (lambda **kwargs: 1.0, "a float"),
+    ],
+)
+def test_rewards_that_return_something_else(make_trainer, reward, found):
+    with pytest.raises(ValueError, match="it must return a tensor") as error:
+        make_trainer(reward_funcs=[reward]).train()
+    one_sentence(error, f"The reward <lambda> returned {found}", "here .2, 3, 2.")
+
+
+def test_rewards_of_one_name_are_told_apart(make_trainer):
+    trainer = make_trainer(reward_funcs=["prob", lambda logps, **kwargs: logps[..., 0], lambda logps, **kwargs: 3 * logps[..., 0]], max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert float(logged["rewards/<lambda>_2"]) == pytest.approx(3 * float(logged["rewards/<lambda>_1"]), rel=1e-3)
+    assert "rewards/prob" in logged
+
+
 @pytest.mark.parametrize("options", [{"objective": "marginal"}, {"advantage": "token"}], ids=named)
 def test_rewards_of_the_trainer_without_effect(train, options):
     with pytest.raises(ValueError, match="reward_funcs.*no effect") as error:
@@ -387,6 +429,10 @@ BAD_DATA = {
     "blank row": (lambda: Dataset.from_dict({"text": ["a b c", " \n\t", "d"]}), {}, ["Row 1 ", "no text"]),
     "row without": (lambda: Dataset.from_dict({"text": ["a b c", None]}), {}, ["Row 1 ", "no text"]),
     "no strings": (lambda: Dataset.from_dict({"text": [1, 2]}), {}, ["Row 0 ", "no text"]),
+    "prompts alone": (lambda: Dataset.from_dict({"prompt": CORPUS}), {}, ["columns", "'prompt'", "no 'text'"]),
+    "no completion": (lambda: Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]}), {}, ["Row 1 ", "no text in 'completion'"]),
+    "no messages": (lambda: Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}], []]}), {}, ["Row 1 ", "no text in 'messages'"]),
+    "no ids": (lambda: Dataset.from_dict({"input_ids": [[5, 6], []]}), {}, ["Row 1 ", "no text in 'input_ids'"]),
     "endless stream": (lambda: Dataset.from_dict({"text": CORPUS}).to_iterable_dataset(), {"max_steps": -1}, ["streaming", "set max_steps"]),
     "empty stream": (lambda: IterableDataset.from_generator(lambda: iter(())), {}, ["train data set is empty"]),
     "stream of empty rows": (lambda: Dataset.from_dict({"text": ["a", ""]}).to_iterable_dataset(), {}, ["Row 1 ", "no text"]),
@@ -405,6 +451,27 @@ def test_data_that_cannot_be_trained_on(train, case):
     with pytest.raises((ValueError, TypeError), match=re.compile(words[0], re.IGNORECASE)) as error:
         train(train_dataset=make(), options=options)
     one_sentence(error, *(f"(?i){word}" for word in words))
+
+
+@pytest.mark.parametrize("made", ["", None, ["a"]], ids=str)
+def test_a_formatting_function_that_makes_no_text(train, made):
+    with pytest.raises(ValueError, match="formatting_func made") as error:
+        train(formatting_func=lambda row: made)
+    one_sentence(error, "must return a text")
+
+
+def test_prepared_rows_are_looked_at(make_trainer):
+    """All cut before what is to be learned, or made with another tokenizer."""
+    long = Dataset.from_dict({"prompt": ["3 + 4 = 7, and 7 + 5 = 12; " * 9] * 8, "completion": [" 7"] * 8})
+    with pytest.raises(ValueError, match="No row of the train data set has a token to predict within max_length=48") as error:
+        make_trainer(train_dataset=long)
+    one_sentence(error, "raise max_length")
+    short = Dataset.from_dict({"prompt": ["3 + 4 ="], "completion": [" 7"]})
+    with pytest.raises(ValueError, match="No row of the far data set has"):
+        make_trainer(train_dataset=short, eval_dataset={"near": short, "far": long})
+    with pytest.raises(ValueError, match="has the id 5000 and the model 384 rows") as error:
+        make_trainer(train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7], [5, 5000, 7]]}))
+    one_sentence(error)
 
 
 def test_bad_held_out_data_is_named(train, corpus):
@@ -590,6 +657,39 @@ def test_checkpoint_with_another_thinking_vocabulary(make_trainer, tmp_path, sav
 def test_a_model_that_is_not_there(corpus):
     with pytest.raises(ValueError, match="There is no model at"):
         ThinkTokTrainer("/nowhere/model", ThinkTokConfig("out", bf16=False), train_dataset=corpus)
+
+
+def test_parts_of_a_model_that_are_not_there(make_trainer, corpus, tmp_path):
+    with pytest.raises(ValueError, match="There is no teacher at"):
+        make_trainer(teacher=str(tmp_path / "nowhere"))
+    args = ThinkTokConfig("out", bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="There is no tokenizer at '' .the model was not loaded from anywhere.: pass processing_class") as error:
+        ThinkTokTrainer(tiny_model(), args, train_dataset=corpus)
+    one_sentence(error)
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="There is no tokenizer at .*: pass processing_class") as error:
+        ThinkTokTrainer(str(tmp_path), args, train_dataset=corpus)
+    one_sentence(error)
+    (tmp_path / "config.json").write_text("{not JSON")
+    with pytest.raises(ValueError, match="The model .* cannot be read: .*JSON"):
+        ThinkTokTrainer(str(tmp_path), args, train_dataset=corpus)
+    with pytest.raises(TypeError, match="The speaker is a str; it must be a model that is loaded") as error:
+        ThinkTokTrainer(tiny_model(), ThinkTokConfig("out", bf16=False, policies="split"), train_dataset=corpus, speaker="base")
+    one_sentence(error)
+
+
+def test_a_model_is_no_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.save_model(str(tmp_path))
+    with pytest.raises(ValueError, match="is a model, and no checkpoint of a run: start a run from it") as error:
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+    one_sentence(error)
+
+
+def test_a_thought_longer_than_the_model(make_trainer):
+    with pytest.raises(ValueError, match="exceed the model's 256 positions: lower max_think_length") as error:
+        make_trainer(max_think_length=300, max_length=8, lookahead=1)
+    one_sentence(error)
 
 
 # ---------------------------------------------------------------- what the data says about thinking

@@ -229,6 +229,24 @@ def test_what_has_no_thoughts_or_no_text_is_refused(model):
         evaluate_thinking(*model, TEXT, max_think_length=255)
 
 
+def test_arguments_and_data_that_cannot_be_evaluated(model):
+    for options in ({"num_forks": 0}, {"max_length": -5}, {"max_think_length": -1}, {"batch_size": 0}, {"lookahead": 0}, {"rows_per_document": 0}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
+            evaluate_thinking(*model, TEXT, **options)
+    for data, sentence in (
+        ([{"body": "a b c"}], "Document 0 has no text in 'text' .it has body.: name the column"),
+        ([TEXT[0], {"text": None}], "Document 1 has no text"),
+        ([7], "Document 0 has no text"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            evaluate_thinking(*model, data)
+    texts = [row["text"] for row in TEXT]
+    for same in (texts, texts[0]):
+        rows = TEXT if same is texts else TEXT[:1]
+        assert evaluate_thinking(*model, same, num_samples=1).summary()["arms"] == evaluate_thinking(*model, rows, num_samples=1).summary()["arms"]
+
+
 def test_an_adapter_is_evaluated_on_a_base_that_has_thinking_tokens(model, tmp_path):
     adapted = get_peft_model(model[0], LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path)

@@ -132,7 +132,8 @@ def test_every_save_is_pushed_with_both_models(hub, tmp_path):
 @pytest.mark.parametrize("trouble", [("PUT", "/lfs/", "drop"), ("POST", "/commit/", "500")], ids=["dropped", "refused"])
 def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_path, trouble):
     hub.trouble = [trouble] * 20  # clients try again
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", "{}", expect=1)
+    error = python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", "{}", expect=1)
+    assert f"{tmp_path / 'out'} is whole, but its upload failed: " in error
     assert hub.repos["me/thinker"] == [{}]
     hub.trouble = []
     python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/thinker")

@@ -110,7 +110,9 @@ def test_rows_without_text_are_left_out(tmp_path, rows, template, texts, streami
         ({"q": "a"}, "{q[x]}", "text_template='{q[x]}' does not fit the data"),
         ({"q": "a"}, "{q", "text_template='{q' does not fit the data"),
         ({"n": 1, "q": "a"}, None, "for example --text_template '{q}'"),
-        ({"messages": [{"role": "user", "content": "a"}]}, None, "give data with a column of strings"),
+        ({"messages": [{"role": "user", "content": "a"}]}, None, "write it with the tokenizer's apply_chat_template"),
+        ({"numbers": [1]}, None, "give data with a column of strings"),
+        ({"prompt": "a", "completion": "b"}, None, "for example --text_template '{prompt}{completion}'"),
         ({"text": 1}, None, "No row of the data has text"),
     ],
 )
@@ -118,6 +120,11 @@ def test_data_and_templates_that_make_no_text(tmp_path, row, template, sentence)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_text(TextArguments(data_files=[str(tmp_path / "rows.jsonl")], text_template=template))
+
+
+def test_one_file_need_not_be_a_list(tmp_path):
+    (tmp_path / "text.txt").write_text("a line\n")
+    assert load_text(TextArguments(data_files=str(tmp_path / "text.txt")))["text"] == ["a line"]
 
 
 def test_options_are_told_and_no_secret():
@@ -160,6 +167,9 @@ def test_help_names_every_option():
         (["--enable_jit_checkpoint", "true", "--text_template", "{question}"], "SIGTERM saves a checkpoint already"),
         (["--dataset_test_split", "validation"], "--dataset_test_split"),
         ([], "make it with text_template"),
+        (["--text_template", "{question}", "--dataset_text_field", "body"], "make the text with --text_template '{body}'"),
+        (["--text_template", "{question}", "--resume_from_checkpoint", "true"], "There is no whole checkpoint in"),
+        (["--config", "{folder}/broken.yaml"], "the config is no YAML"),
         (["--data_files", "README.md"], "files that end in .txt, .jsonl"),
         (["--data_files", "pyproject.toml", "README.md"], "pyproject.toml"),
         (["--data_files", "{folder}/data.txt", "{folder}/data.jsonl"], "several kinds (json, text)"),
@@ -170,6 +180,7 @@ def test_help_names_every_option():
     ],
 )
 def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
+    (tiny_folder / "broken.yaml").write_text("num_forks: [1")
     done = in_process(
         RECIPE,
         *("--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import tiny_model, tiny_tokenizer, tokenizer_of_kind
+from models import CORPUS, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
@@ -119,6 +119,23 @@ def test_a_model_and_a_tokenizer_that_do_not_belong_together_are_refused_untouch
         add_thinking_tokens(model, tokenizer, 4)
     assert same(state(model), before)
     assert tokenizer.get_vocab() == known
+
+
+@pytest.mark.parametrize("num_tokens", [0, -1])
+def test_too_few_tokens_are_refused_untouched(num_tokens):
+    tokenizer = tiny_tokenizer()
+    known = tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=f"num_tokens={num_tokens} must be 1 or more"):
+        add_thinking_tokens(tiny_model(), tokenizer, num_tokens)
+    assert tokenizer.get_vocab() == known
+
+
+def test_a_sample_may_be_one_text():
+    one, listed = tiny_model(tie=False), tiny_model(tie=False)
+    text = " ".join(CORPUS)
+    for model, sample in ((one, text), (listed, [text])):
+        add_thinking_tokens(model, tiny_tokenizer(), 4, sample_text=sample)
+    assert torch.equal(one.get_output_embeddings().weight, listed.get_output_embeddings().weight)
 
 
 def lifelike(family: str = "llama", **options) -> torch.nn.Module:

@@ -248,6 +248,19 @@ def test_training_starts_over_after_memory_ran_out_or_an_interruption(make_train
         assert all(map(math.isfinite, losses(trainer)))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"stop": "fixed"}, {"stop": "sampled", "memory": "persistent"}, {"engine": "replicated"}, {"policies": "split"}], ids=str
+)
+def test_rows_of_one_token_have_nothing_to_judge(make_trainer, options):
+    """A batch of nothing else: an empty line in a stream becomes the end token alone."""
+    rows = Dataset.from_dict({"text": [*CORPUS[:8], "", CORPUS[8]]}).to_iterable_dataset()
+    trainer = make_trainer(train_dataset=rows, eval_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]] * 2 + [[5]]}), per_device_train_batch_size=1,
+                           per_device_eval_batch_size=2, max_steps=10, **options)  # fmt: skip
+    trainer.train()
+    assert trainer.guard.total == 0
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
 def test_too_few_rows_to_repeat_are_told(make_trainer, corpus):
     with pytest.raises(ValueError, match="3 rows are fewer than one of 4"):
         make_trainer(train_dataset=corpus.select(range(3)), num_iterations=2, per_device_train_batch_size=4).train()

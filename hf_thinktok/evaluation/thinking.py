@@ -138,7 +138,7 @@ class Evaluation:
 def evaluate_thinking(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset | Iterable[dict[str, Any]],
+    dataset: Dataset | Iterable[dict[str, Any] | str],
     text_field: str = "text",
     max_length: int = 512,
     rows_per_document: int | None = None,
@@ -156,7 +156,8 @@ def evaluate_thinking(
 
     Args:
         model: with thinking tokens; an adapter as well, on a base that has them. Of an adapter's folder `load_whole` makes a model.
-        dataset: documents. One longer than `max_length` tokens is cut into rows, of which the first `rows_per_document` are taken.
+        dataset: documents, texts or rows with a column of them. One longer than `max_length` tokens is cut into rows, of which the first
+            `rows_per_document` are taken.
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
             probability, a tighter bound (IWAE, Burda et al. 2016). 0: only the text without thoughts is measured, at the same places.
         max_think_length, lookahead: as the model was trained where not given.
@@ -165,6 +166,12 @@ def evaluate_thinking(
     Raises:
         ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, or no text.
     """
+    for name, number, least in (
+        ("max_length", max_length, 2), ("rows_per_document", rows_per_document, 1), ("num_forks", num_forks, 1), ("num_samples", num_samples, 0),
+        ("max_think_length", max_think_length, 1), ("lookahead", lookahead, 1), ("batch_size", batch_size, 1),
+    ):  # fmt: skip
+        if number is not None and number < least:
+            raise ValueError(f"{name}={number} must be at least {least}.")
     base, vocabulary, trained = check_evaluable(model)
     filler = trained.get("thoughts") == "filler"
     blind, length = trained.get("blind", False), max_think_length or trained.get("max_think_length", 4)
@@ -244,9 +251,13 @@ def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
 def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], int, int]:
     """Each row's document and ids, the longest first, and the whole text's bytes and tokens."""
     rows, num_bytes, num_tokens = [], 0, 0
-    for document, one in enumerate(dataset):
-        ids = tokenizer(one[text_field])["input_ids"]
-        num_bytes, num_tokens = num_bytes + len(one[text_field].encode()), num_tokens + len(ids)
+    for document, one in enumerate([dataset] if isinstance(dataset, str) else dataset):
+        text = one.get(text_field) if isinstance(one, dict) else one
+        if not isinstance(text, str):
+            there = f" (it has {', '.join(one)})" if isinstance(one, dict) else ""
+            raise ValueError(f"Document {document} has no text in {text_field!r}{there}: name the column of the text with text_field, or give texts.")
+        ids = tokenizer(text)["input_ids"]
+        num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + len(ids)
         rows += [(document, ids[start : start + max_length]) for start in range(0, len(ids), max_length)][:rows_per_document]
     rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
     if not rows:
