@@ -85,6 +85,12 @@ def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[
     return {name: value for name, value in told.items() if value is not None} | (more or {})
 
 
+def check_unquantized(model: ModelConfig) -> None:
+    """For recipes that load models themselves."""
+    if model.load_in_4bit or model.load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit have no effect here, where models are loaded whole: leave them out.")
+
+
 def read_mappings(arguments: Any, *names: str) -> None:
     """Options that are mappings in a config file and JSON on a command line."""
     for name in names:

@@ -36,7 +36,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, Trl
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.errors import one_sentence
-from hf_thinktok.loading import fit_to_cpu, init_kwargs
+from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs
 from hf_thinktok.memory import PeakOfSecondStep
 from hf_thinktok.results import BENCH_ARMS, changed_options, environment, print_bench, write_json
 from hf_thinktok.sources import resolve_model, standard_library
@@ -277,6 +277,7 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
     with one_sentence():
         if not model.model_name_or_path:
             raise ValueError("There is no model: give model_name_or_path.")
+        check_unquantized(model)
         name = resolve_model(model.model_name_or_path)
         AutoConfig.from_pretrained(name)
     loading = {"attn_implementation": "sdpa"} | init_kwargs(model)

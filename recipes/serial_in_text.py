@@ -27,7 +27,7 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
-from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
+from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
@@ -121,6 +121,7 @@ if __name__ == "__main__":
             raise ValueError("The twin that does not think is trained besides: leave num_forks and num_think_tokens above 0.")
         if not 0 < mixture_args.task_share < 1:
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
+        check_unquantized(model_args)
         check_column(think_args.dataset_text_field)
         the_task = make_task(mixture_args.task, **mixture_args.task_options or {})
         the_text = load_text(text_args)

@@ -29,7 +29,7 @@ from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.language import describe_language, draw_language, print_language
-from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
+from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
@@ -209,6 +209,7 @@ if __name__ == "__main__":
     with one_sentence():
         toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(toy_args, "task_options", "model_shape")
+        check_unquantized(model_args)
         if not model_args.model_name_or_path and "model_type" not in (toy_args.model_shape or {}):
             raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)

@@ -56,3 +56,19 @@ def test_what_cannot_be_timed_is_said(bench, options, words):
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--frobnicate", "3"], "--frobnicate"),
+        (["--load_in_4bit", "true"], "have no effect here"),
+        (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(bench, options, sentence):
+    done = bench(*options)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence in last

@@ -135,6 +135,7 @@ def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculu
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (("--load_in_4bit", "true"), "error: load_in_4bit and load_in_8bit have no effect here"),
         (("--task", "mod_ad"), "error: There is no task 'mod_ad'; did you mean 'mod_add'?"),
         (("--search", "-3"), "search=[-3.0] is no schedule"),
         (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
