@@ -92,12 +92,17 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
         )
     for column in used:
-        values = itertools.islice(dataset[column], CHECKED_ROWS) if isinstance(dataset, Dataset) else (row[column] for row in head)
-        wrong = next((i for i, value in enumerate(values) if not (value.strip() if isinstance(value, str) else value and column != text)), None)
+        values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if isinstance(dataset, Dataset) else (row[column] for row in head)
+        wrong = next((i for i, value in enumerate(values) if not _says_something(value, column == text)), None)
         if wrong is not None:
             raise ValueError(
                 f"Row {wrong} of the {name} data set has no text in {column!r}: drop empty rows, for example with dataset.filter(lambda row: row[{column!r}])."
             )
+
+
+def _says_something(value: Any, is_text: bool) -> bool:
+    """A text that is not blank; beside the text column also messages or ids, where there are any."""
+    return bool(value.strip()) if isinstance(value, str) else not is_text and value is not None and len(value) > 0
 
 
 def check_prepared(train_dataset, eval_dataset, model, args) -> None:
@@ -111,7 +116,7 @@ def check_prepared(train_dataset, eval_dataset, model, args) -> None:
             continue
         if len(dataset) == 0:
             raise ValueError(f"No row of the {name} data set has a token to predict within max_length={args.max_length}: raise max_length.")
-        largest = max(max(ids, default=0) for ids in dataset[:LOOKED_AT_ROWS]["input_ids"])
+        largest = max(max(ids, default=0) for ids in dataset.with_format(None)[:LOOKED_AT_ROWS]["input_ids"])
         if largest >= (rows := embedding_rows(model)):
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
 

@@ -488,6 +488,9 @@ def test_data_that_can_be_trained_on(train, corpus):
         (corpus, None),
         (corpus.to_iterable_dataset(), None),
         (talk, None),
+        (Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}), None),
+        (Dataset.from_dict({"input_ids": [[5, 6], [7]]}).with_format("torch"), None),
+        (Dataset.from_dict({"input_ids": [[5, 6], [7]]}).with_format("torch").to_iterable_dataset(), None),
         (Dataset.from_dict({"body": ["x"]}), lambda row: row["body"]),
     ]:
         with pytest.raises(ValueError, match="There is no model at"):
