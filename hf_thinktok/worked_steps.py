@@ -1,7 +1,7 @@
 """Worked solutions whose last steps are taken away, one more at each level, with thinking tokens in their place.
 
 The question that Coconut asked (https://huggingface.co/papers/2412.06769, section 4, there from the first step on): can what was written out be thought? At
-level 0 all steps are there and the answer is read off; at the highest none is. What remains after the thought is the answer, and that is the reward.
+level 0 all steps are there and the answer is read off; at the highest none is. The thought stands before the result, which alone is judged.
 """
 
 import json
@@ -70,6 +70,6 @@ def _rows(solutions: list[tuple[str, list[str], str]], levels: list[int], tokens
     for asked, steps, result in solutions:
         for level in levels:
             removed = min(level, len(steps))
-            prompt = "\n".join([f"Question: {asked}", "Answer:", *steps[: len(steps) - removed]])
-            table.append({"prompt": prompt, "completion": f"\n{separator} {result}", "level": level, "think_length": tokens_per_step * removed})
+            prompt = "\n".join([f"Question: {asked}", "Answer:", *steps[: len(steps) - removed], separator])
+            table.append({"prompt": prompt, "completion": f" {result}", "level": level, "think_length": tokens_per_step * removed})
     return Dataset.from_list(table)

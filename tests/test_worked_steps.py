@@ -24,9 +24,9 @@ def test_one_more_step_is_taken_away_at_each_level(file):
     assert len(task.test) == 4 * 3
     every = [*task.train, *task.test]
     of_five = [row for row in every if "What is 5 +" in row["prompt"]]
-    assert [row["prompt"].split("Answer:")[1] for row in of_five] == ["\n5 + 1 = 6\n6 + 1 = 7", "\n5 + 1 = 6", ""]
+    assert [row["prompt"].split("Answer:")[1] for row in of_five] == ["\n5 + 1 = 6\n6 + 1 = 7\n####", "\n5 + 1 = 6\n####", "\n####"]
     assert [(row["level"], row["think_length"]) for row in of_five] == [(0, 0), (1, 3), (2, 6)]
-    assert {row["completion"] for row in of_five} == {"\n#### 7"}
+    assert {row["completion"] for row in of_five} == {" 7"}
     short = [row for row in every if "What is 3 +" in row["prompt"]]  # it has one step alone
     assert [row["think_length"] for row in short] == [0, 3, 3]
 
