@@ -131,7 +131,7 @@ class CheckpointingTrainer(SFTTrainer):
 
     def _check_checkpoint(self, folder: str) -> None:
         if not os.path.exists(os.path.join(folder, COMPLETE_FILE)):
-            if os.path.exists(os.path.join(folder, "config.json")) and not os.path.exists(os.path.join(folder, "trainer_state.json")):
+            if os.path.exists(os.path.join(folder, "config.json")) and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
                 raise CheckpointError(f"{folder} is a model, and no checkpoint of a run: start a run from it as its model, without resume_from_checkpoint.")
             why = "was not written to its end" if os.path.isdir(folder) else "does not exist"
             raise CheckpointError(f"The checkpoint {folder} {why}: resume from another one, or with resume_from_checkpoint=true from the newest whole one.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import MISSING, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from .exploration import ever
@@ -96,7 +97,7 @@ def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
     for name in (*whole, *FRACTIONS, *WEIGHTS, *SCHEDULES, "temperature", "posterior_temperature", "reward_weights"):
         value = getattr(config, name)
         for one in value if isinstance(value, list) else [value]:
-            if one is not None and (isinstance(one, bool) or not isinstance(one, int if name in whole else int | float)):
+            if one is not None and (isinstance(one, bool) or not isinstance(one, Integral if name in whole else Real)):
                 raise ValueError(f"{name}={value!r} is not made of {'whole ' if name in whole else ''}numbers.")
 
 

@@ -16,7 +16,7 @@ CHECKED_ROWS = 100_000
 # Rows whose ids are looked at.
 LOOKED_AT_ROWS = 1_000
 # Columns that TRL can make a row from, beside the text column; the first that are there.
-READABLE_COLUMNS = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"))
+READABLE_COLUMNS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",))
 # What a data set may say about thinking: how hard a row is, how many thinking tokens it gets, and a thought of its own (numbers from 0).
 TASK_COLUMNS = ("level", "think_length", "thoughts")
 
@@ -91,6 +91,8 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
         )
+    if "prompt" in columns and used not in READABLE_COLUMNS[:2]:
+        raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     for column in used:
         values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if isinstance(dataset, Dataset) else (row[column] for row in head)
         wrong = next((i for i, value in enumerate(values) if not _says_something(value, column == text)), None)
@@ -116,7 +118,7 @@ def check_prepared(train_dataset, eval_dataset, model, args) -> None:
             continue
         if len(dataset) == 0:
             raise ValueError(f"No row of the {name} data set has a token to predict within max_length={args.max_length}: raise max_length.")
-        largest = max(max(ids, default=0) for ids in dataset.with_format(None)[:LOOKED_AT_ROWS]["input_ids"])
+        largest = max(max(ids, default=0) for ids in dataset.with_format(None)[:LOOKED_AT_ROWS].get("input_ids", [[]]))
         if largest >= (rows := embedding_rows(model)):
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
 

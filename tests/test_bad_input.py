@@ -5,6 +5,7 @@ import json
 import re
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
@@ -333,6 +334,7 @@ VALID = [
     {"stop": "sampled", "think_cost": 0.1, "objective": "marginal"},
     {"log_completions": True, "num_completions_to_print": 2},
     {"beta": 0.1, "temperature": 0.7, "top_k": 2, "top_p": 0.9, "min_p": 0.1},
+    {"num_forks": np.int64(3), "think_ce_weight": np.float32(0.5), "beta": 1},
 ]
 
 
@@ -430,6 +432,7 @@ BAD_DATA = {
     "row without": (lambda: Dataset.from_dict({"text": ["a b c", None]}), {}, ["Row 1 ", "no text"]),
     "no strings": (lambda: Dataset.from_dict({"text": [1, 2]}), {}, ["Row 0 ", "no text"]),
     "prompts alone": (lambda: Dataset.from_dict({"prompt": CORPUS}), {}, ["columns", "'prompt'", "no 'text'"]),
+    "prompts and text": (lambda: Dataset.from_dict({"prompt": CORPUS, "text": CORPUS}), {}, ["prompts and no column 'completion'", "drop the column"]),
     "no completion": (lambda: Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]}), {}, ["Row 1 ", "no text in 'completion'"]),
     "no messages": (lambda: Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}], []]}), {}, ["Row 1 ", "no text in 'messages'"]),
     "no ids": (lambda: Dataset.from_dict({"input_ids": [[5, 6], []]}), {}, ["Row 1 ", "no text in 'input_ids'"]),
@@ -684,6 +687,7 @@ def test_parts_of_a_model_that_are_not_there(make_trainer, corpus, tmp_path):
 def test_a_model_is_no_checkpoint(make_trainer, tmp_path):
     trainer = make_trainer()
     trainer.save_model(str(tmp_path))
+    trainer.save_state()
     with pytest.raises(ValueError, match="is a model, and no checkpoint of a run: start a run from it") as error:
         trainer.train(resume_from_checkpoint=str(tmp_path))
     one_sentence(error)

@@ -202,6 +202,7 @@ VARIANTS = {
     "pointer_chasing_controls": "pointer_chasing",
     "pointer_chasing_offsets_controls": "pointer_chasing_offsets",
     "s5_controls": "s5",
+    "s5_controls_long": "s5",
     "s5_super": "s5",
     "pointer_chasing_costs": "pointer_chasing_stop",
     "pointer_chasing_deep": "pointer_chasing",
