@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_thinktok.card import render_card
-from hf_thinktok.results import as_text, draw_ablation, draw_bench, draw_task
+from hf_thinktok.results import as_text, draw_ablation, draw_bench, draw_task, read_json
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "sc
 
 
 def table(file: str) -> str:
-    return f"```text\n{as_text(json.loads((ROOT / file).read_text()))}```\n"
+    return f"```text\n{as_text(read_json(ROOT / file))}```\n"
 
 
 def figure(match: re.Match) -> str:
@@ -46,7 +46,7 @@ def rendered(text: str) -> str:
 
 
 def card(name: str) -> str:
-    return render_card(json.loads(CARDS[name].read_text()), f"hf-thinktok/{name.replace('_', '-')}")
+    return render_card(read_json(CARDS[name]), f"hf-thinktok/{name.replace('_', '-')}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from .losses import stopping_logps
 from .models import evaluating
 from .objective import speak
 from .rewards import masked_sum
 from .rollout import Rollout
 from .thoughts import control_thoughts
+from .tree import ThoughtTree
 
 
 @dataclass
@@ -23,7 +25,8 @@ class Answers:
 
     Attributes:
         correct_D: whether every token of the completion was the model's first choice.
-        thoughts_DL: the thoughts, numbers from 0 (those of text are vocabulary ids), padded with -1; nothing else for thoughts that are no tokens.
+        thoughts_DL: the thoughts, numbers from 0 (those of text are vocabulary ids), padded with -1; nothing else for thoughts that are no tokens. With
+            `stop=learned` those of the likeliest length.
         lengths_D: (expected) thinking tokens.
         logps_D: log-probability of the completion, nats.
     """
@@ -60,6 +63,9 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     lengths_D = np.asarray(rows["think_length"]) if "think_length" in columns else np.full(len(rows), args.max_think_length)
     order_D = np.argsort(lengths_D, kind="stable")
     correct_D, logps_D, spent_D = np.zeros(len(rows), bool), np.zeros(len(rows)), np.zeros(len(rows))
+    judged = max(len(labels) - next((i for i, label in enumerate(labels) if label >= 0), 0) for labels in rows["labels"])  # all, whatever judged a thought
+    if judged > 1 and args.stop == "learned" and how != "none":
+        raise ValueError(f"Answers have up to {judged} tokens, and stop=learned sums its lengths out for one: set stop=sampled, or make answers of one token.")
     thoughts_DL = np.full((len(rows), max(int(lengths_D.max()), 1) if args.stop == "fixed" else args.max_think_length), -1)
     with evaluating(model), trainer.accelerator.autocast():
         for index in np.array_split(order_D, max(1, len(rows) // batch_size)):
@@ -77,7 +83,9 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
                 rollout = dataclasses.replace(rollout, lengths_BKG=given_B[:, None, None])
             if how == "random":
                 rollout = control_thoughts(rollout, vocabulary, generator)
-            scores = trainer._score(model, trainer._tree(inputs, rollout), tokens_BT, labels_BT, rollout)
+            branching = dataclasses.replace(args.branching(tokens_BT.shape[1], rollout.thoughts_BKGL.shape[-1]), num_generations=1, lookahead=judged)
+            tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
+            scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
             speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)
             mask_BH = scores.mask_BKH[:, 0]
             right_BH = speech.correct_BKGH[:, 0, 0] > 0.5
@@ -86,5 +94,8 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             spent_D[index] = speech.lengths_BKG[:, 0, 0].float().cpu().numpy()
             said_BL = (rollout.thoughts_BKGL[:, 0, 0] - (0 if rollout.text else vocabulary.first_id)).cpu().numpy()
             there_BL = rollout.said_BKGL[:, 0, 0].cpu().numpy() & (args.thoughts != "continuous")
+            if args.stop == "learned" and how != "none":  # what the gate would not take was drawn, and is not said
+                likeliest_B = stopping_logps(scores.gate_logits_BKGL, args.blind)[0][:, 0, 0].argmax(-1).cpu().numpy()
+                there_BL &= np.arange(there_BL.shape[1]) < likeliest_B[:, None]
             thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)

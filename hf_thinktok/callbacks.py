@@ -1,6 +1,7 @@
-"""What happens around a step: starting over, skipping numbers that are not finite, and printing thoughts."""
+"""What happens around a step: starting over, timing, skipping numbers that are not finite, and printing thoughts."""
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,25 @@ class StartOver(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.forget()
+
+
+class StepTime(TrainerCallback):
+    """Seconds of the steps alone, over all sessions of a run: `train_runtime` has the evaluations between and before them, and of a resumed run the rest."""
+
+    def __init__(self):
+        self.seconds, self.start = 0.0, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds = state["seconds"]
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -1,13 +1,12 @@
 """Model cards: what a results file says of a run, in the words of a card, with nothing added."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader
 
-from .results import as_text, machine, whole_results
+from .results import as_text, machine, minutes_of, read_json, whole_results
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
 
 # Where text comes from, and under which licence.
@@ -92,15 +91,17 @@ def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     training, seeds = results["training"], results["seeds"]
-    seconds = sum(log["train_runtime"] for arm in training.values() for log in arm["seeds"].values())
-    asked = {name: results["settings"][name] for name in ("seeds", "num_samples", "rows_per_document") if name in results["settings"]}
+    of_comparison = ("seeds", "num_samples", "rows_per_document", "arms", "test_files", "report_documents")
+    asked = {name: results["settings"][name] for name in of_comparison if results["settings"].get(name) not in (None, {})}
+    rows = config.get("per_device_train_batch_size", 8) * config.get("gradient_accumulation_steps", 1)
+    unseen = "of files of their own" if asked.get("test_files") else "of a test part that neither training nor any choice of settings saw"
     return {
         "how": REWARDED,
-        "minutes": round(seconds / 60, 1),
+        "minutes": round(minutes_of(log for arm in training.values() for log in arm["seeds"].values()), 1),
         "runs": f", {len(training)} arms with {len(seeds)} seed{'s' * (len(seeds) > 1)}",
         "limits": [
-            f"{training['think']['steps']} steps of {config.get('per_device_train_batch_size', 8)} x {config.get('max_length', 1024)} tokens, one size of "
-            f"model; {results['comparison']['documents']} documents of a test part that neither training nor any choice of settings saw.",
+            f"{training['think']['steps']} steps of {rows} x {config.get('max_length', 1024)} tokens for each process, one size of model; "
+            f"{results['comparison']['documents']} documents {unseen}.",
             "Intervals are over documents. How far seeds differ is shown, and is no part of them.",
             "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
         ],
@@ -112,7 +113,11 @@ def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, An
 def _task(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     options = config | {"task": results["task"], "task_options": results["task_options"], "seeds": [run["seed"] for run in results["runs"]]}
     return {
-        "how": "It thinks before each answer, and those thoughts were made likelier after which the true answer was likelier than after the others.",
+        "how": {
+            "none": "It thinks before each answer, and those thoughts were made likelier after which the true answer was likelier than after the others.",
+            "filler": "A control: it has fillers before each answer, which say nothing.",
+            "no_think": "A control: it answers without thinking.",
+        }[results.get("control", "none")],
         "text": f"made by hf-thinktok: the task {results['task']}",
         "minutes": round(sum(run["seconds"] for run in results["runs"]) / 60, 1),
         "runs": f", {len(results['runs'])} seed{'s' * (len(results['runs']) > 1)}",
@@ -132,7 +137,7 @@ def read_results(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path} has no results.json: name a results file, or the output_dir of a run that wrote one.")
     try:
-        results = json.loads(file.read_text())
+        results = read_json(file)
     except ValueError:  # no JSON, or no text
         results = None
     if not isinstance(results, dict):

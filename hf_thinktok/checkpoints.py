@@ -147,10 +147,10 @@ class CheckpointingTrainer(SFTTrainer):
             )
         parts = self._stateful()
         state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
-        if missing := set(parts) - set(state):
+        if missing := set(parts) - set(state) - {"step_time"}:  # which older ones do not have
             raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        for name in set(parts) & set(state):
+            parts[name].load_state_dict(state[name])
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)

@@ -6,7 +6,9 @@ adapters need no description of their own here.
 Bytes throughout. Shape suffixes as in tree.py.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -19,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
 
-from .attention import TreeMask, run_length
+from .attention import TreeMask, by_kernels, run_length
 from .config import ThinkTokConfig
 from .engine import ReplicatedEngine, TreeEngine
 from .forks import choose_forks, eligible_forks
@@ -35,7 +37,8 @@ from .tokens import ThinkingVocabulary
 from .tree import ThoughtTree
 
 
-def count_flops() -> FlopCounterMode:
+@contextlib.contextmanager
+def count_flops() -> Iterator[FlopCounterMode]:
     """PyTorch's counter of what products of matrices compute, with those that it leaves out: sums of products in place, and a CPU's attention."""
     aten = torch.ops.aten
 
@@ -54,7 +57,8 @@ def count_flops() -> FlopCounterMode:
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=kernels)
+    with by_kernels(), FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        yield counter
 
 
 class Phase(StrEnum):

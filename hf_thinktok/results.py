@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
@@ -86,7 +87,7 @@ def training_results(before: dict[str, float], after: dict[str, float], training
         "gain_over_random_stderr": after["eval_gain_over_random_stderr"],
         "mean_think_length": after["eval_mean_think_length"],
         "steps_per_second": training["train_steps_per_second"],
-        "train_seconds": training["train_runtime"],
+        "train_seconds": training["train_step_seconds"],
         "documents": after["eval_documents"],
         "judged_tokens": after["eval_judged_tokens"],
         "config": config,
@@ -94,20 +95,49 @@ def training_results(before: dict[str, float], after: dict[str, float], training
     }
 
 
+# Figures of a few documents may be no numbers.
+FIGURES = ("bits_per_token", "low", "high", "gain_stderr", "gain_over_random_stderr")
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to that takes its name, and another's place, when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        yield file
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all. A figure that is not a number, as an interval over one document, is null."""
     with written_whole(path) as file:
-        file.write(f"{json.dumps(results, indent=2, sort_keys=True, default=str)}\n".encode())
+        file.write(f"{json.dumps(_plain(results), indent=2, sort_keys=True, default=str, allow_nan=False)}\n".encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote, with the figures of gains and intervals that are no numbers as such again."""
+
+    def figures(found: dict[str, Any]) -> dict[str, Any]:
+        return found | {name: math.nan for name in FIGURES if name in found and found[name] is None}
+
+    return json.loads(path.read_text(), object_hook=figures)
+
+
+def minutes_of(logs: Iterable[dict[str, Any]]) -> float:
+    """Of the steps of some runs, from the ends of their logs; older ones have the evaluations between them as well."""
+    return sum(log.get("train_step_seconds", log["train_runtime"]) for log in logs) / 60
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from trl.models import unwrap_model_for_generation
 
 from ._compat import disable_dropout_in_model
 from .advantages import ValueBaseline
-from .callbacks import NonFiniteGuard, SayWhatIsTrained, StartOver, print_thoughts, sample_thoughts_to_print
+from .callbacks import NonFiniteGuard, SayWhatIsTrained, StartOver, StepTime, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .config import ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
@@ -147,6 +147,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             self.add_callback(SayWhatIsTrained())
         if args.disable_dropout:  # an adapter's as well
             disable_dropout_in_model(self.model)
+        self.step_time = StepTime()
+        self.add_callback(self.step_time)
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
         if not self.plain:
             self._prepare_to_think(teacher)
@@ -449,6 +451,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if not self.plain and not self.model.training and self._gains.rows:
             logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
             self._gains, self._clock = GainByDocument(), time.perf_counter()
+        if "train_runtime" in logs:
+            logs |= {"train_step_seconds": self.step_time.seconds, "train_steps_per_second": self.state.global_step / max(self.step_time.seconds, 1e-9)}
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -459,7 +463,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value}
+        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "step_time": self.step_time}
         return {name: part for name, part in parts.items() if part is not None}
 
     def create_optimizer(self, *args, **kwargs):

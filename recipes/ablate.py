@@ -6,7 +6,6 @@ Further options go to every run. A variant that has its results is not run again
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hf_thinktok.results import draw_ablation, print_ablation, write_json
+from hf_thinktok.results import draw_ablation, print_ablation, read_json, write_json
 
 TOY = Path(__file__).parent / "toy.py"
 
@@ -24,12 +23,12 @@ def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], see
     results, config, told = folder / "results.json", folder / "config.yaml", f"# {' '.join(more)}\n{yaml.safe_dump(base | changes)}"
     if config.exists() and config.read_text() != told:
         raise SystemExit(f"{folder} holds a run with other settings: name another output_dir, or remove that folder.")
-    if not results.exists() or [run["seed"] for run in json.loads(results.read_text())["runs"]] != seeds:
+    if not results.exists() or [run["seed"] for run in read_json(results)["runs"]] != seeds:
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(told)
         command = [sys.executable, str(TOY), "--config", str(config), "--output_dir", str(folder), "--seeds", *map(str, seeds), *more]
         subprocess.run(command, check=True)
-    return json.loads(results.read_text())
+    return read_json(results)
 
 
 if __name__ == "__main__":

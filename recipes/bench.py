@@ -248,11 +248,12 @@ class Bench:
             return found
         rollouts = watches["ours"].rollouts[timed]
         pass_only = [step - rollout for step, rollout in zip(seconds["ours"], rollouts, strict=True)]
-        found |= {"rollout_seconds": rollouts, "pairs_per_second": cell.K * cell.G / typical["ours"]}
+        rows = self.options["per_device_train_batch_size"]
+        found |= {"rollout_seconds": rollouts, "pairs_per_second": rows * cell.K * cell.G / typical["ours"]}
         if "grpo" in typical:
             found["pairs_per_second_vs_trl"] = found["pairs_per_second"] * typical["grpo"] / (self.bench.some_forks * cell.G)
         if "replicated" in typical:
-            found["pairs_per_second_vs_replicated"] = found["pairs_per_second"] * typical["replicated"] / (self.bench.some_forks * cell.G)
+            found["pairs_per_second_vs_replicated"] = found["pairs_per_second"] * typical["replicated"] / (rows * self.bench.some_forks * cell.G)
         for other in ("sft", "plain"):
             if other in typical:
                 found[f"step_vs_{other}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other], strict=True))

@@ -18,6 +18,7 @@ Writes results.json and report.html into output_dir.
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import re
@@ -88,6 +89,8 @@ class Grid:
         self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
         if self.options["think"][1].max_steps <= 0:
             raise ValueError("Arms are compared step by step: set max_steps.")
+        if not self.options["think"][1].packing:
+            raise ValueError("A step's FLOPs are those of full rows, and cpt_flops has to have as many as think: set packing=True.")
         self.flops = {arm: self._flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}
         if (known := self.flops["think"]) is None:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
@@ -169,15 +172,17 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
         "num_samples": chosen.num_samples if arm in arms and arms[arm][1].thinks else 0, "max_think_length": args.max_think_length,
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
     }  # fmt: skip
+    measured = hashlib.sha256(source.encode()).hexdigest()[:12]  # a name may be a path of this machine's, and settings are published
     if path.exists():
         found = Evaluation.load(path)
-        if (asked | {"text_bytes": sum(len(row["text"].encode()) for row in test)}).items() <= found.settings.items():
+        if (asked | {"model": measured, "text_bytes": sum(len(row["text"].encode()) for row in test)}).items() <= found.settings.items():
             return found
     model, tokenizer = load(source, args, test)
     if not args.use_cpu and (device := torch.accelerator.current_accelerator(check_available=True)):
         model.to(device)
     show = functools.partial(track, description=f"evaluating {arm}", console=console, transient=True)
     found = evaluate_thinking(model, tokenizer, test, **asked, progress=show)
+    found.settings["model"] = measured
     found.save(path)
     return found
 

@@ -187,6 +187,8 @@ max_think_length: 2
 think_cost: 0.01
 log_completions: true
 max_length: 48
+packing: true
+packing_strategy: wrapped
 max_steps: 3
 per_device_train_batch_size: 2
 learning_rate: 1.0e-3
@@ -297,12 +299,34 @@ def test_other_settings_of_measuring_measure_again(grid):
     assert again["comparison"]["runs"]["cpt"] == results["comparison"]["runs"]["cpt"]
 
 
+def test_another_base_is_measured_again(grid, monkeypatch):
+    """Its file lies where that of the model before it lay."""
+    folder, _, _ = grid
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    script = importlib.import_module("compare")
+    path = folder / "out" / "base" / "evaluation.npz"
+
+    def load(name, *args):
+        raise LookupError(name)
+
+    monkeypatch.setattr(script, "load", load)
+    config = yaml.safe_load((folder / "recipe.yaml").read_text())
+    own = {name: config.pop(name) for name in ("seeds", "num_samples", "accelerate_config", "arms")}
+    grid_of_arms = script.Grid(config, own["arms"])
+    test = split(load_text(grid_of_arms.options["think"][0]), grid_of_arms.options["think"][0]).test
+    chosen = script.CompareArguments(num_samples=own["num_samples"])
+    script.measure("base", config["model_name_or_path"], path, grid_of_arms, chosen, test)
+    with pytest.raises(LookupError, match="/some/other/model"):
+        script.measure("base", "/some/other/model", path, grid_of_arms, chosen, test)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("--learning_rate", "0.1"), "holds a run with other settings"),
         (("--test_documents", "0", "--output_dir", "{}/other"), "no text to report on"),
         (("--max_steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
+        (("--packing", "false", "--output_dir", "{}/other"), "set packing=True"),
         (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),
         (("--arms", "more", "--output_dir", "{}/other"), "arms must be a mapping"),

@@ -92,6 +92,16 @@ def test_a_generation_thinks_within_its_budget_and_shows_no_thought():
     assert "think" not in text
 
 
+def test_thoughts_without_a_limit_take_nothing_from_the_text():
+    model = thinker(scale=1.0)[0]
+    lm = harness(model, thoughts="always", max_think_length=2, batch_size=1)
+    made, generate = [], model.generate
+    model.generate = lambda **kwargs: made.append(generate(**kwargs)) or made[-1]
+    lm.generate_until(asked("generate_until", [(CORPUS[0], {"until": ["@@"], "max_gen_toks": 12, "do_sample": False})]))
+    spoken = made[0][0][len(lm.tokenizer(CORPUS[0])["input_ids"]) :]
+    assert (~lm.vocabulary.is_thought(spoken)).sum() >= 12 or lm.tokenizer.eos_token_id in spoken
+
+
 def with_a_gate_at(nats):
     """A model that thinks never, or always, its first id and its guard."""
     model = thinker(scale=1.0)[0]

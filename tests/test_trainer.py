@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -259,6 +260,33 @@ def test_rows_of_one_token_have_nothing_to_judge(make_trainer, options):
     trainer.train()
     assert trainer.guard.total == 0
     assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_errors_of_packed_text_count_documents(make_trainer):
+    """`wrapped` loses where documents begin, so that held-out text is not packed with the training text."""
+    documents = Dataset.from_dict({"text": [" ".join(CORPUS), *CORPUS[:3]]})
+    trainer = make_trainer(eval_dataset=documents, packing=True, packing_strategy="wrapped", max_length=16)
+    assert trainer.evaluate()["eval_documents"] == 4
+
+
+def test_seconds_are_those_of_the_steps(make_trainer, corpus, tmp_path):
+    """Not those of evaluations, and with those of the run that was resumed."""
+    slow = []
+
+    class Slow(ThinkTokTrainer):
+        def evaluate(self, *args, **kwargs):
+            slow.append(time.sleep(2.0))
+            return super().evaluate(*args, **kwargs)
+
+    options = {"eval_dataset": corpus, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "save_strategy": "steps", "save_steps": 2}
+    first = make_trainer(trainer_class=Slow, max_steps=2, **options)
+    done = first.train().metrics
+    assert len(slow) == 3
+    assert done["train_runtime"] > 6 > done["train_step_seconds"] > 0
+    assert done["train_steps_per_second"] == pytest.approx(2 / done["train_step_seconds"])
+    second = make_trainer(max_steps=3, **options)
+    resumed = second.train(resume_from_checkpoint=True).metrics
+    assert resumed["train_step_seconds"] > done["train_step_seconds"]
 
 
 def test_too_few_rows_to_repeat_are_told(make_trainer, corpus):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import CORPUS, tiny_model
+from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -468,6 +468,45 @@ def test_answers_are_those_of_greedy_ordinary_rows(make):
     assert (without.lengths_D == 0).all()
     assert (without.thoughts_DL == -1).all()
     assert answer(trainer, rows, "random").thoughts_DL.max() < N
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_an_answer_of_several_tokens_is_right_where_all_of_them_are(make, lookahead):
+    """However many of them judged a thought in training."""
+    rows = questions(levels=(2,)).map(lambda row: {"labels": [-100] * 3 + row["input_ids"][3:]})
+    trainer = make(rows, lookahead=lookahead)
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight[: trainer.vocabulary.num_real] *= 0.01  # nothing is sure
+    first, guard = trainer.vocabulary.first_id, trainer.vocabulary.guard_id
+    said = {how: answer(trainer, rows, how) for how in ("think", "none")}
+    for i, row in enumerate(rows):
+        prompt, target = row["input_ids"][:3], row["input_ids"][3:]
+        thought = first + int(trainer.model(input_ids=torch.tensor([prompt])).logits[0, -1, first:guard].argmax())
+        for how, ids in {"think": [*prompt, thought, *target], "none": [*prompt, *target]}.items():
+            logps = trainer.model(input_ids=torch.tensor([ids])).logits[0, -4:-1, :first].log_softmax(-1)
+            assert said[how].correct_D[i] == (logps.argmax(-1).tolist() == target)
+            assert said[how].logps_D[i] == pytest.approx(logps.gather(1, torch.tensor(target)[:, None]).sum().item(), abs=1e-3)
+
+
+def test_long_answers_and_a_learned_stop_do_not_go_together(make):
+    rows = questions().map(lambda row: {"labels": [-100] * 4 + row["input_ids"][4:]}).remove_columns("think_length")
+    trainer = make(rows, stop="learned")
+    with pytest.raises(ValueError, match="Answers have up to 2 tokens, and stop=learned"):
+        answer(trainer, rows)
+    assert len(answer(trainer, rows, "none").correct_D) == len(rows)
+
+
+@pytest.mark.parametrize(("gate", "length"), [(-30.0, 0), (30.0, 2)])
+def test_what_a_learned_stop_leaves_unsaid_is_no_thought(make_trainer, gate, length):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), tie=False)
+    vocabulary = add_thinking_tokens(model, tokenizer, N)
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    head.bias.data[list(vocabulary.ids)] = gate
+    rows = questions().remove_columns("think_length")
+    trainer = make_trainer(model=model, tokenizer=tokenizer, train_dataset=rows, stop="learned", num_forks=1, max_think_length=2)
+    assert ((answer(trainer, rows).thoughts_DL >= 0).sum(1) == length).all()
 
 
 def test_answers_need_labels(make):

@@ -81,7 +81,8 @@ class ThinkTokLM(HFLM):
         return super()._model_call(inps, attn_mask, labels)[..., : self.vocabulary.num_real]
 
     def _model_generate(self, context, max_length: int, stop, **generation_kwargs):
-        more = min(max_length + (self.max_total_think or 0), self.max_length)
+        room = (max_length - context.shape[1]) * self.branching.max_length * (self.thoughts != "none")  # a thought before every token
+        more = min(max_length + (room if self.max_total_think is None else self.max_total_think), self.max_length)
         made_BT = super()._model_generate(context, more, stop, logits_processor=[self.budget], **generation_kwargs)
         # Who thinks less than it may has no more text for it.
         text_BT = (~self.vocabulary.is_thought(made_BT[:, context.shape[1] :])).cumsum(1)

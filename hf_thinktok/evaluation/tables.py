@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..results import THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, per_cent
+from ..results import THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
 from .comparison import ARMS, SILENT
 from .thinking import CONTROLS, PLACED
 
@@ -45,12 +45,16 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
     for name, gain in found["gains"].items():
         table.add_row(placed(name), _interval(gain))
     table.add_section()
+    fixed = found["settings"].get("stop") == "fixed"
+    how, given = ("always", found["settings"]["max_think_length"]) if fixed else ("think", None)
     for bucket in found["by_entropy"]:
-        label = f"{PLACED['think']}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {bucket['mean_think_length']:.2f} tokens"
-        table.add_row(label, _interval(bucket["think over no_think"]))
+        length = bucket["mean_think_length"] if given is None else given
+        label = f"{PLACED[how]}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {length:.2f} tokens"
+        table.add_row(label, _interval(bucket[f"{how} over no_think"]))
     table.add_section()
     for kind, one in found["by_kind"].items():
-        table.add_row(f"{PLACED['think']}; {kind}, {one['mean_think_length']:.2f} tokens", _interval(one["think over no_think"]))
+        length = one["mean_think_length"] if given is None else given
+        table.add_row(f"{PLACED[how]}; {kind}, {length:.2f} tokens", _interval(one[f"{how} over no_think"]))
     return [*tables, table]
 
 
@@ -96,7 +100,9 @@ def print_mixture(results: dict[str, Any], console: Console | None = None) -> No
 
 def comparison_says(found: dict[str, Any]) -> str:
     """How much is thought, and the verdict."""
-    lengths = [run["mean_think_length"] for run in found["runs"]["think"].values()]
+    runs = list(found["runs"]["think"].values())
+    given = [run["settings"]["max_think_length"] for run in runs if run.get("settings", {}).get("stop") == "fixed"]  # judged by thoughts of that length
+    lengths = given or [run["mean_think_length"] for run in runs]
     return f"It thinks {sum(lengths) / len(lengths):.3f} tokens at a place. {comparison_verdict(found)}"
 
 
@@ -108,7 +114,7 @@ def comparison_tables(found: dict[str, Any], seeds: list[int], training: dict[st
         table.add_column(name, justify="left" if name == "arm" else "right")
     for arm in sorted(found["arms"], key=_place):
         one, cost = found["arms"][arm], training.get(arm)
-        minutes = "" if cost is None else f"{sum(log['train_runtime'] for log in cost['seeds'].values()) / len(cost['seeds']) / 60:.1f}"
+        minutes = "" if cost is None else f"{minutes_of(cost['seeds'].values()) / len(cost['seeds']):.1f}"
         flops = "" if cost is None or cost["flops"] is None else f"{cost['flops'] / 1e12:.1f}"
         interval = "" if math.isnan(one["low"]) else f"{one['low']:.3f} to {one['high']:.3f}"
         costs = ("" if cost is None else str(cost["steps"]), flops, minutes) if training else ()
