@@ -120,7 +120,7 @@ def check_text(config: "ThinkTokConfig") -> None:
             free and config.max_length is not None and config.prompt_length >= config.max_length
         ),
         "eval_packing=True with packing_strategy=wrapped loses where documents begin, and errors are over documents: leave eval_packing out.": (
-            bool(config.eval_packing) and config.packing_strategy == "wrapped" and config.eval_strategy != "no"
+            bool(config.eval_packing) and config.packing_strategy == "wrapped"
         ),
         "padding_free=True would lay a whole batch out as one row: set packing=True instead.": config.padding_free,
         "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(config.router_aux_loss_coef),

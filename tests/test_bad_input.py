@@ -139,7 +139,7 @@ BAD_FITS = [
     ({"num_iterations": 2, "save_steps": 3}, ["save_steps", "multiple of num_iterations"]),
     ({"search": 8, "search_changes": 0, "stop": "fixed"}, ["search_changes=0", "at least 1"]),
     ({"search": 8, "stop": "sampled"}, ["search", "stop=fixed or stop=learned"]),
-    ({"packing": True, "packing_strategy": "wrapped", "eval_packing": True, "eval_strategy": "steps"}, ["eval_packing=True", "leave eval_packing out"]),
+    ({"packing": True, "packing_strategy": "wrapped", "eval_packing": True}, ["eval_packing=True", "leave eval_packing out"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "dataloader_num_workers": 2}, ["dataloader_num_workers", "set dataloader_num_workers=0"]),
     ({"supply_thoughts": True}, ["supply_thoughts", "stop=fixed"]),
     ({"supply_thoughts": True, "stop": "fixed"}, ["supply_thoughts", "num_forks=1"]),
