@@ -23,7 +23,7 @@ from hf_thinktok.evaluation.intervals import ratio_interval
 from hf_thinktok.evaluation.tables import evaluation_verdict
 from hf_thinktok.evaluation.thinking import CONTROLS, control_sources
 from hf_thinktok.forks import choose_forks, eligible_forks
-from hf_thinktok.results import as_text
+from hf_thinktok.results import as_text, read_json
 from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
 from hf_thinktok.tokens import GUARD
 from hf_thinktok.tree import Branching
@@ -296,7 +296,7 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
     for source, documents in (("--data_files", folder / "data.jsonl"), 6), (("--config", folder / "recipe.yaml"), 2):
         done = thinktok("eval", folder, *source, *few, "--output", tmp_path / "found.json")
         assert done.returncode == 0, done.stderr[-2000:]
-        results = json.loads((tmp_path / "found.json").read_text())
+        results = read_json(tmp_path / "found.json")
         assert results["evaluation"]["documents"] == documents
         assert {"versions", "hardware", "commit"} <= set(results)
         for text in ("a thought everywhere", "95 % intervals", "Where it decides, it thinks"):
