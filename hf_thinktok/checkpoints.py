@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from .card import read_results, render_card
+from .errors import first_line
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
 from .results import changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
@@ -206,9 +207,8 @@ class CheckpointingTrainer(SFTTrainer):
         try:
             return super().push_to_hub(*args, **kwargs)
         except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             folder = self.args.output_dir
-            raise PushError(f"{folder} is whole, but its upload failed: {first} Go on with `thinktok push {folder} REPOSITORY`.") from error
+            raise PushError(f"{folder} is whole, but its upload failed: {first_line(error)} Go on with `thinktok push {folder} REPOSITORY`.") from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
-from .errors import UsageError, usage
+from .errors import UsageError, first_line, usage
 from .peft import load_whole
 from .tokens import ThinkingVocabulary
 
@@ -43,7 +43,7 @@ def read_recipe(words: list[str], *kinds: type) -> tuple:
     except OSError as error:
         raise UsageError(f"The file {error.filename} cannot be read: {error.strerror}.") from error
     except (ValueError, IndexError, YAMLError) as error:
-        raise UsageError(str(error).splitlines()[0] if isinstance(error, ValueError) else "--config needs a YAML file.") from error
+        raise UsageError(first_line(error) if isinstance(error, ValueError) else "--config needs a YAML file.") from error
     if unknown:
         raise UsageError(f"There is no option {unknown[0]}.")
     return tuple(options)

@@ -14,6 +14,11 @@ class UsageError(Exception):
     """What the user of a command can put right: shown as it is, with exit code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows its first line; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def usage(*more: type[Exception], before: str = "", after: str = "") -> Iterator[None]:
     """Makes a `UsageError` of what can be put right: the first line of what was said, and what stands before and after it.
@@ -25,7 +30,7 @@ def usage(*more: type[Exception], before: str = "", after: str = "") -> Iterator
     try:
         yield
     except mendable as error:
-        raise UsageError(before + (str(error).splitlines() or [type(error).__name__])[0] + after) from error
+        raise UsageError(before + first_line(error) + after) from error
 
 
 @contextlib.contextmanager

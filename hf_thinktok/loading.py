@@ -23,6 +23,7 @@ from .config import ThinkTokConfig
 from .config_checks import REWARDED_BY_FUNCTIONS
 from .data import check_dataset, named_sets
 from .distributed import embedding_rows
+from .errors import first_line
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
 
 
-def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, speaker, teacher) -> None:
+def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adapters: bool, speaker, teacher) -> None:
     """What the trainer is given beside its options must have a use there."""
     if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
         raise ValueError(f"reward_funcs has no effect here; it needs {REWARDED_BY_FUNCTIONS}.")
@@ -66,7 +67,7 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, speaker,
         raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
     if speaker is not None and peft_config is not None:
         raise ValueError("A speaker is given, and with peft_config a second adapter of the model speaks: leave one of the two out.")
-    if args.policies == "split" and peft_config is not None and args.num_think_tokens != 0 and args.gradient_checkpointing:
+    if two_adapters and args.gradient_checkpointing:
         raise ValueError("policies=split with an adapter runs one model as two, which checkpointing would confuse: set gradient_checkpointing=False.")
     if args.rollout == "free" and args.teacher is None and teacher is None:
         raise ValueError("rollout=free needs a teacher, as nobody else says what should follow a text that the model made up: set teacher.")
@@ -171,7 +172,7 @@ def load_tokenizer(name: str, **where: Any) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(name, **where)
         why = "the model was not loaded from anywhere"
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0].rstrip(":.")
+        why = first_line(error).rstrip(":.")
     raise ValueError(f"There is no tokenizer at {name!r} ({why}): pass processing_class.")
 
 
@@ -216,7 +217,7 @@ def _there(what: str, name: Any) -> Iterator[None]:
         yield
     except OSError as error:
         if os.path.exists(os.path.join(str(name), "config.json")):
-            raise ValueError(f"The {what} {name!r} cannot be read: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"The {what} {name!r} cannot be read: {first_line(error)}") from error
         raise ValueError(f"There is no {what} at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
 
 

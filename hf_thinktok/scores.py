@@ -13,7 +13,7 @@ from .engine import Pass
 from .head import HeadInputs, HiddenInputs
 from .rollout import Rollout, thought_logps
 from .tokens import ThinkingVocabulary
-from .tree import ThoughtTree
+from .tree import ThoughtTree, before
 
 # Passes over nodes, and what each of them gives.
 Run = Callable[[list[Pass]], list]
@@ -127,7 +127,7 @@ def score_tree(
         trunk_mask_BT=judged_BS[:, : tree.trunk_length],
         logps_BKGH=at(logps, predictors),
         correct_BKGH=at(correct, predictors),
-        baseline_logps_BKH=at(logps, (places_BKH - 1).clamp(min=0)).detach(),  # in rows of one token there is no judged place
+        baseline_logps_BKH=before(logps.view(targets_BS.shape), places_BKH).detach(),
         mask_BKH=mask_BKH,
         compared_BKH=mask_BKH & (torch.arange(mask_BKH.shape[-1], device=mask_BKH.device) == 0) if tree.branching.persistent else mask_BKH,
         prefix_logps_BKGP=at(logps, speakers),

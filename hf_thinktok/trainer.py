@@ -40,7 +40,7 @@ from .search import Explorer
 from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import ThinkingVocabulary, add_thinking_tokens, check_vocabulary
-from .tree import ThoughtTree
+from .tree import ThoughtTree, before
 
 
 class ThinkTokTrainer(CheckpointingTrainer):
@@ -102,7 +102,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
-        check_parts(args, model, reward_funcs, peft_config, speaker, teacher)
+        check_parts(args, model, reward_funcs, peft_config, two_adapters, speaker, teacher)
         model, tokenizer = load_model(model, processing_class, args, quantization_config)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
@@ -339,7 +339,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         speech = speak(scores, both, args.stop, 0.0, args.blind)
 
         places_BKH, mask_BKH = tree.judged(labels_BT)
-        without_BKH = plain.trunk_logps_BT.gather(1, (places_BKH - 1).clamp(min=0).flatten(1)).view_as(places_BKH)
+        without_BKH = before(plain.trunk_logps_BT, places_BKH)
         summed_BKG = masked_sum(speech.logps_BKGH, mask_BKH[:, :, None])
         think_BKG, random_BKG = summed_BKG.chunk(2, dim=2)
         logps = {"no_think": masked_sum(without_BKH, mask_BKH), "think": think_BKG.mean(-1), "random_thought": random_BKG.mean(-1)}

@@ -47,6 +47,11 @@ class Branching:
         return self.max_length + self.num_reading
 
 
+def before(values_BT: Tensor, places_BKH: Tensor) -> Tensor:
+    """What stands at the token before each place: its prediction of it. Before the first token, which nothing judges, that one's own."""
+    return values_BT.gather(1, (places_BKH - 1).clamp(min=0).flatten(1)).view_as(places_BKH)
+
+
 class ThoughtTree:
     """Layout of a batch of rows with thoughts. Pure tensors: it knows no model.
 

@@ -27,7 +27,7 @@ from ..rewards import masked_sum
 from ..rollout import Rollout, Sampling, random_thoughts, sample_thoughts
 from ..scores import score_tree
 from ..tokens import ThinkingVocabulary
-from ..tree import Branching, ThoughtTree
+from ..tree import Branching, ThoughtTree, before
 from .intervals import bits_per_token
 
 # What the model does at a fork, and what is put there in place of its thought.
@@ -308,11 +308,11 @@ def _measure(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.
     plain = engine(model, text, tokens_BT, HeadInputs(nodes_M, text.targets(labels_BT).flatten(), entropy=True))
     assert plain.entropy_M is not None
 
-    def before(values_M: Tensor) -> Tensor:
+    def predicting(values_M: Tensor) -> Tensor:
         """At the nodes that predict the judged tokens."""
-        return values_M.view(tokens_BT.shape).gather(1, (places_BKH - 1).flatten(1)).view(places_BKH.shape)
+        return before(values_M.view(tokens_BT.shape), places_BKH)
 
-    found.logps["no_think"], found.correct["no_think"] = before(plain.target_logps_M)[:, :, None], before(plain.correct_M.float())[:, :, None]
+    found.logps["no_think"], found.correct["no_think"] = predicting(plain.target_logps_M)[:, :, None], predicting(plain.correct_M.float())[:, :, None]
 
     def flat(values_BK: Tensor) -> np.ndarray:
         return values_BK[there_BK].double().cpu().numpy()
@@ -325,7 +325,7 @@ def _measure(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.
     return columns | {
         "documents": documents_BT.gather(1, forks_BK.clamp(min=0))[there_BK].cpu().numpy(),
         "tokens": mask_BKH.sum(-1)[there_BK].cpu().numpy(),
-        "entropy": flat(before(plain.entropy_M)[..., 0]),
+        "entropy": flat(predicting(plain.entropy_M)[..., 0]),
         "kinds": np.array([kind_of(texts_BT[b][t]) for b, t in zip(there_BK.nonzero()[:, 0].tolist(), places_BKH[..., 0][there_BK].tolist(), strict=True)]),
         "lengths": flat(found.lengths_BK),
     }

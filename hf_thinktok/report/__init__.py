@@ -10,6 +10,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..card import read_results
+from ..errors import first_line
 from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
 from ..evaluation.thinking import pieces
@@ -71,7 +72,7 @@ class Run:
             try:
                 seen = {"of": of, "texts": inspect_texts(model, held_out_text(self.results, documents), max_length)}
             except (OSError, ValueError, SafetensorError) as error:
-                self.note = f"The text is not shown: {str(error).splitlines()[0]}"
+                self.note = f"The text is not shown: {first_line(error)}"
                 return
             write_json(file, seen)
         self.texts = [text | {"title": f"Held-out text {number}"} for number, text in enumerate(seen["texts"], 1)]
