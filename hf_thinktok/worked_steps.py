@@ -17,7 +17,8 @@ def worked_steps(
     file: str,
     levels: list[int] | None = None,
     tokens_per_step: int = 2,
-    test_questions: int = 200,
+    test_questions: int | None = None,
+    test_file: str | None = None,
     max_questions: int | None = None,
     question: str = "question",
     answer: str = "answer",
@@ -30,32 +31,46 @@ def worked_steps(
         file: JSON lines. The answer's lines are its steps; behind `separator` stands the result, which alone is to be said.
         levels: how many steps are taken away, from the last one on; a solution with fewer loses all. By default 0 to the most that any has.
         tokens_per_step: thinking tokens in the place of each step.
-        test_questions: kept from training, drawn with `seed`; at each level the same.
-        max_questions: use only so many, the test's included.
+        test_questions: kept from training, drawn with `seed`; at each level the same. 200 by default.
+        test_file: solutions of the same form to test on, all of them, in place of `test_questions`.
+        max_questions: use only so many of `file`, the test's included.
 
     Raises:
         ValueError: no such file, or rows that are no worked solutions.
     """
-    if not Path(file).is_file():
-        raise ValueError(f"There is no file {file!r}: name one with worked solutions, such as gsm8k_train.jsonl, in task_options.")
-    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if not {question, answer} <= set(row) or separator not in row[answer]:
-            raise ValueError(f"Line {number} of {file} is no worked solution: it needs {question!r}, and {answer!r} with the result behind {separator!r}.")
+    if test_file is not None and test_questions is not None:
+        raise ValueError(f"test_questions={test_questions} has no effect with test_file: leave one of the two out.")
+    rows = _read(file, question, answer, separator)
     order = np.random.default_rng(seed).permutation(len(rows))[:max_questions]
-    if not 0 < test_questions < len(order):
-        raise ValueError(f"test_questions={test_questions} must be above 0 and below the {len(order)} questions there are.")
-    solutions = [solution(rows[i], question, answer, separator) for i in order]
-    most = max(len(steps) for _, steps, _ in solutions)
+    solutions = [rows[i] for i in order]
+    if test_file is not None:
+        train, test = solutions, _read(test_file, question, answer, separator)
+    else:
+        kept = 200 if test_questions is None else test_questions
+        if not 0 < kept < len(order):
+            raise ValueError(f"test_questions={kept} must be above 0 and below the {len(order)} questions there are.")
+        train, test = solutions[kept:], solutions[:kept]
+    most = max(len(steps) for _, steps, _ in (*train, *test))
     chosen = check_levels("worked_steps", "levels", range(most + 1) if levels is None else levels, 0, most)
     return Task(
         name="worked_steps",
-        train=_rows(solutions[test_questions:], chosen, tokens_per_step, separator),
-        test=_rows(solutions[:test_questions], chosen, tokens_per_step, separator),
+        train=_rows(train, chosen, tokens_per_step, separator),
+        test=_rows(test, chosen, tokens_per_step, separator),
         chance=0.0,
         shortcut={level: float(level == 0) for level in chosen},  # with all steps there, the result is
         words=(),
     )
+
+
+def _read(file: str, question: str, answer: str, separator: str) -> list[tuple[str, list[str], str]]:
+    """The solutions of a file, or a ValueError."""
+    if not Path(file).is_file():
+        raise ValueError(f"There is no file {file!r}: name one with worked solutions, such as gsm8k_train.jsonl, in task_options.")
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if not {question, answer} <= set(row) or separator not in row[answer]:
+            raise ValueError(f"Line {number} of {file} is no worked solution: it needs {question!r}, and {answer!r} with the result behind {separator!r}.")
+    return [solution(row, question, answer, separator) for row in rows]
 
 
 def solution(row: dict[str, str], question: str, answer: str, separator: str) -> tuple[str, list[str], str]:

@@ -206,6 +206,7 @@ VARIANTS = {
     "s5_super": "s5",
     "pointer_chasing_costs": "pointer_chasing_stop",
     "pointer_chasing_deep": "pointer_chasing",
+    "gsm8k_steps_arms": "gsm8k_steps_cpu",
 }
 
 
@@ -261,8 +262,9 @@ def test_every_mixture_is_read_as_it_stands(path, monkeypatch):
 
 @pytest.mark.parametrize(("variants", "base"), VARIANTS.items())
 def test_every_variant_is_a_run_that_can_be_made(variants, base, toy_parser, tmp_path):
-    options = yaml.safe_load((ROOT / "recipes" / "toy" / f"{base}.yaml").read_text())
-    for name, changes in yaml.safe_load((ROOT / "recipes" / "toy" / f"{variants}.yaml").read_text()).items():
+    paths = {path.stem: path for path in CONFIGS}
+    options = yaml.safe_load(paths[base].read_text())
+    for name, changes in yaml.safe_load(paths[variants].read_text()).items():
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | changes))
         toy, args, _ = toy_parser().parse_args_and_config(["--config", str(tmp_path / "config.yaml")], fail_with_unknown_args=True)
         controlled = importlib.import_module("toy").control_of(args, toy.control)

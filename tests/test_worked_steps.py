@@ -37,6 +37,13 @@ def test_no_question_is_both_trained_and_tested(file):
     assert (len(trained), len(tested), len(trained & tested)) == (7, 5, 0)
 
 
+def test_questions_of_their_own_are_tested_and_none_is_kept_from_training(file, tmp_path):
+    other = tmp_path / "test.jsonl"
+    other.write_text(json.dumps({"question": "What is 9 times 3?", "answer": "9 * 3 = 27\n#### 27"}))
+    task = worked_steps(str(file), levels=[1], test_file=str(other))
+    assert (len(task.train), [row["prompt"] for row in task.test]) == (20, ["Question: What is 9 times 3?\nAnswer:\n####"])
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -44,6 +51,8 @@ def test_no_question_is_both_trained_and_tested(file):
         ({"separator": "THE END"}, "Line 1 of .* is no worked solution"),
         ({"answer": "steps"}, "needs 'question', and 'steps'"),
         ({"test_questions": 20}, "below the 20 questions"),
+        ({"test_file": "nowhere.jsonl", "test_questions": None}, "There is no file 'nowhere.jsonl'"),
+        ({"test_file": "solved.jsonl"}, "test_questions=4 has no effect with test_file"),
         ({"levels": [3]}, "levels=.3. must be different whole numbers"),
     ],
 )
