@@ -18,6 +18,9 @@ from .rollout import Rollout
 from .thoughts import control_thoughts
 from .tree import ThoughtTree
 
+# Tokens of a batch at most: two hundred long rows at once are 16 GB.
+BATCH_TOKENS = 1 << 14
+
 
 @dataclass
 class Answers:
@@ -50,6 +53,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         dataset: columns `input_ids`, `labels` (-100 before the completion) and, where thoughts have given lengths, `think_length`.
         how: `think`: the most likely thinking token at each step. `random`: uniformly random thoughts of the same lengths, for
             `thoughts=continuous` those of other rows. `none`: no thought at all.
+        batch_size: rows at once, fewer where they are long.
         seed: of the random thoughts.
     """
     args, model, vocabulary = trainer.args, trainer.model, trainer.vocabulary
@@ -66,6 +70,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     judged = max(len(labels) - next((i for i, label in enumerate(labels) if label >= 0), 0) for labels in rows["labels"])  # all, whatever judged a thought
     if judged > 1 and args.stop == "learned" and how != "none":
         raise ValueError(f"Answers have up to {judged} tokens, and stop=learned sums its lengths out for one: set stop=sampled, or make answers of one token.")
+    batch_size = max(2, min(batch_size, BATCH_TOKENS // max(map(len, rows["input_ids"]))))  # `random` may need another row
     thoughts_DL = np.full((len(rows), max(int(lengths_D.max()), 1) if args.stop == "fixed" else args.max_think_length), -1)
     with evaluating(model), trainer.accelerator.autocast():
         for index in np.array_split(order_D, max(1, len(rows) // batch_size)):

@@ -470,6 +470,19 @@ def test_answers_are_those_of_greedy_ordinary_rows(make):
     assert answer(trainer, rows, "random").thoughts_DL.max() < N
 
 
+def test_long_rows_are_answered_few_at_once(make, monkeypatch):
+    rows, sizes = questions(), []
+    trainer = make(rows)
+    whole, collate = answer(trainer, rows), trainer.data_collator
+    monkeypatch.setattr("hf_thinktok.answers.BATCH_TOKENS", 4 * len(rows[0]["input_ids"]))
+    monkeypatch.setattr(trainer, "data_collator", lambda examples: sizes.append(len(examples)) or collate(examples))
+    few = answer(trainer, rows)
+    assert sum(sizes) == len(rows)
+    assert max(sizes) < 8
+    assert (few.correct_D == whole.correct_D).all()
+    assert (few.thoughts_DL == whole.thoughts_DL).all()
+
+
 @pytest.mark.parametrize("lookahead", [1, 3])
 def test_an_answer_of_several_tokens_is_right_where_all_of_them_are(make, lookahead):
     """However many of them judged a thought in training."""
