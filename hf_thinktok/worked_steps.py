@@ -32,7 +32,7 @@ def worked_steps(
         levels: how many steps are taken away, from the last one on; a solution with fewer loses all. By default 0 to the most that any has.
         tokens_per_step: thinking tokens in the place of each step.
         test_questions: kept from training, drawn with `seed`; at each level the same. 200 by default.
-        test_file: solutions of the same form to test on, all of them, in place of `test_questions`.
+        test_file: solutions of the same form to test on, all of them, in place of `test_questions`. A question that is tested is not trained on.
         max_questions: use only so many of `file`, the test's included.
 
     Raises:
@@ -41,15 +41,20 @@ def worked_steps(
     if test_file is not None and test_questions is not None:
         raise ValueError(f"test_questions={test_questions} has no effect with test_file: leave one of the two out.")
     rows = _read(file, question, answer, separator)
-    order = np.random.default_rng(seed).permutation(len(rows))[:max_questions]
-    solutions = [rows[i] for i in order]
+    train = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:max_questions]]
     if test_file is not None:
-        train, test = solutions, _read(test_file, question, answer, separator)
+        test = _read(test_file, question, answer, separator)
     else:
         kept = 200 if test_questions is None else test_questions
-        if not 0 < kept < len(order):
-            raise ValueError(f"test_questions={kept} must be above 0 and below the {len(order)} questions there are.")
-        train, test = solutions[kept:], solutions[:kept]
+        if not 0 < kept < len(train):
+            raise ValueError(f"test_questions={kept} must be above 0 and below the {len(train)} questions there are.")
+        train, test = train[kept:], train[:kept]
+    tested = {asked for asked, *_ in test}
+    train = [row for row in train if row[0] not in tested]
+    if not train or not test:
+        raise ValueError(
+            f"{file if test else test_file} has no question {'that the test has not' if test else 'to test'}: name files with different questions."
+        )
     most = max(len(steps) for _, steps, _ in (*train, *test))
     chosen = check_levels("worked_steps", "levels", range(most + 1) if levels is None else levels, 0, most)
     return Task(

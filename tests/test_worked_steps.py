@@ -37,11 +37,20 @@ def test_no_question_is_both_trained_and_tested(file):
     assert (len(trained), len(tested), len(trained & tested)) == (7, 5, 0)
 
 
-def test_questions_of_their_own_are_tested_and_none_is_kept_from_training(file, tmp_path):
+def test_questions_of_their_own_are_tested_and_none_of_them_is_trained_on(file, tmp_path):
     other = tmp_path / "test.jsonl"
     other.write_text(json.dumps({"question": "What is 9 times 3?", "answer": "9 * 3 = 27\n#### 27"}))
     task = worked_steps(str(file), levels=[1], test_file=str(other))
     assert (len(task.train), [row["prompt"] for row in task.test]) == (20, ["Question: What is 9 times 3?\nAnswer:\n####"])
+    other.write_text("\n".join(file.read_text().splitlines()[:6]))
+    task = worked_steps(str(file), levels=[1], test_file=str(other))
+    assert (len(task.train), len(task.test)) == (14, 6)
+    assert not set(task.train["prompt"]) & set(task.test["prompt"])
+    with pytest.raises(ValueError, match="has no question that the test has not"):
+        worked_steps(str(file), levels=[1], test_file=str(file))
+    other.write_text("")
+    with pytest.raises(ValueError, match="test.jsonl has no question to test"):
+        worked_steps(str(file), levels=[1], test_file=str(other))
 
 
 @pytest.mark.parametrize(
