@@ -51,10 +51,10 @@ def worked_steps(
         train, test = train[kept:], train[:kept]
     tested = {asked for asked, *_ in test}
     train = [row for row in train if row[0] not in tested]
-    if not train or not test:
-        raise ValueError(
-            f"{file if test else test_file} has no question {'that the test has not' if test else 'to test'}: name files with different questions."
-        )
+    if not test:
+        raise ValueError(f"{test_file} has no question to test: name a file with worked solutions.")
+    if not train:
+        raise ValueError(f"{file} has no question that the test has not: name files with different questions.")
     most = max(len(steps) for _, steps, _ in (*train, *test))
     chosen = check_levels("worked_steps", "levels", range(most + 1) if levels is None else levels, 0, most)
     return Task(
