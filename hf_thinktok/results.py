@@ -91,7 +91,6 @@ def training_results(before: dict[str, float], after: dict[str, float], training
         "documents": after["eval_documents"],
         "judged_tokens": after["eval_judged_tokens"],
         "config": config,
-        **environment(),
     }
 
 

@@ -2,7 +2,7 @@
 
     python recipes/ablate.py --config recipes/toy/mod_add_30.yaml --variants recipes/toy/ablations.yaml --seeds 0 1 2 --output_dir outputs/toy/ablations
 
-Further options go to every run. A variant that has its results is not run again: the command goes on where it stopped.
+Further options go to every run. A variant's seed that has its results is not run again: the command goes on where it stopped, and takes further seeds.
 """
 
 import argparse
@@ -18,17 +18,21 @@ from hf_thinktok.results import draw_ablation, print_ablation, read_json, write_
 TOY = Path(__file__).parent / "toy.py"
 
 
-def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str]) -> dict[str, Any]:
-    """The results of one variant, from a run or from its file."""
-    results, config, told = folder / "results.json", folder / "config.yaml", f"# {' '.join(more)}\n{yaml.safe_dump(base | changes)}"
+def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str]) -> list[dict[str, Any]]:
+    """The results of one variant, one for each seed, from runs or from their files."""
+    config, told = folder / "config.yaml", f"# {' '.join(more)}\n{yaml.safe_dump(base | changes)}"
     if config.exists() and config.read_text() != told:
         raise SystemExit(f"{folder} holds a run with other settings: name another output_dir, or remove that folder.")
-    if not results.exists() or [run["seed"] for run in read_json(results)["runs"]] != seeds:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(told)
-        command = [sys.executable, str(TOY), "--config", str(config), "--output_dir", str(folder), "--seeds", *map(str, seeds), *more]
-        subprocess.run(command, check=True)
-    return read_json(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.write_text(told)
+    found = []
+    for seed in seeds:
+        output = folder / f"seed-{seed}"
+        if not (output / "results.json").exists():
+            command = [sys.executable, str(TOY), "--config", str(config), "--output_dir", str(output), "--seeds", str(seed), *more]
+            subprocess.run(command, check=True)
+        found.append(read_json(output / "results.json"))
+    return found
 
 
 if __name__ == "__main__":
@@ -43,9 +47,10 @@ if __name__ == "__main__":
     for name, changes in variants.items():
         print(f"== {name}: {changes or 'nothing changed'}", flush=True)
         folder = args.output_dir / name.replace(" ", "_").replace(",", "")
-        last = run_variant(folder, base, changes, args.seeds, further)
-        results["ablation"][name], results["commits"][name] = last["runs"], last["commit"]
-        results |= {key: last[key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")}
+        found = run_variant(folder, base, changes, args.seeds, further)
+        results["ablation"][name] = [run for one in found for run in one["runs"]]
+        results["commits"][name] = {str(seed): one["commit"] for seed, one in zip(args.seeds, found, strict=True)}
+        results |= {key: found[-1][key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")}
         write_json(args.output_dir / "results.json", results)
     draw_ablation(results, args.output_dir / "accuracy.svg")
     print_ablation(results)

@@ -289,11 +289,11 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
     cells = [Cell.parse(text) for text in bench.cells]
     if len(rounds) != len(cells):
         raise SystemExit(f"rounds has {len(rounds)} numbers for {len(cells)} cells: give one for all, or one for each.")
-    results: dict[str, Any] = {"cells": [], "model": model.model_name_or_path, "config": options, "some_forks": bench.some_forks}
+    results: dict[str, Any] = {"cells": [], "model": model.model_name_or_path, "config": options, "some_forks": bench.some_forks, **environment()}
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
         for cell, times in zip(cells, rounds, strict=True):
             results["cells"].append(Bench(name, cell, bench, options, loading, folder).run(times, progress))
-            write_json(Path(bench.results), {**results, **environment()})
+            write_json(Path(bench.results), results)
     print_bench(results)
 
 

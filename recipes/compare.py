@@ -198,7 +198,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test)
     evaluations: dict[str, dict[int, Evaluation]] = {"base": dict.fromkeys(chosen.seeds, base)} | {arm: {} for arm in grid.configs}
     logs: dict[str, dict[str, Any]] = {arm: {} for arm in grid.configs}
-    bf16 = fit_to_cpu(args).bf16
+    bf16, where = fit_to_cpu(args).bf16, environment()
     for done, seed in enumerate(chosen.seeds, 1):
         for arm, config in grid.configs.items():
             folder = output / f"{arm}-seed{seed}"
@@ -207,7 +207,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
         evaluations["base"] = dict.fromkeys(chosen.seeds[:done], base)
         results = {
             "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "arms": grid.configs, "settings": base.settings | asdict(chosen),
-            "bf16": bf16, "config": recipe, "seeds": chosen.seeds[:done], **environment(),
+            "bf16": bf16, "config": recipe, "seeds": chosen.seeds[:done], **where,
         }  # fmt: skip
         write_json(output / "results.json", results)
     print_comparison(results, console)

@@ -125,7 +125,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("plans", "measured"))
     parser.add_argument("--results", type=Path, help="where the figures go")
-    chosen = parser.parse_args()
+    chosen, measured_on = parser.parse_args(), environment()
     if chosen.what == "plans":
         large = ("Qwen2.5-7B", "Qwen2.5-32B")
         only = {"LoRA, 1 GPU": large, "the same, layer by layer": large, "1 GPU, evaluation": ("SmolLM2-135M",)}
@@ -135,4 +135,4 @@ if __name__ == "__main__":
     else:
         results = {"measured": [measure(case) for case in CASES], "shape": SMALL, "tree": SMALL_TREE}
         print_measured(results)
-    write_json(chosen.results or Path("outputs/memory", f"{chosen.what}.json"), {**results, **environment()})
+    write_json(chosen.results or Path("outputs/memory", f"{chosen.what}.json"), results | measured_on)

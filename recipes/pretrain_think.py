@@ -29,7 +29,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.checkpoints import CheckpointError, PushError
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import fit_to_cpu, init_kwargs
-from hf_thinktok.results import changed_options, print_results, training_results, write_json
+from hf_thinktok.results import changed_options, environment, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, check_column, load_text, split
 
@@ -60,7 +60,7 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
 
 
 def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> None:
-    args = trainer.args
+    args, where = trainer.args, environment()
     with one_sentence(CheckpointError):
         training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if trainer.is_world_process_zero():
@@ -73,7 +73,7 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
         if trainer.is_world_process_zero() and before is None:
             print(f"Nothing was thought in the held-out text (fork_positions={args.fork_positions}), so there is nothing to report.", file=sys.stderr)
         elif trainer.is_world_process_zero():
-            results = training_results(before, after, training, config)
+            results = training_results(before, after, training, config) | where
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
             report(args.output_dir, script.report_documents, args.max_length or 256)

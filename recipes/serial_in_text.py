@@ -82,7 +82,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
     before = on_text(*load_whole(folder, "float32"), held_out, mixed, args, thinks=False)
     results: dict[str, Any] = {
         "task": task.name, "mixture": [], "levels": sorted(task.shortcut), "shortcut": {str(level): best for level, best in task.shortcut.items()},
-        "config": changed_options(mixed, text, args, model),
+        "config": changed_options(mixed, text, args, model), **environment(),
     }  # fmt: skip
     for done, seed in enumerate(mixed.seeds, 1):
         evaluations["base"][seed] = before
@@ -102,7 +102,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             evaluations[arm][seed] = on_text(*load_whole(output, "float32"), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": trainer.state.global_step})
         results |= {"text": Comparison(evaluations).summary(), "seeds": mixed.seeds[:done]}
-        write_json(Path(args.output_dir) / "results.json", results | environment())
+        write_json(Path(args.output_dir) / "results.json", results)
     print_mixture(results)
 
 

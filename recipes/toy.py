@@ -191,13 +191,14 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
     results = {
         "task": task.name, "task_options": toy.task_options, "control": toy.control, "chance": task.chance, "config": changed_options(toy, args, model),
         "levels": levels_of(task.train), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
+        **environment(),  # of the start: a checkout may move on meanwhile
     }  # fmt: skip
     with one_sentence():
         tokenizer = make_tokenizer(model, task)
     train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     for seed in toy.seeds:
         results["runs"].append(run(seed, toy, args, model, task, tokenizer, train, test))
-        write_json(Path(args.output_dir) / "results.json", results | environment())
+        write_json(Path(args.output_dir) / "results.json", results)
     draw_task(results, Path(args.output_dir) / "accuracy.svg")
     print_task(results)
     own = (next(iter(run["accuracy"].values())) for run in results["runs"])

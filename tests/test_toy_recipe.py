@@ -11,10 +11,12 @@ from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerControl
+from trl import ModelConfig
 
-from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, results
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.peft import load_whole
+from hf_thinktok.tasks import make_task
 
 TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "\ntask:" in path.read_text() and "\nmodel_shape:" in path.read_text())
 PEERS = sorted(path for path in (ROOT / "recipes" / "peers").glob("*.yaml") if "dataset_name" in path.read_text())
@@ -163,13 +165,33 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     assert set(results["ablation"]) == {"as it is", "without search"}
     assert (tmp_path / "out" / "accuracy.svg").exists()
     assert yaml.safe_load((tmp_path / "out" / "without_search" / "config.yaml").read_text())["search"] == 0
-    written = (tmp_path / "out" / "as_it_is" / "results.json").stat().st_mtime_ns
-    again = in_process(*command)
+    file = tmp_path / "out" / "as_it_is" / "seed-5" / "results.json"
+    written = file.stat().st_mtime_ns
+    more = in_process(*command, "--seeds", 5, 6)
+    assert more.returncode == 0, more.stderr[-2000:]
+    assert file.stat().st_mtime_ns == written, "a seed that has its results is not run again"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["seed"] for run in results["ablation"]["as it is"]] == [5, 6]
+    assert set(results["commits"]["as it is"]) == {"5", "6"}
+    again = in_process(*command, "--seeds", 6)
     assert again.returncode == 0
-    assert (tmp_path / "out" / "as_it_is" / "results.json").stat().st_mtime_ns == written
-    other = in_process(*command, "--seeds", 6)
-    assert other.returncode == 0
     assert [run["seed"] for run in json.loads((tmp_path / "out" / "results.json").read_text())["ablation"]["as it is"]] == [6]
     variants.write_text(yaml.safe_dump({"as it is": {"think_cost": 0.1}}))
     changed = in_process(*command, "--seeds", 6)
     assert "holds a run with other settings" in changed.stderr
+
+
+def test_results_name_the_commit_that_a_run_started_with(tmp_path, monkeypatch):
+    """A checkout may move on while a run takes hours."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    toy = importlib.import_module("toy")
+    commits = ["the first", "a later one"]
+    monkeypatch.setattr(results, "_commit", lambda: commits[0])
+
+    def run(seed, *_):
+        commits.pop(0)
+        return {"seed": seed, "accuracy": {"none": {"1": 1.0}}, "seconds": 1.0, "steps": 1}
+
+    monkeypatch.setattr(toy, "run", run)
+    toy.main(make_task("pointer_chasing", nodes=5, levels=[1], train_rows=2, test_rows=2), toy.ToyArguments(), ThinkTokConfig(str(tmp_path)), ModelConfig(model_name_or_path=None))
+    assert json.loads((tmp_path / "results.json").read_text())["commit"] == "the first"
