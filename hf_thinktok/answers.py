@@ -4,6 +4,7 @@ Shape suffixes as in tree.py; D rows of a data set.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     batch_size = max(2, min(batch_size, BATCH_TOKENS // max(map(len, rows["input_ids"]))))  # `random` may need another row
     thoughts_DL = np.full((len(rows), max(int(lengths_D.max()), 1) if args.stop == "fixed" else args.max_think_length), -1)
     with evaluating(model), trainer.accelerator.autocast():
-        for index in np.array_split(order_D, max(1, len(rows) // batch_size)):
+        for index in np.array_split(order_D, max(1, min(math.ceil(len(rows) / batch_size), len(rows) // 2))):
             inputs = {name: value.to(device) for name, value in trainer.data_collator(list(rows.select(index))).items()}
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
             forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1

@@ -18,7 +18,7 @@ TEXTS = {
 }
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # What a run's options hold besides the settings that repeat it.
-NOT_SETTINGS = ("output_dir", "distributed_state", "activation_checkpointing", "mixed_precision", "push_to_hub", "hub_model_id")
+NOT_SETTINGS = ("output_dir", "distributed_state", "activation_checkpointing", "mixed_precision", "push_to_hub", "hub_model_id", "hub_token")
 
 
 @whole_results("The results file")

@@ -81,6 +81,7 @@ def run_generate(args: argparse.Namespace) -> None:
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=min(args.max_new_tokens, room),
         do_sample=not args.greedy,
+        num_beams=1,
         # Without these options the model's own distribution, whatever values for them its generation config has.
         **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen),
         logits_processor=[budget],

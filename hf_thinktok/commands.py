@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -112,6 +113,9 @@ def whole(lowest: int, highest: float = math.inf):
 def file_to_write(text: str) -> Path:
     if (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"nothing can be written to {there}: name another file")
     return path
 
 

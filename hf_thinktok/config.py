@@ -298,7 +298,7 @@ class ThinkTokConfig(SFTConfig):
 
     def branching(self, trunk_length: int, length: int | None = None) -> Branching:
         """The shape of a row's thoughts for rows of `trunk_length` tokens, with thoughts of up to `length` tokens where that is known."""
-        lookahead = trunk_length - 1 if self.lookahead is None else self.lookahead
+        lookahead = max(trunk_length - 1, 1) if self.lookahead is None else self.lookahead
         return Branching(self.num_generations, length or self.max_think_length, lookahead, self.blind, self.memory == "persistent")
 
     def sampling(self, step: int = 0) -> Sampling:

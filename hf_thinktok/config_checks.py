@@ -207,6 +207,12 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
             config.num_iterations > 1 and config.save_strategy == "steps" and config.save_steps % config.num_iterations != 0
         ),
+        "With save_strategy=best eval_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
+            config.num_iterations > 1
+            and config.save_strategy == "best"
+            and config.eval_strategy == "steps"
+            and (config.eval_steps or config.logging_steps) % config.num_iterations != 0
+        ),
         "stop=learned ends no thought, and with memory=persistent thoughts of full length would stay in the text: set stop=sampled or stop=fixed.": (
             config.stop == "learned" and config.memory == "persistent"
         ),

@@ -13,6 +13,8 @@ from .distributed import embedding_rows
 
 # Rows looked at for missing text; more would make a large corpus wait.
 CHECKED_ROWS = 100_000
+# Rows of a stream that are looked at, and of any data set those that thinking rows are calibrated on.
+STREAMED_ROWS = 64
 # Rows whose ids are looked at.
 LOOKED_AT_ROWS = 1_000
 # Columns that TRL can make a row from, beside the text column; the first that are there.
@@ -70,7 +72,7 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
     if isinstance(dataset, IterableDataset):
         if name == "train" and args.max_steps <= 0:
             raise ValueError("A streaming data set has no length: set max_steps.")
-        head = list(dataset.take(8))
+        head = list(dataset.take(STREAMED_ROWS))
     elif isinstance(dataset, Dataset):
         if len(dataset) == 0:
             raise ValueError(f"The {name} data set is empty.")
@@ -91,6 +93,9 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
         )
+    some = dataset.with_format(None).take(LOOKED_AT_ROWS) if isinstance(dataset, Dataset) else head
+    if "attention_mask" in columns and used == ("input_ids",) and any(0 in row["attention_mask"] for row in some):
+        raise ValueError(f"The {name} data set has padded rows (0 in attention_mask), and padding would be trained on: tokenize without padding.")
     if "prompt" in columns and used not in READABLE_COLUMNS[:2]:
         raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     for column in used:

@@ -37,7 +37,7 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     """
     batch, trunk_length = eligible_BT.shape
     if how == "all" and num_forks:
-        num_forks = trunk_length - 1
+        num_forks = max(trunk_length - 1, 1)  # a row of one token has a fork that is not there, as other processes have theirs
     if how == "stride":
         order_BT = eligible_BT.cumsum(1)
         count_B1 = order_BT[:, -1:]
@@ -55,14 +55,22 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
 
 
-def last_fork(args: "ThinkTokConfig", model: PreTrainedModel, longest: int) -> int:
-    """The last place of a row of `longest` tokens at which a thought and what judges it do not run out of the model's positions.
+def last_fork(args: "ThinkTokConfig", model: PreTrainedModel, row_length: int) -> int:
+    """The last place of a document where a thought and what judges it still have positions, in rows of so many tokens. Negative: none."""
+    room = longest_row(model) - args.max_think_length
+    return row_length if row_length <= room else room - (row_length if args.lookahead is None else args.lookahead)
+
+
+def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:
+    """Refuses rows for which the model has too few positions.
 
     Raises:
-        ValueError: a row does, or there is no such place.
+        ValueError: a row of `max_length` has more tokens, or leaves no room for a thought.
     """
+    if (longest := args.max_length) is None:  # rows are as long as they are
+        return
     positions = longest_row(model)
-    if longest > positions and args.max_length is not None and has_position_table(model):
+    if longest > positions and has_position_table(model):
         raise ValueError(f"max_length={longest} exceeds the {positions} positions that the model has learned: lower max_length.")
     num_forks = longest - 1 if args.fork_positions == "all" and args.num_forks else args.num_forks
     if args.memory == "persistent" and longest + num_forks * args.max_think_length > positions:
@@ -70,15 +78,12 @@ def last_fork(args: "ThinkTokConfig", model: PreTrainedModel, longest: int) -> i
         raise ValueError(
             f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's {positions} positions: lower max_length{fewer}."
         )
-    room = positions - args.max_think_length
-    last = longest if longest <= room else room - (longest if args.lookahead is None else args.lookahead)
-    if last < 0:
-        lower = "max_think_length" if room < 2 else "max_length or lookahead"
+    if last_fork(args, model, longest) < 0:
+        lower = "max_think_length" if positions - args.max_think_length < 2 else "max_length or lookahead"
         raise ValueError(
             f"max_length={longest} and a thought of max_think_length={args.max_think_length} with its lookahead exceed the model's {positions} positions: "
             f"lower {lower}."
         )
-    return last
 
 
 def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:

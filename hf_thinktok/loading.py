@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, str_to_bool
+from accelerate.utils import extract_model_from_parallel, is_peft_model, str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -21,7 +21,7 @@ from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
 from .config_checks import REWARDED_BY_FUNCTIONS
-from .data import check_dataset, named_sets
+from .data import STREAMED_ROWS, check_dataset, named_sets
 from .distributed import embedding_rows
 from .errors import first_line
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
@@ -123,7 +123,11 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
 
 
 def load_model(
-    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: ThinkTokConfig, quantization_config: Any = None
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: ThinkTokConfig,
+    dataset: Dataset | IterableDataset,
+    quantization_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
     if quantization_config is not None and not isinstance(model, str):
@@ -143,6 +147,7 @@ def load_model(
     check_supported(config)
     if tokenizer is None:
         tokenizer = load_tokenizer(model if isinstance(model, str) else config._name_or_path, **where)
+    _check_ending(dataset, tokenizer)
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
     attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
@@ -150,6 +155,8 @@ def load_model(
         check_attention(attention)
     if isinstance(model, str):
         model = create_model_from_path(model, **options)
+    else:
+        model = as_loaded(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack weights at a first evaluation, and has no gradients through them then
             module.support_avx512bf16_for_cpu = False
@@ -158,7 +165,32 @@ def load_model(
             f"The model is spread over {', '.join(sorted(map(str, devices)))}, and each process trains on one device: leave device_map out, and for a model "
             "that does not fit take ZeRO-3 or FSDP2."
         )
+    _leave_out_router_loss(args, model)
     return model, tokenizer
+
+
+def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that was trained before in this process, without the autocast that accelerate leaves around its `forward`."""
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def _leave_out_router_loss(args: ThinkTokConfig, model: PreTrainedModel) -> None:
+    """TRL adds a mixture of experts' own load-balancing loss by default, and in a tree routers' logits are not made. Its config is to say so as well."""
+    if args.router_aux_loss_coef is None and getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
+        logger.warning("%s trains without its load-balancing loss (router_aux_loss_coef), which thinking does not make.", model.config.model_type)
+        args.router_aux_loss_coef = 0.0
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
+    """Refuses a user's own optimizer that lacks what is to be trained: it was built before the model had thinking rows, an adapter or a speaker."""
+    if optimizer is None:
+        return
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if lacks := [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in known]:
+        raise ValueError(
+            f"The optimizer in `optimizers` lacks {lacks[0]} and would not train it ({len(lacks)} in all): pass optimizer_cls_and_kwargs, or call "
+            "`add_thinking_tokens` before the optimizer is built."
+        )
 
 
 def load_tokenizer(name: str, **where: Any) -> PreTrainedTokenizerBase:
@@ -174,6 +206,13 @@ def load_tokenizer(name: str, **where: Any) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         why = first_line(error).rstrip(":.")
     raise ValueError(f"There is no tokenizer at {name!r} ({why}): pass processing_class.")
+
+
+def _check_ending(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """TRL ends every text with the tokenizer's end token; ids and chats stay as they are."""
+    row = next(iter(dataset.take(1)))
+    if tokenizer.eos_token is None and not {"input_ids", "messages", "conversations"} & set(row) and not isinstance(row.get("prompt"), list):
+        raise ValueError("The tokenizer has no end token (eos_token), and each text is to end with it: set tokenizer.eos_token.")
 
 
 def placement(args: ThinkTokConfig) -> dict[str, torch.device] | None:
@@ -221,9 +260,9 @@ def _there(what: str, name: Any) -> Iterator[None]:
         raise ValueError(f"There is no {what} at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
 
 
-def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, count: int = 64):
+def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase):
     """Rows of the training text to calibrate thinking rows on, or the built-in sample where rows are no plain text."""
-    rows = list(dataset.take(count))
+    rows = list(dataset.take(STREAMED_ROWS))
     if isinstance(rows[0].get(column), str):
         return [row[column][:4096] for row in rows]
     return tokenizer.batch_decode([row["input_ids"][:1024] for row in rows]) if "input_ids" in rows[0] else SAMPLE_TEXT

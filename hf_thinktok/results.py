@@ -47,6 +47,8 @@ def _commit() -> str | None:
     """The commit of this source tree, marked where files differ from it; `None` outside a checkout."""
     folder = Path(__file__).parent
     try:
+        # An installed package may lie within somebody else's repository.
+        subprocess.run(["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=folder, capture_output=True, check=True)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, capture_output=True, text=True, check=True
@@ -56,12 +58,17 @@ def _commit() -> str | None:
     return commit + ("-changed" if changed else "")
 
 
+def without_tokens(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the tokens for the Hub, as results go there."""
+    return {name: value for name, value in options.items() if not name.endswith("hub_token")}
+
+
 def changed_options(*groups: Any) -> dict[str, Any]:
-    """The options that differ from their defaults: what makes this run. Tokens for the Hub are left out, as results go there."""
+    """The options that differ from their defaults: what makes this run, without tokens for the Hub."""
     changed: dict[str, Any] = {}
     for group in groups:
         plain = type(group)(output_dir=group.output_dir) if hasattr(group, "output_dir") else type(group)()
-        told = {name: value for name, value in vars(group).items() if not name.startswith("_") and not name.endswith(("hub_token", "_state"))}
+        told = {name: value for name, value in without_tokens(vars(group)).items() if not name.startswith("_") and not name.endswith("_state")}
         changed |= {name: value for name, value in told.items() if value != getattr(plain, name, None)}
     return changed
 
@@ -309,6 +316,10 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+# Why a gain of fillers says nothing about thoughts, though unfamiliar tokens do worse in their place.
+ALL_ALIKE = "its thoughts are all alike: what helps is the time."
+
+
 def conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
     """One sentence for both kinds of evidence; `otherwise` says what is known where thoughts help and are not shown to matter."""
     if helps:
@@ -398,8 +409,11 @@ def draw_ablation(results: dict[str, Any], path: Path) -> None:
 
 def verdict(results: dict[str, Any]) -> str:
     """What the figures of a run carry, at two standard errors over documents."""
-    gain, over_random = results["gain"] / results["gain_stderr"], results["gain_over_random"] / results["gain_over_random_stderr"]
-    return conclusion(gain > 2, gain < -2, over_random > 2, "a random thought helps as much: what is thought does not matter.")
+    gain, over_random = (results[name] for name in ("gain", "gain_over_random"))
+    sure, sure_over_random = (2 * results[f"{name}_stderr"] for name in ("gain", "gain_over_random"))
+    if results["config"].get("thoughts") == "filler":
+        return conclusion(gain > sure, gain < -sure, False, ALL_ALIKE)
+    return conclusion(gain > sure, gain < -sure, over_random > sure_over_random, "a random thought helps as much: what is thought does not matter.")
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:

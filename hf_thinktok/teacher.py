@@ -73,6 +73,8 @@ def own_text(
     """
     tokens_BT, there_BT = inputs["input_ids"], inputs["documents"] >= 0
     row_length = tokens_BT.shape[1]
+    if row_length == 1:
+        return inputs  # there is nothing to write
     prompt_BP = tokens_BT[:, : max(1, min(prompt_length, int(there_BT.sum(1).min()), row_length - 1))]
     on_cpu = prompt_BP.device.type == "cpu"
     devices, kind = ([], "cuda") if on_cpu else ([prompt_BP.device], prompt_BP.device.type)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .data import READABLE_COLUMNS
 from .sources import STANDARD_LIBRARY, standard_library
 
 # Builders of `datasets` by the ends of files' names.
@@ -80,6 +81,8 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
         if {"messages", "conversations"} & set(text.column_names):
             how = "ThinkTokTrainer itself takes chats, and here they have to be text: write it with the tokenizer's apply_chat_template"
         raise ValueError(f"The data has the columns {text.column_names} and no 'text': {how}.")
+    # TRL would read them rather than the text.
+    text = text.remove_columns(sorted({name for names in READABLE_COLUMNS for name in names} & set(text.column_names or [])))
     text = text.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
     if isinstance(text, Dataset) and not len(text):
         raise ValueError("No row of the data has text: give data with a column 'text' of strings, or make it with text_template.")

@@ -27,9 +27,9 @@ from .data import BatchesAgain, TreeCollator, check_prepared, levels_of, task_co
 from .distributed import check_launcher, for_rollout, is_partitioned, keep_types, prepare_frozen
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, choose_forks, eligible_forks, ends_of, last_fork, marker_ids
+from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, last_fork, marker_ids
 from .head import HeadInputs, attach_head
-from .loading import check_arguments, check_parts, load_model, load_teacher, sample_text
+from .loading import as_loaded, check_arguments, check_optimizer, check_parts, load_model, load_teacher, sample_text
 from .models import evaluating, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
@@ -40,7 +40,7 @@ from .search import Explorer
 from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import ThinkingVocabulary, add_thinking_tokens, check_vocabulary
-from .tree import ThoughtTree, before
+from .tree import ThoughtTree, before, document_positions
 
 
 class ThinkTokTrainer(CheckpointingTrainer):
@@ -103,7 +103,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
         check_parts(args, model, reward_funcs, peft_config, two_adapters, speaker, teacher)
-        model, tokenizer = load_model(model, processing_class, args, quantization_config)
+        model, tokenizer = load_model(model, processing_class, args, train_dataset, quantization_config)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
 
@@ -111,6 +111,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if not self.plain:
             text = sample_text(train_dataset, args.dataset_text_field, tokenizer)
             if speaker is not None:  # each model gets its own rows; the tokenizer learns the tokens once
+                speaker = as_loaded(speaker)
                 add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
             if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
@@ -147,6 +148,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             self.add_callback(SayWhatIsTrained())
         if args.disable_dropout:  # an adapter's as well
             disable_dropout_in_model(self.model)
+        check_optimizer(self.optimizer, self.model)
         self.step_time = StepTime()
         self.add_callback(self.step_time)
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
@@ -166,7 +168,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             check_markers(self.markers, args.fork_markers, self.train_dataset)
         longest = args.max_length or 1024
         branching = args.branching(min(longest, 1024))
-        self._last_fork = last_fork(args, base, longest)
+        check_positions(args, base)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of mask, and each step has others
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
@@ -298,7 +300,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if not args.thinks or (self.model.training and self.state.global_step < args.think_start):
             return tokens_BT.new_zeros(len(tokens_BT), 0)
         eligible_BT = eligible_forks(labels_BT, documents_BT)
-        eligible_BT[:, max(self._last_fork + 1, 0) :] = False
+        eligible_BT &= document_positions(documents_BT) <= last_fork(args, unwrapped(model), tokens_BT.shape[1])
         if how == "markers":
             eligible_BT &= ends_of(self.markers, tokens_BT)
         elif how == "entropy":

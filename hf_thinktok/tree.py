@@ -52,6 +52,13 @@ def before(values_BT: Tensor, places_BKH: Tensor) -> Tensor:
     return values_BT.gather(1, (places_BKH - 1).clamp(min=0).flatten(1)).view_as(places_BKH)
 
 
+def document_positions(documents_BT: Tensor) -> Tensor:
+    """How many tokens of its document are before each token, `[B, T]`."""
+    time_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    starts_BT = torch.cat([documents_BT.new_ones(len(documents_BT), 1, dtype=torch.bool), documents_BT[:, 1:] != documents_BT[:, :-1]], 1)
+    return time_T - torch.where(starts_BT, time_T, 0).cummax(1).values
+
+
 class ThoughtTree:
     """Layout of a batch of rows with thoughts. Pure tensors: it knows no model.
 
@@ -80,10 +87,9 @@ class ThoughtTree:
         time_T = torch.arange(trunk_length, device=device)
 
         # Positions count the tokens before a node in its own row: earlier ones of its document, and thoughts that stayed in the text.
-        starts_BT = torch.cat([documents_BT.new_ones(batch, 1, dtype=torch.bool), documents_BT[:, 1:] != documents_BT[:, :-1]], 1)
-        start_BT = torch.where(starts_BT, time_T, 0).cummax(1).values
-        trunk_positions_BT = time_T - start_BT
+        trunk_positions_BT = document_positions(documents_BT)
         if shape.persistent:
+            start_BT = time_T - trunk_positions_BT
             stayed_BT = torch.zeros_like(documents_BT).scatter_add_(1, fork_BK1, self.lengths_BKG[:, :, 0])
             before_BT = stayed_BT.cumsum(1) - stayed_BT
             trunk_positions_BT = trunk_positions_BT + before_BT - before_BT.gather(1, start_BT)

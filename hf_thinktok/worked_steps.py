@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from .tasks import Task, check_levels
+from .tasks.questions import check_whole
 
 
 def worked_steps(
@@ -38,6 +39,9 @@ def worked_steps(
     Raises:
         ValueError: no such file, or rows that are no worked solutions.
     """
+    check_whole(0, tokens_per_step=tokens_per_step)
+    if max_questions is not None:
+        check_whole(1, max_questions=max_questions)
     if test_file is not None and test_questions is not None:
         raise ValueError(f"test_questions={test_questions} has no effect with test_file: leave one of the two out.")
     rows = _read(file, question, answer, separator)
@@ -71,11 +75,21 @@ def _read(file: str, question: str, answer: str, separator: str) -> list[tuple[s
     """The solutions of a file, or a ValueError."""
     if not Path(file).is_file():
         raise ValueError(f"There is no file {file!r}: name one with worked solutions, such as gsm8k_train.jsonl, in task_options.")
-    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if not {question, answer} <= set(row) or separator not in row[answer]:
-            raise ValueError(f"Line {number} of {file} is no worked solution: it needs {question!r}, and {answer!r} with the result behind {separator!r}.")
-    return [solution(row, question, answer, separator) for row in rows]
+    found = []
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts = {name: row[name] for name in (question, answer)}
+            if not all(isinstance(text, str) for text in texts.values()) or separator not in texts[answer]:
+                raise TypeError
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(
+                f"Line {number} of {file} is no worked solution: it needs {question!r}, and {answer!r} with the result behind {separator!r}."
+            ) from None
+        found.append(solution(texts, question, answer, separator))
+    return found
 
 
 def solution(row: dict[str, str], question: str, answer: str, separator: str) -> tuple[str, list[str], str]:

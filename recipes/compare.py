@@ -45,13 +45,13 @@ from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
-from hf_thinktok.evaluation.comparison import Comparison
+from hf_thinktok.evaluation.comparison import ARMS, Comparison
 from hf_thinktok.evaluation.tables import print_comparison
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings, sample_text
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
-from hf_thinktok.results import environment, write_json
+from hf_thinktok.results import environment, without_tokens, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, check_column, load_files, load_text, split
 
@@ -79,6 +79,11 @@ class Grid:
     """The arms of a comparison as configs of recipes/pretrain_think.py, and what each of them costs."""
 
     def __init__(self, recipe: dict[str, Any], arms: dict[str, dict[str, Any]]):
+        for name, changes in arms.items():
+            if name in ARMS:
+                raise ValueError(f"arms changes {name}, which is to differ from the others in one thing alone: give the further arm another name.")
+            if not isinstance(changes, dict):
+                raise ValueError(f"arms has {changes!r} for {name}: give the options that it changes, as a mapping.")
         stop = recipe.get("stop", default_of(ThinkTokConfig, "stop"))
         cannot = {}
         for kind in ("no_think", "filler"):
@@ -190,6 +195,7 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
 def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     output = Path(recipe.setdefault("output_dir", "outputs/compare"))
     grid = Grid(recipe, chosen.arms or {})
+    further = {name: without_tokens(changes) for name, changes in (chosen.arms or {}).items()}
     script, args, model = grid.options["think"]
     check_column(args.dataset_text_field)
     test = load_files(script, chosen.test_files) if chosen.test_files else split(load_text(script), script).test
@@ -206,8 +212,9 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
             evaluations[arm][seed] = measure(arm, str(folder), folder / "evaluation.npz", grid, chosen, test)
         evaluations["base"] = dict.fromkeys(chosen.seeds[:done], base)
         results = {
-            "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "arms": grid.configs, "settings": base.settings | asdict(chosen),
-            "bf16": bf16, "config": recipe, "seeds": chosen.seeds[:done], **where,
+            "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "settings": base.settings | asdict(chosen) | {"arms": further},
+            "arms": {arm: without_tokens(config) for arm, config in grid.configs.items()},
+            "bf16": bf16, "config": without_tokens(recipe), "seeds": chosen.seeds[:done], **where,
         }  # fmt: skip
         write_json(output / "results.json", results)
     print_comparison(results, console)

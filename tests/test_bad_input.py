@@ -797,3 +797,32 @@ def test_an_adapter_without_a_base_is_pushed_with_a_word(tmp_path, monkeypatch, 
     monkeypatch.setattr("hf_thinktok.cli.HfApi", MagicMock())
     assert main(["push", str(tmp_path), "me/model"]) == 0
     assert "config names no base" in capsys.readouterr().err
+
+
+def test_padded_rows(train, tokenizer):
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 0, 0]] * 4, "attention_mask": [[1, 1, 1, 0, 0]] * 4})
+    with pytest.raises(ValueError, match="padded") as error:
+        train(train_dataset=rows, processing_class=tokenizer)
+    one_sentence(error, "padded rows", "without padding")
+
+
+def test_a_tokenizer_without_an_end(train, tokenizer):
+    tokenizer.eos_token, model = None, tiny_model(vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match="end token") as error:
+        train(model, processing_class=tokenizer)
+    one_sentence(error, "eos_token")
+
+
+def test_a_stream_with_a_gap_among_the_rows_that_are_looked_at(train, tokenizer):
+    rows = Dataset.from_dict({"text": [*CORPUS * 4][:20] + [None] + CORPUS}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="Row 20") as error:
+        train(train_dataset=rows, processing_class=tokenizer)
+    one_sentence(error, "Row 20", "no text")
+
+
+def test_a_best_checkpoint_within_a_rollout(make_config):
+    options = {"num_iterations": 2, "save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "eval_loss"}
+    with pytest.raises(ValueError, match="eval_steps") as error:
+        make_config(eval_steps=3, **options)
+    one_sentence(error, "eval_steps must be a multiple of num_iterations")
+    make_config(eval_steps=4, **options)

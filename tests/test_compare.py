@@ -198,6 +198,7 @@ gradient_checkpointing: false
 logging_steps: 1
 save_strategy: "no"
 report_to: none
+hub_token: hf_secret
 """
     )
     done = started(ROOT / "recipes" / "compare.py", "--config", folder / "recipe.yaml")
@@ -224,7 +225,8 @@ def test_five_arms_and_one_more_make_one_results_file(grid):
     for words in ("think, over cpt", "tokens at a place", "cpt_flops: as much compute"):
         assert words in printed
         assert words in as_text(results)
-    assert (folder / "out" / "report.html").exists()
+    for published in ("results.json", "report.html"):
+        assert "hf_secret" not in (folder / "out" / published).read_text()
 
 
 def test_fillers_of_drawn_lengths_are_rewarded_as_thoughts_are(tmp_path, monkeypatch):
@@ -330,6 +332,8 @@ def test_another_base_is_measured_again(grid, monkeypatch):
         (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),
         (("--arms", "more", "--output_dir", "{}/other"), "arms must be a mapping"),
+        (("--arms", '{{"more": null}}', "--output_dir", "{}/other"), "arms has None for more"),
+        (("--arms", '{{"cpt_flops": {{"max_steps": 7}}}}', "--output_dir", "{}/other"), "give the further arm another name"),
         (("--num_fork", "2"), "num_fork"),
     ],
 )

@@ -1,5 +1,6 @@
 """What is measured is what a plain model says on ordinary rows, and controls are what they say they are."""
 
+import copy
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_rows import thinker
+from tokenizers.processors import TemplateProcessing
 
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
@@ -138,6 +140,24 @@ def test_controls_are_what_they_say():
     assert vocabulary.is_thought(random).all()
 
 
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_shuffled_thought_is_in_another_order(length):
+    forks_BK = torch.arange(64).expand(2, 64)
+    rollout = Rollout.empty(forks_BK, Branching(2, length, 1))
+    rollout.thoughts_BKGL = torch.arange(length).expand(2, 64, 2, length)
+    shuffled, _ = control_sources(rollout, torch.zeros(2, 65, dtype=torch.long), thinker()[1], torch.Generator().manual_seed(0))["shuffled"]
+    assert (shuffled != rollout.thoughts_BKGL).any(-1).all()
+
+
+def test_a_begin_of_text_has_no_bytes(model):
+    model, tokenizer = model
+    plain = evaluate_thinking(model, tokenizer, TEXT, num_forks=2, num_samples=0).bytes_per_token
+    begins = copy.deepcopy(tokenizer)
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begins.eos_token} $A", special_tokens=[(begins.eos_token, begins.eos_token_id)])
+    assert begins("a")["input_ids"][0] == begins.eos_token_id
+    assert evaluate_thinking(model, begins, TEXT, num_forks=2, num_samples=0).bytes_per_token == pytest.approx(plain)
+
+
 def evaluation(**changes) -> Evaluation:
     """Two documents of three and one forks."""
     made = {
@@ -182,6 +202,8 @@ def test_the_verdict_is_what_the_intervals_carry(gain, over_random, words):
     gains = {"think over no_think": gain, "always over no_think": (1, 1), "always over random": over_random}
     found = {name: {"bits_per_token": 0.0, "low": low, "high": high} for name, (low, high) in gains.items()}
     assert words in evaluation_verdict({"gains": found, "settings": {}})
+    if "matters" in words:
+        assert "what helps is the time" in evaluation_verdict({"gains": found, "settings": {"thoughts": "filler"}})
 
 
 def test_an_interval_has_the_width_that_theory_gives():
@@ -313,6 +335,7 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         (("--num_forks", "0"), "must be a whole number, 1 or more"),
         (("--seed", "5000000000"), "must be a whole number, 0 to 4294967295"),
         (("--data_files", "{folder}/data.jsonl", "--output", "{folder}"), "is a folder: name a file"),
+        (("--data_files", "{folder}/data.jsonl", "--output", "{folder}/data.jsonl/found.json"), "nothing can be written to"),
         (("--data_files", "{folder}/data.jsonl", "--max_think_length", "256"), "max_think_length=256 leaves no room"),
     ],
 )

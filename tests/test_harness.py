@@ -1,6 +1,7 @@
 """lm-evaluation-harness: without thoughts its own `hf`, with them what the model says of ordinary rows, whatever the batch."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def test_a_likelihood_is_that_of_the_inspected_text(thoughts):
         assert logp == pytest.approx(sum(token.own if thoughts == "own" else token.after for token in judged), abs=1e-3)
         if thoughts == "always":
             assert greedy == all(token.top_after[0][0] == token.text for token in judged)
+
+
+@pytest.mark.parametrize("thoughts", ["none", "own", "always"])
+def test_a_text_that_would_be_a_thought_is_never_predicted(thoughts):
+    """What the guard stands for; the others of the batch are as they are without it."""
+    model = thinker(scale=1.0)[0]
+    lm = harness(model, thoughts=thoughts, batch_size=2)
+    alone = lm.loglikelihood(asked("loglikelihood", PAIRS[:1]))[0]
+    guarded, other = lm.loglikelihood(asked("loglikelihood", [("the cat", " sat <|think_ on"), PAIRS[0]]))
+    assert guarded == (-math.inf, False)
+    assert other[0] == pytest.approx(alone[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("thoughts", ["own", "always"])

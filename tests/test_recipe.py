@@ -269,3 +269,10 @@ def test_every_variant_is_a_run_that_can_be_made(variants, base, toy_parser, tmp
         toy, args, _ = toy_parser().parse_args_and_config(["--config", str(tmp_path / "config.yaml")], fail_with_unknown_args=True)
         controlled = importlib.import_module("toy").control_of(args, toy.control)
         assert controlled.thinks == (toy.control != "no_think"), name
+
+
+@pytest.mark.parametrize("other", [{"messages": [{"role": "user", "content": "hello"}]}, {"prompt": "a", "completion": "b"}], ids=lambda other: [*other][0])
+def test_the_text_is_trained_on_whatever_columns_stand_beside_it(other, tmp_path):
+    """TRL would take a chat, or a prompt and its completion, rather than the text."""
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps({"text": f"the cat {i}", **other}) + "\n" for i in range(4)))
+    assert load_text(TextArguments(data_files=[str(tmp_path / "both.jsonl")])).column_names == ["text"]

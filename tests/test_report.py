@@ -11,11 +11,12 @@ import torch
 from commands import captured
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from plain_rows import thinker
+from rich.console import Console
 
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
-from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text
+from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text, print_inspection
 from hf_thinktok.report import Run, as_cells, for_page, write_page, write_report
 from hf_thinktok.results import environment, run_table
 
@@ -93,6 +94,13 @@ def test_inspected_tokens_are_the_text(kind):
     shown = for_page(inspected, tokenizer, text)
     assert shown["first"] + "".join(token["text"] for token in shown["tokens"]) == text
     assert all(token.text in dict(token.top_before) for token in inspected if token.text)
+
+
+def test_tokens_are_no_markup():
+    """Mistral's begin and end of an instruction are tags to rich."""
+    console = Console(record=True, width=200)
+    print_inspection([InspectedToken("[/INST]", [0], -0.1, 0.5, -1.0, -0.5, -0.6, [], [])], console)
+    assert "[/INST]" in console.export_text().split("Where thinking does most")[1]
 
 
 def test_without_text_or_thinking_tokens_there_is_nothing_to_inspect(folder):

@@ -2,9 +2,11 @@
 
 import json
 import math
+import subprocess
 
 import pytest
 
+from hf_thinktok import results
 from hf_thinktok.results import read_json, write_json, written_whole
 
 
@@ -21,6 +23,17 @@ def test_figures_that_are_no_numbers_are_null_and_come_back(tmp_path):
     assert found["gain"]["bits_per_token"] == 0.5
     assert found["list"] == [None, 1]
     assert found["option"] is None
+
+
+def test_an_installed_package_has_no_commit_of_the_repository_it_lies_in(tmp_path, monkeypatch):
+    assert results._commit() is None or len(results._commit().removesuffix("-changed")) == 40
+    package = tmp_path / ".venv" / "lib"
+    package.mkdir(parents=True)
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "own"], check=True)
+    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    assert results._commit() is None
 
 
 def test_files_that_are_written_side_by_side_are_kept_apart(tmp_path):

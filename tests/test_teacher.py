@@ -95,6 +95,13 @@ def test_own_text_is_what_the_model_writes_without_its_thoughts(make):
             assert text["labels"][row][there].tolist() == [-100] * silent + said[silent:]
 
 
+def test_a_row_of_one_token_is_not_written_on(make):
+    trainer, _ = make()
+    ids = torch.tensor([[5]])
+    inputs = {"input_ids": ids, "labels": ids, "documents": ids * 0}
+    assert own_text(trainer.model, inputs, 4, trainer.vocabulary, None, torch.Generator())["input_ids"].tolist() == [[5]]
+
+
 def test_a_student_learns_what_its_teacher_says_about_its_own_text(make):
     """On text of its own the student's prediction moves towards the teacher's, and thoughts are rewarded meanwhile."""
     trainer, teacher = make(repeats=True, max_steps=80, learning_rate=1e-2, per_device_train_batch_size=8)

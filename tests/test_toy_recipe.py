@@ -193,5 +193,10 @@ def test_results_name_the_commit_that_a_run_started_with(tmp_path, monkeypatch):
         return {"seed": seed, "accuracy": {"none": {"1": 1.0}}, "seconds": 1.0, "steps": 1}
 
     monkeypatch.setattr(toy, "run", run)
-    toy.main(make_task("pointer_chasing", nodes=5, levels=[1], train_rows=2, test_rows=2), toy.ToyArguments(), ThinkTokConfig(str(tmp_path)), ModelConfig(model_name_or_path=None))
+    toy.main(
+        make_task("pointer_chasing", nodes=5, levels=[1], train_rows=2, test_rows=2),
+        toy.ToyArguments(),
+        ThinkTokConfig(str(tmp_path)),
+        ModelConfig(model_name_or_path=None),
+    )
     assert json.loads((tmp_path / "results.json").read_text())["commit"] == "the first"

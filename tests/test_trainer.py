@@ -250,11 +250,22 @@ def test_training_starts_over_after_memory_ran_out_or_an_interruption(make_train
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"stop": "fixed"}, {"stop": "sampled", "memory": "persistent"}, {"engine": "replicated"}, {"policies": "split"}], ids=str
+    "options",
+    [
+        {},
+        {"stop": "fixed"},
+        {"stop": "sampled", "memory": "persistent"},
+        {"engine": "replicated"},
+        {"policies": "split"},
+        {"lookahead": None, "stop": "sampled"},
+        {"fork_positions": "all", "num_forks": 16},
+        {"fork_positions": "all", "num_forks": 16, "coverage_coef": 0.1},
+    ],
+    ids=str,
 )
 def test_rows_of_one_token_have_nothing_to_judge(make_trainer, options):
-    """A batch of nothing else: an empty line in a stream becomes the end token alone."""
-    rows = Dataset.from_dict({"text": [*CORPUS[:8], "", CORPUS[8]]}).to_iterable_dataset()
+    """A batch of nothing else, as packers leave them at the end of a text."""
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9]] * 3 + [[5]] + [[6, 7, 8, 9]] * 6}).to_iterable_dataset()
     trainer = make_trainer(train_dataset=rows, eval_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]] * 2 + [[5]]}), per_device_train_batch_size=1,
                            per_device_eval_batch_size=2, max_steps=10, **options)  # fmt: skip
     trainer.train()
@@ -535,6 +546,52 @@ def test_goes_on_from_a_thinking_checkpoint(make_trainer, tmp_path):
     assert second.vocabulary == first.vocabulary == ThinkingVocabulary.from_pretrained(tmp_path / "out")
     assert torch.equal(model.get_input_embeddings().weight, first.model.get_input_embeddings().weight)
     second.train()
+
+
+@pytest.mark.parametrize("before", [ThinkTokTrainer, SFTTrainer])
+def test_a_model_trained_before_in_bf16_is_trained_on(make_trainer, before, corpus, tmp_path):
+    """accelerate leaves its autocast around the forward of a model that it trained."""
+    if before is SFTTrainer:
+        config = SFTConfig(str(tmp_path / "sft"), bf16=True, use_cpu=True, max_steps=1, report_to="none", save_strategy="no", gradient_checkpointing=False)
+        first = SFTTrainer(tiny_model(vocab_size=len(tiny_tokenizer())), args=config, train_dataset=corpus, processing_class=tiny_tokenizer())
+    else:
+        first = make_trainer(bf16=True)
+    first.train()
+    second = make_trainer(model=first.model, tokenizer=first.processing_class, bf16=True)
+    second.train()
+    assert all(map(math.isfinite, losses(second)))
+
+
+@pytest.mark.parametrize("options", [{"tie": False}, {"policies": "split"}], ids=str)
+def test_an_optimizer_that_lacks_what_is_to_be_trained_is_refused(corpus, tokenizer, tmp_path, options):
+    """New rows make a new LM head, and a second model is one more."""
+    model = tiny_model(vocab_size=len(tokenizer), tie=options.pop("tie", True))
+    own = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = ThinkTokConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", num_think_tokens=4, **options)
+    with pytest.raises(ValueError, match="lacks .*optimizer_cls_and_kwargs"):
+        ThinkTokTrainer(model, args=config, train_dataset=corpus, processing_class=tokenizer, optimizers=(own, None))
+
+
+def test_an_optimizer_built_after_the_thinking_rows_trains_them(corpus, tokenizer, tmp_path):
+    model = tiny_model(vocab_size=len(tokenizer), tie=False)
+    vocabulary = add_thinking_tokens(model, tokenizer, 4)
+    own = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = model.get_output_embeddings().weight[vocabulary.first_id].clone()
+    config = ThinkTokConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no")
+    trainer = ThinkTokTrainer(model, args=config, train_dataset=corpus, processing_class=tokenizer, optimizers=(own, None))
+    trainer.train()
+    assert not torch.equal(before, model.get_output_embeddings().weight[vocabulary.first_id])
+
+
+@pytest.mark.parametrize("control", [{}, {"num_forks": 0}, {"num_think_tokens": 0}], ids=str)
+def test_experts_train_alike_without_their_router_s_loss_and_their_config_says_so(make_trainer, control, caplog):
+    """TRL would add it where nothing is thought, and thinking cannot."""
+    model = tiny_model("mixtral", vocab_size=len(tiny_tokenizer()), router_aux_loss_coef=0.5)
+    trainer = make_trainer(model=model, max_steps=1, **control)
+    assert "without its load-balancing loss" in caplog.text
+    trainer.train()
+    assert not any("aux_loss" in entry for entry in trainer.state.log_history)
+    assert not model.config.output_router_logits
 
 
 def test_user_text_cannot_enter_a_thought_through_the_trainer(make_trainer):

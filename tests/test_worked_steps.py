@@ -63,12 +63,21 @@ def test_questions_of_their_own_are_tested_and_none_of_them_is_trained_on(file, 
         ({"test_file": "nowhere.jsonl", "test_questions": None}, "There is no file 'nowhere.jsonl'"),
         ({"test_file": "solved.jsonl"}, "test_questions=4 has no effect with test_file"),
         ({"levels": [3]}, "levels=.3. must be different whole numbers"),
+        ({"tokens_per_step": -1}, "tokens_per_step=-1 must be a whole number"),
+        ({"max_questions": -3}, "max_questions=-3 must be a whole number"),
     ],
 )
 def test_wrong_options_are_told_in_a_sentence(file, options, sentence):
     options = {"file": str(file), "test_questions": 4} | options
     with pytest.raises(ValueError, match=sentence):
         worked_steps(**options)
+
+
+@pytest.mark.parametrize("line", ['{"question": "a", "answer": null}', '{"question": null, "answer": "b #### 1"}', "7", "{", '{"question": "a", "answer": 3}'])
+def test_lines_that_are_no_worked_solutions_are_named(file, line):
+    file.write_text(file.read_text() + "\n\n" + line)
+    with pytest.raises(ValueError, match="Line 22 of .* is no worked solution"):
+        worked_steps(str(file), test_questions=4)
 
 
 @pytest.mark.parametrize("control", ["none", "filler"])

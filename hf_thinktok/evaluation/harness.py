@@ -78,7 +78,9 @@ class ThinkTokLM(HFLM):
         attach_head(base, self.vocabulary)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
-        return super()._model_call(inps, attn_mask, labels)[..., : self.vocabulary.num_real]
+        logits = super()._model_call(inps, attn_mask, labels)[..., : self.vocabulary.guard_id + 1]
+        logits[..., self.vocabulary.num_real :] = -torch.inf  # a text may contain the guard, and nothing predicts it
+        return logits
 
     def _model_generate(self, context, max_length: int, stop, **generation_kwargs):
         room = (max_length - context.shape[1]) * self.branching.max_length * (self.thoughts != "none")  # a thought before every token
@@ -136,7 +138,8 @@ class ThinkTokLM(HFLM):
             logps, first = [], []
             for part in range(0, len(target_C), step):
                 logps_CV = self._predict(hidden_CPD[part : part + step])
-                logps.append(logps_CV.gather(1, target_C[part : part + step, None])[:, 0])
+                real_C = target_C[part : part + step].clamp(max=self.vocabulary.num_real - 1)
+                logps.append(logps_CV.gather(1, real_C[:, None])[:, 0].masked_fill(target_C[part : part + step] > real_C, -torch.inf))  # the guard
                 first.append(logps_CV.argmax(-1))
         logps_BK = torch.zeros(there_BK.shape, dtype=torch.float64, device=self.device).masked_scatter(there_BK, torch.cat(logps).double())
         hits_BK = torch.ones_like(there_BK).masked_scatter(there_BK, torch.cat(first) == target_C)

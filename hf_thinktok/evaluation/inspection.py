@@ -146,7 +146,7 @@ def print_inspection(inspected: list[InspectedToken], console: Console | None = 
         table.add_column(name, justify="left" if name in ("token", "thought") else "right")
     for token in sorted(inspected, key=lambda token: -abs(gain(token)))[:places]:
         forced = (token.after - token.before) / math.log(2)
-        table.add_row(repr(token.text)[1:-1], f"{gain(token):+.4f}", f"{forced:+.3f}", f"{100 * token.gate:.3g}", " ".join(map(str, token.thought)))
+        table.add_row(Text(repr(token.text)[1:-1]), f"{gain(token):+.4f}", f"{forced:+.3f}", f"{100 * token.gate:.3g}", " ".join(map(str, token.thought)))
     console.print(table)
     own, forced = (sum(getattr(token, how) - token.before for token in inspected) / len(inspected) / math.log(2) for how in ("own", "after"))
     console.print(f"Over {len(inspected)} tokens thinking saves {own:+.4f} bits a token where it wants to, {forced:+.4f} everywhere.")

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..results import THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
+from ..results import ALL_ALIKE, THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
 from .comparison import ARMS, SILENT
 from .thinking import CONTROLS, PLACED
 
@@ -71,6 +71,8 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
         gains[f"{thought} over no_think"],
         [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0],
     )
+    if found["settings"].get("thoughts") == "filler":
+        return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
     otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
     return conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
 

@@ -256,8 +256,9 @@ def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_documen
         if not isinstance(text, str):
             there = f" (it has {', '.join(one)})" if isinstance(one, dict) else ""
             raise ValueError(f"Document {document} has no text in {text_field!r}{there}: name the column of the text with text_field, or give texts.")
-        ids = tokenizer(text)["input_ids"]
-        num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + len(ids)
+        encoded = tokenizer(text, return_special_tokens_mask=True)
+        ids = encoded["input_ids"]
+        num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + encoded["special_tokens_mask"].count(0)  # an added BOS has no bytes
         rows += [(document, ids[start : start + max_length]) for start in range(0, len(ids), max_length)][:rows_per_document]
     rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
     if not rows:
@@ -398,6 +399,8 @@ def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: Thinking
     other_B = following_BB.gather(1, differs_BB.long().argmax(1, keepdim=True))[:, 0]
     has_other_B1 = differs_BB.any(1, keepdim=True)
     order_BKSL = torch.rand(thoughts_BKSL.shape, generator=generator, device=forks_BK.device).argsort(-1)
+    as_it_was_BKS1 = (order_BKSL == torch.arange(length, device=forks_BK.device)).all(-1, keepdim=True)
+    order_BKSL = torch.where(as_it_was_BKS1, order_BKSL.roll(1, -1), order_BKSL)
     return {
         "shuffled": (thoughts_BKSL.gather(-1, order_BKSL), there_BK & (length > 1)),
         "elsewhere": (taken(rows_B, elsewhere_BK), there_BK & (count_B1 > 1)),
