@@ -1,7 +1,8 @@
 """Renders the figures in README.md and docs/, and model_cards/, from the results files that runs wrote: `python docs/render.py`, or `--check` to say
 whether they agree.
 
-Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it. Between `<!-- NAME: KEY/KEY | FORMAT -->` and
+Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it, and below `<!-- comparisons: NAME NAME -->` what
+thinking gains in each of `docs/results/NAME.json`. Between `<!-- NAME: KEY/KEY | FORMAT -->` and
 `<!-- -->` in a sentence stands one figure of `docs/results/NAME.json`, in a format of Python's; of several below the key the least, and with `-KEY` its
 negative. A picture `docs/results/NAME.svg` is drawn from `docs/results/NAME.json`, and `model_cards/NAME.md` is the card of that file's run; a new one is
 begun as an empty file.
@@ -19,6 +20,9 @@ from hf_thinktok.results import as_text, draw_ablation, draw_bench, draw_task, r
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- (?P<name>\w+): (?P<sign>-?)(?P<keys>[^|>]+) \| (?P<format>\S+) -->).*?(<!-- -->)")
+COMPARISONS = re.compile(r"(<!-- comparisons: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# What thinking is compared with, and in which words.
+OVER = {"cpt": "the same text", "cpt_flops": "as much compute", "filler": "fillers", "think without thoughts": "itself without thoughts"}
 PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
 # Models that runs made, by the name of their results file.
 CARDS = {path.stem: ROOT / "docs" / "results" / f"{path.stem}.json" for path in sorted((ROOT / "model_cards").glob("*.md"))}
@@ -27,6 +31,18 @@ PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "sc
 
 def table(file: str) -> str:
     return f"```text\n{as_text(read_json(ROOT / file))}```\n"
+
+
+def gains(names: list[str]) -> str:
+    """A row for each comparison: bits per token, with 95 % intervals over documents."""
+    rows = [["text", "steps, seeds", *(f"over {meaning}" for meaning in OVER.values())], ["---"] * (2 + len(OVER))]
+    for name in names:
+        results = read_json(ROOT / "docs" / "results" / f"{name}.json")
+        found = (results["comparison"]["gains"][f"think over {arm}"] for arm in OVER)
+        cells = [f"{gain['bits_per_token']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" for gain in found]
+        seeds = ", ".join(map(str, results["seeds"]))
+        rows.append([results["config"]["dataset_name"], f"{results['training']['think']['steps']}; {seeds}", *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def figure(match: re.Match) -> str:
@@ -42,6 +58,7 @@ def least(value: Any) -> float:
 
 def rendered(text: str) -> str:
     text = BLOCK.sub(lambda match: match[1] + table(match["file"]) + match[3], text)
+    text = COMPARISONS.sub(lambda match: match[1] + gains(match["names"].split()) + match[3], text)
     return FIGURE.sub(lambda match: match[1] + figure(match) + match[6], text)
 
 
