@@ -210,8 +210,10 @@ def load_tokenizer(name: str, **where: Any) -> PreTrainedTokenizerBase:
 
 def _check_ending(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """TRL ends every text with the tokenizer's end token; ids and chats stay as they are."""
+    if tokenizer.eos_token is not None:  # and no stream is opened once more
+        return
     row = next(iter(dataset.take(1)))
-    if tokenizer.eos_token is None and not {"input_ids", "messages", "conversations"} & set(row) and not isinstance(row.get("prompt"), list):
+    if not {"input_ids", "messages", "conversations"} & set(row) and not isinstance(row.get("prompt"), list):
         raise ValueError("The tokenizer has no end token (eos_token), and each text is to end with it: set tokenizer.eos_token.")
 
 

@@ -58,9 +58,9 @@ def _commit() -> str | None:
     return commit + ("-changed" if changed else "")
 
 
-def without_tokens(options: dict[str, Any]) -> dict[str, Any]:
+def without_tokens(options: dict[Any, Any]) -> dict[Any, Any]:
     """Options without the tokens for the Hub, as results go there."""
-    return {name: value for name, value in options.items() if not name.endswith("hub_token")}
+    return {name: value for name, value in options.items() if not str(name).endswith("hub_token")}
 
 
 def changed_options(*groups: Any) -> dict[str, Any]:
@@ -119,14 +119,14 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes the file whole or not at all. A figure that is not a number, as an interval over one document, is null."""
+    """Writes the file whole or not at all, without tokens for the Hub. A figure that is not a number, as an interval over one document, is null."""
     with written_whole(path) as file:
         file.write(f"{json.dumps(_plain(results), indent=2, sort_keys=True, default=str, allow_nan=False)}\n".encode())
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: _plain(one) for name, one in without_tokens(value).items()}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from .head import HeadInputs, attach_head
 from .models import evaluating
 from .tokens import ThinkingVocabulary
+from .tree import document_positions
 
 
 def real_tokens_only(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> PreTrainedModel:
@@ -42,12 +43,8 @@ def real_tokens_only(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> 
 def taught(teacher, inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """A batch whose labels are drawn from the teacher's predictions, wherever there was a label. Each document is a row of its own to the teacher."""
     tokens_BT, documents_BT = inputs["input_ids"], inputs["documents"]
-    first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    there_BT = documents_BT >= 0
-    row_BT = ((first_BT & there_BT).flatten().cumsum(0) - 1).view_as(tokens_BT)
-    position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    place_BT = position_BT - torch.where(first_BT, position_BT, 0).cummax(1).values
+    there_BT, place_BT = documents_BT >= 0, document_positions(documents_BT)
+    row_BT = ((there_BT & (place_BT == 0)).flatten().cumsum(0) - 1).view_as(tokens_BT)
     rows_M, places_M = row_BT[there_BT], place_BT[there_BT]
     # At least one row and place: every rank makes as many passes.
     sizes = torch.stack([row_BT.max(), place_BT.where(there_BT, 0).max()]).clamp(min=0) + 1
@@ -56,7 +53,7 @@ def taught(teacher, inputs: dict[str, Any], generator: torch.Generator) -> dict[
     with evaluating(teacher):
         drawn_M = teacher(input_ids=tokens_RP, use_cache=False, head=HeadInputs(nodes_M, torch.full_like(nodes_M, -100), draw=generator)).drawn_M
     drawn_BT = torch.zeros_like(tokens_BT).masked_scatter(there_BT, drawn_M)
-    return inputs | {"labels": torch.where((inputs["labels"] >= 0) & ~first_BT, drawn_BT.roll(1, 1), -100)}
+    return inputs | {"labels": torch.where((inputs["labels"] >= 0) & (place_BT > 0), drawn_BT.roll(1, 1), -100)}
 
 
 def own_text(

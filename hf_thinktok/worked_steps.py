@@ -81,14 +81,11 @@ def _read(file: str, question: str, answer: str, separator: str) -> list[tuple[s
             continue
         try:
             row = json.loads(line)
-            texts = {name: row[name] for name in (question, answer)}
-            if not all(isinstance(text, str) for text in texts.values()) or separator not in texts[answer]:
-                raise TypeError
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(
-                f"Line {number} of {file} is no worked solution: it needs {question!r}, and {answer!r} with the result behind {separator!r}."
-            ) from None
-        found.append(solution(texts, question, answer, separator))
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in (question, answer)) or separator not in row[answer]:
+            raise ValueError(f"Line {number} of {file} is no worked solution: it needs {question!r}, and {answer!r} with the result behind {separator!r}.")
+        found.append(solution(row, question, answer, separator))
     return found
 
 

@@ -51,7 +51,7 @@ from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings, sample_t
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
-from hf_thinktok.results import environment, without_tokens, write_json
+from hf_thinktok.results import environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import TextArguments, check_column, load_files, load_text, split
 
@@ -195,7 +195,6 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
 def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     output = Path(recipe.setdefault("output_dir", "outputs/compare"))
     grid = Grid(recipe, chosen.arms or {})
-    further = {name: without_tokens(changes) for name, changes in (chosen.arms or {}).items()}
     script, args, model = grid.options["think"]
     check_column(args.dataset_text_field)
     test = load_files(script, chosen.test_files) if chosen.test_files else split(load_text(script), script).test
@@ -212,9 +211,8 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
             evaluations[arm][seed] = measure(arm, str(folder), folder / "evaluation.npz", grid, chosen, test)
         evaluations["base"] = dict.fromkeys(chosen.seeds[:done], base)
         results = {
-            "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "settings": base.settings | asdict(chosen) | {"arms": further},
-            "arms": {arm: without_tokens(config) for arm, config in grid.configs.items()},
-            "bf16": bf16, "config": without_tokens(recipe), "seeds": chosen.seeds[:done], **where,
+            "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "arms": grid.configs, "settings": base.settings | asdict(chosen),
+            "bf16": bf16, "config": recipe, "seeds": chosen.seeds[:done], **where,
         }  # fmt: skip
         write_json(output / "results.json", results)
     print_comparison(results, console)

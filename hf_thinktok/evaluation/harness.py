@@ -136,10 +136,9 @@ class ThinkTokLM(HFLM):
             target_C = tokens_BT.gather(1, forks_BK.clamp(min=0) + 1)[there_BK]
             step = max(1, NUMBERS // (nodes_CP.shape[1] * len(self.base.get_output_embeddings().weight)))
             logps, first = [], []
-            for part in range(0, len(target_C), step):
-                logps_CV = self._predict(hidden_CPD[part : part + step])
-                real_C = target_C[part : part + step].clamp(max=self.vocabulary.num_real - 1)
-                logps.append(logps_CV.gather(1, real_C[:, None])[:, 0].masked_fill(target_C[part : part + step] > real_C, -torch.inf))  # the guard
+            for some_CPD, wanted_C in zip(hidden_CPD.split(step), target_C.split(step), strict=True):
+                logps_CV, real_C = self._predict(some_CPD), wanted_C.clamp(max=self.vocabulary.num_real - 1)
+                logps.append(logps_CV.gather(1, real_C[:, None])[:, 0].masked_fill(wanted_C > real_C, -torch.inf))  # the guard
                 first.append(logps_CV.argmax(-1))
         logps_BK = torch.zeros(there_BK.shape, dtype=torch.float64, device=self.device).masked_scatter(there_BK, torch.cat(logps).double())
         hits_BK = torch.ones_like(there_BK).masked_scatter(there_BK, torch.cat(first) == target_C)
