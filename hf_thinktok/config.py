@@ -168,6 +168,9 @@ class ThinkTokConfig(SFTConfig):
             `dr_grpo`, `grpo`, `bnpo`, `dapo` or `cispo`; see [`~hf_thinktok.losses.PolicyLoss`].
         think_loss_weight (`float`, defaults to `1.0`):
             Weight of the policy loss.
+        gate_loss_weight (`float`, defaults to `1.0`):
+            With `stop: learned`, weight of the gate's loss and of the price. At 1 a fork's decision weighs as a whole row of text does, or more: where
+            the gate is right already and the text matters, less leaves more of each clipped step to the text.
         think_ce_weight (`float`, defaults to `1.0`):
             Weight of the cross-entropy of real tokens after a thought. At 1 a fork's weigh as much, all together, as one token of the text.
         text_ce_weight (`float`, defaults to `1.0`):
@@ -256,6 +259,7 @@ class ThinkTokConfig(SFTConfig):
 
     think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
     think_loss_weight: float = option(1.0, "Weight of the policy loss.")
+    gate_loss_weight: float = option(1.0, "With stop=learned: weight of the gate's loss, and of the price.")
     think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought, a fork's as one token of the text.")
     text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
     speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
 FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold")
-WEIGHTS = ("think_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
+WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
 # rewarded (those, and all fillers), and on thoughts that are not drawn at all.
@@ -28,7 +28,7 @@ OF_THINKING_VOCABULARY = (
 )  # fmt: skip
 OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "log_completions")
 # Without effect where the thinker gets no gradient, where its policy gets none, and there but for the marginal objective, whose posterior they change.
-OF_LEARNING_THINKERS = ("balance_coef", "thought_entropy_target", "think_loss_weight", "thought_ce_weight")
+OF_LEARNING_THINKERS = ("balance_coef", "thought_entropy_target", "think_loss_weight", "gate_loss_weight", "thought_ce_weight")
 OF_POLICY_LOSS = ("think_loss_type", "beta")
 OF_COMPARISON = ("reward_funcs", "reward_weights", "advantage", "scale_rewards")
 
@@ -229,6 +229,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "fork_markers": (config.fork_positions == "markers", "fork_positions=markers"),
         "num_forks": (config.fork_positions != "all", "a fork_positions other than all"),
         "stop_smoothing": (config.stop == "learned", "stop=learned"),
+        "gate_loss_weight": (config.stop == "learned", "stop=learned"),
         "think_cost": (config.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
         "advantage": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
         "posterior_temperature": (config.objective == "marginal", "objective=marginal"),

@@ -1,7 +1,7 @@
 """The part of the loss that is about thinking, from a tree's scores.
 
-    think_ce_weight * share * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts) + exact gate + think_cost * E[length]
-    - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
+    think_ce_weight * share * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts)
+    + gate_loss_weight * (exact gate + think_cost * E[length]) - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
 
 Each part is a mean over forks. The share of the cross-entropy is that of the forks among all tokens of the text: what follows a thought weighs as one token
 of the text (its judged tokens together: a mean). As a plain mean a few forks would outweigh the rows that they stand in.
@@ -184,7 +184,7 @@ def thinking_loss(
     if config.stop == "learned":
         gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
         mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
-        loss = loss + thinks * (gate_loss + scheduled(config.think_cost, step) * mean_length)
+        loss = loss + thinks * config.gate_loss_weight * (gate_loss + scheduled(config.think_cost, step) * mean_length)
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
     if config.thoughts in ("filler", "continuous") and config.stop != "sampled":  # nothing was drawn
         return loss, metrics

@@ -192,6 +192,8 @@ NO_EFFECT = [
     ({"fork_positions": "all", "num_forks": 3}, ["num_forks=3", "fork_positions other than all"]),
     ({"stop": "fixed", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
     ({"stop": "sampled", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
+    ({"stop": "fixed", "gate_loss_weight": 0.1}, ["gate_loss_weight=0.1", "stop=learned"]),
+    ({"stop": "learned", "freeze": "thinker", "gate_loss_weight": 0.1}, ["gate_loss_weight=0.1", "frozen thinker"]),
     ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=.0.1.", "stop=learned or stop=sampled"]),
     ({"objective": "marginal", "advantage": "loo"}, ["advantage='loo'", "objective=expected"]),
     ({"objective": "marginal", "scale_rewards": "group"}, ["scale_rewards='group'", "objective=expected"]),

@@ -241,10 +241,10 @@ def test_learned_stop_is_unbiased(model, make_config, options, content):
 
 
 @pytest.mark.parametrize("blind", [False, True])
-@pytest.mark.parametrize(("smoothing", "cost"), [(0.0, 0.0), (0.0, 0.3), (0.5, 0.3), (1.0, 0.1)])
-def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, blind):
+@pytest.mark.parametrize(("smoothing", "cost", "weight"), [(0.0, 0.0, 1.0), (0.0, 0.3, 1.0), (0.5, 0.3, 0.2), (1.0, 0.1, 1.0)])
+def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, weight, blind):
     """Whatever was drawn, and however much content and speaker are smoothed: value, length and the gate's gradient, by a loop over stopping times."""
-    config = make_config("learned", stop_smoothing=smoothing, think_cost=cost, blind=blind, advantage="loo")
+    config = make_config("learned", stop_smoothing=smoothing, think_cost=cost, gate_loss_weight=weight, blind=blind, advantage="loo")
     scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
     gate = scores.gate_logits_BKGL.detach().requires_grad_()
     loss, metrics = loss_of(dataclasses.replace(scores, gate_logits_BKGL=gate), rollout, labels, config)
@@ -259,10 +259,10 @@ def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, blin
         smooth = [(1 - smoothing) * weights[i].detach() + smoothing / len(lengths) for i in lengths]
         speaker_loss = speaker_loss - sum(w * logps[g, i].exp() for w, i in zip(smooth, lengths)).log() / G
         length = length + sum(i * w for i, w in enumerate(weights)) / G
-    expected = gate_loss + speaker_loss + cost * length
+    expected = weight * (gate_loss + cost * length) + speaker_loss
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert metrics["think_length"].item() == pytest.approx(length.item(), abs=1e-5)
-    got, wanted = torch.autograd.grad(loss, gate)[0][0, 0].double(), torch.autograd.grad(gate_loss + cost * length, logits)[0]
+    got, wanted = torch.autograd.grad(loss, gate)[0][0, 0].double(), torch.autograd.grad(weight * (gate_loss + cost * length), logits)[0]
     assert wanted.abs().max() > 1e-3
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
