@@ -1,6 +1,7 @@
 """Checkpoints: what is written, when one counts, and how a run goes on from it as if it had never stopped."""
 
 import contextlib
+import copy
 import logging
 import os
 import re
@@ -92,9 +93,24 @@ class CheckpointingTrainer(SFTTrainer):
 
     vocabulary: ThinkingVocabulary
     plain: bool
+    _fresh: dict[str, Any] = {}  # what `_stateful` held before any training
+    _start: dict[str, Any] = {}  # what it holds when this run begins
 
     def _stateful(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(part.state_dict()) for name, part in self._stateful().items()}
+
+    def _forget_rollouts(self) -> None:
+        raise NotImplementedError
+
+    def _start_over(self) -> None:
+        """Nothing of an attempt before is left, be it of this run (`auto_find_batch_size`) or an interrupted one."""
+        self._forget_rollouts()
+        parts = self._stateful()
+        for name, state in self._start.items():
+            parts[name].load_state_dict(copy.deepcopy(state))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains. On SIGTERM, as of a cluster that wants its machines back, a checkpoint is written and the process ends.
@@ -112,8 +128,7 @@ class CheckpointingTrainer(SFTTrainer):
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
-        if resume_from_checkpoint:
-            self._check_checkpoint(str(resume_from_checkpoint))
+        self._start = self._fresh | (self._read_checkpoint(str(resume_from_checkpoint)) if resume_from_checkpoint else {})
         if self.args.save_strategy == "no":
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         preemption = Preemption(self.accelerator)
@@ -130,14 +145,15 @@ class CheckpointingTrainer(SFTTrainer):
             raise SystemExit(128 + signal.SIGTERM)
         return done
 
-    def _check_checkpoint(self, folder: str) -> None:
+    def _read_checkpoint(self, folder: str) -> dict[str, Any]:
+        """What a run that goes on from this folder begins with."""
         if not os.path.exists(os.path.join(folder, COMPLETE_FILE)):
             if os.path.exists(os.path.join(folder, "config.json")) and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
                 raise CheckpointError(f"{folder} is a model, and no checkpoint of a run: start a run from it as its model, without resume_from_checkpoint.")
             why = "was not written to its end" if os.path.isdir(folder) else "does not exist"
             raise CheckpointError(f"The checkpoint {folder} {why}: resume from another one, or with resume_from_checkpoint=true from the newest whole one.")
         if self.plain:
-            return
+            return {}
         if (found := ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))) != self.vocabulary:
             raise CheckpointError(
                 f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was."
@@ -150,8 +166,7 @@ class CheckpointingTrainer(SFTTrainer):
         state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
         if missing := set(parts) - set(state) - {"step_time"}:  # which older ones do not have
             raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
-        for name in set(parts) & set(state):
-            parts[name].load_state_dict(state[name])
+        return {name: state[name] for name in set(parts) & set(state)}
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
@@ -181,8 +196,7 @@ class CheckpointingTrainer(SFTTrainer):
         """What else a resumed run needs: running frequencies, the levels passed, what was expected."""
         super()._save_rng_state(output_dir)
         if not self.plain and self.args.should_save:
-            state = {name: part.state_dict() for name, part in self._stateful().items()}
-            torch.save(state, os.path.join(output_dir, STATE_FILE))
+            torch.save(self._snapshot(), os.path.join(output_dir, STATE_FILE))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card; with thinking tokens what they are, and after training what the results say that the run wrote beside the model."""

@@ -122,6 +122,9 @@ def check_text(config: "ThinkTokConfig") -> None:
         "eval_packing=True with packing_strategy=wrapped loses where documents begin, and errors are over documents: leave eval_packing out.": (
             bool(config.eval_packing) and config.packing_strategy == "wrapped"
         ),
+        "num_forks=0 trains on the text alone, and text_ce_weight=0 leaves nothing of it: set text_ce_weight above 0.": (
+            config.num_forks == 0 and config.text_ce_weight == 0
+        ),
         "padding_free=True would lay a whole batch out as one row: set packing=True instead.": config.padding_free,
         "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(config.router_aux_loss_coef),
     }
@@ -132,7 +135,9 @@ def check_fit(config: "ThinkTokConfig") -> None:
     """What cannot be done."""
     soft, text, searches = config.thoughts in SOFT, config.thoughts == "text", ever(config.search)
     compared = config.advantage != "value" or config.objective == "marginal"
-    least = 1 + compared + config.supply_thoughts  # a supplied thought is no part of the comparison
+    least = (
+        1 + compared + config.supply_thoughts + (searches and not compared)
+    )  # one that is supplied is no part of it, and one that was searched is not the policy's
     refusals = {
         f"num_generations={config.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
             config.num_generations < least and config.rewards_draws

@@ -55,23 +55,25 @@ class Coverage:
 
     def codes(self, choices: Tensor, lengths: Tensor) -> Tensor:
         """Numbers of what is counted, `[..., 1]` or by place `[..., L]`: choices `[..., L]` from 0, lengths `[...]`."""
-        place_L = torch.arange(choices.shape[-1], device=choices.device)
+        place_L = torch.arange(self.length, device=choices.device)  # a thought is the same however long the batch's longest is
+        choices = torch.nn.functional.pad(choices, (0, self.length - choices.shape[-1]))
         said = torch.where(place_L < lengths[..., None], choices, self.radix - 1)
         if self.by_place:
             return place_L * self.radix + said
-        code, ended = torch.zeros_like(lengths), torch.full_like(lengths, self.radix - 1)
-        for place in range(self.length):  # L small integer operations; a thought is the same number however long the batch's longest is
-            code = (code * self.radix + (said[..., place] if place < choices.shape[-1] else ended)) % PRIME
+        code = torch.zeros_like(lengths)
+        for place in range(self.length):  # L small integer operations
+            code = (code * self.radix + said[..., place]) % PRIME
         return (code if self.radix**self.length <= LARGEST_TABLE else (code * MULTIPLIER % 2**40) >> 20)[..., None]
 
-    def update(self, codes: Tensor, valid: Tensor, total=lambda counts: counts) -> None:
-        """Counts the thoughts of a batch, `valid` `[...]`; `total` sums counts over ranks."""
+    def update(self, codes: Tensor, valid: Tensor, total=lambda counts: counts, share: float = 1.0) -> None:
+        """Counts the thoughts of a batch, `valid` `[...]`, which is a `share` of an optimizer step; `total` sums counts over ranks."""
         counts_C = total(torch.bincount(codes[valid].flatten(), minlength=self.size).float())
         thoughts = counts_C.sum().clamp(min=1) / codes.shape[-1]
-        self.frequency_C = self.decay * self.frequency_C + (1 - self.decay) * counts_C / thoughts
+        kept = self.decay**share
+        self.frequency_C = kept * self.frequency_C + (1 - kept) * counts_C / thoughts
 
     def rarity(self, codes: Tensor) -> Tensor:
-        """-log of the frequency, nats, `[...]`: of a thought, or of its tokens as if they were independent."""
+        """-log of the frequency, nats, `[...]`: of a thought, or of its tokens, and of the places behind its end, as if they were independent."""
         return -self.frequency_C[codes].clamp(min=LEAST_FREQUENCY).log().sum(-1)
 
     def state_dict(self) -> dict[str, Tensor]:

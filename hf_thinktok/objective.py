@@ -33,6 +33,7 @@ class Speech:
     Attributes:
         logps_BKGH: log p(judged token | text, thought), with the gradient of the speaker alone.
         correct_BKGH: whether it is the most likely token, or how probably.
+        own_correct_BKGH: the same with the thought's own length, where `correct_BKGH` has the smoothed one.
         gate_logps_BKG: the same log-probability with the gradient of the gate alone (`stop: learned`).
         lengths_BKG: (expected) thinking tokens, with the gate's gradient.
         reach_BKGP: probability to think at least l tokens, as content and speaker are weighted.
@@ -40,6 +41,7 @@ class Speech:
 
     logps_BKGH: Tensor
     correct_BKGH: Tensor
+    own_correct_BKGH: Tensor
     gate_logps_BKG: Tensor | None
     lengths_BKG: Tensor
     reach_BKGP: Tensor
@@ -54,14 +56,16 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
     if stop != "learned":
         lengths = rollout.lengths_BKG.float()
         reach = (torch.arange(scores.prefix_logps_BKGP.shape[-1], device=lengths.device) <= rollout.lengths_BKG[..., None]).float()
-        return Speech(scores.logps_BKGH, scores.correct_BKGH, None, lengths, reach)
+        return Speech(scores.logps_BKGH, scores.correct_BKGH, scores.correct_BKGH, None, lengths, reach)
     stop_logps_BKGP, _ = stopping_logps(scores.gate_logits_BKGL, must_think=blind)
     even_P = torch.ones(stop_logps_BKGP.shape[-1], device=stop_logps_BKGP.device)
     even_P[0] = 0.0 if blind else 1.0
-    weights_BKGP = (1 - smoothing) * stop_logps_BKGP.detach().exp() + smoothing * even_P / even_P.sum()
+    own_BKGP = stop_logps_BKGP.detach().exp()
+    weights_BKGP = (1 - smoothing) * own_BKGP + smoothing * even_P / even_P.sum()
     return Speech(
         logps_BKGH=(weights_BKGP.log() + scores.prefix_logps_BKGP).logsumexp(-1, keepdim=True),
         correct_BKGH=(weights_BKGP * scores.prefix_correct_BKGP).sum(-1, keepdim=True),
+        own_correct_BKGH=(own_BKGP * scores.prefix_correct_BKGP).sum(-1, keepdim=True),
         gate_logps_BKG=(stop_logps_BKGP + scores.prefix_logps_BKGP.detach()).logsumexp(-1),
         lengths_BKG=expected_length(stop_logps_BKGP),
         reach_BKGP=weights_BKGP.flip(-1).cumsum(-1).flip(-1),
@@ -155,7 +159,7 @@ def thinking_loss(
     rewards: list[RewardFunction],
     weights: list[float],
     old_logps_BKGA: Tensor | None = None,
-    reference: TreeScores | None = None,
+    reference_logps_BKGA: Tensor | None = None,
     global_mean=None,
     step: int = 0,
     first_id: int = 0,
@@ -167,7 +171,7 @@ def thinking_loss(
     Args:
         labels_BKH: the judged tokens.
         old_logps_BKGA: the actions' log-probabilities when they were drawn; `None` on the first pass, where they are the present ones.
-        reference: the same tree under the reference model, for `beta`.
+        reference_logps_BKGA: those of the reference model, for `beta`.
         global_mean: averages a tensor over all ranks, for losses that count actions globally.
         step: the clock of the schedules.
         first_id: the first thinking id.
@@ -201,7 +205,7 @@ def thinking_loss(
         advantages_BKGA,
         mask_BKGA,
         config.max_think_length,
-        reference_logps_BKGA=None if reference is None else actions(reference, rollout, config)[0],
+        reference_logps_BKGA=reference_logps_BKGA,
         global_actions=global_mean(mask_BKGA.sum().float()) if counts_globally else None,
     )
     loss = loss + thinks * config.think_loss_weight * policy_loss
@@ -257,7 +261,7 @@ def _metrics(
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
     spread_BK = rewards_BKG.std(-1) if rewards_BKG.shape[-1] > 1 else torch.zeros_like(rewards_BKG[..., 0])
-    # The gain of what the model would really do: with a learned stop, its own lengths.
+    # What the model would really do: with a learned stop, its own lengths.
     spoken_BKGH = speech.logps_BKGH if speech.gate_logps_BKG is None else speech.gate_logps_BKG[..., None]
     gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None])
     metrics = {
@@ -265,7 +269,7 @@ def _metrics(
         "reward_std": masked_mean(spread_BK, valid_BK, None),
         "frac_reward_zero_std": masked_mean((spread_BK < 1e-6).float(), valid_BK, None),
         "think_length": masked_mean(speech.lengths_BKG[..., own], valid, None),
-        "accuracy": masked_mean(speech.correct_BKGH[:, :, own].float(), scores.mask_BKH[:, :, None], None),
+        "accuracy": masked_mean(speech.own_correct_BKGH[:, :, own].float(), scores.mask_BKH[:, :, None], None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
         "think_gain": masked_mean(gained_BKG[..., own], valid, None) / math.log(2),
     }

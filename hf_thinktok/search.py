@@ -50,7 +50,7 @@ class Explorer:
         if self.coverage is not None:
             codes = self.coverage.codes(rollout.thoughts_BKGL - first, rollout.lengths_BKG)
             there_BKG = (rollout.forks_BK >= 0)[..., None].expand_as(rollout.lengths_BKG)
-            self.coverage.update(codes, there_BKG, self.trainer.accelerator.reduce)
+            self.coverage.update(codes, there_BKG, self.trainer.accelerator.reduce, 1 / self.trainer.current_gradient_accumulation_steps)
             rollout = replace(rollout, rarity_BKG=self.coverage.rarity(codes))
         return rollout
 

@@ -1,5 +1,6 @@
 """ThinkTokTrainer: continued pretraining of a causal LM that thinks in tokens of its own."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -185,13 +186,14 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if teacher is not None:
             self.teacher = prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)
         self._forget_rollouts()
-        self.add_callback(StartOver(self._forget_rollouts))
+        self.add_callback(StartOver(self._start_over))
         self.add_callback(self.guard)
         self.explore = Explorer(self)
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
         self.curriculum = None
         if args.curriculum_threshold is not None:
             self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
+        self._fresh = self._snapshot()
         self._gains, self._prefix = GainByDocument(), "eval"
         self._printable: list[dict] = []
         self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
@@ -199,6 +201,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._old_logps: list[Tensor | None] = []
+        self._reference_logps: dict[int, Tensor] = {}
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
 
     # ---------------------------------------------------------------- the algorithm
@@ -232,7 +235,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 self.rewards,
                 self.reward_weights,
                 old_logps_BKGA=self._old_logps[turn],
-                reference=self._reference_scores(tree, tokens_BT, labels_BT, rollout),
+                reference_logps_BKGA=self._reference_actions(turn, tree, tokens_BT, labels_BT, rollout),
                 global_mean=self._global_mean,
                 step=self._schedule_step(inputs),
                 first_id=self.vocabulary.first_id,
@@ -245,9 +248,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         return loss
 
     def _schedule_step(self, inputs: dict[str, Tensor]) -> int:
-        """The clock of all schedules: optimizer steps since thinking began, with a curriculum those since the batch's level began."""
+        """The clock of all schedules: optimizer steps since thinking began, with a curriculum those since then of the batch's level."""
         step = self.state.global_step
-        return max(step - self.args.think_start, 0) if self.curriculum is None else self.curriculum.stage_step(step, int(inputs["level"][0]))
+        stage_step = step if self.curriculum is None else self.curriculum.stage_step(step, int(inputs["level"][0]))
+        return max(min(stage_step, step - self.args.think_start), 0)
 
     def _taught(self, model, inputs: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
         """The batch with labels of the teacher's, and with `rollout: free` with text of the model's own. The loss counts tokens as the data had them."""
@@ -262,6 +266,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         """Thoughts for this batch: new ones, or with `num_iterations` those of the iteration before."""
         if self.state.global_step % self.args.num_iterations == 0 or turn >= len(self._rollouts):
             del self._rollouts[turn:], self._old_logps[turn:]
+            self._reference_logps.pop(turn, None)
             generator = self._generator(0, turn, self.state.global_step)
             forks_BK = self._forks(model, inputs["input_ids"], inputs["documents"], labels_BT, generator, self.args.fork_positions)
             step = self._schedule_step(inputs)
@@ -394,14 +399,14 @@ class ThinkTokTrainer(CheckpointingTrainer):
         attach_head(reference, self.vocabulary)  # a copied forward would still be bound to the model it was copied from
         return prepare_frozen(reference, self.accelerator)
 
-    def _reference_scores(self, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores | None:
-        if self.args.beta == 0:
-            return None
-        if self.reference is not None:
-            with evaluating(self.reference):
-                return self._score(self.reference, tree, tokens_BT, labels_BT, rollout)
-        with evaluating(self.model), self.model.disable_adapter():
-            return self._score(self.model, tree, tokens_BT, labels_BT, rollout)
+    def _reference_actions(self, turn: int, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> Tensor | None:
+        """Log-probabilities of the rollout's actions under the reference model, once for all iterations."""
+        if self.args.beta > 0 and turn not in self._reference_logps:
+            reference = self.model if self.reference is None else self.reference
+            with evaluating(reference), self.model.disable_adapter() if self.reference is None else contextlib.nullcontext():
+                scores = self._score(reference, tree, tokens_BT, labels_BT, rollout)
+            self._reference_logps[turn] = actions(scores, rollout, self.args)[0].detach()
+        return self._reference_logps.get(turn)
 
     def _ranks_to_average(self, num_items_in_batch) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
@@ -428,7 +433,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         for name, value in found.items():
             if math.isfinite(value):  # one skipped step must not blank the average of a log
                 self._metrics["train"][name].append(value)
-        if self.curriculum is not None and "accuracy" in found:
+        if self.curriculum is not None and math.isfinite(found.get("accuracy", math.nan)):
             self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
             self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
         self._total_train_tokens += int(tokens)

@@ -67,6 +67,7 @@ def worked_steps(
         test=_rows(test, chosen, tokens_per_step, separator),
         chance=0.0,
         shortcut={level: float(level == 0) for level in chosen},  # with all steps there, the result is
+        stepwise=False,
         words=(),
     )
 

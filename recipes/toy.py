@@ -151,11 +151,13 @@ def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: 
     tested = levels_of(test)
     rows = of_level(test, max(set(tested) & set(levels_of(task.train)), default=max(tested)), limit)
     said = answer(trainer, rows)
-    states = np.asarray(rows["thoughts"]) if len(set(map(len, rows["thoughts"]))) == 1 and len(rows["thoughts"][0]) == said.thoughts_DL.shape[1] else None
-    # Only sums are numbers; a node or a group element is a name.
-    names = None if task.name.startswith("mod_add") else [f"no. {i}" for i in range(max(rows["answer"]) + 1)]
+    states = np.asarray(rows["thoughts"]) if task.stepwise and set(map(len, rows["thoughts"])) == {said.thoughts_DL.shape[1]} else None
+    answers, names = np.asarray(rows["answer"]), None
+    if not task.name.startswith("mod_add"):  # only sums are numbers; a node or a group element is a name
+        values, answers = np.unique(answers, return_inverse=True)
+        names = [f"no. {value}" for value in values]
     report = describe_language(
-        np.maximum(said.thoughts_DL, 0), np.asarray(rows["answer"]), np.asarray(rows["inputs"]), trainer.vocabulary.num_tokens,
+        np.maximum(said.thoughts_DL, 0), answers, np.asarray(rows["inputs"]), trainer.vocabulary.num_tokens,
         lengths_Q=(said.thoughts_DL >= 0).sum(1), states_QL=states, answer_names=names,
     )  # fmt: skip
     print_language(report)
@@ -180,10 +182,10 @@ def run(
     trainer.train()
     seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step
     accuracy, lengths = by_level(trainer, test, toy.test_rows)
-    if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
-        report_language(trainer, test, task, toy.test_rows)
     if toy.save_models:
         trainer.save_model(args.output_dir)
+    if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
+        report_language(trainer, test, task, toy.test_rows)
     return {"seed": seed, "accuracy": accuracy, "think_length": lengths, "seconds": seconds, "steps": steps, "curve": progress.curve}
 
 

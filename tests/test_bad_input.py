@@ -169,6 +169,8 @@ BAD_FITS = [
     ),
     ({"reward_funcs": ["exact"]}, ["exact", "supply_thoughts=True"]),
     ({"curriculum_threshold": 0.9}, ["curriculum_threshold", "set max_steps"]),
+    ({"num_forks": 0, "text_ce_weight": 0.0}, ["num_forks=0", "set text_ce_weight above 0"]),
+    ({"advantage": "value", "num_generations": 1, "search": 4}, ["num_generations=1", "set num_generations to 2"]),
     ({"curriculum_threshold": 0.9, "max_steps": 4, "num_iterations": 2, "save_steps": 2}, ["curriculum_threshold", "num_iterations"]),
     ({"policies": "split", "beta": 0.1}, ["policies=split", "beta=0"]),
     ({"policies": "split", "memory": "persistent"}, ["policies=split", "memory=none"]),

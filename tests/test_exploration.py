@@ -105,6 +105,24 @@ def test_tokens_are_counted_in_their_places():
     assert coverage.rarity(codes)[0].tolist() == pytest.approx([math.log(2), math.log(2)])
 
 
+def test_places_that_no_thought_of_a_batch_reaches_are_counted_as_ended():
+    """A level of short thoughts must not make all tokens behind them equally unheard of."""
+    coverage = Coverage(3, 4, 0.0, CPU, by_place=True)
+    coverage.update(coverage.codes(torch.tensor([[0, 1]]), torch.tensor([2])), torch.ones(1, dtype=torch.bool))
+    assert coverage.rarity(coverage.codes(torch.tensor([[0, 1, 2, 2]]), torch.tensor([2]))).item() == pytest.approx(0.0)
+    places = coverage.frequency_C.view(4, 4)
+    torch.testing.assert_close(places.sum(1), torch.ones(4))
+
+
+def test_a_batch_in_parts_is_remembered_as_long_as_a_whole_one():
+    whole, parts = Coverage(4, 1, 0.8, CPU), Coverage(4, 1, 0.8, CPU)
+    said = torch.zeros(8, 1, dtype=torch.long)
+    whole.update(whole.codes(said, torch.ones(8, dtype=torch.long)), torch.ones(8, dtype=torch.bool))
+    for part in said.chunk(4):
+        parts.update(parts.codes(part, torch.ones(2, dtype=torch.long)), torch.ones(2, dtype=torch.bool), share=1 / 4)
+    torch.testing.assert_close(parts.frequency_C, whole.frequency_C)
+
+
 def certain(thoughts, num_tokens):
     """Logits of a policy that is certain of the given thoughts `[M, L]`, as `[M, 1, 1, L, N]`."""
     return torch.nn.functional.one_hot(thoughts, num_tokens).float()[:, None, None] * 60

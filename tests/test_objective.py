@@ -361,6 +361,16 @@ def test_marginal_over_all_thoughts_is_the_mixture(model, make_config, stop):
             rows.copy_(before)
 
 
+def test_accuracy_is_that_of_the_lengths_a_model_thinks(model, make_config):
+    """Levels are passed by it: who stops where the answer is right is always right, however much the lengths are smoothed for learning."""
+    config = make_config("learned", stop_smoothing=0.5)
+    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    right_after_one = torch.tensor([0.0, 1.0, 0.0]).expand_as(scores.prefix_correct_BKGP)
+    stops_after_one = torch.tensor([50.0, -50.0]).expand_as(scores.gate_logits_BKGL)
+    scores = dataclasses.replace(scores, prefix_correct_BKGP=right_after_one, gate_logits_BKGL=stops_after_one)
+    assert loss_of(scores, rollout, labels, config)[1]["accuracy"].item() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("stop", "cost"), [("fixed", 0.0), ("sampled", 0.0), ("sampled", 0.4), ("learned", 0.4)])
 def test_marginal_weights_are_the_posterior(model, make_config, stop, cost):
     """The speaker's weights are the posterior of the group's thoughts, a thinking token counting as `think_cost` nats; the advantages are w - 1/G."""

@@ -5,6 +5,7 @@ import importlib
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from commands import ROOT, in_process, started
@@ -132,6 +133,20 @@ def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculu
     state, control = SimpleNamespace(global_step=1), TrainerControl()
     toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9).on_step_end(None, state, control)
     assert control.should_training_stop == ends
+
+
+@pytest.mark.parametrize(("name", "options", "stepwise"), [("mod_add", {"modulus": 10, "slack": 0}, False), ("sorting", {"levels": [12]}, True)])
+def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, monkeypatch, tmp_path):
+    """Sums have no steps on the way, and the number of a sorted list is too large to count up to."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    toy = importlib.import_module("toy")
+    task = make_task(name, train_rows=50, test_rows=50, **options)
+    thoughts = np.asarray(task.test["thoughts"])
+    monkeypatch.setattr(toy, "answer", lambda trainer, rows: SimpleNamespace(thoughts_DL=thoughts))
+    trainer = SimpleNamespace(vocabulary=SimpleNamespace(num_tokens=10), args=SimpleNamespace(output_dir=tmp_path))
+    report = toy.report_language(trainer, task.test, task, 50)
+    assert (report["states"] is not None) == stepwise
+    assert report["distinct_answers"] == len(set(task.test["answer"]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The trainer as a whole: what it reduces to, what it learns, how it resumes, what it writes."""
 
+import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -18,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
 from hf_thinktok.cli import main
+from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.evaluation import evaluate_thinking
 
 
@@ -247,6 +250,75 @@ def test_training_starts_over_after_memory_ran_out_or_an_interruption(make_train
         assert trainer.state.global_step == 4
         assert len(trainer._rollouts) == 1
         assert all(map(math.isfinite, losses(trainer)))
+
+
+def levels(rows, *numbers):
+    """Rows of these levels in turn."""
+    return rows.add_column("level", [numbers[i % len(numbers)] for i in range(len(rows))])
+
+
+def test_an_attempt_after_memory_ran_out_has_its_levels_to_pass_again(make_trainer, corpus):
+    """A level with longer thoughts is where memory runs out: the smaller batches begin with the first one."""
+    seen = []
+
+    class Small(ThinkTokTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append((self.state.global_step, len(inputs["input_ids"]), inputs["level"][0].item()))
+            if seen[-1][1] > 2 and seen[-1][2] > 1:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def _record(self, *args):
+            passed = seen[-1][1] > 2
+            self.curriculum.observe = functools.partial(Curriculum.observe, self.curriculum) if passed else lambda *args: None
+            super()._record(*args)
+
+    options = {"curriculum_threshold": 0.0, "curriculum_replay": 0.0, "max_steps": 14, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    trainer = make_trainer(trainer_class=Small, auto_find_batch_size=True, stop="fixed", train_dataset=levels(corpus, 1, 2), **options)
+    trainer.train()
+    assert {level for _, batch, level in seen if batch == 4} == {1, 2}
+    assert {level for _, batch, level in seen if batch == 2} == {1}
+    assert trainer.curriculum.begins == [0]
+
+
+def test_one_bad_step_does_not_hold_a_curriculum(make_trainer, corpus):
+    class Bad(ThinkTokTrainer):
+        def _score(self, *args):
+            scores = super()._score(*args)
+            bad = self.state.global_step == 1
+            return dataclasses.replace(scores, gate_logits_BKGL=scores.gate_logits_BKGL * (math.nan if bad else 1.0))
+
+    trainer = make_trainer(trainer_class=Bad, max_steps=14, curriculum_threshold=0.0, save_strategy="no", train_dataset=levels(corpus, 1, 2))
+    trainer.train()
+    assert trainer.guard.total == 1
+    assert len(trainer.curriculum.begins) == 2
+
+
+def test_schedules_count_from_the_first_thought_with_a_curriculum_too(make_trainer, corpus):
+    clocks = []
+
+    class Clocked(ThinkTokTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            clocks.append(self._schedule_step(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    rows = levels(corpus, 1, 2)
+    make_trainer(trainer_class=Clocked, think_start=3, max_steps=6, curriculum_threshold=0.9, save_strategy="no", train_dataset=rows).train()
+    assert clocks == [0, 0, 0, 0, 1, 2]
+
+
+def test_the_reference_is_asked_once_about_each_rollout(make_trainer, monkeypatch):
+    trainer = make_trainer(beta=0.1, num_iterations=3, max_steps=6, stop="fixed", save_strategy="no")
+    asked, score = [], trainer._score
+
+    def counted(model, *args):
+        asked.append(model is trainer.reference)
+        return score(model, *args)
+
+    monkeypatch.setattr(trainer, "_score", counted)
+    trainer.train()
+    assert sum(asked) == 2
+    assert len(asked) == 2 + 6
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Task:
     test: Dataset
     chance: float  # accuracy of a uniformly random answer
     shortcut: dict[int, float]  # for each level, the best accuracy known to be reachable without serial steps; chance where none is known
+    stepwise: bool  # a thought's tokens are what is known after each step, and not a code of the answer
     words: tuple[str, ...]  # all that may stand between whitespace in prompts and completions, sorted, also of levels only tested
 
 
@@ -157,6 +158,7 @@ def make_task(name: str, seed: int = 0, *, levels=None, test_levels=None, train_
         test=dataset(recipe, seeds, tested, test_rows, True),
         chance=recipe.chance(tested) if recipe.chance else 1 / len(recipe.answers),
         shortcut={level: recipe.shortcut(level) for level in every_level},
+        stepwise=recipe.stepwise,
         words=tuple(sorted({word for text in (*recipe.words(every_level), *recipe.answers) for word in text.split()})),
     )
 

@@ -41,6 +41,7 @@ class Recipe:
     chance: Callable[[Sequence[int]], float] | None = None
     every: Questions | None = None  # all questions, where each is to be asked once
     held_out: float = 0.0  # the part of them that is only tested
+    stepwise: bool = True  # a thought's tokens are what is known after each step
 
 
 def joined(words: Sequence[str], ids_RC: np.ndarray, sep: str = " ") -> list[str]:
@@ -130,7 +131,7 @@ def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float 
         length += 1
     places = [0 * answers_R] * slack + [answers_R // base**place % base for place in reversed(range(length))]
     numbers = [" ".join(f"{number:0{len(str(modulus - 1))}}") for number in range(modulus)] if digits else decimals(modulus)
-    return sums(numbers, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out)
+    return sums(numbers, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out, stepwise=False)
 
 
 def permutations(group: str = "S5", pad_to: int = 0) -> Recipe:
