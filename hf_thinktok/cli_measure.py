@@ -17,8 +17,8 @@ def add_eval(subparsers) -> None:
         "eval",
         help="measure on held-out text what thoughts do for the tokens after them",
         description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from elsewhere, "
-        "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out (its test part if "
-        "it has one). "
+        "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out (its "
+        "test_files or its test part if it has one). "
         "The recipe's other options about text are taken as well, such as --text_template and --max_documents.",
         allow_abbrev=False,
     )
@@ -45,20 +45,19 @@ def run_eval(args: argparse.Namespace) -> None:
     from .evaluation import evaluate_thinking
     from .evaluation.tables import print_evaluation
     from .results import environment, write_json
-    from .text import TextArguments, load_text, split
+    from .text import ReportArguments, TextArguments, load_text, split, unseen_text
 
     # What can be wrong is looked at before the weights are read.
-    (text,) = read_recipe(args.recipe, TextArguments)
+    text, report = read_recipe(args.recipe, TextArguments, ReportArguments)
     read_vocabulary(args.model)
     console = Console(stderr=True, highlight=False)
     with usage():
-        documents = load_text(text)
-        if "--config" in args.recipe:
-            documents = split(documents, text).unseen
+        if "--config" in args.recipe or report.test_files:
+            documents = unseen_text(text, report.test_files)
             if documents is None:
                 raise UsageError("The recipe holds nothing out to evaluate on: give --held_out_documents, or the text alone with --data_files.")
         else:
-            documents = split(documents, replace(text, held_out_documents=0, test_documents=0)).train
+            documents = split(load_text(text), replace(text, held_out_documents=0, test_documents=0)).train
         model, tokenizer = load(args)
         names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
         chosen = {name: getattr(args, name) for name in names}

@@ -49,6 +49,13 @@ class TextArguments:
             self.text_template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
 
 
+@dataclass
+class ReportArguments:
+    """The text that results are reported on, where it is no part of the one that is trained on."""
+
+    test_files: list[str] | None = field(default=None, metadata={"help": "Local files to report on, in place of test_documents."})
+
+
 def kind_of(file: str) -> str:
     """The builder of `datasets` that reads a file, by the end of its name, compressed or not."""
     suffixes = [suffix for suffix in Path(file.split("?")[0]).suffixes if suffix not in COMPRESSED]
@@ -106,22 +113,12 @@ def filled(template: str, row: dict[str, Any]) -> str:
         raise ValueError(f"text_template={template!r} does not fit the data: {error}.") from None
 
 
-def load_files(script: TextArguments, files: list[str]) -> Dataset | IterableDataset:
-    """All text of other files, made as a script's own is."""
-    return load_text(replace(script, dataset_name=None, data_files=files))
-
-
 class TextParts(NamedTuple):
     """Documents to train on, to evaluate on while settings are chosen, and to report on; `None` where there are none."""
 
     train: Dataset | IterableDataset
     held_out: Dataset | None
     test: Dataset | None
-
-    @property
-    def unseen(self) -> Dataset | None:
-        """What training did not see: the test part, or where there is none what was held out."""
-        return self.test or self.held_out
 
 
 def check_column(name: str) -> None:
@@ -155,3 +152,11 @@ def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:
             text = divided["train"]
             parts.append(divided["test"])
     return TextParts(text, held_out=parts[1], test=parts[0])
+
+
+def unseen_text(script: TextArguments, test_files: list[str] | None) -> Dataset | IterableDataset | None:
+    """What to report on, which training did not see: files of its own, made to text as the script's are, else the test part, else what was held out."""
+    if test_files:
+        return load_text(replace(script, dataset_name=None, data_files=test_files))
+    parts = split(load_text(script), script)
+    return parts.test or parts.held_out

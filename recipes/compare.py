@@ -53,7 +53,7 @@ from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import environment, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import TextArguments, check_column, load_files, load_text, split
+from hf_thinktok.text import ReportArguments, TextArguments, check_column, unseen_text
 
 PRETRAIN = Path(__file__).parent / "pretrain_think.py"
 KINDS = (TextArguments, ThinkTokConfig, ModelConfig)
@@ -61,14 +61,13 @@ console = Console(highlight=False)
 
 
 @dataclass
-class CompareArguments:
+class CompareArguments(ReportArguments):
     """Options of the comparison itself."""
 
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of training; each arm is trained with each."})
     arms: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arms: for each name, the options of `think` that it changes (JSON on the command line)."}
     )
-    test_files: list[str] | None = field(default=None, metadata={"help": "Local files to report on, in place of test_documents."})
     rows_per_document: int | None = field(default=1, metadata={"help": "Rows of a document that are measured, from its beginning; null for all."})
     num_samples: int = field(default=4, metadata={"help": "Thoughts at each place that is measured."})
     report_documents: int = field(default=2, metadata={"help": "Documents of the test part that the report shows token by token."})
@@ -197,9 +196,9 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     grid = Grid(recipe, chosen.arms or {})
     script, args, model = grid.options["think"]
     check_column(args.dataset_text_field)
-    test = load_files(script, chosen.test_files) if chosen.test_files else split(load_text(script), script).test
-    if test is None:
+    if not (chosen.test_files or script.test_documents):
         raise ValueError("There is no text to report on: set test_documents, or test_files.")
+    test = unseen_text(script, chosen.test_files)
     base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test)
     evaluations: dict[str, dict[int, Evaluation]] = {"base": dict.fromkeys(chosen.seeds, base)} | {arm: {} for arm in grid.configs}
     logs: dict[str, dict[str, Any]] = {arm: {} for arm in grid.configs}

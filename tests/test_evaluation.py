@@ -315,7 +315,13 @@ def thinktok(*words) -> subprocess.CompletedProcess:
 
 def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
     few = ("--num_forks", 4, "--num_samples", 2, "--max_think_length", 2, "--lookahead", 1)
-    for source, documents in (("--data_files", folder / "data.jsonl"), 6), (("--config", folder / "recipe.yaml"), 2):
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, TEXT[:3])))
+    (tmp_path / "compare.yaml").write_text((folder / "recipe.yaml").read_text() + f"test_files: [{tmp_path / 'test.jsonl'}]\nseeds: [0, 1]\n")
+    for source, documents in (
+        (("--data_files", folder / "data.jsonl"), 6),
+        (("--config", folder / "recipe.yaml"), 2),
+        (("--config", tmp_path / "compare.yaml"), 3),  # a comparison's: what it chose settings on is not what it reports on
+    ):
         done = thinktok("eval", folder, *source, *few, "--output", tmp_path / "found.json")
         assert done.returncode == 0, done.stderr[-2000:]
         results = read_json(tmp_path / "found.json")

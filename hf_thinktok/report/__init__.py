@@ -16,7 +16,7 @@ from ..evaluation.tables import comparison_says, comparison_tables, evaluation_s
 from ..evaluation.thinking import pieces
 from ..peft import load_whole
 from ..results import run_table, verdict, where, whole_results, write_json, written_whole
-from ..text import TextArguments, load_files, load_text, split
+from ..text import TextArguments, unseen_text
 from .charts import draw_costs, draw_curves, draw_intervals
 
 GAINS = "bits per token saved, with 95 % intervals over documents"
@@ -125,11 +125,9 @@ def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
     """The first documents that a run kept from training."""
     config, known = results.get("config", {}), {entry.name for entry in fields(TextArguments)}
     script = TextArguments(**{name: value for name, value in config.items() if name in known})  # of a recipe's options those about text
-    if files := results.get("settings", {}).get("test_files"):
-        return list(load_files(script, files).take(documents)["text"])
-    if (held_out := split(load_text(script), script).unseen) is None:
+    if (unseen := unseen_text(script, results.get("settings", {}).get("test_files"))) is None:
         raise ValueError("the run held none out.")
-    return list(held_out.take(documents)["text"])
+    return list(unseen.take(documents)["text"])
 
 
 def inspect_texts(folder: Path, texts: list[str], max_length: int) -> list[dict[str, Any]]:
