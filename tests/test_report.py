@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from commands import captured
+from commands import ROOT, captured
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from plain_rows import thinker
 from rich.console import Console
@@ -18,6 +18,7 @@ from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text, print_inspection
 from hf_thinktok.report import Run, as_cells, for_page, write_page, write_report
+from hf_thinktok.report.charts import draw_costs
 from hf_thinktok.results import environment, run_table
 
 TEXT = CORPUS[0] + ' <b>& "quoted"</b> </script><script>window.broken = true</script>'
@@ -142,6 +143,24 @@ def test_several_runs_make_one_page(folder, tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert page.count("<section>") == 4  # three runs, and what they cost
     assert "What thinking costs and brings" in page
+
+
+def test_what_thinking_costs_is_drawn_of_every_evaluation(tmp_path, monkeypatch):
+    """Of comparisons with the same arms and seeds, and of files of one name."""
+    paths = [tmp_path / folder / "found.json" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text((ROOT / "docs" / "results" / "quickstart_eval.json").read_text())
+    comparisons = [ROOT / "docs" / "results" / f"compare_{name}.json" for name in ("gsm8k", "wikitext")]
+    drawn = []
+    monkeypatch.setattr("hf_thinktok.report.draw_costs", lambda points: drawn.extend(name for name, *_ in points) or draw_costs(points))
+    runs = [Run.read(path, documents=0, max_length=16) for path in (*paths, *comparisons)]
+    write_report(runs, tmp_path / "report.html")
+    assert drawn[:2] == ["a/found", "b/found"]
+    assert len(set(drawn)) == 14
+    assert {"compare_gsm8k: think, seed 0", "compare_wikitext: think, seed 0"} < set(drawn)
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in ("a/found", "b/found", "compare_gsm8k"))
 
 
 def test_text_that_cannot_be_read_is_said_and_the_rest_is_shown(folder, tmp_path):

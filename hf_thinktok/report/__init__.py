@@ -27,17 +27,21 @@ class Run:
     """What is known of one folder or file.
 
     Attributes:
+        path: of it, whole and without a file's ending.
         results: of its results file.
         logs: what its trainings logged, by name.
         texts: inspected texts, each with a title, its first token and the others.
         note: what is missing, and why.
     """
 
-    name: str
+    path: Path
     results: dict[str, Any]
     logs: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     texts: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
+
+    def __post_init__(self):
+        self.name = self.path.name
 
     @classmethod
     def read(cls, path: Path, documents: int, max_length: int) -> "Run":
@@ -50,7 +54,7 @@ class Run:
         Raises:
             ValueError: there are no results, or not whole ones.
         """
-        run = cls(path.resolve().name if path.is_dir() else path.stem, read_results(path))
+        run = cls(path.resolve() if path.is_dir() else path.absolute().with_suffix(""), read_results(path))
         if not {"comparison", "evaluation", "bits_per_token"} & set(run.results):
             raise ValueError(f"{path} is of another kind: reports are of pretrain_think.py, compare.py and `thinktok eval --output`.")
         if path.is_dir():
@@ -141,14 +145,27 @@ def for_page(inspected: list[InspectedToken], tokenizer, text: str) -> dict[str,
     return {"first": pieces(tokenizer, tokenizer(text)["input_ids"][: len(inspected) + 1])[0], "tokens": [asdict(token) for token in inspected]}
 
 
+def tell_apart(runs: list[Run]) -> None:
+    """Puts as many folders before a run's name as tell it from the others."""
+    for run in runs:
+        parts, others = run.path.parts, [other.path.parts for other in runs if other.path != run.path]
+        count = 1
+        while any(other[-count:] == parts[-count:] for other in others):
+            count += 1
+        run.name = str(Path(*parts[-count:]))
+
+
 def write_report(runs: list[Run], path: Path) -> None:
     """Writes the page of some runs."""
     pages: list[dict[str, Any]] = []
-    points: dict[str, tuple[float, dict[str, float]]] = {}
+    points: list[tuple[str, float, dict[str, float]]] = []
+    tell_apart(runs)
     for number, run in enumerate(runs):
         with whole_results(run.name):
             pages.append(run.page(number))
-            points |= {name: (one["mean_think_length"], one["gains"]["think over no_think"]) for name, one in run.evaluations.items()}
+            for name, one in run.evaluations.items():
+                named = name if len(runs) == 1 or name == run.name else f"{run.name}: {name}"
+                points.append((named, one["mean_think_length"], one["gains"]["think over no_think"]))
     write_page(path, pages, draw_costs(points))
 
 

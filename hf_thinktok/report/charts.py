@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 INK = "#7d8590"  # of axes and words: as far from white as from black
 COLOURS = ("#2f81f7", "#db6d28", "#3fb950", "#a371f7", "#d29922", "#f778ba", "#6e7781")
 STROKES = ("-", "--", ":")
+MARKERS = ("o", "s", "^", "D")
 # What is drawn of a training's log, and what it is called.
 CURVES = {
     "loss": "loss, nats",
@@ -85,15 +86,15 @@ def draw_intervals(gains: dict[str, dict[str, float]], label: str) -> str | None
     return as_image(figure)
 
 
-def draw_costs(points: dict[str, tuple[float, dict[str, float]]]) -> str | None:
+def draw_costs(points: list[tuple[str, float, dict[str, float]]]) -> str | None:
     """Gain over not thinking against thinking tokens spent, a point for each run; nothing where one run alone thinks."""
     if len(points) < 2:
         return None
     figure, (axes,) = _figure(6, 3.4)
-    for i, (name, (length, gain)) in enumerate(points.items()):
+    for i, (name, length, gain) in enumerate(points):
         colour = COLOURS[i % len(COLOURS)]
         axes.plot([length, length], [gain["low"], gain["high"]], color=colour)
-        axes.plot([length], [gain["bits_per_token"]], "o", color=colour, label=name)
+        axes.plot([length], [gain["bits_per_token"]], MARKERS[i // len(COLOURS) % len(MARKERS)], color=colour, label=name)
     axes.axhline(0, color=INK, linewidth=1)
     axes.set_xlabel("thinking tokens at a place", color=INK)
     axes.set_ylabel("bits per token saved by thinking", color=INK)
