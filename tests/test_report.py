@@ -187,6 +187,17 @@ def test_texts_are_inspected_anew_where_they_or_the_weights_changed(folder, tmp_
     assert texts(2, 24)[0]["tokens"][0]["before"] != two[0]["tokens"][0]["before"]
 
 
+def test_a_run_is_shown_where_its_folder_cannot_be_written_to(folder, tmp_path, monkeypatch):
+    def refuse(path, _):  # root may write anywhere
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("hf_thinktok.report.write_json", refuse)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("inspection.json"))
+    run = Run.read(tmp_path, documents=1, max_length=16)
+    assert [len(text["tokens"]) for text in run.texts] == [15]
+    assert not run.note
+
+
 def test_curves_of_a_run_with_checkpoints_are_drawn(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-2").mkdir()

@@ -1,5 +1,6 @@
 """The report of runs: one HTML page with tables, pictures, and the text with what was thought in it. It needs no network and no other file."""
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -78,7 +79,8 @@ class Run:
             except (OSError, ValueError, SafetensorError) as error:
                 self.note = f"The text is not shown: {first_line(error)}"
                 return
-            write_json(file, seen)
+            with contextlib.suppress(OSError):  # a folder that cannot be written to: it is inspected again another time
+                write_json(file, seen)
         self.texts = [text | {"title": f"Held-out text {number}"} for number, text in enumerate(seen["texts"], 1)]
 
     @property
