@@ -86,6 +86,8 @@ def run_generate(args: argparse.Namespace) -> None:
         **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen),
         logits_processor=[budget],
         streamer=ThinkingStreamer(tokenizer, vocabulary, args.thoughts),
+        tokenizer=tokenizer,  # for stop_strings that the model's generation config may have
+        return_dict_in_generate=False,
     )
     seconds = time.perf_counter() - start
     total = output.shape[1] - length

@@ -283,7 +283,8 @@ def test_the_streamer_refuses_batches_and_unknown_modes(parts):
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("thinker")
     model, tokenizer, _ = make_model()
-    model.generation_config.num_beams = 2  # which the command leaves alone, as it streams
+    # What the command has to get along with, as it streams.
+    model.generation_config.update(num_beams=2, stop_strings=["@@@"], return_dict_in_generate=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
