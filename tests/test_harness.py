@@ -114,6 +114,29 @@ def test_thoughts_without_a_limit_take_nothing_from_the_text():
     assert (~lm.vocabulary.is_thought(spoken)).sum() >= 12 or lm.tokenizer.eos_token_id in spoken
 
 
+def test_a_stop_string_of_several_tokens_ends_a_generation_with_thoughts_in_between():
+    """After as much text as without thoughts; of a batch when each row has said it."""
+    model, spoken = thinker(scale=1.0)[0], {}
+    for thoughts, options in (("none", {}), ("always", {"max_think_length": 2})):
+        lm = harness(model, thoughts=thoughts, batch_size=2, **options)
+        stop, budget, is_thought = lm.tokenizer("Question:")["input_ids"], lm.budget, lm.vocabulary.is_thought
+        words = torch.tensor([stop + stop, [stop[0]] * 3 + stop + stop[3:]])
+
+        def say(ids, scores, words=words, budget=budget, lm=lm):
+            place = (~lm.vocabulary.is_thought(ids[:, 4:])).sum(1).clamp(max=words.shape[1] - 1)
+            scores[:, : lm.vocabulary.num_real] = -50.0
+            return budget(ids, scores.scatter(1, words.gather(1, place[:, None]), 0.0))
+
+        lm.budget = say
+        prompts = torch.ones(2, 4, dtype=torch.long)
+        made = lm._model_generate(prompts, 44, ["Question:"], attention_mask=torch.ones_like(prompts), do_sample=False)[:, 4:]
+        spoken[thoughts] = [lm.tokenizer.decode(row[~is_thought(row)][: len(stop) + 3]) for row in made]
+        assert (~is_thought(made[1])).sum() == len(stop) + 3
+        assert is_thought(made).any() == (thoughts == "always")
+    assert spoken["none"] == spoken["always"]
+    assert all("Question:" in text for text in spoken["always"])
+
+
 def with_a_gate_at(nats):
     """A model that thinks never, or always, its first id and its guard."""
     model = thinker(scale=1.0)[0]

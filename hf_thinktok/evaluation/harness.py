@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models.huggingface import HFLM, stop_sequences_criteria
 from torch import Tensor
 from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..engine import Engine, Pass, choose_engine
 from ..generation import ThinkingBudget
@@ -22,6 +23,7 @@ from ..head import HiddenInputs, attach_head
 from ..losses import stopping_logps
 from ..models import evaluating
 from ..rollout import Sampling, sample_thoughts
+from ..tokens import ThinkingVocabulary
 from ..tree import Branching, ThoughtTree
 from .inspection import logits_of
 from .thinking import check_evaluable, padded
@@ -34,6 +36,22 @@ NUMBERS = 2**26
 def as_they_are(documents):
     """A task's documents, unchanged: `process_docs: !function hf_thinktok.evaluation.harness.as_they_are` in a task file makes `thinktok` known."""
     return documents
+
+
+class StopsInText(StoppingCriteria):
+    """The harness's stop strings, looked for in what each row says: with thoughts in between it would not see them, and only cut the text at the end.
+
+    Args:
+        start: where the rows' prompts end.
+    """
+
+    def __init__(self, stop: list[str], tokenizer, vocabulary: ThinkingVocabulary, start: int, rows: int):
+        self.rows = [stop_sequences_criteria(tokenizer, stop, 0, 1) for _ in range(rows)]
+        self.vocabulary, self.start = vocabulary, start
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        made = zip(self.rows, input_ids[:, self.start :], strict=True)
+        return torch.cat([stops(row_T[~self.vocabulary.is_thought(row_T)][None], scores) for stops, row_T in made])
 
 
 @register_model("thinktok")
@@ -85,7 +103,18 @@ class ThinkTokLM(HFLM):
     def _model_generate(self, context, max_length: int, stop, **generation_kwargs):
         room = (max_length - context.shape[1]) * self.branching.max_length * (self.thoughts != "none")  # a thought before every token
         more = min(max_length + (room if self.max_total_think is None else self.max_total_think), self.max_length)
-        made_BT = super()._model_generate(context, more, stop, logits_processor=[self.budget], **generation_kwargs)
+        if not generation_kwargs.get("do_sample"):
+            generation_kwargs.pop("temperature", None)  # the harness's 0, which transformers warns of
+        with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
+            made_BT = self.model.generate(
+                input_ids=context,
+                max_length=more,
+                stopping_criteria=StoppingCriteriaList([StopsInText(stop, self.tokenizer, self.vocabulary, context.shape[1], len(context))]),
+                logits_processor=[self.budget],
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **generation_kwargs,
+            )
         # Who thinks less than it may has no more text for it.
         text_BT = (~self.vocabulary.is_thought(made_BT[:, context.shape[1] :])).cumsum(1)
         made_BT[:, context.shape[1] :][text_BT > max_length - context.shape[1]] = self.eot_token_id
