@@ -94,12 +94,13 @@ def run_inspect(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     with usage():
         inspected = inspect_text(model, tokenizer, text, args.max_length, args.max_think_length)
-    print_inspection(inspected)
+    shown = for_page(inspected, tokenizer, text)
+    print_inspection(shown["first"], inspected)
     if args.output is not None:
         page = {
             "name": args.model,
             "number": 0,
-            "texts": [for_page(inspected, tokenizer, text) | {"title": "Text"}],
+            "texts": [shown | {"title": "Text"}],
             "settings": json.dumps(vars(args), default=str),
         }
         with usage():

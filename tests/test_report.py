@@ -100,8 +100,10 @@ def test_inspected_tokens_are_the_text(kind):
 def test_tokens_are_no_markup():
     """Mistral's begin and end of an instruction are tags to rich."""
     console = Console(record=True, width=200)
-    print_inspection([InspectedToken("[/INST]", [0], -0.1, 0.5, -1.0, -0.5, -0.6, [], [])], console)
-    assert "[/INST]" in console.export_text().split("Where thinking does most")[1]
+    print_inspection("[INST]", [InspectedToken("[/INST]", [0], -0.1, 0.5, -1.0, -0.5, -0.6, [], [])], console)
+    text, table = console.export_text().split("Where thinking does most")
+    assert "[INST][/INST]" in text
+    assert "[/INST]" in table
 
 
 def test_without_text_or_thinking_tokens_there_is_nothing_to_inspect(folder):
@@ -308,6 +310,8 @@ def test_light_and_dark(page):
 def test_the_inspection_is_printed(folder, capsys):
     assert main(["inspect", str(folder), CORPUS[0], "--max_length", "12", "--output", str(folder / "one.html")]) == 0
     printed = capsys.readouterr().out
-    assert "Where thinking does most" in printed
+    text = printed.split("Where thinking does most")[0].strip()
+    assert text
+    assert CORPUS[0].startswith(text)
     assert "Over 11 tokens thinking saves" in printed
     assert "likeliest after the thought" in (folder / "one.html").read_text()

@@ -127,14 +127,14 @@ def _likeliest(model, hidden_MD: Tensor, vocabulary: ThinkingVocabulary, top: in
     return found
 
 
-def print_inspection(inspected: list[InspectedToken], console: Console | None = None, places: int = 12) -> None:
-    """The text, each token coloured by what thinking before it does to it where the model decides, and the places where that is most."""
+def print_inspection(first: str, inspected: list[InspectedToken], console: Console | None = None, places: int = 12) -> None:
+    """The text, each token but the first coloured by what thinking before it does to it where the model decides, and the places where that is most."""
     console = console or Console(highlight=False)
 
     def gain(token: InspectedToken) -> float:
         return (token.own - token.before) / math.log(2)
 
-    text = Text()
+    text = Text(first)
     for token in inspected:
         strength = min(abs(gain(token)), 1.0)
         text.append(
