@@ -135,16 +135,21 @@ def run_card(args: argparse.Namespace) -> None:
 
 
 def add_lm_eval(subparsers) -> None:
-    subparsers.add_parser(
+    parser = subparsers.add_parser(
         "lm-eval",
         help="run lm-evaluation-harness, which then knows the model type thinktok",
-        description="The command of lm-evaluation-harness with all its options, and with --model thinktok for models with thinking tokens: --model_args "
-        "pretrained=FOLDER,thoughts=none|own|always,max_think_length=N,max_total_think=N,think_bias=NATS and those of its model type hf.",
+        description="The command of lm-evaluation-harness with all its options, and with --model thinktok for models with thinking tokens. Its --model_args "
+        "are pretrained=FOLDER, thoughts=none|own|always, max_think_length=N, max_total_think=N, think_bias=NATS and those of the model type hf, all in one "
+        "word with commas between.",
+        usage=argparse.SUPPRESS,  # the harness's own help follows
         add_help=False,
-    ).set_defaults(run=run_lm_eval, recipe=[])
+    )
+    parser.set_defaults(run=run_lm_eval, recipe=[], about=parser.format_help)
 
 
 def run_lm_eval(args: argparse.Namespace) -> None:
+    if {"-h", "--help"} & set(args.recipe):
+        print(args.about())
     try:
         from lm_eval.__main__ import cli_evaluate
 

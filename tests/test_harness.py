@@ -204,6 +204,16 @@ def thinktok_lm_eval(*words):
     return captured(lambda: main(["lm-eval", *map(str, words)]))
 
 
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_names_the_options_of_thoughts_before_those_of_the_harness(word):
+    done = thinktok_lm_eval(word)
+    assert done.returncode == 0
+    ours, theirs = done.stdout.split("usage: lm-eval")
+    for option in ("pretrained=FOLDER", "thoughts=none|own|always", "max_think_length=N", "max_total_think=N", "think_bias=NATS"):
+        assert option in ours
+    assert "--help" in theirs
+
+
 @pytest.mark.parametrize(
     ("command", "tasks"),
     [
