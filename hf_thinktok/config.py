@@ -180,7 +180,7 @@ class ThinkTokConfig(SFTConfig):
         think_cost (schedule, defaults to `[0.0]`):
             Price of a thinking token, nats. A high one from the start shuts the gate before it has learned where to stop; raised slowly it does not.
         beta (`float`, defaults to `0.0`):
-            Weight of the KL divergence of thoughts from the initial model.
+            Weight of the KL divergence of thoughts from the initial model. It is part of the policy loss, so `think_loss_weight` multiplies it.
         num_iterations (`int`, defaults to `1`):
             Optimizer steps on each rollout.
         epsilon (`float`, defaults to `0.2`), epsilon_high (`float`, *optional*), delta (`float`, *optional*):
