@@ -10,18 +10,22 @@ The tokens are ordinary special tokens of an ordinary checkpoint. Two things are
   holds in plain transformers, in chat templates and in inference servers.
 """
 
+import contextlib
+import copy
 import logging
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import LogitTransform, backbone
 from .distributed import embedding_rows, whole
+from .errors import first_line
 from .models import evaluating, longest_row
 
 logger = logging.getLogger(__name__)
@@ -126,7 +130,8 @@ def add_thinking_tokens(
         `ThinkingVocabulary`: also written to `model.config.thinktok`.
 
     Raises:
-        ValueError: the tokenizer and the model disagree, the model has another number of thinking tokens, or its embedding cannot grow.
+        ValueError: the tokenizer and the model disagree, the model has another number of thinking tokens, its embedding cannot grow, or its generation config
+            could not be saved.
     """
     if num_tokens is not None and num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens} must be 1 or more.")
@@ -137,6 +142,7 @@ def add_thinking_tokens(
     check_vocabulary(model.config, tokenizer, num_tokens, rows)
     if existing is not None:
         return existing
+    _make_writable(model.generation_config)
     num_tokens = 16 if num_tokens is None else num_tokens
 
     pieces = tokenizer(GUARD, add_special_tokens=False)["input_ids"]
@@ -199,6 +205,29 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
             )
     if largest >= num_rows:
         raise ValueError(f"The tokenizer has ids up to {largest} and the model {num_rows} embedding rows: they do not belong together.")
+
+
+def _make_writable(config: GenerationConfig) -> None:
+    """transformers saves a generation config with contradicting flags while it is as loaded, and refuses it once changed: that would be after training.
+
+    A temperature or top_p without `do_sample` is of an author who wanted sampling and left out the switch, so it is set; dropping the flags would leave
+    `generate(do_sample=True)` with another distribution than the base has.
+    """
+    with contextlib.suppress(ValueError):
+        config.validate(strict=True)
+        return
+    sampling = copy.deepcopy(config)
+    sampling.do_sample = True
+    try:
+        sampling.validate(strict=True)
+    except ValueError as error:
+        flags = ", ".join(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or first_line(error).rstrip(".")
+        raise ValueError(
+            f"transformers would not save this model's generation config, in which other flags contradict or rule out some ({flags}): take them out of "
+            "generation_config.json or model.generation_config."
+        ) from error
+    logger.warning("The model's generation config has flags for sampling without do_sample, which transformers would not save: do_sample=True is set.")
+    config.do_sample = True
 
 
 def _refuse_injection(tokenizer, vocabulary) -> None:

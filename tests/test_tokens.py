@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import CORPUS, tiny_model, tiny_tokenizer, tokenizer_of_kind
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
@@ -297,6 +297,27 @@ def test_what_the_model_already_suppressed_stays_suppressed():
     model.generation_config.suppress_tokens = [7]
     vocabulary = add_thinking_tokens(model, tiny_tokenizer(), 4)
     assert model.generation_config.suppress_tokens == [7, *range(vocabulary.guard_id, 384)]
+
+
+def test_a_base_with_sampling_flags_and_no_do_sample_is_saved_and_samples(tmp_path):
+    save_tiny(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}')
+    model, tokenizer = (kind.from_pretrained(tmp_path / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    add_thinking_tokens(model, tokenizer, 4)
+    model.save_pretrained(tmp_path / "thinker")
+    saved = GenerationConfig.from_pretrained(tmp_path / "thinker")
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+
+
+def test_a_base_whose_generation_config_could_not_be_saved_is_refused_unchanged():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config.update(length_penalty=2.0, temperature=0.9)
+    before, generation = state(model), model.generation_config.to_dict()
+    with pytest.raises(ValueError, match=r"contradict or rule out some .length_penalty.: take them out of generation_config.json"):
+        add_thinking_tokens(model, tokenizer, 4)
+    assert same(state(model), before)
+    assert len(tokenizer) == 320
+    assert model.generation_config.to_dict() == generation
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}, {}], ids=["sample", "beams", "greedy"])
