@@ -74,11 +74,14 @@ def load_adapters(model: PeftModel, folder: str) -> None:
         set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
-def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> Any:
+def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: ThinkingVocabulary, revision: str | None = None) -> Any:
     """A copy of a PEFT config that also trains the thinking rows of the input and output embedding; `None` stays `None`.
 
     Tied embeddings are named once; untied ones both, or PEFT would leave the LM head's rows untrained. The guard's row comes along, so that an adapter
     has all rows that its tokenizer has ids for; no loss trains it.
+
+    Args:
+        revision: the base's, which the adapter is to be loaded onto again.
 
     Raises:
         ValueError: the kind of adapter trains no rows, trains whole embeddings, or would lose a bias of the LM head.
@@ -105,4 +108,5 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
             f"trainable_token_indices names other tokens ({sorted(given - set(ids))[:5]}): only thinking tokens can be trained beside an adapter. Leave it out."
         )
     peft_config.trainable_token_indices = wanted
+    peft_config.revision = peft_config.revision or revision
     return peft_config

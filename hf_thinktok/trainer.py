@@ -125,7 +125,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             model.config.thinktok |= {name: getattr(args, name) for name in stored}
             if args.thoughts == "continuous":
                 model.config.thinktok["continuous_layer"] = args.continuous_layer
-            peft_config = add_thinking_rows(peft_config, model, self.vocabulary)
+            peft_config = add_thinking_rows(peft_config, model, self.vocabulary, (args.model_init_kwargs or {}).get("revision"))
         loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
         super().__init__(
             model=model,

@@ -36,8 +36,9 @@ assert "<|think_3|>" in tokenizer.get_vocab()
 BASE = """
 from models import tiny_model, tiny_tokenizer
 tokenizer = tiny_tokenizer()
-for part in (tokenizer, tiny_model(vocab_size=len(tokenizer))):
-    part.push_to_hub("me/base")
+for revision, seed in ((None, 0), ("v1", 1)):
+    for part in (tokenizer, tiny_model(vocab_size=len(tokenizer), seed=seed)):
+        part.push_to_hub("me/base", revision=revision)
 """
 
 PULL_ADAPTER = """
@@ -99,9 +100,11 @@ def test_checkpoints_are_pushed_as_revisions(hub, tmp_path):
     python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "step-2")
 
 
-def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
+@pytest.mark.parametrize("revision", ["main", "v1"])
+def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path, revision):
     python(hub, tmp_path / "home", "-c", BASE)
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps({"adapter": True, "model_folder": "me/base"}))
+    options = json.dumps({"adapter": True, "model_folder": "me/base", "model_init_kwargs": {"revision": revision}})
+    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
     files = hub.repos["me/thinker"][-1]
     assert "model.safetensors" not in files
     assert len(files["adapter_model.safetensors"]) < len(hub.repos["me/base"][-1]["model.safetensors"]) / 2
