@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
@@ -154,7 +154,7 @@ class CheckpointingTrainer(SFTTrainer):
             raise CheckpointError(f"The checkpoint {folder} {why}: resume from another one, or with resume_from_checkpoint=true from the newest whole one.")
         if self.plain:
             return {}
-        if (found := ThinkingVocabulary.from_config(AutoConfig.from_pretrained(folder))) != self.vocabulary:
+        if (found := ThinkingVocabulary.stored_in(folder)) != self.vocabulary:
             raise CheckpointError(
                 f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was."
             )
@@ -235,7 +235,8 @@ class CheckpointingTrainer(SFTTrainer):
             return
         super()._load_from_checkpoint(folder, model)
         if hasattr(self.model, SPEAKER):
-            saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, SPEAKER), dtype=self.model.speaker.dtype)
+            how = {"dtype": self.model.speaker.dtype, "trust_remote_code": self.args.trust_remote_code}
+            saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, SPEAKER), **how)
             self.model.speaker.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
-from .commands import DTYPES, LARGEST_SEED, add_loading, load, loading, number, read_prompt, read_recipe, read_vocabulary, whole
+from .commands import LARGEST_SEED, add_loading, add_source, load, loading, naming_trust, number, read_prompt, read_recipe, read_vocabulary, source, whole
 from .errors import UsageError, usage
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
 from .models import longest_row
@@ -63,7 +63,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UsageError(f"--greedy does not sample: leave out {', '.join(f'--{name}' for name in chosen)}.")
     # What can be wrong is looked at before the weights are read.
     prompt = read_prompt(args)
-    vocabulary = read_vocabulary(args.model)
+    vocabulary = read_vocabulary(args.model, args.revision)
     with usage():
         budget = ThinkingBudget(vocabulary, args.min_think_length, args.max_think_length, args.max_total_think, args.think_bias)
     model, tokenizer = load(args)
@@ -103,16 +103,16 @@ def add_merge(subparsers) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or Hub repository")
     parser.add_argument("output", metavar="FOLDER", type=Path, help="where the checkpoint goes; must not exist, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the weights; auto: as the base has them (auto)")
+    add_source(parser)
     parser.set_defaults(run=run_merge)
 
 
 def run_merge(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"{args.output} exists: name a new folder.")
-    read_vocabulary(args.adapter)
-    with usage(RuntimeError, LookupError, before=f"{args.adapter} cannot be merged into its base: "):
-        model, tokenizer = merge(args.adapter, dtype=args.dtype)
+    read_vocabulary(args.adapter, args.revision)
+    with usage(RuntimeError, LookupError, before=f"{args.adapter} cannot be merged into its base: "), naming_trust():
+        model, tokenizer = merge(args.adapter, **source(args))
     with usage():
         model.save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)

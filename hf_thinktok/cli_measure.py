@@ -49,7 +49,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     # What can be wrong is looked at before the weights are read.
     text, report = read_recipe(args.recipe, TextArguments, ReportArguments)
-    read_vocabulary(args.model)
+    read_vocabulary(args.model, args.revision)
     console = Console(stderr=True, highlight=False)
     with usage():
         if "--config" in args.recipe or report.test_files:
@@ -90,7 +90,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from .report import for_page, write_page
 
     text = read_prompt(args)
-    read_vocabulary(args.model)
+    read_vocabulary(args.model, args.revision)
     model, tokenizer = load(args)
     with usage():
         inspected = inspect_text(model, tokenizer, text, args.max_length, args.max_think_length)
@@ -172,6 +172,7 @@ def add_report(subparsers) -> None:
     parser.add_argument("--output", type=file_to_write, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
     parser.add_argument("--documents", type=whole(0), default=2, metavar="N", help="held-out documents to show token by token; 0: none (2)")
     parser.add_argument("--max_length", type=whole(2), default=256, metavar="N", help="tokens of each (256)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model, where its architecture is its own")
     parser.set_defaults(run=run_report)
 
 
@@ -179,5 +180,5 @@ def run_report(args: argparse.Namespace) -> None:
     from .report import Run, write_report
 
     with usage():
-        write_report([Run.read(path, args.documents, args.max_length) for path in args.runs], args.output)
+        write_report([Run.read(path, args.documents, args.max_length, args.trust_remote_code) for path in args.runs], args.output)
     print(args.output)

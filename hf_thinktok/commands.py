@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
 from .errors import UsageError, first_line, usage
@@ -22,9 +23,22 @@ LARGEST_SEED = 2**32 - 1  # that numpy takes
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_loading(parser) -> None:
+def add_source(parser):
+    """What a model and its tokenizer are read as, and from which revision."""
     loading = parser.add_argument_group("loading")
     loading.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the weights; auto: as they are stored (auto)")
+    loading.add_argument("--revision", metavar="BRANCH", help="branch, tag or commit of a Hub repository (main)")
+    loading.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model, where its architecture is its own")
+    return loading
+
+
+def source(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_source` for `load_whole` and `merge`."""
+    return {name: getattr(args, name) for name in ("dtype", "revision", "trust_remote_code")}
+
+
+def add_loading(parser) -> None:
+    loading = add_source(parser)
     loading.add_argument("--device", help="where to run, such as cpu or cuda:1 (an accelerator if there is one)")
 
 
@@ -67,9 +81,9 @@ def read_prompt(args: argparse.Namespace) -> str:
     return prompt
 
 
-def read_vocabulary(path: str) -> ThinkingVocabulary:
+def read_vocabulary(path: str, revision: str | None = None) -> ThinkingVocabulary:
     with loading(path):
-        vocabulary = ThinkingVocabulary.from_config(AutoConfig.from_pretrained(path))
+        vocabulary = ThinkingVocabulary.stored_in(path, revision=revision)
     if vocabulary is None:
         raise UsageError(f"{path} has no thinking tokens: its config.json lacks the entry `thinktok`.")
     return vocabulary
@@ -83,20 +97,31 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"The device {device} is not available here.") from error
     with loading(args.model):
-        model, tokenizer = load_whole(args.model, args.dtype)
+        model, tokenizer = load_whole(args.model, **source(args))
     return model.to(device), tokenizer
 
 
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
     """Makes one sentence of what `from_pretrained` raises."""
-    with usage(SafetensorError, LookupError, RuntimeError, before=f"{path} cannot be loaded: "):
+    with usage(SafetensorError, LookupError, RuntimeError, before=f"{path} cannot be loaded: "), naming_trust():
         try:
             yield
         except OSError as error:
             if Path(path).is_dir():
                 raise
             raise UsageError(f"{path} is neither a folder nor a Hub repository that can be read from here.") from error
+
+
+@contextlib.contextmanager
+def naming_trust() -> Iterator[None]:
+    """transformers names its own argument, on a later line, where a model's code is not to be run."""
+    try:
+        yield
+    except ValueError as error:
+        if "`trust_remote_code=True`" not in str(error):
+            raise
+        raise ValueError("the model comes with code of its own. Where you trust it, give --trust_remote_code.") from error
 
 
 def whole(lowest: int, highest: float = math.inf):

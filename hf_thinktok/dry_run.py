@@ -80,7 +80,8 @@ def model_without_data(config: PretrainedConfig, args: ThinkTokConfig, dtype: to
         vocabulary = ThinkingVocabulary(text.vocab_size, num_tokens, text.vocab_size + num_tokens)
         text.vocab_size = vocabulary.num_rows
     with torch.device("meta"):
-        model = base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": args.trust_remote_code}
+        model = base = AutoModelForCausalLM.from_config(config, **how)
         if peft_config is not None:
             model = get_peft_model(base, add_thinking_rows(peft_config, base, vocabulary))
     attach_head(base, vocabulary)

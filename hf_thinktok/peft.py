@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ._compat import check_target_module_exists
@@ -44,27 +44,30 @@ def save_adapter(model: PeftModel, folder: str, state_dict: dict[str, Any] | Non
     return folders
 
 
-def merge(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def merge(folder: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The plain model, and its tokenizer, that a base and the adapter of a folder or Hub repository make together.
 
     Args:
-        kwargs: for `from_pretrained`, such as `dtype`.
+        revision: the adapter's; its base's is in its config.
+        trust_remote_code: run code that comes with the base.
 
     Raises:
         ValueError: the adapter is not of a thinking model.
     """
-    ThinkingVocabulary.from_pretrained(folder)
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
-    model.config.thinktok = AutoConfig.from_pretrained(folder).thinktok
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, AutoTokenizer.from_pretrained(folder)
+    ThinkingVocabulary.from_pretrained(folder, revision=revision)
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).merge_and_unload()
+    model.config.thinktok = PreTrainedConfig.get_config_dict(folder, revision=revision)[0]["thinktok"]
+    model.generation_config = GenerationConfig.from_pretrained(folder, revision=revision)
+    return model, AutoTokenizer.from_pretrained(folder, **where)
 
 
-def load_whole(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint and its tokenizer; of an adapter's folder what it and its base make together."""
-    if find_adapter_config_file(name) is not None:
-        return merge(name, dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+def load_whole(name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint and its tokenizer; of an adapter's folder what it and its base make together. The arguments are those of `merge`."""
+    if find_adapter_config_file(name, revision=revision) is not None:
+        return merge(name, dtype, revision, trust_remote_code)
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where), AutoTokenizer.from_pretrained(name, **where)
 
 
 def load_adapters(model: PeftModel, folder: str) -> None:

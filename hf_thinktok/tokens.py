@@ -17,11 +17,12 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import LogitTransform, backbone
 from .distributed import embedding_rows, whole
@@ -97,9 +98,14 @@ class ThinkingVocabulary:
         return cls(entry["first_id"], entry["num_tokens"], entry["guard_id"])
 
     @classmethod
+    def stored_in(cls, path: str | Path, **kwargs) -> "ThinkingVocabulary | None":
+        """The vocabulary that the `config.json` of a folder or Hub repository names, if it does; no code of a model's own is run for it."""
+        return cls.from_config(SimpleNamespace(**PreTrainedConfig.get_config_dict(path, **kwargs)[0]))
+
+    @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs) -> "ThinkingVocabulary":
         """Reads the vocabulary of a checkpoint folder or Hub repository from its `config.json` alone."""
-        vocabulary = cls.from_config(AutoConfig.from_pretrained(path, **kwargs))
+        vocabulary = cls.stored_in(path, **kwargs)
         if vocabulary is None:
             raise ValueError(f"{path} has no thinking tokens: its config.json lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
         return vocabulary

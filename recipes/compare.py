@@ -117,7 +117,7 @@ class Grid:
     @staticmethod
     def _flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
         """Those of a run: before `think_start` its steps are without thoughts. `None` where they are not known."""
-        shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision)
+        shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision, trust_remote_code=args.trust_remote_code)
         attention, adapter = init_kwargs(model, args.model_init_kwargs).get("attn_implementation"), get_peft_config(model)
         before = min(args.think_start, args.max_steps) if args.thinks else 0
         try:
@@ -162,7 +162,7 @@ def run(command: list[str], log: Path, label: str) -> int:
 
 def load(name: str, args: ThinkTokConfig, text) -> tuple[Any, Any]:
     """A trained arm, an adapter merged into its base; or the model that all arms start from, with thinking tokens."""
-    model, tokenizer = load_whole(resolve_model(name), dtype="float32")
+    model, tokenizer = load_whole(resolve_model(name), "float32", trust_remote_code=args.trust_remote_code)
     if not hasattr(model.config, "thinktok"):
         add_thinking_tokens(model, tokenizer, args.num_think_tokens, sample_text(text, args.dataset_text_field, tokenizer), seed=args.seed)
     return model, tokenizer

@@ -1,5 +1,8 @@
 """Tiny random models of many architectures, and a tokenizer, made on the spot."""
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -182,4 +185,24 @@ def save_tiny(folder, think_tokens: int = 0) -> str:
         add_thinking_tokens(model, tokenizer, think_tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def with_own_code(folder) -> str:
+    """A saved Llama made into a model whose architecture comes with it, as `trust_remote_code` is for."""
+    (Path(folder) / "modeling_own.py").write_text(OWN_CODE)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": classes}))
     return str(folder)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from models import tiny_model, tiny_tokenizer
+from models import save_tiny, tiny_model, tiny_tokenizer, with_own_code
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
@@ -408,6 +408,20 @@ def test_an_adapter_is_read_with_its_base(folder, run, tmp_path):
         adapted, merged, plain = (run(command, name, *words) for name in (tmp_path / "adapter", tmp_path / "merged", folder))
         assert adapted[0] == 0, adapted[2]
         assert adapted[1] == merged[1] != plain[1]
+
+
+def test_a_model_with_code_of_its_own_is_read_where_that_is_trusted(run, tmp_path):
+    base = with_own_code(save_tiny(tmp_path / "base", think_tokens=4))
+    model, adapter = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True), tmp_path / "adapter"
+    save_adapter(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")), str(adapter))
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    for words in (("generate", base, "the cat"), ("inspect", base, "the cat sat on"), ("merge", adapter, tmp_path / "merged")):
+        code, output, error = run(*words)
+        assert (code, output, len(error.splitlines())) == (2, "", 1)
+        assert error.endswith("Where you trust it, give --trust_remote_code.\n")
+        code, _, error = run(*words, "--trust_remote_code")
+        assert code == 0, error
+    assert run("generate", tmp_path / "merged", "the cat", "--trust_remote_code")[0] == 0
 
 
 def test_what_cannot_be_merged(folder, run, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY
+from models import TINY, save_tiny, with_own_code
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -199,6 +199,13 @@ def test_the_command_prints_a_table_or_json(folder, capsys):
     assert figures["nodes"] == 80
     assert figures["peak"] == sum(figures["phases"][figures["peak_phase"]].values()) > 0
     assert figures["fits"] is False
+
+
+def test_a_model_with_code_of_its_own_is_planned(tmp_path, capsys):
+    words = ["plan", "--model", with_own_code(save_tiny(tmp_path)), *SMALL]
+    assert main(words) == 2
+    assert "give --trust_remote_code" in capsys.readouterr().err
+    assert main([*words, "--trust_remote_code", "true"]) == 0
 
 
 def test_the_command_takes_a_recipe_and_changes_to_it(folder, tmp_path, capsys):

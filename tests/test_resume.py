@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import started
+from models import save_tiny, with_own_code
 from tiny_run import main
 
 from hf_thinktok.checkpoints import newest_checkpoint
@@ -92,3 +93,11 @@ def test_a_model_saved_alone_is_no_checkpoint_to_resume_from(tmp_path, capsys):
     assert "resume_from_checkpoint" not in told
     with pytest.raises(ValueError, match="checkpoint-2 holds the model alone .save_only_model."):
         main(str(tmp_path), OPTIONS | {"resume": True})
+
+
+def test_a_model_with_code_of_its_own_goes_on(make_trainer, tmp_path):
+    options = {"model": with_own_code(save_tiny(tmp_path / "base")), "trust_remote_code": True, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(**options, max_steps=1).train()
+    resumed = make_trainer(**options, max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2

@@ -45,12 +45,13 @@ class Run:
         self.name = self.path.name
 
     @classmethod
-    def read(cls, path: Path, documents: int, max_length: int) -> "Run":
+    def read(cls, path: Path, documents: int, max_length: int, trust_remote_code: bool = False) -> "Run":
         """A results file, or a folder with one: a training run's, or a comparison's.
 
         Args:
             documents: so many of the text that was held out are read by the model token by token, where it is there.
             max_length: tokens of each.
+            trust_remote_code: run code that comes with the model.
 
         Raises:
             ValueError: there are no results, or not whole ones.
@@ -63,10 +64,10 @@ class Run:
             with whole_results(str(path)):
                 run.logs = {state.parent.name: json.loads(state.read_text())["log_history"] for state in [*path.glob("trainer_state.json")] or arms}
                 if documents:
-                    run._read_texts(path, documents, max_length)
+                    run._read_texts(path, documents, max_length, trust_remote_code)
         return run
 
-    def _read_texts(self, folder: Path, documents: int, max_length: int) -> None:
+    def _read_texts(self, folder: Path, documents: int, max_length: int, trust_remote_code: bool) -> None:
         """Inspects held-out text, or takes what was inspected before of the same text by the same weights."""
         file = folder / "inspection.json"
         model = folder / f"think-seed{self.results['seeds'][0]}" if "comparison" in self.results else folder
@@ -75,7 +76,7 @@ class Run:
         seen = json.loads(file.read_text()) if file.exists() else {}
         if "of" not in seen or seen["of"] != of:
             try:
-                seen = {"of": of, "texts": inspect_texts(model, held_out_text(self.results, documents), max_length)}
+                seen = {"of": of, "texts": inspect_texts(model, held_out_text(self.results, documents), max_length, trust_remote_code)}
             except (OSError, ValueError, SafetensorError) as error:
                 self.note = f"The text is not shown: {first_line(error)}"
                 return
@@ -136,9 +137,9 @@ def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
     return list(unseen.take(documents)["text"])
 
 
-def inspect_texts(folder: Path, texts: list[str], max_length: int) -> list[dict[str, Any]]:
+def inspect_texts(folder: Path, texts: list[str], max_length: int, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Texts as a model reads them, for the page."""
-    model, tokenizer = load_whole(str(folder))
+    model, tokenizer = load_whole(str(folder), trust_remote_code=trust_remote_code)
     return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
 
 
