@@ -129,7 +129,7 @@ def add_push(subparsers) -> None:
         "A push that was interrupted is completed by the same command.",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="checkpoint or adapter folder")
-    parser.add_argument("repository", metavar="REPOSITORY", help="its name on the Hub, as in me/my-model")
+    parser.add_argument("repository", metavar="REPOSITORY", help="its name on the Hub, as in me/my-model; my-model alone is one of yours")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (main)")
     parser.set_defaults(run=run_push)
@@ -152,11 +152,11 @@ def run_push(args: argparse.Namespace) -> None:
             )
     api = HfApi()
     with usage(Exception, before=f"{args.folder} is whole, but its upload to {args.repository} failed: ", after=" Run the command again."):
-        api.create_repo(args.repository, private=args.private or None, exist_ok=True)
+        repository = api.create_repo(args.repository, private=args.private or None, exist_ok=True).repo_id  # a bare name gets the user's before it
         if args.revision:
-            api.create_branch(args.repository, branch=args.revision, exist_ok=True)
+            api.create_branch(repository, branch=args.revision, exist_ok=True)
         done = api.upload_folder(
-            repo_id=args.repository, folder_path=args.folder, revision=args.revision, ignore_patterns=["checkpoint-*"], commit_message="Upload by thinktok"
+            repo_id=repository, folder_path=args.folder, revision=args.revision, ignore_patterns=["checkpoint-*"], commit_message="Upload by thinktok"
         )
     console.print(done.commit_url, style="dim")
 

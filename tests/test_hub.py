@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from models import save_tiny
 
 HERE = Path(__file__).parent
 
@@ -141,6 +142,13 @@ def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_pat
     hub.trouble = []
     python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/thinker")
     python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "main")
+
+
+def test_a_name_without_an_owner_is_the_users_own(hub, tmp_path):
+    command = ("-m", "hf_thinktok.cli", "push", save_tiny(tmp_path / "thinker", think_tokens=4), "my-model")
+    python(hub, tmp_path / "home", *command, "--revision", "v1")
+    python(hub, tmp_path / "home", *command)
+    assert {"model.safetensors", "tokenizer.json"} <= set(hub.repos["me/my-model"][-1]) & set(hub.repos["me/my-model@v1"][-1])
 
 
 def test_what_cannot_be_pushed(hub, tmp_path):
