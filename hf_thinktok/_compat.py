@@ -3,8 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from huggingface_hub import HfApi
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
@@ -24,6 +26,7 @@ __all__ = [
     "remove_hooks",
     "running_adapter",
     "trainable_token_rows",
+    "uploads_without",
 ]
 
 
@@ -39,6 +42,18 @@ def running_adapter(model: torch.nn.Module, name: str) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+@contextlib.contextmanager
+def uploads_without(*patterns: str) -> Iterator[None]:
+    """Leaves files out of what `Trainer` uploads, beside those of its own fixed patterns."""
+    upload = HfApi.upload_folder
+
+    def upload_less(self, *, ignore_patterns=(), **kwargs):
+        return upload(self, ignore_patterns=[*ignore_patterns, *patterns], **kwargs)
+
+    with patch.object(HfApi, "upload_folder", upload_less):
+        yield
 
 
 def trainable_token_rows(lm_head: Any) -> tuple[Tensor, Tensor | None]:

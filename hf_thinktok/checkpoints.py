@@ -22,10 +22,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from ._compat import uploads_without
 from .card import read_results, render_card
 from .errors import first_line
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
-from .results import changed_options, environment, write_json
+from .results import NOT_PUSHED, changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
 
 logger = logging.getLogger(__name__)
@@ -212,14 +213,15 @@ class CheckpointingTrainer(SFTTrainer):
         card.write_text(card.read_text() + text)
 
     def push_to_hub(self, *args, **kwargs):
-        """Uploads model, tokenizer, card, and in `training.json` the options and the last metrics of this run."""
+        """Uploads model, tokenizer, card, and in `training.json` the options and the last metrics of this run; held-out text stays here."""
         if self.is_world_process_zero():
             metrics: dict[str, Any] = {}
             for entry in self.state.log_history:
                 metrics |= entry
             write_json(Path(self.args.output_dir, "training.json"), {"config": changed_options(self.args), "metrics": metrics} | environment())
         try:
-            return super().push_to_hub(*args, **kwargs)
+            with uploads_without(*NOT_PUSHED):
+                return super().push_to_hub(*args, **kwargs)
         except Exception as error:
             folder = self.args.output_dir
             raise PushError(f"{folder} is whole, but its upload failed: {first_line(error)} Go on with `thinktok push {folder} REPOSITORY`.") from error
@@ -227,7 +229,8 @@ class CheckpointingTrainer(SFTTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():
             shutil.copytree(speaker, Path(self.args.output_dir, SPEAKER), dirs_exist_ok=True)  # the base class copies files alone
-        super()._push_from_checkpoint(checkpoint_folder)
+        with uploads_without(*NOT_PUSHED):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, folder: str, model=None) -> None:
         if is_peft_model(self.model) and SPEAKER in self.model.peft_config:

@@ -21,6 +21,7 @@ from .errors import UsageError, usage
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
 from .models import longest_row
 from .peft import merge
+from .results import NOT_PUSHED
 from .sources import resolve_model
 
 
@@ -125,8 +126,8 @@ def add_push(subparsers) -> None:
     parser = subparsers.add_parser(
         "push",
         help="upload a trained folder to the Hub",
-        description="Uploads a checkpoint or adapter folder to a Hub repository, which is made where there is none. Training checkpoints stay here. "
-        "A push that was interrupted is completed by the same command.",
+        description="Uploads a checkpoint or adapter folder to a Hub repository, which is made where there is none. Training checkpoints stay here, as do "
+        "inspection.json and report.html, which hold held-out text. A push that was interrupted is completed by the same command.",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="checkpoint or adapter folder")
     parser.add_argument("repository", metavar="REPOSITORY", help="its name on the Hub, as in me/my-model; my-model alone is one of yours")
@@ -156,7 +157,7 @@ def run_push(args: argparse.Namespace) -> None:
         if args.revision:
             api.create_branch(repository, branch=args.revision, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repository, folder_path=args.folder, revision=args.revision, ignore_patterns=["checkpoint-*"], commit_message="Upload by thinktok"
+            repo_id=repository, folder_path=args.folder, revision=args.revision, ignore_patterns=[*NOT_PUSHED], commit_message="Upload by thinktok"
         )
     console.print(done.commit_url, style="dim")
 

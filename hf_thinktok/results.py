@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
+# What pushes leave here: checkpoints, and the reports, which hold whole held-out documents word for word.
+NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html")
 LIBRARIES = ("hf-thinktok", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
 
 

@@ -123,13 +123,20 @@ def test_an_adapter_whose_base_is_not_on_the_hub_is_pushed_with_a_word(hub, tmp_
     assert "adapter_model.safetensors" in hub.repos["me/again"][-1]
 
 
-def test_every_save_is_pushed_with_both_models(hub, tmp_path):
+HELD_OUT = {"inspection.json", "report.html"}
+
+
+def test_every_save_is_pushed_with_both_models_and_no_held_out_text(hub, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in HELD_OUT:
+        (tmp_path / "out" / name).write_text('{"texts": ["held out"]}')
     options = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps(options | {"policies": "split", "stop": "fixed"}))
     _, *during, last = hub.repos["me/thinker"]
     assert during
     for commit in (*during, last):
         assert {"model.safetensors", "speaker/model.safetensors", "speaker/config.json", "tokenizer.json"} <= set(commit)
+        assert not HELD_OUT & set(commit)
     assert during[0]["speaker/model.safetensors"] != during[0]["model.safetensors"]
 
 
@@ -145,10 +152,13 @@ def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_pat
 
 
 def test_a_name_without_an_owner_is_the_users_own(hub, tmp_path):
+    (tmp_path / "thinker").mkdir()
+    (tmp_path / "thinker" / "inspection.json").write_text('{"texts": ["held out"]}')
     command = ("-m", "hf_thinktok.cli", "push", save_tiny(tmp_path / "thinker", think_tokens=4), "my-model")
     python(hub, tmp_path / "home", *command, "--revision", "v1")
     python(hub, tmp_path / "home", *command)
     assert {"model.safetensors", "tokenizer.json"} <= set(hub.repos["me/my-model"][-1]) & set(hub.repos["me/my-model@v1"][-1])
+    assert not HELD_OUT & set(hub.repos["me/my-model"][-1])
 
 
 def test_what_cannot_be_pushed(hub, tmp_path):
