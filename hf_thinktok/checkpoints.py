@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ._compat import uploads_without
-from .card import read_results, render_card
+from .card import read_results, render_card, use
 from .errors import first_line
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
 from .results import NOT_PUSHED, changed_options, environment, write_json
@@ -49,9 +49,8 @@ def newest_checkpoint(folder: str | Path) -> str | None:
 CARD = """
 ## Thinking tokens
 
-This model can think in {num_tokens} tokens without text, `{first}` to `{last}`, that nobody supervised. Plain `generate` emits them where it samples them;
-decode with `skip_special_tokens=True` to hide them. Trained with [hf-thinktok](https://github.com/hf-thinktok/hf-thinktok), whose `thinktok generate` shows
-text and thoughts apart.
+This model has {num_tokens} thinking tokens without text, `{first}` to `{last}`, whose meaning nobody gave. {use} Trained with
+[hf-thinktok](https://github.com/hf-thinktok/hf-thinktok).
 """
 
 
@@ -205,7 +204,8 @@ class CheckpointingTrainer(SFTTrainer):
         if self.plain or not self.is_world_process_zero():
             return
         card = Path(self.args.output_dir, "README.md")
-        text = CARD.format(num_tokens=self.vocabulary.num_tokens, first=self.vocabulary.tokens[0], last=self.vocabulary.tokens[-1])
+        tokens = self.vocabulary.tokens
+        text = CARD.format(num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.thoughts))
         if not self.is_in_train:  # what lies there before is an earlier run's
             with contextlib.suppress(ValueError):  # there are none, or none of ours
                 name, number = self.args.hub_model_id or card.parent.name, self.vocabulary.num_tokens

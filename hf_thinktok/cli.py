@@ -68,6 +68,8 @@ def run_generate(args: argparse.Namespace) -> None:
     with usage():
         budget = ThinkingBudget(vocabulary, args.min_think_length, args.max_think_length, args.max_total_think, args.think_bias)
     model, tokenizer = load(args)
+    if model.config.thinktok.get("thoughts") == "continuous":
+        raise UsageError(f"{args.model} was trained with thoughts=continuous, hidden states that generation does not make: train with thoughts=discrete.")
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     length = inputs.shape[1]
     room = longest_row(model) - length

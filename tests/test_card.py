@@ -63,6 +63,33 @@ def test_the_command_writes_a_card_or_says_why_not(tmp_path, capsys):
 QUICKSTART = json.loads((RESULTS / "quickstart.json").read_text())
 
 
+@pytest.mark.parametrize("thoughts", ["filler", "gumbel", "continuous"])
+def test_a_card_says_nothing_of_rewards_where_there_were_none(thoughts):
+    given = "made likelier after which"
+    assert given in render_card(QUICKSTART, "me/model")
+    card = render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"thoughts": thoughts, "stop": "fixed"}}, "me/model")
+    assert given not in card
+    assert ("thinks where the model samples" not in card) == ("`thinktok generate" not in card) == (thoughts == "continuous")
+
+
+@pytest.mark.parametrize("base", ["/data/my models/base: v1", "outputs/base"])
+def test_a_folder_is_no_base_in_the_header(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "base").mkdir(parents=True)
+    header = lambda name: yaml.safe_load(render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"model_name_or_path": name}}, "me/x").split("---")[1])
+    assert "base_model" not in header(base)
+    assert header("me/base")["base_model"] == "me/base"
+
+
+def test_a_model_of_continuous_thoughts_promises_none(make_trainer, tmp_path, capsys):
+    trainer = make_trainer(thoughts="continuous", stop="fixed", num_generations=1)
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "cannot make its thoughts" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["generate", str(tmp_path / "out"), "the cat"]) == 2
+    assert "was trained with thoughts=continuous" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["card", "report"])
 @pytest.mark.parametrize(
     ("content", "sentence"),
