@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from huggingface_hub import HfApi
@@ -52,8 +51,11 @@ def uploads_without(*patterns: str) -> Iterator[None]:
     def upload_less(self, *, ignore_patterns=(), **kwargs):
         return upload(self, ignore_patterns=[*ignore_patterns, *patterns], **kwargs)
 
-    with patch.object(HfApi, "upload_folder", upload_less):
+    HfApi.upload_folder = upload_less  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        HfApi.upload_folder = upload  # type: ignore[method-assign]
 
 
 def trainable_token_rows(lm_head: Any) -> tuple[Tensor, Tensor | None]:

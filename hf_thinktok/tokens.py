@@ -100,7 +100,10 @@ class ThinkingVocabulary:
     @classmethod
     def stored_in(cls, path: str | Path, **kwargs) -> "ThinkingVocabulary | None":
         """The vocabulary that the `config.json` of a folder or Hub repository names, if it does; no code of a model's own is run for it."""
-        return cls.from_config(SimpleNamespace(**PreTrainedConfig.get_config_dict(path, **kwargs)[0]))
+        config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+        if not config:
+            raise ValueError(f"there is no config.json in {path}.")
+        return cls.from_config(SimpleNamespace(**config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs) -> "ThinkingVocabulary":

@@ -72,7 +72,7 @@ class Progress(TrainerCallback):
         self.start, self.curve, self.console = time.perf_counter(), [], Console()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.every or state.global_step % self.every:
+        if not self.every or state.global_step % self.every or state.global_step <= self.trainer.args.think_start:  # nothing has been thought yet
             return
         accuracy = min(answer(self.trainer, rows, "think" if self.trainer.args.thinks else "none").accuracy for rows in self.rows)
         seconds, curriculum = time.perf_counter() - self.start, self.trainer.curriculum

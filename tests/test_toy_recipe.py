@@ -129,9 +129,11 @@ def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculu
     monkeypatch.syspath_prepend(ROOT / "recipes")
     toy = importlib.import_module("toy")
     monkeypatch.setattr(toy, "answer", lambda trainer, rows, how: SimpleNamespace(accuracy={1: 0.5, 2: 1.0}[rows["level"][0]]))
-    trainer = SimpleNamespace(args=SimpleNamespace(thinks=True), curriculum=curriculum)
-    state, control = SimpleNamespace(global_step=1), TrainerControl()
-    toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9).on_step_end(None, state, control)
+    trainer = SimpleNamespace(args=SimpleNamespace(thinks=True, think_start=1), curriculum=curriculum)
+    progress, control = toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9), TrainerControl()
+    progress.on_step_end(None, SimpleNamespace(global_step=1), control)
+    assert not progress.curve  # there were no thoughts yet
+    progress.on_step_end(None, SimpleNamespace(global_step=2), control)
     assert control.should_training_stop == ends
 
 

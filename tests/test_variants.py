@@ -54,6 +54,7 @@ def batch_of(trainer, rows):
 
 def one_rollout(trainer, inputs, labels):
     """What the trainer would learn from at its first step."""
+    trainer.current_gradient_accumulation_steps = 1
     return trainer._rollout(trainer.model, inputs, labels, 0)
 
 
