@@ -124,8 +124,8 @@ class ThinkTokConfig(SFTConfig):
             The mean is taken for each `position` of a thought, or for each position and `token` before it.
         thought_entropy_target (schedule, *optional*):
             Entropy of the next thinking token that a two-sided servo holds, as a part of ln N.
-        curriculum_threshold (`float`, *optional*):
-            Running accuracy at which the next `level` of the data begins; `None`: all rows from the start.
+        curriculum_threshold (`list[float]`, *optional*):
+            Running accuracy at which the next `level` of the data begins: one number, or one for each level but the last. `None`: all rows from the start.
         curriculum_replay (`float`, defaults to `0.4`):
             Part of the steps that goes to all reached levels alike.
 
@@ -237,7 +237,7 @@ class ThinkTokConfig(SFTConfig):
     balance_coef: list[float] = option([0.0], f"Weight of the entropy of the batch's mean choice: {A_SCHEDULE}.")
     balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))
     thought_entropy_target: list[float] | None = option(None, f"Entropy that a servo holds, in parts of ln N: {A_SCHEDULE}.")
-    curriculum_threshold: float | None = option(None, "Running accuracy at which the next level of the data begins.")
+    curriculum_threshold: list[float] | None = option(None, "Running accuracy at which the next level of the data begins, or one for each but the last.")
     curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
 
     teacher: str | None = option(None, "A frozen LM whose predictions are the labels.")
@@ -277,7 +277,7 @@ class ThinkTokConfig(SFTConfig):
     max_nonfinite_steps: int = option(10, "Steps in a row that are not finite before training stops.")
 
     def __post_init__(self):
-        for name in SCHEDULES:
+        for name in (*SCHEDULES, "curriculum_threshold"):
             if isinstance(getattr(self, name), int | float):
                 setattr(self, name, [float(getattr(self, name))])
         if self.packing and self.packing_strategy == "wrapped" and self.eval_packing is None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
-FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "curriculum_threshold")
+FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
@@ -71,6 +71,9 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
             raise ValueError(
                 f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them (and the step it begins at), none negative."
             )
+    thresholds = config.curriculum_threshold
+    if thresholds is not None and (not thresholds or min(thresholds) < 0 or max(thresholds) > 1):
+        raise ValueError(f"curriculum_threshold={thresholds} must be between 0 and 1: one number, or one for each level of the data but the last.")
     if isinstance(config.fork_markers, str):
         raise ValueError(f"fork_markers={config.fork_markers!r} is one text: give a list of them.")
     if config.alternate is not None and (len(config.alternate) != 2 or min(config.alternate) < 1):
@@ -94,7 +97,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
 
 def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
     """Numbers, and lists of them, are no texts, and counts have no fractions."""
-    for name in (*whole, *FRACTIONS, *WEIGHTS, *SCHEDULES, "temperature", "posterior_temperature", "reward_weights"):
+    for name in (*whole, *FRACTIONS, *WEIGHTS, *SCHEDULES, "curriculum_threshold", "temperature", "posterior_temperature", "reward_weights"):
         value = getattr(config, name)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, Integral if name in whole else Real)):

@@ -20,11 +20,20 @@ class Curriculum:
 
     Args:
         levels: those of the data set, ascending.
-        threshold: running accuracy at which the next level begins.
+        thresholds: running accuracy at which the next level begins: one for all, or one for each level but the last.
+
+    Raises:
+        ValueError: neither as many.
     """
 
-    def __init__(self, levels: list[int], threshold: float):
-        self.levels, self.threshold = levels, threshold
+    def __init__(self, levels: list[int], thresholds: list[float]):
+        between = len(levels) - 1
+        if len(thresholds) not in (1, between):
+            raise ValueError(
+                f"curriculum_threshold has {len(thresholds)} numbers and the data {len(levels)} levels ({', '.join(map(str, levels))}): give one number, "
+                f"or one for each level but the last ({between})."
+            )
+        self.levels, self.thresholds = levels, thresholds * between if len(thresholds) == 1 else thresholds
         self.begins = [0]  # the step at which each reached level begins
         self.sums: dict[int, float] = {}
         self.counts: dict[int, float] = {}  # optimizer steps
@@ -47,9 +56,11 @@ class Curriculum:
         kept = (1 - RATE) ** share
         self.sums[level] = self.sums.get(level, 0.0) * kept + (1 - kept) * accuracy
         self.counts[level] = self.counts.get(level, 0.0) + share
-        last = self.levels[len(self.begins) - 1]
-        passed = round(self.counts.get(last, 0.0), 6) >= LEAST_STEPS and self.accuracy[last] >= self.threshold
-        if passed and len(self.begins) < len(self.levels):
+        reached = len(self.begins)
+        if reached == len(self.levels):
+            return
+        last = self.levels[reached - 1]
+        if round(self.counts.get(last, 0.0), 6) >= LEAST_STEPS and self.accuracy[last] >= self.thresholds[reached - 1]:
             self.begins.append(step + LAG)
 
     def state_dict(self) -> dict[str, Any]:

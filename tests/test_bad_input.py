@@ -108,7 +108,9 @@ BAD_VALUES = [
     ),
     ({"think_start": -1}, ["think_start=-1", "at least 0"]),
     ({"posterior_temperature": 0.0, "objective": "marginal"}, ["posterior_temperature=0.0", "above 0"]),
-    ({"curriculum_threshold": 1.5}, ["curriculum_threshold=1.5", "between 0 and 1"]),
+    ({"curriculum_threshold": 1.5}, ["curriculum_threshold=.1.5.", "between 0 and 1"]),
+    ({"curriculum_threshold": []}, ["curriculum_threshold=..", "one number"]),
+    ({"curriculum_threshold": [0.9, "0.8"]}, ["curriculum_threshold", "numbers"]),
     ({"alternate": [3]}, ["alternate=.3.", "two numbers"]),
     ({"alternate": [0, 3]}, ["alternate=.0, 3.", "at least 1"]),
     *(
@@ -729,6 +731,13 @@ def test_a_curriculum_needs_levels(make_trainer):
     with pytest.raises(ValueError, match="curriculum_threshold") as error:
         make_trainer(curriculum_threshold=0.9)
     one_sentence(error, "column `level`")
+
+
+def test_a_curriculum_has_one_threshold_or_as_many_as_it_passes(make_trainer):
+    rows = Dataset.from_dict({"text": ["one two three four"] * 6, "level": [1, 2, 4] * 2})
+    with pytest.raises(ValueError, match="curriculum_threshold") as error:
+        make_trainer(train_dataset=rows, curriculum_threshold=[0.9, 0.8, 0.7], max_steps=2)
+    one_sentence(error, "3 numbers", "3 levels .1, 2, 4.", "each level but the last .2.")
 
 
 SECOND = [

@@ -203,7 +203,7 @@ def test_random_candidates_can_be_small_changes_of_own_thoughts(changes):
 
 
 def test_a_level_begins_after_the_one_before_is_passed():
-    curriculum = Curriculum([1, 2, 5], threshold=0.9)
+    curriculum = Curriculum([1, 2, 5], [0.9])
     for step in range(100):
         wrong = curriculum.reached(step)[-1] == 5 or step < 20
         curriculum.observe(step, curriculum.reached(step)[-1], 0.0 if wrong else 1.0)
@@ -215,14 +215,28 @@ def test_a_level_begins_after_the_one_before_is_passed():
     assert curriculum.reached(first) == [1, 2]
     assert curriculum.stage_step(first, 2) == 0
     assert [curriculum.stage_step(99, level) for level in (1, 2, 5)] == [99, 99 - first, 99 - curriculum.begins[-1]]
-    again = Curriculum([1, 2, 5], threshold=0.9)
+    again = Curriculum([1, 2, 5], [0.9])
     again.load_state_dict(curriculum.state_dict())
     assert again.begins == curriculum.begins
     assert again.accuracy == curriculum.accuracy
 
 
+def test_each_level_has_a_threshold_of_its_own():
+    curriculum = Curriculum([1, 2, 4], [0.9, 0.5])
+    begun = []
+    for step in range(60):
+        curriculum.observe(step, curriculum.reached(step)[-1], 0.6 if step >= 20 else 0.95)
+        begun.append(curriculum.reached(step)[-1])
+    assert begun[:20].count(1) == LEAST_STEPS - 1 + LAG, "0.95 passes the first"
+    assert begun[-1] == 4, "0.6 passes the second"
+    strict = Curriculum([1, 2, 4], [0.9])
+    for step in range(60):
+        strict.observe(step, strict.reached(step)[-1], 0.6 if step >= 20 else 0.85)
+    assert strict.begins == [0], "and neither passes where 0.9 is asked of all"
+
+
 def test_accumulated_batches_are_parts_of_a_step():
-    whole, parts = Curriculum([1, 2], 0.9), Curriculum([1, 2], 0.9)
+    whole, parts = Curriculum([1, 2], [0.9]), Curriculum([1, 2], [0.9])
     for step in range(LEAST_STEPS):
         assert whole.begins == parts.begins == [0]
         whole.observe(step, 1, 0.95)
@@ -233,7 +247,7 @@ def test_accumulated_batches_are_parts_of_a_step():
 
 
 def test_accuracy_on_easier_levels_passes_nothing():
-    curriculum = Curriculum([1, 2, 3], threshold=0.5)
+    curriculum = Curriculum([1, 2, 3], [0.5])
     curriculum.begins = [0, 10]
     for step in range(10, 200):
         curriculum.observe(step, 1, 1.0)
@@ -242,7 +256,7 @@ def test_accuracy_on_easier_levels_passes_nothing():
 
 def test_rows_of_a_step_are_of_one_reached_level_and_do_not_depend_on_what_comes_later():
     levels = np.repeat([1, 2, 3], 50)
-    curriculum = Curriculum([1, 2, 3], 0.9)
+    curriculum = Curriculum([1, 2, 3], [0.9])
     curriculum.begins = [0, 4, 30]
     rows = list(LevelSampler(levels, curriculum, batch=6, replay=0.5, steps=40, seed=1))
     assert len(rows) == 240
