@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .models import has_position_table, longest_row
+from .tree import document_lengths, document_positions
 
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
@@ -55,10 +56,12 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
 
 
-def last_fork(args: "ThinkTokConfig", model: PreTrainedModel, row_length: int) -> int:
-    """The last place of a document where a thought and what judges it still have positions, in rows of so many tokens. Negative: none."""
+def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tensor) -> Tensor:
+    """Places where a thought and what judges it have positions, `[B, T]` bool: to the end of their document, or as far as `lookahead` goes."""
     room = longest_row(model) - args.max_think_length
-    return row_length if row_length <= room else room - (row_length if args.lookahead is None else args.lookahead)
+    positions_BT = document_positions(documents_BT)
+    fits_BT = document_lengths(documents_BT) <= room
+    return fits_BT if args.lookahead is None else fits_BT | (positions_BT + args.lookahead <= room)
 
 
 def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:
@@ -78,7 +81,7 @@ def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:
         raise ValueError(
             f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's {positions} positions: lower max_length{fewer}."
         )
-    if last_fork(args, model, longest) < 0:
+    if not has_room(args, model, torch.zeros(1, longest, dtype=torch.long)).any():
         lower = "max_think_length" if positions - args.max_think_length < 2 else "max_length or lookahead"
         raise ValueError(
             f"max_length={longest} and a thought of max_think_length={args.max_think_length} with its lookahead exceed the model's {positions} positions: "

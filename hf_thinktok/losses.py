@@ -17,8 +17,8 @@ class PolicyLoss:
     """GRPO's family of losses over the actions of thoughts. Names and defaults are those of `trl.GRPOConfig`.
 
     Args:
-        kind: how the actions' terms are summed up. `dr_grpo` (https://huggingface.co/papers/2503.20783): over the constant number of thoughts times
-            `max_length`; equal on all ranks. `grpo` (https://huggingface.co/papers/2402.03300): mean of each thought, then of thoughts.
+        kind: how the actions' terms are summed up. `dr_grpo` (https://huggingface.co/papers/2503.20783): over the number of thoughts of all ranks times
+            `max_length`, however long they are. `grpo` (https://huggingface.co/papers/2402.03300): mean of each thought, then of thoughts.
             `bnpo`: over the actions of this micro-batch. `dapo` (https://huggingface.co/papers/2503.14476): over the actions of all ranks. `cispo`
             (https://huggingface.co/papers/2506.13585): the clipped ratio as a weight without gradient, summed as `dapo`.
         epsilon, epsilon_high: the ratio is clipped to `[1 - epsilon, 1 + epsilon_high]`; for `cispo` to at most `epsilon_high`.
@@ -41,6 +41,7 @@ class PolicyLoss:
         advantages_BKGA: Tensor,
         mask_BKGA: Tensor,
         max_length: int,
+        num_thoughts: Tensor | float,
         reference_logps_BKGA: Tensor | None = None,
         global_actions: Tensor | float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,6 +49,7 @@ class PolicyLoss:
 
         Args:
             mask_BKGA: which actions were taken.
+            num_thoughts: mean number of thoughts per rank, for `dr_grpo` and `grpo`.
             global_actions: mean number of actions per rank, for `dapo` and `cispo`; `None` for those of this rank.
         """
         log_ratio = logps_BKGA - old_logps_BKGA
@@ -70,9 +72,9 @@ class PolicyLoss:
             metrics["kl"] = masked_mean(kl.detach(), mask_BKGA, None)
         terms = torch.where(mask_BKGA, terms, 0.0)
         if self.kind == "dr_grpo":
-            return terms.sum() / (mask_BKGA[..., 0].numel() * max_length), metrics
+            return terms.sum() / (num_thoughts * max_length), metrics
         if self.kind == "grpo":
-            return masked_mean(terms, mask_BKGA).mean(), metrics
+            return masked_mean(terms, mask_BKGA).sum() / num_thoughts, metrics
         actions = mask_BKGA.sum() if self.kind == "bnpo" or global_actions is None else global_actions
         return terms.sum() / torch.as_tensor(actions).clamp(min=1), metrics
 

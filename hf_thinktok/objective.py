@@ -3,8 +3,8 @@
     think_ce_weight * share * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts)
     + gate_loss_weight * (exact gate + think_cost * E[length]) - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
 
-Each part is a mean over forks. The share of the cross-entropy is that of the forks among all tokens of the text: what follows a thought weighs as one token
-of the text (its judged tokens together: a mean). As a plain mean a few forks would outweigh the rows that they stand in.
+Each part is a mean over the forks that are there. The share of the cross-entropy is that of the forks among all tokens of the text: what follows a thought
+weighs as one token of the text (its judged tokens together: a mean). As a plain mean a few forks would outweigh the rows that they stand in.
 
 Soft thoughts (`hf_thinktok.thoughts`) have no policy loss: the cross-entropy's own gradient goes through them.
 
@@ -158,33 +158,35 @@ def thinking_loss(
     config: ThinkTokConfig,
     rewards: list[RewardFunction],
     weights: list[float],
+    token_weight: Tensor | float,
     old_logps_BKGA: Tensor | None = None,
     reference_logps_BKGA: Tensor | None = None,
     global_mean=None,
     step: int = 0,
     first_id: int = 0,
     value: ValueBaseline | None = None,
-    ce_share: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The thinking part of the loss, a mean over forks, and its metrics.
 
     Args:
         labels_BKH: the judged tokens.
+        token_weight: what a token of the text weighs in the loss, and so what follows a thought.
         old_logps_BKGA: the actions' log-probabilities when they were drawn; `None` on the first pass, where they are the present ones.
         reference_logps_BKGA: those of the reference model, for `beta`.
-        global_mean: averages a tensor over all ranks, for losses that count actions globally.
+        global_mean: averages a tensor over all ranks, which do not have as many forks each.
         step: the clock of the schedules.
         first_id: the first thinking id.
         value: as in `credit`.
-        ce_share: forks for each token of the text.
     """
     speech = speak(scores, rollout, config.stop, config.stop_smoothing, config.blind)
     speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights, step, value)
-    num_forks = max(scores.valid_BK.numel(), 1)
+    across = global_mean or (lambda count: count)
+    num_forks = across(scores.valid_BK.sum().float())
+    num_forks = torch.where(num_forks > 0, num_forks, 1.0)  # every part is 0 where no rank has any
     speaks, thinks = _turns(config, step)
 
     spoken_BKG = masked_mean(speech.logps_BKGH, scores.mask_BKH[:, :, None])
-    loss = speaks * config.think_ce_weight * ce_share * -(speaker_weights_BKG * spoken_BKG).sum() / num_forks
+    loss = speaks * config.think_ce_weight * token_weight * -(speaker_weights_BKG * spoken_BKG).sum()
     if config.stop == "learned":
         gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
         mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
@@ -198,15 +200,16 @@ def thinking_loss(
     if config.thoughts == "gumbel":  # the cross-entropy above reaches thoughts through what the speaker reads
         return loss + diversity_loss, metrics | diversity_metrics
     advantages_BKGA = torch.cat([advantages_BKGL] * (logps_BKGA.shape[-1] // advantages_BKGL.shape[-1]), -1)
-    counts_globally = config.think_loss_type in ("dapo", "cispo") and global_mean is not None
+    counts_globally = config.think_loss_type in ("dapo", "cispo")
     policy_loss, policy_metrics = config.policy_loss()(
         logps_BKGA,
         logps_BKGA.detach() if old_logps_BKGA is None else old_logps_BKGA,
         advantages_BKGA,
         mask_BKGA,
         config.max_think_length,
+        num_forks * mask_BKGA.shape[2],
         reference_logps_BKGA=reference_logps_BKGA,
-        global_actions=global_mean(mask_BKGA.sum().float()) if counts_globally else None,
+        global_actions=across(mask_BKGA.sum().float()) if counts_globally else None,
     )
     loss = loss + thinks * config.think_loss_weight * policy_loss
     loss = loss + thinks * diversity_loss

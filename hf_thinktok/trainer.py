@@ -28,7 +28,7 @@ from .data import BatchesAgain, TreeCollator, check_prepared, levels_of, task_co
 from .distributed import check_launcher, for_rollout, is_partitioned, keep_types, prepare_frozen
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, last_fork, marker_ids
+from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, has_room, marker_ids
 from .head import HeadInputs, attach_head
 from .loading import as_loaded, check_arguments, check_optimizer, check_parts, load_model, load_teacher, sample_text
 from .models import evaluating, unwrapped
@@ -41,7 +41,7 @@ from .search import Explorer
 from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import ThinkingVocabulary, add_thinking_tokens, check_vocabulary
-from .tree import ThoughtTree, before, document_positions
+from .tree import ThoughtTree, before
 
 
 class ThinkTokTrainer(CheckpointingTrainer):
@@ -234,13 +234,13 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 args,
                 self.rewards,
                 self.reward_weights,
+                token_weight * accumulated,
                 old_logps_BKGA=self._old_logps[turn],
                 reference_logps_BKGA=self._reference_actions(turn, tree, tokens_BT, labels_BT, rollout),
                 global_mean=self._global_mean,
                 step=self._schedule_step(inputs),
                 first_id=self.vocabulary.first_id,
                 value=self.value,
-                ce_share=token_weight * accumulated * scores.valid_BK.numel(),
             )
             self._old_logps[turn] = actions(scores, rollout, args)[0].detach() if self._old_logps[turn] is None else self._old_logps[turn]
             loss = loss + thinking / accumulated
@@ -305,7 +305,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if not args.thinks or (self.model.training and self.state.global_step < args.think_start):
             return tokens_BT.new_zeros(len(tokens_BT), 0)
         eligible_BT = eligible_forks(labels_BT, documents_BT)
-        eligible_BT &= document_positions(documents_BT) <= last_fork(args, unwrapped(model), tokens_BT.shape[1])
+        eligible_BT &= has_room(args, unwrapped(model), documents_BT)
         if how == "markers":
             eligible_BT &= ends_of(self.markers, tokens_BT)
         elif how == "entropy":
@@ -457,7 +457,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 print_thoughts(self._tokenizer, self._printable, self.vocabulary.first_id, self.state.global_step)
         if not self.plain and not self.model.training and self._gains.rows:
             logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
-            self._gains, self._clock = GainByDocument(), time.perf_counter()
+            self._gains = GainByDocument()
         if "train_runtime" in logs:
             logs |= {"train_step_seconds": self.step_time.seconds, "train_steps_per_second": self.state.global_step / max(self.step_time.seconds, 1e-9)}
         super().log(logs, start_time)
@@ -467,7 +467,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         standard error over documents."""
         if not self.plain:
             self._gains, self._micro_step, self._prefix = GainByDocument(), (-1, -1), metric_key_prefix
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start = time.perf_counter()
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._clock += time.perf_counter() - start  # no part of the training that tokens per second are of
+        return metrics
 
     def _stateful(self) -> dict[str, Any]:
         parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "step_time": self.step_time}

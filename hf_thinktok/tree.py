@@ -59,6 +59,14 @@ def document_positions(documents_BT: Tensor) -> Tensor:
     return time_T - torch.where(starts_BT, time_T, 0).cummax(1).values
 
 
+def document_lengths(documents_BT: Tensor) -> Tensor:
+    """How many tokens each token's document has, `[B, T]`."""
+    time_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    ends_BT = torch.cat([documents_BT[:, 1:] != documents_BT[:, :-1], documents_BT.new_ones(len(documents_BT), 1, dtype=torch.bool)], 1)
+    end_BT = torch.where(ends_BT, time_T, documents_BT.shape[1]).flip(1).cummin(1).values.flip(1)
+    return end_BT - time_T + document_positions(documents_BT) + 1
+
+
 class ThoughtTree:
     """Layout of a batch of rows with thoughts. Pure tensors: it knows no model.
 

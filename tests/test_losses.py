@@ -36,7 +36,7 @@ def actions(seed=0, spread=0.4):
 # ---------------------------------------------------------------- policy losses
 
 
-def loop_loss(kind, logps, old, advantages, mask, max_length, low, high, delta, level, beta, reference, global_actions):
+def loop_loss(kind, logps, old, advantages, mask, max_length, num_thoughts, low, high, delta, level, beta, reference, global_actions):
     """The papers' formulas, one action at a time."""
     total, per_thought, count = 0.0, [], 0
     for b in range(B):
@@ -62,9 +62,9 @@ def loop_loss(kind, logps, old, advantages, mask, max_length, low, high, delta, 
                 total, count = total + sum(of_thought), count + len(taken)
                 per_thought.append(sum(of_thought) / max(len(taken), 1))
     if kind == "dr_grpo":
-        return total / (len(per_thought) * max_length)
+        return total / (num_thoughts * max_length)
     if kind == "grpo":
-        return sum(per_thought) / len(per_thought)
+        return sum(per_thought) / num_thoughts
     return total / (count if kind == "bnpo" or global_actions is None else global_actions)
 
 
@@ -74,8 +74,8 @@ def loop_loss(kind, logps, old, advantages, mask, max_length, low, high, delta, 
 def test_policy_loss_is_the_papers(kind, low, high, delta, beta, level):
     logps, old, reference, advantages, mask = actions()
     high = 1 + high if kind == "cispo" else high  # its bound is the ratio's own
-    loss, metrics = PolicyLoss(kind, low, high, delta, level, beta)(logps, old, advantages, mask, 7, reference if beta else None, 11.0)
-    expected = loop_loss(kind, logps, old, advantages, mask, 7, low, high, delta, level, beta, reference, 11.0)
+    loss, metrics = PolicyLoss(kind, low, high, delta, level, beta)(logps, old, advantages, mask, 7, 12.5, reference if beta else None, 11.0)
+    expected = loop_loss(kind, logps, old, advantages, mask, 7, 12.5, low, high, delta, level, beta, reference, 11.0)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss, logps)[0], torch.autograd.grad(expected, logps)[0], atol=1e-6, rtol=1e-5)
     assert 0 < metrics["clip_ratio"] < 1
@@ -84,7 +84,7 @@ def test_policy_loss_is_the_papers(kind, low, high, delta, beta, level):
 @pytest.mark.parametrize("kind", ["dapo", "cispo"])
 def test_without_other_ranks_their_actions_are_ours(kind):
     logps, old, _, advantages, mask = actions()
-    alone, same = (PolicyLoss(kind)(logps, old, advantages, mask, A, None, count)[0] for count in (None, mask.sum()))
+    alone, same = (PolicyLoss(kind)(logps, old, advantages, mask, A, 12.5, None, count)[0] for count in (None, mask.sum()))
     assert torch.equal(alone, same)
 
 
@@ -93,9 +93,9 @@ def test_actions_not_taken_do_not_count(kind):
     """Neither what is behind a thought's end nor a thought without tokens, whatever stands there."""
     logps, old, reference, advantages, mask = actions()
     loss = PolicyLoss(kind, beta=0.1)
-    clean, clean_metrics = loss(logps, old, advantages, mask, A, reference)
+    clean, clean_metrics = loss(logps, old, advantages, mask, A, 12.5, reference)
     other, other_metrics = loss(
-        torch.where(mask, logps, -3.0), torch.where(mask, old, -1.0), torch.where(mask, advantages, 50.0), mask, A, torch.where(mask, reference, -9.0)
+        torch.where(mask, logps, -3.0), torch.where(mask, old, -1.0), torch.where(mask, advantages, 50.0), mask, A, 12.5, torch.where(mask, reference, -9.0)
     )
     assert torch.equal(clean, other)
     assert clean_metrics == other_metrics
@@ -105,7 +105,7 @@ def test_actions_not_taken_do_not_count(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_actions_no_loss(kind):
     logps, old, _, advantages, mask = actions()
-    assert PolicyLoss(kind)(logps, old, advantages, torch.zeros_like(mask), A)[0] == 0
+    assert PolicyLoss(kind)(logps, old, advantages, torch.zeros_like(mask), A, 12.5)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,9 @@ def test_no_actions_no_loss(kind):
 def test_clipping_by_sign(log_ratio, advantage, options, slope):
     """The gradient of one action, as a part of ratio * advantage."""
     logps = torch.full((1, 1, 1, 1), -1.0, requires_grad=True)
-    loss, metrics = PolicyLoss(**options)(logps, logps.detach() - log_ratio, torch.full((1, 1, 1, 1), advantage), torch.ones(1, 1, 1, 1, dtype=torch.bool), 1)
+    loss, metrics = PolicyLoss(**options)(
+        logps, logps.detach() - log_ratio, torch.full((1, 1, 1, 1), advantage), torch.ones(1, 1, 1, 1, dtype=torch.bool), 1, 1
+    )
     grad = torch.autograd.grad(loss, logps)[0].item()
     assert grad == pytest.approx(-slope * math.exp(log_ratio) * advantage, abs=1e-6)
     if "kind" not in options and options.get("delta") is None:
@@ -138,8 +140,8 @@ def test_sequence_ratio_is_the_geometric_mean():
     """Two tokens whose ratios cancel: clipped one by one, untouched as a sequence."""
     old = torch.full((1, 1, 1, 2), -1.0)
     logps, mask, good = old + torch.tensor([1.0, -1.0]), torch.ones(1, 1, 1, 2, dtype=torch.bool), torch.ones(1, 1, 1, 2)
-    assert PolicyLoss("grpo")(logps, old, good, mask, 2)[0].item() == pytest.approx(-(1.2 + math.exp(-1)) / 2)
-    assert PolicyLoss("grpo", importance_sampling_level="sequence")(logps, old, good, mask, 2)[0].item() == pytest.approx(-1.0)
+    assert PolicyLoss("grpo")(logps, old, good, mask, 2, 1)[0].item() == pytest.approx(-(1.2 + math.exp(-1)) / 2)
+    assert PolicyLoss("grpo", importance_sampling_level="sequence")(logps, old, good, mask, 2, 1)[0].item() == pytest.approx(-1.0)
 
 
 def test_kl_is_k3():
@@ -149,13 +151,13 @@ def test_kl_is_k3():
     kls = []
     for z in range(5):
         at = torch.full((1, 1, 1, 1), policy[z].item())
-        loss, metrics = PolicyLoss(beta=2.0)(at, at, torch.zeros(1, 1, 1, 1), one[..., :1], 1, torch.full((1, 1, 1, 1), reference[z].item()))
+        loss, metrics = PolicyLoss(beta=2.0)(at, at, torch.zeros(1, 1, 1, 1), one[..., :1], 1, 1, torch.full((1, 1, 1, 1), reference[z].item()))
         assert loss.item() == pytest.approx(2.0 * metrics["kl"].item())
         kls.append(metrics["kl"].item())
     assert min(kls) >= 0
     exact = (policy.exp() * (policy - reference)).sum().item()
     assert sum(p * kl for p, kl in zip(policy.exp().tolist(), kls)) == pytest.approx(exact, abs=1e-5)
-    assert PolicyLoss(beta=1.0)(policy[None, None, None], policy[None, None, None], torch.zeros(1, 1, 1, 5), one, 5, policy[None, None, None])[0] == 0
+    assert PolicyLoss(beta=1.0)(policy[None, None, None], policy[None, None, None], torch.zeros(1, 1, 1, 5), one, 5, 1, policy[None, None, None])[0] == 0
 
 
 # ---------------------------------------------------------------- stopping times

@@ -143,7 +143,7 @@ def pick(scores, rollout, members):
 
 def loss_of(scores, rollout, labels, config):
     rewards = resolve_rewards(config.reward_funcs)
-    return thinking_loss(scores, rollout, labels, config, rewards, [1.0] * len(rewards))
+    return thinking_loss(scores, rollout, labels, config, rewards, [1.0] * len(rewards), token_weight=1 / scores.valid_BK.sum())
 
 
 def expected_loss(model, tables, config):
@@ -429,7 +429,7 @@ def test_blind_never_speaks_without_a_thought(model, make_config, smoothing):
     **NAMES,
 )
 def test_absent_fork_adds_nothing(model, make_config, options):
-    """A row with one place to think and one fork too many: half the mean over forks, and no gradient from the absent one."""
+    """A row with one place to think and one fork too many: the mean over the forks that are there, and no gradient from the absent one."""
     config = make_config(**options)
     scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 1 if config.stop == "sampled" else 2)], config)
     alone, _ = loss_of(scores, rollout, labels, config)
@@ -449,8 +449,8 @@ def test_absent_fork_adds_nothing(model, make_config, options):
         double(labels, -100),
         config,
     )
-    assert_same_gradient(model, both * 2, -alone, tolerance=1e-6)
-    assert (both * 2).item() == pytest.approx(alone.item(), abs=1e-6)
+    assert_same_gradient(model, both, -alone, tolerance=1e-6)
+    assert both.item() == pytest.approx(alone.item(), abs=1e-6)
 
 
 def test_thoughts_are_told_apart_by_what_was_thought(model, make_config):

@@ -54,3 +54,14 @@ def test_no_thought_runs_out_of_positions(forks_of):
         train_dataset=rows, max_length=60, fork_positions="all", num_forks=16, lookahead=3, stop="sampled", max_think_length=8, model=limited(64), max_steps=1
     )
     assert max(before for _, before in seen) == 64 - 8 - 3
+
+
+@pytest.mark.parametrize("lookahead", [None, 4])
+def test_a_row_without_room_for_thoughts_takes_none_from_the_others(forks_of, lookahead):
+    """Of 64 positions a thought takes 4: a document of 63 tokens leaves too few for all that follows a thought, and those beside it do not care."""
+    rows = Dataset.from_dict({"input_ids": [[5 + i % 40 for i in range(length)] for length in (8, 8, 63, 5)]})
+    seen = forks_of(
+        train_dataset=rows, max_length=None, num_forks=3, lookahead=lookahead, max_think_length=4, stop="sampled", model=limited(64), max_steps=1,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+    assert len(seen) == (9 if lookahead is None else 12)

@@ -15,7 +15,7 @@ from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
@@ -789,3 +789,29 @@ def test_a_model_in_four_bits_is_evaluated(tmp_path):
     found = evaluate_thinking(packed, tokenizer, [{"text": CORPUS[0]}], num_forks=4, num_samples=1).summary()
     plain = evaluate_thinking(model, tokenizer, [{"text": CORPUS[0]}], num_forks=4, num_samples=1).summary()
     assert found["arms"]["no_think"]["bits_per_token"] == pytest.approx(plain["arms"]["no_think"]["bits_per_token"], rel=0.2)
+
+
+def test_tokens_per_second_are_of_training_whenever_evaluations_fall(make_trainer, corpus, monkeypatch):
+    """On a clock that a step of training moves by a second and a batch of an evaluation by a hundred."""
+
+    class Clock(TrainerCallback):
+        now = 0.0
+
+        def on_step_end(self, *args, **kwargs):
+            self.now += 1
+
+        def on_prediction_step(self, *args, **kwargs):
+            self.now += 100
+
+    def speeds(eval_steps):
+        clock = Clock()
+        monkeypatch.setattr("hf_thinktok.trainer.time", SimpleNamespace(perf_counter=lambda: clock.now))
+        options = {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {}
+        trainer = make_trainer(max_steps=12, logging_steps=4, eval_dataset=corpus.select(range(4)), save_strategy="no", **options)
+        trainer.add_callback(clock)
+        trainer.train()
+        return [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
+
+    plain = speeds(None)
+    assert len(plain) == 3
+    assert speeds(4) == speeds(3) == pytest.approx(plain)
