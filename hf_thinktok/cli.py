@@ -1,6 +1,7 @@
 """The `thinktok` command. A subcommand is a function that adds its parser and a function that runs it; `COMMANDS` lists the former."""
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -241,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         args, recipe = command.parse_known_args(words[1:])
         args.recipe = recipe
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that cannot write a character of the text gets it as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Errors are told in a sentence below; the libraries' warnings and bars would run into the streamed text.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
 from .commands import LARGEST_SEED, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
@@ -126,6 +127,7 @@ def run_card(args: argparse.Namespace) -> None:
     from .results import written_whole
 
     with usage():
+        validate_repo_id(args.repository)
         card = render_card(read_results(args.results), args.repository, args.title)
     if args.output is None:
         print(card)

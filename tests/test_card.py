@@ -81,6 +81,29 @@ def test_a_folder_is_no_base_in_the_header(base, tmp_path, monkeypatch):
     assert header("me/base")["base_model"] == "me/base"
 
 
+def test_options_with_backticks_stay_in_their_block():
+    """As a text template for code has them."""
+    template = "{question}\n```python\n{answer}\n````\n"
+    card = render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"text_template": template}}, "me/model")
+    fence, block = re.search(r"^(`+)yaml\n(.*?)^\1$", card, re.DOTALL | re.MULTILINE).groups()
+    assert yaml.safe_load(block)["text_template"] == template
+    assert fence not in block
+
+
+def test_a_folder_is_no_data_set_in_the_header(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "rows").mkdir(parents=True)
+    header = lambda name: yaml.safe_load(render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"dataset_name": name}}, "me/x").split("---")[1])
+    assert "datasets" not in header("my/rows")
+    assert header("me/rows")["datasets"] == ["me/rows"]
+
+
+@pytest.mark.parametrize("name", ["", "me/my model", "a/b/c"])
+def test_a_card_is_for_a_name_that_the_hub_takes(name, capsys):
+    assert main(["card", str(RESULTS / "quickstart.json"), name]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_model_of_continuous_thoughts_promises_none(make_trainer, tmp_path, capsys):
     trainer = make_trainer(thoughts="continuous", stop="fixed", num_generations=1)
     trainer.save_model()

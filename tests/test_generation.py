@@ -309,13 +309,13 @@ def run(capsys):
 
 
 def test_the_command_in_a_process_of_its_own(folder, tmp_path):
-    def start(path):
+    def start(path, characters="utf-8"):
         options = ["--device", "cpu", "--max_new_tokens", "12", "--min_think_length", "2", "--max_think_length", "2", "--seed", "1"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": characters}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen([sys.executable, "-m", "hf_thinktok.cli", "generate", path, *options], encoding="utf-8", env=environment, **pipes)
 
-    good, bad = start(folder), start(tmp_path / "missing")  # at the same time: most of it is importing
+    good, bad, narrow = start(folder), start(tmp_path / "missing"), start(folder, "ascii")  # at the same time: most of it is importing
     output, error = good.communicate("the cat sat\n", timeout=120)
     assert good.returncode == 0, error
     assert len(re.findall(r"‹\d \d›", output)) == 4
@@ -326,6 +326,9 @@ def test_the_command_in_a_process_of_its_own(folder, tmp_path):
     assert (bad.returncode, output) == (2, "")
     assert len(said(error)) == 1
     assert re.fullmatch(r"thinktok: .*missing is neither a folder nor .*", said(error)[0])
+    written, error = narrow.communicate("the cat sat\n", timeout=120)
+    assert narrow.returncode == 0, error
+    assert len(re.findall(r"\\u2039\d \d\\u203a", written)) == 4, "what a terminal cannot show comes as an escape"
 
 
 def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
