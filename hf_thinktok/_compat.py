@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model
 
 __all__ = [
+    "BaseTunerLayer",
     "DataCollatorForLanguageModeling",
     "RepeatSampler",
     "add_hooks",

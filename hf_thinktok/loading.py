@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, is_peft_model, str_to_bool
+from accelerate.utils import extract_model_from_parallel, str_to_bool
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -24,6 +24,7 @@ from .config_checks import REWARDED_BY_FUNCTIONS
 from .data import STREAMED_ROWS, check_dataset, named_sets
 from .distributed import embedding_rows
 from .errors import first_line
+from .peft import has_adapter
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,16 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     for what, one in {"speaker": speaker, "teacher": teacher}.items():
         if one is not None and not isinstance(one, torch.nn.Module):
             raise TypeError(f"The {what} is a {type(one).__name__}; it must be a model that is loaded.")
+    if args.num_think_tokens != 0:
+        _check_plain(model=model, speaker=speaker, teacher=teacher)
+
+
+def _check_plain(**models: Any) -> None:
+    """An adapter that is there already, of PEFT's own model or one that transformers put into its own, trains no rows and is not saved with any."""
+    instead = {"model": "its base and peft_config", "speaker": "its base", "teacher": "a model that stands alone"}
+    for what, one in models.items():
+        if isinstance(one, torch.nn.Module) and has_adapter(one):
+            raise ValueError(f"The {what} has an adapter, and thinking needs it plain: give {instead[what]}, or merge_and_unload() the adapter with PEFT.")
 
 
 def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -132,8 +143,6 @@ def load_model(
     """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError("The model is loaded already and quantization_config would do nothing: give its name, or load it with quantization_config.")
-    if not isinstance(model, str) and args.num_think_tokens != 0 and is_peft_model(model):
-        raise ValueError("The model has an adapter, which would not train the thinking rows: give its base and peft_config, or merge_and_unload() it.")
     options = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | (args.model_init_kwargs or {})
     if quantization_config is not None:
         if "quantization_config" in options:

@@ -4,11 +4,13 @@ import copy
 import os
 from typing import Any
 
+import torch
+from accelerate.utils import is_peft_model
 from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from ._compat import check_target_module_exists
+from ._compat import BaseTunerLayer, check_target_module_exists
 from .tokens import ThinkingVocabulary
 
 # The second model of `policies: split`, or the second adapter, and the folder it is saved in.
@@ -21,6 +23,11 @@ def add_speaker(model: PeftModel, peft_config: Any) -> None:
     for name, parameter in model.named_parameters():
         if is_speaker(name):
             parameter.requires_grad_(True)
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether a model has an adapter, around it or, as `add_adapter` of transformers puts it, in its own modules."""
+    return is_peft_model(model) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def is_speaker(parameter: str) -> bool:

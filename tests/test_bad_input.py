@@ -780,6 +780,16 @@ def test_adapters_in_place_of_a_model(make_trainer, tmp_path):
     one_sentence(error, "peft_config", "merge_and_unload")
 
 
+@pytest.mark.parametrize("what", ["model", "speaker", "teacher"])
+def test_adapters_that_transformers_put_into_a_model(train, what):
+    """They look like the model itself, and its thinking rows would be frozen without a word."""
+    adapted = tiny_model()
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=f"The {what} has an adapter") as error:
+        train(**{what: adapted}, processing_class=tiny_tokenizer(), options={"policies": "split"} if what == "speaker" else {})
+    one_sentence(error, "merge_and_unload")
+
+
 def test_an_adapter_on_the_hub_in_place_of_a_model(make_trainer, tmp_path, monkeypatch):
     """As it lies in the Hub's cache, where transformers would load its base, with thinking rows that nothing trains."""
     cached = tmp_path / "models--me--mine"
