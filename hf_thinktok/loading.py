@@ -81,6 +81,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
             raise TypeError(f"The {what} is a {type(one).__name__}; it must be a model that is loaded.")
     if args.num_think_tokens != 0:
         _check_plain(model=model, speaker=speaker, teacher=teacher)
+    if args.thinks and peft_config is None:
+        _check_learners(args, model, speaker)
 
 
 def _check_plain(**models: Any) -> None:
@@ -89,6 +91,26 @@ def _check_plain(**models: Any) -> None:
     for what, one in models.items():
         if isinstance(one, torch.nn.Module) and has_adapter(one):
             raise ValueError(f"The {what} has an adapter, and thinking needs it plain: give {instead[what]}, or merge_and_unload() the adapter with PEFT.")
+
+
+def _check_learners(args: ThinkTokConfig, model, speaker) -> None:
+    """Thinking rows in an embedding that was frozen would never train, and nothing would say so. Whom the options freeze may be frozen before.
+
+    Thoughts are read from the input embedding, made by the thinker's output embedding, and read by the speaker; hidden states go without both.
+    """
+    if args.thoughts == "continuous":
+        return
+    thinks, speaks = args.freeze != "thinker", args.freeze != "speaker"
+    learners = [("model", model, thinks or args.policies == "shared", thinks), ("speaker", speaker, speaks, False)]
+    for what, one, reads, makes in learners:
+        if not isinstance(one, torch.nn.Module):
+            continue
+        embeddings = {"input": one.get_input_embeddings() if reads else None, "output": one.get_output_embeddings() if makes else None}
+        frozen = [name for name, layer in embeddings.items() if layer is not None and not layer.weight.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"The {what}'s {frozen[0]} embedding is frozen, and thinking rows would never train: unfreeze it (requires_grad_(True)), or give peft_config."
+            )
 
 
 def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[str, Any]:

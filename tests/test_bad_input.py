@@ -1,5 +1,6 @@
 """What cannot work is refused in one clear sentence, before a model is loaded."""
 
+import copy
 import itertools
 import json
 import re
@@ -646,6 +647,40 @@ def test_tree_where_attention_ignores_its_mask(make_trainer):
     with pytest.raises(ValueError, match="engine=tree is not exact for bloom") as error:
         make_trainer(family="bloom", engine="tree")
     one_sentence(error, "engine=auto")
+
+
+@pytest.mark.parametrize("what", ["model", "speaker"])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("frozen", [lambda model: model, lambda model: model.get_input_embeddings()], ids=["whole", "embedding"])
+def test_frozen_embeddings(train, what, tie, frozen):
+    """Of a model that came out of merge_and_unload, for example, all of it is frozen."""
+    model = tiny_model(tie=tie)
+    frozen(model).requires_grad_(False)
+    with pytest.raises(ValueError, match=f"The {what}'s input embedding is frozen") as error:
+        train(**{what: model}, processing_class=tiny_tokenizer(), options={"policies": "split"} if what == "speaker" else {})
+    one_sentence(error, "requires_grad_", "peft_config")
+
+
+def test_a_frozen_head(train):
+    model = tiny_model(tie=False)
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match="The model's output embedding is frozen") as error:
+        train(model, processing_class=tiny_tokenizer())
+    one_sentence(error)
+
+
+def test_what_may_be_frozen(make_trainer):
+    """Runs on the text alone, adapters, and of two models the one that is to learn nothing."""
+    tokenizer = tiny_tokenizer()
+    frozen = tiny_model(vocab_size=len(tokenizer), tie=False).requires_grad_(False)
+    speaker = copy.deepcopy(frozen).requires_grad_(True)
+    make_trainer(model=frozen, tokenizer=tokenizer, num_think_tokens=0)
+    args = make_trainer(tokenizer=tiny_tokenizer(), policies="split", freeze="thinker").args
+    rows = Dataset.from_dict({"text": CORPUS})
+    ThinkTokTrainer(frozen, args, train_dataset=rows, processing_class=tokenizer, speaker=speaker).train()
+    del frozen.speaker
+    make_trainer(model=frozen, tokenizer=tokenizer, num_forks=0)
+    make_trainer(model=frozen, tokenizer=tokenizer, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
 
 
 # ---------------------------------------------------------------- checkpoints
