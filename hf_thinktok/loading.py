@@ -79,6 +79,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     for what, one in {"speaker": speaker, "teacher": teacher}.items():
         if one is not None and not isinstance(one, torch.nn.Module):
             raise TypeError(f"The {what} is a {type(one).__name__}; it must be a model that is loaded.")
+    if not isinstance(model, str | os.PathLike | torch.nn.Module):
+        raise TypeError(f"The model is a {type(model).__name__}; it must be a name, a folder, or a model that is loaded.")
     if args.num_think_tokens != 0:
         _check_plain(model=model, speaker=speaker, teacher=teacher)
     if args.thinks and peft_config is None:
@@ -156,13 +158,17 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
 
 
 def load_model(
-    model: str | PreTrainedModel,
+    model: str | os.PathLike | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     args: ThinkTokConfig,
     dataset: Dataset | IterableDataset,
     quantization_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class is a {type(tokenizer).__name__}; it must be a tokenizer that is loaded: leave it out for the model's own.")
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError("The model is loaded already and quantization_config would do nothing: give its name, or load it with quantization_config.")
     options = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | (args.model_init_kwargs or {})

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +53,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
     real tokens that follow, compared with each other. The checkpoint is an ordinary `AutoModelForCausalLM`.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
+        model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
             Name, folder or instance of a decoder-only LM. It gets thinking tokens unless it has them.
         args ([`ThinkTokConfig`], *optional*):
             Options; the defaults where not given.
@@ -83,7 +84,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | os.PathLike | PreTrainedModel,
         args: ThinkTokConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,

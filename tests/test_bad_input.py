@@ -726,6 +726,21 @@ def test_parts_of_a_model_that_are_not_there(make_trainer, corpus, tmp_path):
     one_sentence(error)
 
 
+def test_what_is_no_model_and_no_tokenizer(train):
+    with pytest.raises(TypeError, match="The model is a NoneType; it must be a name, a folder, or a model") as error:
+        train(None)
+    one_sentence(error)
+    with pytest.raises(TypeError, match="processing_class is a str; it must be a tokenizer") as error:
+        train(processing_class="gpt2")
+    one_sentence(error, "leave it out")
+
+
+def test_a_model_at_a_path(make_config, corpus, tmp_path):
+    save_tiny(tmp_path / "model")
+    trainer = ThinkTokTrainer(tmp_path / "model", make_config(), train_dataset=corpus)
+    assert trainer.model.config._name_or_path == str(tmp_path / "model")
+
+
 def test_a_model_is_no_checkpoint(make_trainer, tmp_path):
     trainer = make_trainer()
     trainer.save_model(str(tmp_path))
