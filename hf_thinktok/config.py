@@ -295,6 +295,9 @@ class ThinkTokConfig(SFTConfig):
         if self.policies == "split" and self.think_start and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True  # the speaker's, until thinking starts
         super().__post_init__()
+        given: dict[str, Any] = self.model_init_kwargs or {}
+        if "torch_dtype" in given:  # the older name, beside which TRL's default for the newer one would win
+            self.model_init_kwargs: dict[str, Any] | None = {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
 
     @property
     def thinks(self) -> bool:

@@ -81,6 +81,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
             raise TypeError(f"The {what} is a {type(one).__name__}; it must be a model that is loaded.")
     if not isinstance(model, str | os.PathLike | torch.nn.Module):
         raise TypeError(f"The model is a {type(model).__name__}; it must be a name, a folder, or a model that is loaded.")
+    if isinstance(model, torch.nn.Module) and args.model_init_kwargs and args.teacher is None:  # who is loaded with them as well
+        raise ValueError("The model is loaded already and model_init_kwargs would do nothing: give its name, or load it with them.")
     if args.num_think_tokens != 0:
         _check_plain(model=model, speaker=speaker, teacher=teacher)
     if args.thinks and peft_config is None:
@@ -105,7 +107,7 @@ def _check_learners(args: ThinkTokConfig, model, speaker) -> None:
     thinks, speaks = args.freeze != "thinker", args.freeze != "speaker"
     learners = [("model", model, thinks or args.policies == "shared", thinks), ("speaker", speaker, speaks, False)]
     for what, one, reads, makes in learners:
-        if not isinstance(one, torch.nn.Module):
+        if one is None or isinstance(one, str | os.PathLike):  # what is loaded later is not frozen
             continue
         embeddings = {"input": one.get_input_embeddings() if reads else None, "output": one.get_output_embeddings() if makes else None}
         frozen = [name for name, layer in embeddings.items() if layer is not None and not layer.weight.requires_grad]

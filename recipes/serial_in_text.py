@@ -91,7 +91,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             output = str(Path(args.output_dir) / f"{arm}-seed{seed}")
             trainer = ThinkTokTrainer(
                 AutoModelForCausalLM.from_pretrained(folder, **init_kwargs(model, args.model_init_kwargs)),
-                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
+                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output, model_init_kwargs=None),
                 train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
                 processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
                 peft_config=get_peft_config(model),

@@ -176,6 +176,8 @@ def run(
     with one_sentence():
         thinker = make_model(toy, args, model, tokenizer)
         speaker = make_model(toy, args, model, tokenizer) if args.policies == "split" else None
+        if args.teacher is None:  # who is loaded with them as well
+            args = replace(args, model_init_kwargs=None)
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     progress = Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy)
     trainer.add_callback(progress)

@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -724,6 +725,19 @@ def test_parts_of_a_model_that_are_not_there(make_trainer, corpus, tmp_path):
     with pytest.raises(TypeError, match="The speaker is a str; it must be a model that is loaded") as error:
         ThinkTokTrainer(tiny_model(), ThinkTokConfig("out", bf16=False, policies="split"), train_dataset=corpus, speaker="base")
     one_sentence(error)
+
+
+def test_loading_options_of_a_model_that_is_loaded(train):
+    with pytest.raises(ValueError, match="The model is loaded already and model_init_kwargs would do nothing") as error:
+        train(tiny_model(), processing_class=tiny_tokenizer(), options={"model_init_kwargs": {"dtype": "bfloat16"}})
+    one_sentence(error, "give its name")
+
+
+@pytest.mark.parametrize("given", [{"torch_dtype": "bfloat16"}, '{"torch_dtype": "bfloat16"}'], ids=["mapping", "JSON"])
+def test_the_older_name_of_a_dtype(make_config, corpus, tmp_path, given):
+    save_tiny(tmp_path / "model")
+    trainer = ThinkTokTrainer(str(tmp_path / "model"), make_config(model_init_kwargs=given), train_dataset=corpus)
+    assert trainer.model.dtype == torch.bfloat16
 
 
 def test_what_is_no_model_and_no_tokenizer(train):
