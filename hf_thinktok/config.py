@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import SCHEDULES, check_effect, check_fit, check_text, check_values
+from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -294,6 +294,8 @@ class ThinkTokConfig(SFTConfig):
         self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
         if self.policies == "split" and self.think_start and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True  # the speaker's, until thinking starts
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # transformers knows it of losses alone
+            self.greater_is_better: bool | None = False
         super().__post_init__()
         given: dict[str, Any] = self.model_init_kwargs or {}
         if "torch_dtype" in given:  # the older name, beside which TRL's default for the newer one would win

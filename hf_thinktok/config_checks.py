@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
 FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
+# Of what evaluations report (`GainByDocument`), that of which the best model has least.
+LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
 # rewarded (those, and all fillers), and on thoughts that are not drawn at all.

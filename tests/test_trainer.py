@@ -20,8 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
 from hf_thinktok.cli import main
+from hf_thinktok.config_checks import LESS_IS_BETTER
 from hf_thinktok.curriculum import Curriculum
-from hf_thinktok.evaluation import evaluate_thinking
+from hf_thinktok.evaluation import GainByDocument, evaluate_thinking
 
 
 def losses(trainer, key="loss"):
@@ -712,6 +713,23 @@ def test_several_evaluation_sets_keep_their_names(make_trainer, corpus):
     result = trainer.evaluate()
     assert (result["eval_short_documents"], result["eval_long_documents"]) == (4, 12)
     assert "eval_long_gain" in result
+
+
+@pytest.mark.parametrize(("metric", "best"), [("bits_think", min), ("eval_far_bits_no_think", min), ("far_mean_think_length", min), ("far_gain", max)])
+def test_the_best_model_has_the_fewest_bits_and_the_largest_gain(make_trainer, corpus, metric, best):
+    """Without greater_is_better; transformers would take the most of whatever is no loss."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "max_steps": 3}
+    rows = corpus.select(range(4))
+    trainer = make_trainer(eval_dataset={"far": rows} if "far" in metric else rows, metric_for_best_model=metric, learning_rate=0.1, **options)
+    trainer.train()
+    found = [entry[name] for entry in trainer.state.log_history if (name := f"eval_{metric.removeprefix('eval_')}") in entry]
+    assert len(set(found)) == 3
+    assert trainer.state.best_metric == best(found)
+
+
+def test_what_is_best_may_be_said(make_trainer):
+    assert make_trainer(metric_for_best_model="bits_think", greater_is_better=True).args.greater_is_better
+    assert set(LESS_IS_BETTER) <= set(GainByDocument([[1.0] * 6] * 2).summary())
 
 
 def test_rows_as_long_as_the_context(make_trainer):
