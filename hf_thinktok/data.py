@@ -129,8 +129,9 @@ def check_prepared(train_dataset, eval_dataset, model, args) -> None:
 
 
 def named_sets(train_dataset, eval_dataset) -> dict[str, Dataset | IterableDataset]:
-    """The data sets that there are, with the names that errors call them by."""
-    sets = {"train": train_dataset, **(eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})}
+    """The data sets that there are, with the names that errors call them by: one to evaluate on may have the name of the one that is trained on."""
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    sets = {"train": train_dataset, **{"eval train" if name == "train" else name: dataset for name, dataset in evaluated.items()}}
     return {name: dataset for name, dataset in sets.items() if dataset is not None}
 
 

@@ -493,6 +493,15 @@ def test_bad_held_out_data_is_named(train, corpus):
         train(eval_dataset=Dataset.from_dict({"body": ["a b"]}))
 
 
+def test_held_out_data_with_the_name_of_the_training_data(train, corpus):
+    """As those have it who evaluate on a part of it."""
+    empty = Dataset.from_dict({"text": ["a b", ""]})
+    with pytest.raises(ValueError, match="Row 1 of the train data set has no text"):
+        train(train_dataset=empty, eval_dataset={"train": corpus})
+    with pytest.raises(ValueError, match="Row 1 of the eval train data set has no text"):
+        train(eval_dataset={"train": empty})
+
+
 def test_data_that_can_be_trained_on(train, corpus):
     """Conversations, and any columns with a formatting function, get as far as looking for the model."""
     talk = Dataset.from_dict({"messages": [[{"role": "user", "content": "hello"}]]})
