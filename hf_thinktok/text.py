@@ -1,7 +1,7 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
 from dataclasses import dataclass, field, replace
-from glob import has_magic
+from glob import escape, has_magic
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -43,6 +43,8 @@ class TextArguments:
         for name in self.data_files or []:
             if not (Path(name).exists() or has_magic(name) or "://" in name):
                 raise ValueError(f"data_files names {name}, and there is no such file: give its path from here, {Path.cwd()}, or a whole one.")
+        if self.data_files and all(Path(name).is_file() and not Path(name).stat().st_size for name in self.data_files):
+            raise ValueError(f"data_files has no text: {', '.join(self.data_files)} is empty.")
         if len(kinds := {kind_of(name) for name in self.data_files or []}) > 1:
             raise ValueError(f"data_files has files of several kinds ({', '.join(sorted(kinds))}): give files of one.")
         if self.text_template:  # from a shell they come as two characters each
@@ -69,8 +71,9 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
     if script.data_files:
         kind = kind_of(script.data_files[0])
         options = {"sample_by": script.sample_by} if kind == "text" else {}
+        files = [escape(name) if Path(name).exists() else name for name in script.data_files]
         try:
-            text = load_dataset(kind, data_files=script.data_files, split="train", streaming=script.dataset_streaming, **options)
+            text = load_dataset(kind, data_files=files, split="train", streaming=script.dataset_streaming, **options)
         except DatasetGenerationError as error:
             raise ValueError(f"{', '.join(script.data_files)} cannot be read as {kind}: {error.__cause__}") from error
     elif script.dataset_name == STANDARD_LIBRARY:

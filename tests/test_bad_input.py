@@ -833,6 +833,23 @@ def test_text_that_is_not_there_is_one_sentence():
     assert TextArguments(data_files=["hf://datasets/me/mine/a.jsonl", "parts/*.jsonl"]).data_files
 
 
+@pytest.mark.parametrize("end", ["jsonl", "txt", "csv"])
+def test_an_empty_file_is_one_sentence(tmp_path, end):
+    empty, full = tmp_path / f"empty.{end}", tmp_path / f"full.{end}"
+    empty.touch()
+    with pytest.raises(ValueError, match=f"data_files has no text: .*empty.{end} is empty"):
+        load_text(TextArguments(data_files=[str(empty)]))
+    full.write_text('{"text": "some"}')
+    assert TextArguments(data_files=[str(empty), str(full)]).data_files
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "what*.jsonl"])
+def test_a_file_s_name_is_no_pattern(tmp_path, name):
+    (tmp_path / "what else.jsonl").write_text('{"text": "something else"}')
+    (tmp_path / name).write_text('{"text": "this"}')
+    assert load_text(TextArguments(data_files=[str(tmp_path / name)]))["text"][:] == ["this"]
+
+
 def test_files_take_the_place_of_a_recipe_s_own_text(tmp_path):
     (tmp_path / "mine.txt").write_text("one line\nand another\n")
     rows = load_text(TextArguments(dataset_name=STANDARD_LIBRARY, data_files=[str(tmp_path / "mine.txt")]))
