@@ -50,6 +50,8 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
             "Several GPUs in one process would use nn.DataParallel, which is not supported: start with `accelerate launch`, or set "
             "CUDA_VISIBLE_DEVICES to one GPU."
         )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError("activation_offloading has nowhere to offload from on a CPU: leave it out.")
     if args.enable_jit_checkpoint:
         raise ValueError("enable_jit_checkpoint has no effect here, as SIGTERM saves a checkpoint already: leave it out.")
     if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
@@ -83,6 +85,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
         raise TypeError(f"The model is a {type(model).__name__}; it must be a name, a folder, or a model that is loaded.")
     if isinstance(model, torch.nn.Module) and args.model_init_kwargs and args.teacher is None:  # who is loaded with them as well
         raise ValueError("The model is loaded already and model_init_kwargs would do nothing: give its name, or load it with them.")
+    if peft_config is not None and isinstance(model, torch.nn.Module) and not model.config._name_or_path:
+        logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
     if args.num_think_tokens != 0:
         _check_plain(model=model, speaker=speaker, teacher=teacher)
     if args.thinks and peft_config is None:

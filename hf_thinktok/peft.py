@@ -94,13 +94,15 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
         revision: the base's, which the adapter is to be loaded onto again.
 
     Raises:
-        ValueError: the kind of adapter trains no rows, trains whole embeddings, or would lose a bias of the LM head.
+        ValueError: the adapter is for another task, its kind trains no rows, trains whole embeddings, or would lose a bias of the LM head.
     """
     if peft_config is None:
         return None
     peft_config = copy.deepcopy(peft_config)
     if not hasattr(peft_config, "trainable_token_indices"):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, which cannot train new rows of the vocabulary: use a LoraConfig.")
+    if peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"peft_config is for task_type={peft_config.task_type!s}, as which no thinking model can be loaded again: set task_type='CAUSAL_LM'.")
     ids = [*vocabulary.ids, vocabulary.guard_id]
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if getattr(outputs, "bias", None) is not None and inputs.weight is not outputs.weight:

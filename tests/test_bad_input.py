@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
@@ -557,6 +557,12 @@ def test_loading_on_one_process_alone(train, monkeypatch):
     one_sentence(error)
 
 
+def test_offloading_from_a_cpu(train):
+    with pytest.raises(ValueError, match="activation_offloading has nowhere to offload from on a CPU") as error:
+        train(options={"activation_offloading": True, "gradient_checkpointing": False})
+    one_sentence(error)
+
+
 def test_gathering_what_is_whole(make_trainer):
     with pytest.raises(ValueError, match="gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2"):
         make_trainer(gather_for_rollout=False)
@@ -902,6 +908,20 @@ def test_adapters_of_whole_embeddings(make_trainer, tie, name, where):
     with pytest.raises(ValueError, match=f"peft_config trains all of {name}") as error:
         make_trainer(model=tiny_model(tie=tie), peft_config=adapter)
     one_sentence(error, "take it out")
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", TaskType.TOKEN_CLS])
+def test_adapters_for_another_task(make_trainer, task_type):
+    with pytest.raises(ValueError, match="peft_config is for task_type=") as error:
+        make_trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type=task_type))
+    one_sentence(error, "task_type=(SEQ_CLS|TOKEN_CLS|TaskType.TOKEN_CLS)", "set task_type='CAUSAL_LM'")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_adapter_of_a_model_made_here(make_trainer, tmp_path, caplog, saved):
+    model = save_tiny(tmp_path / "base") if saved else None
+    make_trainer(model=model, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert ("its adapter can be loaded by no name: save the model first" in caplog.text) is not saved
 
 
 def test_an_adapter_without_a_base_is_pushed_with_a_word(tmp_path, monkeypatch, capsys):
