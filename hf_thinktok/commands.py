@@ -93,7 +93,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """The model and tokenizer of `args.model`, an adapter on its base, in `args.dtype` on `args.device`."""
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # the device meta holds nothing
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"The device {device} is not available here.") from error
     with loading(args.model):

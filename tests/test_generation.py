@@ -378,6 +378,7 @@ def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatc
         ([folder, "hi", "--greedy", "--top_k", 5], "leave out --top_k"),
         ([folder, "hi", "--min_think_length", 2, "--max_think_length", 1], "at least 2 and at most 1"),
         ([folder, "hi", "--device", "abacus"], "abacus is not available"),
+        ([folder, "hi", "--device", "meta"], "meta is not available"),
         ([folder, "word " * 300], "no room in the model's context of 256"),
     ):
         code, output, error = run("generate", *argv)
