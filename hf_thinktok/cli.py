@@ -21,7 +21,7 @@ from .commands import LARGEST_SEED, add_loading, add_source, load, loading, nami
 from .errors import UsageError, usage
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
 from .models import longest_row
-from .peft import merge
+from .peft import adapters_in, merge
 from .results import NOT_PUSHED
 from .sources import resolve_model
 
@@ -103,7 +103,8 @@ def add_merge(subparsers) -> None:
     parser = subparsers.add_parser(
         "merge",
         help="make one plain checkpoint of an adapter and its base",
-        description="Adds an adapter trained with thinking tokens to its base model and writes a checkpoint that plain transformers loads.",
+        description="Adds an adapter trained with thinking tokens to its base model and writes a checkpoint that plain transformers loads. Of two adapters "
+        "(policies=split) both, the speaker in a folder of that name.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or Hub repository")
     parser.add_argument("output", metavar="FOLDER", type=Path, help="where the checkpoint goes; must not exist, or be empty")
@@ -115,14 +116,15 @@ def run_merge(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"{args.output} exists: name a new folder.")
     read_vocabulary(args.adapter, args.revision)
-    with usage(RuntimeError, LookupError, before=f"{args.adapter} cannot be merged into its base: "), naming_trust():
-        model, tokenizer = merge(args.adapter, **source(args))
-    with usage():
-        model.save_pretrained(args.output)
-        tokenizer.save_pretrained(args.output)
-    Console(stderr=True, highlight=False).print(
-        f"{args.output}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}", style="dim"
-    )
+    for place, adapter in adapters_in(args.adapter, args.revision).items():
+        with usage(RuntimeError, LookupError, before=f"{adapter} cannot be merged into its base: "), naming_trust():
+            model, tokenizer = merge(adapter, **source(args))
+        with usage():
+            model.save_pretrained(args.output / place)
+            tokenizer.save_pretrained(args.output / place)
+        Console(stderr=True, highlight=False).print(
+            f"{args.output / place}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}", style="dim"
+        )
 
 
 def add_push(subparsers) -> None:

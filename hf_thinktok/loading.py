@@ -24,7 +24,7 @@ from .config_checks import REWARDED_BY_FUNCTIONS
 from .data import STREAMED_ROWS, check_dataset, named_sets
 from .distributed import embedding_rows
 from .errors import first_line
-from .peft import has_adapter
+from .peft import SPEAKER, has_adapter
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
         raise TypeError(f"The model is a {type(model).__name__}; it must be a name, a folder, or a model that is loaded.")
     if isinstance(model, torch.nn.Module) and args.model_init_kwargs and args.teacher is None:  # who is loaded with them as well
         raise ValueError("The model is loaded already and model_init_kwargs would do nothing: give its name, or load it with them.")
-    if peft_config is not None and isinstance(model, torch.nn.Module) and not model.config._name_or_path:
+    if peft_config is not None and isinstance(model, torch.nn.Module) and not getattr(model.config, "_name_or_path", ""):
         logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
     if args.num_think_tokens != 0:
         _check_plain(model=model, speaker=speaker, teacher=teacher)
@@ -215,6 +215,26 @@ def load_model(
 def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
     """A model that was trained before in this process, without the autocast that accelerate leaves around its `forward`."""
     return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def find_speaker(given: PreTrainedModel | None, model: PreTrainedModel, args: ThinkTokConfig, two_adapters: bool) -> PreTrainedModel | None:
+    """The second model of `policies=split`: the one that is given, or that the first was trained with, in this process or in its folder `speaker`.
+
+    Raises:
+        ValueError: the first had one, and it is not there.
+    """
+    if args.policies == "split" and not two_adapters and given is None:
+        given = getattr(model, SPEAKER, None)
+        was_split = getattr(model.config, "thinktok", {}).get("policies") == "split"
+        if given is None and was_split and (name := model.config._name_or_path):
+            more = args.model_init_kwargs or {}
+            folder = f"{more['subfolder']}/{SPEAKER}" if "subfolder" in more else SPEAKER
+            how = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | more | {"subfolder": folder, "dtype": model.dtype}
+            try:
+                given = create_model_from_path(name, **how)
+            except OSError as error:
+                raise ValueError(f"{name} was trained with a speaker, which is not in its folder {folder!r}: pass the trainer's speaker.") from error
+    return None if given is None else as_loaded(given)
 
 
 def _leave_out_router_loss(args: ThinkTokConfig, model: PreTrainedModel) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
+from huggingface_hub import snapshot_download
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
@@ -59,14 +60,27 @@ def merge(folder: str, dtype: str = "auto", revision: str | None = None, trust_r
         trust_remote_code: run code that comes with the base.
 
     Raises:
-        ValueError: the adapter is not of a thinking model.
+        ValueError: the adapter is not of a thinking model, or its base is not there.
     """
     ThinkingVocabulary.from_pretrained(folder, revision=revision)
+    about = PeftConfig.from_pretrained(folder, revision=revision)
+    try:
+        PreTrainedConfig.get_config_dict(base := about.base_model_name_or_path or "", revision=about.revision)
+    except OSError as error:
+        raise ValueError(f"the adapter's base {base!r} is neither a folder here nor a model on the Hub that can be read from here.") from error
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).merge_and_unload()
     model.config.thinktok = PreTrainedConfig.get_config_dict(folder, revision=revision)[0]["thinktok"]
     model.generation_config = GenerationConfig.from_pretrained(folder, revision=revision)
     return model, AutoTokenizer.from_pretrained(folder, **where)
+
+
+def adapters_in(name: str, revision: str | None = None) -> dict[str, str]:
+    """The adapters of thinking models that a folder or Hub repository has, by their places in it: the one itself, and of two policies first the speaker's."""
+    if PreTrainedConfig.get_config_dict(name, revision=revision)[0]["thinktok"].get("policies") != "split":
+        return {"": name}
+    folder = name if os.path.isdir(name) else snapshot_download(name, revision=revision)
+    return {SPEAKER: os.path.join(folder, SPEAKER), "": folder}
 
 
 def load_whole(name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -31,7 +31,7 @@ from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, has_room, marker_ids
 from .head import HeadInputs, attach_head
-from .loading import as_loaded, check_arguments, check_optimizer, check_parts, load_model, load_teacher, sample_text
+from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
 from .models import evaluating, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
@@ -62,7 +62,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; the model's own where not given.
         speaker ([`~transformers.PreTrainedModel`], *optional*):
-            The second model of `policies="split"`, with the same vocabulary; a copy of the first where not given, and with `peft_config` a second adapter.
+            The second model of `policies="split"`, of the same vocabulary; else the first one's own or its copy, and with `peft_config` a second adapter.
         teacher ([`~transformers.PreTrainedModel`], *optional*):
             In place of `args.teacher`.
         reward_funcs (names, functions or a list of both, *optional*):
@@ -112,8 +112,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.plain = args.num_think_tokens == 0
         if not self.plain:
             text = sample_text(train_dataset, args.dataset_text_field, tokenizer)
-            if speaker is not None:  # each model gets its own rows; the tokenizer learns the tokens once
-                speaker = as_loaded(speaker)
+            if (speaker := find_speaker(speaker, model, args, two_adapters)) is not None:  # each gets its own rows; the tokenizer learns the tokens once
                 add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
             if args.thoughts == "text" and self.vocabulary.num_tokens < 2:

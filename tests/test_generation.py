@@ -428,6 +428,16 @@ def test_a_model_with_code_of_its_own_is_read_where_that_is_trusted(run, tmp_pat
     assert run("generate", tmp_path / "merged", "the cat", "--trust_remote_code")[0] == 0
 
 
+def test_an_adapter_whose_base_is_not_there(folder, run, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = "outputs/x/merged"
+    save_adapter(model, str(tmp_path / "adapter"))
+    for words in (("merge", tmp_path / "adapter", tmp_path / "new"), ("generate", tmp_path / "adapter", "hi")):
+        code, output, error = run(*words)
+        assert (code, output, len(error.splitlines())) == (2, "", 1)
+        assert "base 'outputs/x/merged' is neither a folder here nor a model on the Hub that can be read from here" in error
+
+
 def test_what_cannot_be_merged(folder, run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

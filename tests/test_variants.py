@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import CORPUS, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
+from hf_thinktok.cli import main
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
 from hf_thinktok.objective import actions, credit, speak
 from hf_thinktok.peft import is_speaker
@@ -114,6 +115,25 @@ def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_b
         assert torch.equal(plain(input_ids=row).logits, trained.eval()(input_ids=row).logits)
 
 
+def test_a_run_from_a_split_pair_goes_on_with_both(make, tmp_path):
+    """From its folder, from a thinker loaded from there, and from what another trainer has in memory; not with a copy of the thinker."""
+    first = make(policies="split")
+    with torch.no_grad():
+        for parameter in first.model.speaker.parameters():
+            parameter.add_(1.0)
+    first.save_model(str(tmp_path / "pair"))
+    spoken = load_file(tmp_path / "pair" / "speaker" / "model.safetensors")
+    for model in (str(tmp_path / "pair"), AutoModelForCausalLM.from_pretrained(tmp_path / "pair"), first.model):
+        again = make(model=model, tokenizer=first.processing_class, policies="split")
+        assert torch.equal(again.model.get_input_embeddings().weight, first.model.get_input_embeddings().weight)
+        theirs = dict(again.model.speaker.named_parameters())
+        assert set(spoken) <= set(theirs)
+        assert all(torch.equal(theirs[name], weight) for name, weight in spoken.items())
+    (tmp_path / "pair" / "speaker").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="was trained with a speaker, which is not in its folder 'speaker': pass the trainer's speaker"):
+        make(model=str(tmp_path / "pair"), tokenizer=first.processing_class, policies="split")
+
+
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 def test_two_adapters_are_two_policies(make, tokenizer, tie, tmp_path):
     """Each adapter, loaded alone onto the plain model, says what it said as thinker or speaker; each has its own gradient."""
@@ -145,6 +165,23 @@ def test_two_adapters_are_two_policies(make, tokenizer, tie, tmp_path):
         logits = said["thinker"](input_ids=torch.tensor([[*ids[:5], *thought]])).logits[0, 4:-1, first:guard].log_softmax(-1)
         chosen = logits.gather(1, torch.tensor(thought)[:, None] - first)[:, 0]
         torch.testing.assert_close(scores.thought_logps_BKGL[row, 0, group], chosen, atol=1e-4, rtol=0)
+
+
+def test_two_adapters_are_merged_into_two_models(make, tmp_path):
+    save_tiny(tmp_path / "base")
+    trainer = make(model=str(tmp_path / "base"), policies="split", peft_config=ADAPTER, gradient_checkpointing=False)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if is_speaker(name):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    trainer.save_model(str(tmp_path / "both"))
+    assert main(["merge", str(tmp_path / "both"), str(tmp_path / "merged")]) == 0
+    pair = make(model=str(tmp_path / "merged"), tokenizer=AutoTokenizer.from_pretrained(tmp_path / "merged"), policies="split").model
+    row, end = torch.arange(20)[None], trainer.vocabulary.guard_id
+    for place, model in (("", pair), ("speaker", pair.speaker)):
+        adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "both" / place).eval()
+        torch.testing.assert_close(model.eval()(input_ids=row).logits[..., :end], adapted(input_ids=row).logits[..., :end], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(pair(input_ids=row).logits, pair.speaker(input_ids=row).logits)
 
 
 def test_two_adapters_resume_bit_for_bit(make, resumed):
