@@ -175,7 +175,8 @@ def run(
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
     with one_sentence():
         thinker = make_model(toy, args, model, tokenizer)
-        speaker = make_model(toy, args, model, tokenizer) if args.policies == "split" else None
+        # A pretrained one's speaker is its own, a copy, or a second adapter.
+        speaker = make_model(toy, args, model, tokenizer) if args.policies == "split" and not model.model_name_or_path else None
         if args.teacher is None:  # who is loaded with them as well
             args = replace(args, model_init_kwargs=None)
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
