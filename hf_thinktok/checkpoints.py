@@ -19,7 +19,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from ._compat import uploads_without
@@ -169,11 +169,21 @@ class CheckpointingTrainer(SFTTrainer):
         return {name: state[name] for name in set(parts) & set(state)}
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+        """Wherever this is killed, a checkpoint that counts is whole, and there is one if there was one."""
+        run, limit = self._get_output_dir(trial=trial), self.args.save_total_limit
+        folder = Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # a run that starts over writes into the folders of the one before
+            (folder / COMPLETE_FILE).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.args.save_total_limit = None  # older ones go when this one counts
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
         if self.args.should_save and folder.exists():
             (folder / COMPLETE_FILE).touch()
+            rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """With a speaker, two ordinary checkpoints or adapters: the thinker's, and the speaker's in a folder of it."""

@@ -1,6 +1,7 @@
 """A run that is killed, wherever, and resumed equals one that never was, bit for bit."""
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from commands import started
 from models import save_tiny, with_own_code
 from tiny_run import main
 
+from hf_thinktok import ThinkTokTrainer
 from hf_thinktok.checkpoints import newest_checkpoint
 
 HERE = Path(__file__).parent
@@ -101,3 +103,38 @@ def test_a_model_with_code_of_its_own_goes_on(make_trainer, tmp_path):
     resumed = make_trainer(**options, max_steps=2)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 2
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the files."""
+
+
+def killed(*args, **kwargs):
+    raise Killed
+
+
+EACH_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+def test_killed_while_a_checkpoint_is_written_anew_it_no_longer_counts(make_trainer, tmp_path, monkeypatch):
+    make_trainer(**EACH_STEP).train()
+    monkeypatch.setattr(ThinkTokTrainer, "_save_rng_state", killed)
+    with pytest.raises(Killed):
+        make_trainer(**EACH_STEP).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert newest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
+
+
+def test_older_checkpoints_go_when_the_new_one_counts(make_trainer, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def remove_and_die(*args, **kwargs):
+        remove(*args, **kwargs)
+        killed()
+
+    monkeypatch.setattr(shutil, "rmtree", remove_and_die)
+    trainer = make_trainer(**EACH_STEP, save_total_limit=1)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert newest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+    assert trainer.args.save_total_limit == 1
