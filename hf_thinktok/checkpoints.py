@@ -81,11 +81,25 @@ class Preemption(TrainerCallback):
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def agree(self) -> bool:
+        """Whether any one was asked to end; all of them ask together."""
+        if not self.agreed:
+            self.agreed = bool(self.accelerator.gather(torch.tensor([self.asked], device=self.accelerator.device)).any())
+        return self.agreed
+
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor([self.asked], device=self.accelerator.device)
-        self.agreed = bool(self.accelerator.gather(asked).any()) and state.global_step % args.num_iterations == 0
-        control.should_save |= self.agreed
-        control.should_training_stop |= self.agreed
+        if state.global_step % args.num_iterations == 0 and self.agree():
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        """It may have been asked while it evaluated or saved. What goes on later has no best model yet, for which this checkpoint would be removed."""
+        if self.agree():
+            control.should_training_stop = True
+            state.best_model_checkpoint = None
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.agreed and state.epoch % 1:  # it is not at its end
+            control.should_evaluate = control.should_save = False
 
 
 class CheckpointingTrainer(SFTTrainer):
@@ -93,6 +107,7 @@ class CheckpointingTrainer(SFTTrainer):
 
     vocabulary: ThinkingVocabulary
     plain: bool
+    _preemption: Preemption
     _fresh: dict[str, Any] = {}  # what `_stateful` held before any training
     _start: dict[str, Any] = {}  # what it holds when this run begins
 
@@ -129,21 +144,31 @@ class CheckpointingTrainer(SFTTrainer):
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
         self._start = self._fresh | (self._read_checkpoint(str(resume_from_checkpoint)) if resume_from_checkpoint else {})
+        self._preemption = Preemption(self.accelerator)
         if self.args.save_strategy == "no":
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        preemption = Preemption(self.accelerator)
-        self.add_callback(preemption)
+        self.add_callback(self._preemption)
         try:
-            with preemption.listening():
+            with self._preemption.listening():
                 done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self.remove_callback(preemption)
-        if preemption.agreed:
+            self.remove_callback(self._preemption)
+        if self._preemption.agree():  # maybe after the last step, when there was nothing left to stop
             if self.is_world_process_zero():
-                go_on = "" if self.args.save_only_model else " Go on with resume_from_checkpoint=true."
-                print(f"SIGTERM: saved after step {self.state.global_step} in {self.args.output_dir}.{go_on}", file=sys.stderr)
+                print(f"SIGTERM: {self._what_is_saved()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
         return done
+
+    def _what_is_saved(self) -> str:
+        folder = self.args.output_dir
+        if (newest := newest_checkpoint(folder)) is None:
+            return f"ended after step {self.state.global_step}; there is no checkpoint in {folder}."
+        go_on = "" if self.args.save_only_model else " Go on with resume_from_checkpoint=true."
+        return f"saved after step {newest.rpartition('-')[2]} in {folder}.{go_on}"
+
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        """Whether `save_strategy: best` saves: when asked to end, whatever the metric."""
+        return super()._determine_best_metric(*args, **kwargs) or self._preemption.agreed
 
     def _read_checkpoint(self, folder: str) -> dict[str, Any]:
         """What a run that goes on from this folder begins with."""

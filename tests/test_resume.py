@@ -1,6 +1,7 @@
 """A run that is killed, wherever, and resumed equals one that never was, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 import torch
 from commands import started
 from models import save_tiny, with_own_code
-from tiny_run import main
+from safetensors.torch import load_file
+from tiny_run import KilledAtStep, main
+from transformers import TrainerCallback
 
 from hf_thinktok import ThinkTokTrainer
 from hf_thinktok.checkpoints import newest_checkpoint
@@ -73,6 +76,76 @@ def test_asked_to_end_within_a_rollout_it_finishes_that_first(tmp_path, capsys):
     whole, resumed = (torch.load(tmp_path / name / "result.pt")["weights"] for name in ("whole", "cut"))
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
+
+
+class Worse(ThinkTokTrainer):
+    """The first of its models is the best one."""
+
+    def evaluate(self, *args, **kwargs):
+        self.state.log_history.append({"evaluated": self.state.global_step})
+        return super().evaluate(*args, **kwargs) | {"eval_loss": float(self.state.global_step)}
+
+
+@pytest.fixture
+def asked_to_end(make_trainer, corpus, capsys):
+    """Trains the worse and worse, with a signal at a step's begin or whenever else; gives the trainer and what it said."""
+
+    def run(callback, **options):
+        trainer = make_trainer(trainer_class=Worse, eval_dataset=corpus.select(range(2)), max_steps=4, optim="sgd", **options)
+        trainer.add_callback(callback)
+        with pytest.raises(SystemExit) as end:
+            trainer.train()
+        assert end.value.code == 128 + signal.SIGTERM
+        return trainer, capsys.readouterr().err
+
+    return run
+
+
+class TerminatedAfter(TrainerCallback):
+    """Sends the signal where the last step is over, in its evaluation or its save."""
+
+    def __init__(self, event: str, step: int):
+        setattr(self, event, lambda args, state, control, **kwargs: os.kill(os.getpid(), signal.SIGTERM) if state.global_step == step else None)
+
+
+BEST = {"save_total_limit": 1, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+def test_asked_to_end_it_keeps_the_checkpoint_to_go_on_from_beside_the_best(asked_to_end, tmp_path):
+    trainer, told = asked_to_end(KilledAtStep(2, signal.SIGTERM), **BEST)
+    assert "SIGTERM: saved after step 3" in told
+    assert {path.name for path in tmp_path.glob("out/checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+    saved = load_file(tmp_path / "out" / "checkpoint-3" / "model.safetensors")
+    assert torch.equal(trainer.model.get_input_embeddings().weight, saved["model.embed_tokens.weight"])
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-1")
+
+
+def test_asked_to_end_it_saves_what_is_not_the_best(asked_to_end, tmp_path):
+    _, told = asked_to_end(KilledAtStep(1, signal.SIGTERM), eval_strategy="steps", eval_steps=1, save_strategy="best", metric_for_best_model="loss")
+    assert "SIGTERM: saved after step 2" in told
+    assert newest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+
+
+def test_asked_to_end_within_an_epoch_it_evaluates_no_part_of_one(asked_to_end):
+    trainer, told = asked_to_end(KilledAtStep(0, signal.SIGTERM), eval_strategy="epoch", save_strategy="epoch")
+    assert "SIGTERM: saved after step 1" in told
+    assert not any("evaluated" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("event", "options", "saved"),
+    [
+        ("on_evaluate", BEST, "saved after step 4"),
+        ("on_save", BEST, "saved after step 4"),
+        ("on_train_end", BEST, "saved after step 1"),  # the best, which the run ends with
+        ("on_train_end", {"save_strategy": "epoch"}, "saved after step 4"),
+    ],
+)
+def test_asked_to_end_after_the_last_step_it_ends_so(asked_to_end, event, options, saved):
+    _, told = asked_to_end(TerminatedAfter(event, 4), **options)
+    assert told.count("SIGTERM") == 1
+    assert saved in told
 
 
 def test_what_cannot_be_resumed_from(tmp_path):
