@@ -40,11 +40,12 @@ class StartOver(TrainerCallback):
         self.forget()
 
 
-class StepTime(TrainerCallback):
-    """Seconds of the steps alone, over all sessions of a run: `train_runtime` has the evaluations between and before them, and of a resumed run the rest."""
+class Spent(TrainerCallback):
+    """What a run took in all its sessions: tokens of text, and seconds of the steps alone; `train_runtime` has the evaluations between and before them,
+    and of a resumed run the rest."""
 
     def __init__(self):
-        self.seconds, self.start = 0.0, 0.0
+        self.tokens, self.seconds, self.start = 0, 0.0, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
@@ -53,10 +54,10 @@ class StepTime(TrainerCallback):
         self.seconds += time.perf_counter() - self.start
 
     def state_dict(self) -> dict[str, float]:
-        return {"seconds": self.seconds}
+        return {"tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.seconds = state["seconds"]
+        self.tokens, self.seconds = int(state.get("tokens", 0)), state["seconds"]  # older checkpoints have the seconds alone
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -74,6 +75,12 @@ class NonFiniteGuard(TrainerCallback):
     def flag(self) -> None:
         """Marks the step under way; called on every rank alike."""
         self.flagged = True
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if optimizer is None:

@@ -189,7 +189,7 @@ class CheckpointingTrainer(SFTTrainer):
             )
         parts = self._stateful()
         state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
-        if missing := set(parts) - set(state) - {"step_time"}:  # which older ones do not have
+        if missing := set(parts) - set(state) - {"step_time", "guard"}:  # which older ones do not have
             raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
         return {name: state[name] for name in set(parts) & set(state)}
 

@@ -21,7 +21,7 @@ from trl.models import unwrap_model_for_generation
 
 from ._compat import disable_dropout_in_model
 from .advantages import ValueBaseline
-from .callbacks import NonFiniteGuard, SayWhatIsTrained, StartOver, StepTime, print_thoughts, sample_thoughts_to_print
+from .callbacks import NonFiniteGuard, SayWhatIsTrained, Spent, StartOver, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .config import ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
@@ -150,8 +150,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if args.disable_dropout:  # an adapter's as well
             disable_dropout_in_model(self.model)
         check_optimizer(self.optimizer, self.model)
-        self.step_time = StepTime()
-        self.add_callback(self.step_time)
+        self.spent = Spent()
+        self.add_callback(self.spent)
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
         if not self.plain:
             self._prepare_to_think(teacher)
@@ -436,10 +436,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if self.curriculum is not None and math.isfinite(found.get("accuracy", math.nan)):
             self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
             self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
-        self._total_train_tokens += int(tokens)
+        self.spent.tokens += int(tokens)
         self._tokens_since += tokens
         self._nodes_since += tree.valid_BS.numel() * len(gathered)
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._metrics["train"]["num_tokens"] = [self.spent.tokens]
         if self.args.log_completions and tree.num_forks:
             gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / np.log(2)
             self._printable = sample_thoughts_to_print(
@@ -459,7 +459,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
             self._gains = GainByDocument()
         if "train_runtime" in logs:
-            logs |= {"train_step_seconds": self.step_time.seconds, "train_steps_per_second": self.state.global_step / max(self.step_time.seconds, 1e-9)}
+            logs |= {"train_step_seconds": self.spent.seconds, "train_steps_per_second": self.state.global_step / max(self.spent.seconds, 1e-9)}
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -473,7 +473,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         return metrics
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "step_time": self.step_time}
+        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "step_time": self.spent, "guard": self.guard}
         return {name: part for name, part in parts.items() if part is not None}
 
     def create_optimizer(self, *args, **kwargs):

@@ -1,6 +1,7 @@
 """A run that is killed, wherever, and resumed equals one that never was, bit for bit."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from tiny_run import KilledAtStep, main
 from transformers import TrainerCallback
 
 from hf_thinktok import ThinkTokTrainer
-from hf_thinktok.checkpoints import newest_checkpoint
+from hf_thinktok.checkpoints import STATE_FILE, newest_checkpoint
 
 HERE = Path(__file__).parent
 # Checkpoints after two and four of six steps, each with several files: a kill hits between them, in the first of them, or in a later file.
@@ -211,3 +212,23 @@ def test_older_checkpoints_go_when_the_new_one_counts(make_trainer, tmp_path, mo
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     assert newest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
     assert trainer.args.save_total_limit == 1
+
+
+def test_totals_are_those_of_all_sessions(make_trainer, tmp_path):
+    rewards = iter([math.nan, 1.0, 1.0])
+    whole = make_trainer(**EACH_STEP, max_steps=3, reward_funcs=[lambda logps, mask, **kwargs: logps.mean(-1) * next(rewards)])
+    whole.train()
+    resumed = make_trainer(**EACH_STEP, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for name in ("num_tokens", "skipped_steps"):
+        one, other = ([entry[name] for entry in each.state.log_history if name in entry] for each in (whole, resumed))
+        assert one == other
+    assert other == [1, 1, 1]
+
+    state_file = tmp_path / "out" / "checkpoint-2" / STATE_FILE  # as it was before it had totals
+    state = torch.load(state_file)
+    del state["guard"], state["step_time"]["tokens"]
+    torch.save(state, state_file)
+    older = make_trainer(**EACH_STEP, max_steps=3)
+    older.train(resume_from_checkpoint=str(state_file.parent))
+    assert torch.equal(older.model.get_input_embeddings().weight, resumed.model.get_input_embeddings().weight)
