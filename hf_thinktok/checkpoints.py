@@ -131,13 +131,14 @@ class CheckpointingTrainer(SFTTrainer):
         """Trains. On SIGTERM, as of a cluster that wants its machines back, a checkpoint is written and the process ends.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder; `True` (or `"true"`, as from a command line) for the newest of `output_dir` that is whole.
+            resume_from_checkpoint: a checkpoint's folder; `True` (or `"true"`, as from a command line) for the newest of `output_dir` that is whole;
+                `None`, `False`, `"false"` or nothing at all to start anew. A run that had ended takes no further step.
 
         Raises:
             ValueError: there is no such checkpoint, or it is of another run.
             SystemExit: with code 143, after SIGTERM.
         """
-        if str(resume_from_checkpoint).lower() == "false":
+        if str(resume_from_checkpoint).lower() in ("false", ""):  # a shell's variable may be empty
             resume_from_checkpoint = None
         if str(resume_from_checkpoint).lower() == "true":
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
@@ -169,6 +170,13 @@ class CheckpointingTrainer(SFTTrainer):
     def _determine_best_metric(self, *args, **kwargs) -> bool:
         """Whether `save_strategy: best` saves: when asked to end, whatever the metric."""
         return super()._determine_best_metric(*args, **kwargs) or self._preemption.agreed
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """The base class would take one more step before it asks whether that was the last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _read_checkpoint(self, folder: str) -> dict[str, Any]:
         """What a run that goes on from this folder begins with."""

@@ -25,6 +25,7 @@ KILLS = [{"kill_step": 3}, {"kill_write": 1}, {"kill_write": 4}, {"kill_step": 5
 OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
 # Everything that has a memory: running frequencies, a value function, a thought that stays.
 MEMORIES = {"advantage": "value", "coverage_coef": [0.1], "stop": "sampled", "memory": "persistent", "lookahead": 3}
+EACH_STEP = {"save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,23 @@ def test_a_model_saved_alone_is_no_checkpoint_to_resume_from(tmp_path, capsys):
         main(str(tmp_path), OPTIONS | {"resume": True})
 
 
+@pytest.mark.parametrize("max_steps", [1, 2])
+def test_a_run_that_had_ended_takes_no_further_step(make_trainer, tmp_path, max_steps):
+    ended = make_trainer(**EACH_STEP, optim="adamw_torch")
+    done = ended.train()
+    resumed = make_trainer(**EACH_STEP, optim="adamw_torch", max_steps=max_steps)
+    again = resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == again.global_step == 2
+    assert again.metrics["train_step_seconds"] == pytest.approx(done.metrics["train_step_seconds"])
+    for (name, one), other in zip(ended.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("nothing", ["", "false", False, None], ids=repr)
+def test_no_checkpoint_to_resume_from_is_a_new_run(make_trainer, nothing):
+    assert make_trainer(max_steps=1).train(resume_from_checkpoint=nothing).global_step == 1
+
+
 def test_a_model_with_code_of_its_own_goes_on(make_trainer, tmp_path):
     options = {"model": with_own_code(save_tiny(tmp_path / "base")), "trust_remote_code": True, "save_strategy": "steps", "save_steps": 1}
     make_trainer(**options, max_steps=1).train()
@@ -185,9 +203,6 @@ class Killed(BaseException):
 
 def killed(*args, **kwargs):
     raise Killed
-
-
-EACH_STEP = {"save_strategy": "steps", "save_steps": 1}
 
 
 def test_killed_while_a_checkpoint_is_written_anew_it_no_longer_counts(make_trainer, tmp_path, monkeypatch):
