@@ -32,6 +32,7 @@ from .tokens import ThinkingVocabulary
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "thinktok_state.pt"
+MADE_WITH = "made_with"  # in it, beside the parts of a trainer
 # Written when all ranks have written everything else. A rename would say the same, but pushes to the Hub read from the folder meanwhile.
 COMPLETE_FILE = "complete"
 
@@ -52,6 +53,10 @@ CARD = """
 This model has {num_tokens} thinking tokens without text, `{first}` to `{last}`, whose meaning nobody gave. {use} Trained with
 [hf-thinktok](https://github.com/hf-thinktok/hf-thinktok).
 """
+
+
+# Those that say more than the shapes of an adapter's parameters, or what these do not show.
+ADAPTER_OPTIONS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 class CheckpointError(ValueError):
@@ -108,6 +113,7 @@ class CheckpointingTrainer(SFTTrainer):
     vocabulary: ThinkingVocabulary
     plain: bool
     _preemption: Preemption
+    _made_with: dict[str, Any]  # what a checkpoint says that it was made with
     _fresh: dict[str, Any] = {}  # what `_stateful` held before any training
     _start: dict[str, Any] = {}  # what it holds when this run begins
 
@@ -119,6 +125,23 @@ class CheckpointingTrainer(SFTTrainer):
 
     def _forget_rollouts(self) -> None:
         raise NotImplementedError
+
+    def _what_it_trains(self) -> dict[str, Any]:
+        """What weights and the optimizer's state have to fit: options, the most telling first, and then the shape of each parameter that is trained."""
+        args = self.args
+        found: dict[str, Any] = {
+            "num_think_tokens": 0 if self.plain else self.vocabulary.num_tokens,
+            "policies": args.policies,
+            "optim": args.optim.removesuffix("_fused"),  # their states are alike
+            "speaker_learning_rate": args.speaker_learning_rate,
+            "peft_config": None,
+        }
+        if is_peft_model(self.model):
+            adapter = next(iter(self.model.peft_config.values())).to_dict()
+            found["peft_config"] = adapter["peft_type"].value
+            found |= {name: adapter.get(name) for name in ADAPTER_OPTIONS}
+        trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        return found | {name: list(getattr(one, "ds_shape", one.shape)) for name, one in trained.items()}
 
     def _start_over(self) -> None:
         """Nothing of an attempt before is left, be it of this run (`auto_find_batch_size`) or an interrupted one."""
@@ -144,6 +167,7 @@ class CheckpointingTrainer(SFTTrainer):
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
+        self._made_with = self._what_it_trains()  # before launchers have wrapped it
         self._start = self._fresh | (self._read_checkpoint(str(resume_from_checkpoint)) if resume_from_checkpoint else {})
         self._preemption = Preemption(self.accelerator)
         if self.args.save_strategy == "no":
@@ -185,18 +209,24 @@ class CheckpointingTrainer(SFTTrainer):
                 raise CheckpointError(f"{folder} is a model, and no checkpoint of a run: start a run from it as its model, without resume_from_checkpoint.")
             why = "was not written to its end" if os.path.isdir(folder) else "does not exist"
             raise CheckpointError(f"The checkpoint {folder} {why}: resume from another one, or with resume_from_checkpoint=true from the newest whole one.")
-        if self.plain:
-            return {}
-        if (found := ThinkingVocabulary.stored_in(folder)) != self.vocabulary:
+        if not self.plain and (found := ThinkingVocabulary.stored_in(folder)) != self.vocabulary:
             raise CheckpointError(
                 f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was."
             )
         if not os.path.exists(os.path.join(folder, STATE_FILE)):
+            if self.plain:  # older ones of this kind have no such file
+                return {}
             raise CheckpointError(
                 f"The checkpoint {folder} holds the model alone (save_only_model), and no run goes on from that: start one from it as its model."
             )
-        parts = self._stateful()
         state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
+        made, have, parts = state.get(MADE_WITH, self._made_with), self._made_with, self._stateful()  # older ones do not say what they were made with
+        for name in have | made:
+            if made.get(name) != have.get(name):
+                raise CheckpointError(
+                    f"The checkpoint {folder} was made with {name}={made.get(name)}, and this run has {name}={have.get(name)}: "
+                    "resume with the model and the options it was made with."
+                )
         if missing := set(parts) - set(state) - {"step_time", "guard"}:  # which older ones do not have
             raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
         return {name: state[name] for name in set(parts) & set(state)}
@@ -238,8 +268,8 @@ class CheckpointingTrainer(SFTTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """What else a resumed run needs: running frequencies, the levels passed, what was expected."""
         super()._save_rng_state(output_dir)
-        if not self.plain and self.args.should_save:
-            torch.save(self._snapshot(), os.path.join(output_dir, STATE_FILE))
+        if self.args.should_save:
+            torch.save({MADE_WITH: self._made_with} | self._snapshot(), os.path.join(output_dir, STATE_FILE))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card; with thinking tokens what they are, and after training what the results say that the run wrote beside the model."""

@@ -473,6 +473,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         return metrics
 
     def _stateful(self) -> dict[str, Any]:
+        if self.plain:
+            return {}
         parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "step_time": self.spent, "guard": self.guard}
         return {name: part for name, part in parts.items() if part is not None}
 

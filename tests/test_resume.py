@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from commands import started
-from models import save_tiny, with_own_code
+from models import save_tiny, tiny_model, tiny_tokenizer, with_own_code
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_run import KilledAtStep, main
 from transformers import TrainerCallback
 
 from hf_thinktok import ThinkTokTrainer
-from hf_thinktok.checkpoints import STATE_FILE, newest_checkpoint
+from hf_thinktok.checkpoints import STATE_FILE, CheckpointError, newest_checkpoint
 
 HERE = Path(__file__).parent
 # Checkpoints after two and four of six steps, each with several files: a kill hits between them, in the first of them, or in a later file.
@@ -170,6 +171,53 @@ def test_a_model_saved_alone_is_no_checkpoint_to_resume_from(tmp_path, capsys):
     assert "resume_from_checkpoint" not in told
     with pytest.raises(ValueError, match="checkpoint-2 holds the model alone .save_only_model."):
         main(str(tmp_path), OPTIONS | {"resume": True})
+
+
+def lora(**options):
+    return {"peft_config": LoraConfig(**{"r": 4, "target_modules": "all-linear"} | options)}
+
+
+@pytest.mark.parametrize(
+    ("made", "now", "told"),
+    [
+        ({}, {"policies": "split"}, "policies=shared, and this run has policies=split"),
+        ({}, {"optim": "sgd"}, "optim=adamw_torch, and this run has optim=sgd"),
+        ({}, {"optim": "adafactor"}, "optim=adamw_torch, and this run has optim=adafactor"),
+        ({}, {"num_think_tokens": 0}, "num_think_tokens=4, and this run has num_think_tokens=0"),
+        ({"num_think_tokens": 0}, {"num_think_tokens": 0, "optim": "sgd"}, "optim=adamw_torch, and this run has optim=sgd"),
+        ({}, {"model": {"vocab_size": 900}}, r"embed_tokens.weight=.384, 32., and this run has model.embed_tokens.weight=.900, 32."),
+        ({}, {"model": {"tie": False}}, r"lm_head.weight=None, and this run has lm_head.weight=.384, 32."),
+        ({}, lora(), "peft_config=None, and this run has peft_config=LORA"),
+        (lora(), {}, "peft_config=LORA, and this run has peft_config=None"),
+        (lora(), lora(r=8), "r=4, and this run has r=8"),
+        (lora(), lora(lora_alpha=64), "lora_alpha=8, and this run has lora_alpha=64"),
+        (lora(), lora(target_modules=["q_proj"]), r"k_proj.lora_A.default.weight=.4, 32., and this run has .*=None"),
+        (lora(), lora(use_dora=True), "use_dora=False, and this run has use_dora=True"),
+        ({"policies": "split"}, {"policies": "split", "speaker_learning_rate": 1e-2}, "speaker_learning_rate=None, and this run has .*=0.01"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_a_checkpoint_is_told(make_trainer, tmp_path, made, now, told):
+    def trainer(model=None, **options):
+        model = tiny_model(**{"vocab_size": len(tiny_tokenizer())} | (model or {}))
+        return make_trainer(model=model, **EACH_STEP | options)
+
+    trainer(max_steps=1, **made).train()
+    other = trainer(**now)
+    with pytest.raises(CheckpointError, match=told) as error:
+        other.train(resume_from_checkpoint=True)
+    assert str(error.value).count("\n") == 0
+    assert other.state.global_step == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_think_tokens": 0}, lora()], ids=["whole", "plain", "adapter"])
+def test_what_says_nothing_of_how_it_was_made_goes_on(make_trainer, tmp_path, options):
+    make_trainer(**EACH_STEP, **options).train()
+    state_file = tmp_path / "out" / "checkpoint-1" / STATE_FILE
+    state = torch.load(state_file)
+    del state["made_with"]
+    torch.save(state, state_file)
+    assert make_trainer(**EACH_STEP, **options, optim="adamw_torch_fused").train(resume_from_checkpoint=str(state_file.parent)).global_step == 2
 
 
 @pytest.mark.parametrize("max_steps", [1, 2])
