@@ -154,6 +154,7 @@ def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
     one = alone(tmp_path / "one", options)
     assert_same(one, resumed, "ddp")
+    assert weight_gap(resumed, launched("ddp", tmp_path / "two", options | {"resume": True})) == 0  # it had ended
 
 
 @pytest.mark.parametrize("reshard", [True, False], ids=["given back", "kept"])
