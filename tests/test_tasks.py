@@ -488,6 +488,8 @@ ERRORS = [
     ("pointer_chasing", {"sum_steps": True}, ["sum_steps=True", "offsets=10"]),
     ("pointer_chasing", {"offsets": 10, "pad_to": 4, "levels": [5]}, [r"levels=\[5\]", "from 1 to 4"]),
     ("mod_add", {"digits": 3}, ["digits=3", "True or False"]),
+    ("permutations", {"fill": True}, ["fill=True", "give pad_to"]),
+    ("permutations", {"fill": 1, "pad_to": 4}, ["fill=1", "True or False"]),
     ("pointer_chasing", {"offsets": 10, "sum_steps": "no"}, ["sum_steps='no'", "True or False"]),
     ("mod_add", {"held_out": 1.0}, ["held_out=1.0", "either side"]),
     ("mod_add", {"held_out": 1e-9}, ["held_out=1e-09", "either side"]),
@@ -537,6 +539,26 @@ def test_padded_words_are_the_same_questions_in_prompts_of_one_length():
     assert set(padded.words) - set(plain.words) == {"."}
     with pytest.raises(ValueError, match="levels"):
         make_task("permutations", pad_to=7, levels=[8])
+
+
+def test_words_filled_up_with_letters_do_not_show_where_they_end():
+    options = {"pad_to": 7, "levels": [2, 5, 7], "test_levels": [5, 7], "train_rows": 400, "test_rows": 50, "seed": 3}
+    dots, filled = make_task("permutations", **options), make_task("permutations", fill=True, **options)
+    for column in ("answer", "thoughts", "inputs", "think_length"):
+        assert filled.train[column] == dots.train[column]
+    assert "." not in filled.words
+    tails = {2: [], 5: []}
+    for short, long, level in zip(dots.train["prompt"], filled.train["prompt"], filled.train["level"], strict=True):
+        assert long.split()[:level] == short.split()[:level]
+        assert len(long.split()) == 8
+        if level == 7:
+            assert long == short
+        else:
+            tails[level].append(long.removesuffix(" =").split()[level:])
+    for level, words in tails.items():
+        shares = np.array([[word[place] == letter for letter in "abcd"] for word in words for place in range(7 - level)]).mean(0)
+        assert shares == pytest.approx(0.25, abs=0.05), "all letters alike, the ones that change nothing too"
+        assert len(set(map(tuple, words))) > 10
 
 
 def test_a_sum_that_is_a_step_of_its_own_changes_no_shortcut():

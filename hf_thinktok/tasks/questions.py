@@ -134,7 +134,7 @@ def mod_add(modulus: int = 100, base: int = 10, slack: int = 1, held_out: float 
     return sums(numbers, levels=(1, 1), every=Questions(inputs_RC, np.stack(places, 1), answers_R), held_out=held_out, stepwise=False)
 
 
-def permutations(group: str = "S5", pad_to: int = 0) -> Recipe:
+def permutations(group: str = "S5", pad_to: int = 0, fill: bool = False) -> Recipe:
     """`a c b d =` -> ` g17`: the product of level letters, applied from left to right. The thought is the product so far.
 
     Elements are numbered in lexicographic order, g0 is the identity. The letters of S3 are its six elements in that order; those of S5 are the
@@ -143,8 +143,13 @@ def permutations(group: str = "S5", pad_to: int = 0) -> Recipe:
 
     Args:
         pad_to: with so many letters in every prompt, the missing ones as `.`: the k-th letter is as far from the k-th thought at every level.
+        fill: the missing ones as random letters. That they do not count is told by the number of thoughts alone, so no thought knows where the word ends and
+            each has to be good for all that may come; without thoughts only words of `pad_to` letters are a question at all.
     """
     check_whole(0, pad_to=pad_to)
+    check_flag(fill=fill)
+    if fill and not pad_to:
+        raise ValueError("fill=True writes letters in place of those that pad_to misses: give pad_to, the number of letters in every prompt.")
     if group not in ("S3", "S5"):
         raise ValueError(f"group={group!r} must be 'S3' or 'S5'.")
     elements = list(itertools.permutations(range(int(group[1]))))
@@ -163,9 +168,12 @@ def permutations(group: str = "S5", pad_to: int = 0) -> Recipe:
         return recipe
 
     def prompts(rng, level, inputs_RC):
-        return [text.replace(" =", " ." * (pad_to - level) + " =") for text in recipe.prompts(rng, level, inputs_RC)]
+        missing = (len(inputs_RC), pad_to - level)
+        if fill:
+            return recipe.prompts(rng, level, np.concatenate([inputs_RC, rng.integers(len(letters), size=missing)], 1))
+        return [text.replace(" =", " ." * missing[1] + " =") for text in recipe.prompts(rng, level, inputs_RC)]
 
-    return replace(recipe, prompts=prompts, words=lambda levels: [*recipe.words(levels), "."], levels=(1, pad_to))
+    return replace(recipe, prompts=prompts, words=lambda levels: [*recipe.words(levels), *["."] * (not fill)], levels=(1, pad_to))
 
 
 def unordered_accuracy(steps_GA: np.ndarray, length: int) -> float:
