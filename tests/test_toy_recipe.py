@@ -160,6 +160,10 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
         (("--task", "mod_ad"), "error: There is no task 'mod_ad'; did you mean 'mod_add'?"),
         (("--search", "-3"), "search=[-3.0] is no schedule"),
         (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
+        (
+            ("--control", "no_think", "--task", "permutations", "--task_options", '{"pad_to": 4, "fill": true}'),
+            "error: control=no_think: with fill=True thoughts alone tell how many letters count. Leave fill out",
+        ),
     ],
 )
 def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path):
