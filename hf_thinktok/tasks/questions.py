@@ -168,10 +168,10 @@ def permutations(group: str = "S5", pad_to: int = 0, fill: bool = False) -> Reci
         return recipe
 
     def prompts(rng, level, inputs_RC):
-        missing = (len(inputs_RC), pad_to - level)
+        missing = pad_to - level
         if fill:
-            return recipe.prompts(rng, level, np.concatenate([inputs_RC, rng.integers(len(letters), size=missing)], 1))
-        return [text.replace(" =", " ." * missing[1] + " =") for text in recipe.prompts(rng, level, inputs_RC)]
+            return recipe.prompts(rng, level, np.concatenate([inputs_RC, rng.integers(len(letters), size=(len(inputs_RC), missing))], 1))
+        return [text.replace(" =", " ." * missing + " =") for text in recipe.prompts(rng, level, inputs_RC)]
 
     return replace(recipe, prompts=prompts, words=lambda levels: [*recipe.words(levels), *["."] * (not fill)], levels=(1, pad_to))
 
