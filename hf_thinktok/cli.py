@@ -190,7 +190,7 @@ def run_plan(args: argparse.Namespace) -> None:
     from trl import ModelConfig, get_peft_config
 
     from .config import ThinkTokConfig
-    from .loading import init_kwargs
+    from .loading import check_no_adapter, init_kwargs
     from .plan import plan, print_plan
 
     config, model = read_recipe(args.recipe, ThinkTokConfig, ModelConfig)
@@ -201,6 +201,7 @@ def run_plan(args: argparse.Namespace) -> None:
     options = init_kwargs(model, config.model_init_kwargs)
     with usage():
         name = resolve_model(name)
+        check_no_adapter(name, revision=model.model_revision)
         with loading(name):
             shape = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=config.trust_remote_code)
         dtype = (shape.dtype or torch.float32) if options["dtype"] == "auto" else getattr(torch, str(options["dtype"]).removeprefix("torch."))

@@ -184,8 +184,8 @@ def load_model(
         options["quantization_config"] = quantization_config
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
     with _there("model", model):
-        if isinstance(model, str) and find_adapter_config_file(model, **{name: where[name] for name in ("revision", "subfolder") if name in where}):
-            raise ValueError(f"{model} is an adapter: make a checkpoint of it and its base with `thinktok merge {model} FOLDER`, and train that.")
+        if isinstance(model, str):
+            check_no_adapter(model, **{name: where[name] for name in ("revision", "subfolder") if name in where})
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
     check_supported(config)
     if tokenizer is None:
@@ -210,6 +210,12 @@ def load_model(
         )
     _leave_out_router_loss(args, model)
     return model, tokenizer
+
+
+def check_no_adapter(name: str, **where: Any) -> None:
+    """A name that leads to an adapter would otherwise lead on to its base."""
+    if find_adapter_config_file(name, **where):
+        raise ValueError(f"{name} is an adapter: make a checkpoint of it and its base with `thinktok merge {name} FOLDER`, and train that.")
 
 
 def as_loaded(model: PreTrainedModel) -> PreTrainedModel:

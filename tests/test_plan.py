@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import TINY, save_tiny, with_own_code
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_thinktok import ThinkTokConfig
@@ -260,3 +260,10 @@ def test_models_that_cannot_be_planned(tmp_path, capsys, shape, sentence):
     (tmp_path / "config.json").write_text(json.dumps(shape))
     assert main(["plan", "--model", str(tmp_path), *SMALL]) == 2
     assert re.fullmatch(f"thinktok: [^\n]*{sentence}[^\n]*\\.\n", capsys.readouterr().err)
+
+
+def test_an_adapter_is_not_planned_as_its_base(folder, tmp_path, capsys):
+    """Its config would lead on to the base's, all of whose weights a plan then trains."""
+    get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), *SMALL]) == 2
+    assert re.fullmatch(f"thinktok: {tmp_path} is an adapter: [^\n]*thinktok merge[^\n]*\\.\n", capsys.readouterr().err)
