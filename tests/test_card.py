@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig
 
 from hf_thinktok.card import render_card
 from hf_thinktok.cli import main
@@ -145,3 +146,10 @@ def test_checkpoints_have_a_card_without_the_figures_of_what_lay_there(make_trai
     assert "gain from thinking" not in card.read_text()
     trainer.create_model_card()  # as a push after training does
     assert ("gain from thinking" in card.read_text()) == (content == json.dumps(QUICKSTART))
+
+
+def test_an_adapter_that_no_recipe_trained_says_so(make_trainer, tmp_path):
+    make_trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"]), hub_model_id="me/mine").create_model_card()
+    assert "`thinktok merge me/mine FOLDER` makes one plain checkpoint" in (tmp_path / "out" / "README.md").read_text()
+    make_trainer().create_model_card()
+    assert "thinktok merge" not in (tmp_path / "out" / "README.md").read_text()
