@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,27 @@ class CheckpointError(ValueError):
 
 class PushError(RuntimeError):
     """The Hub did not take what was uploaded."""
+
+
+def resume_points(asked: str | bool | None, folders: Sequence[str | Path]) -> list[str | None]:
+    """The checkpoint that the run in each of these folders goes on from; `None` where it begins anew.
+
+    Args:
+        asked: `resume_from_checkpoint`, as from a command line: true for the newest whole one of each folder, nothing or false for none, or one run's by name.
+
+    Raises:
+        CheckpointError: no folder has one, or one is named for several runs.
+    """
+    if str(asked).lower() in ("none", "false", ""):  # a shell's variable may be empty
+        return [None] * len(folders)
+    if str(asked).lower() != "true":
+        if len(folders) > 1:
+            raise CheckpointError(f"resume_from_checkpoint={asked} is one run's, and there are {len(folders)}: with true each goes on from its own newest.")
+        return [str(asked)]
+    found = [newest_checkpoint(folder) for folder in folders]
+    if not any(found):
+        raise CheckpointError(f"There is no whole checkpoint in {', '.join(map(str, folders))} to resume from: leave resume_from_checkpoint out.")
+    return found
 
 
 class Preemption(TrainerCallback):
@@ -161,12 +182,7 @@ class CheckpointingTrainer(SFTTrainer):
             ValueError: there is no such checkpoint, or it is of another run.
             SystemExit: with code 143, after SIGTERM.
         """
-        if str(resume_from_checkpoint).lower() in ("false", ""):  # a shell's variable may be empty
-            resume_from_checkpoint = None
-        if str(resume_from_checkpoint).lower() == "true":
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from: leave resume_from_checkpoint out.")
+        (resume_from_checkpoint,) = resume_points(resume_from_checkpoint, [self.args.output_dir])
         self._made_with = self._what_it_trains()  # before launchers have wrapped it
         self._start = self._fresh | (self._read_checkpoint(str(resume_from_checkpoint)) if resume_from_checkpoint else {})
         self._preemption = Preemption(self.accelerator)

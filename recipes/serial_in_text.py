@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.checkpoints import CheckpointError, resume_points
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
@@ -75,6 +76,9 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
 
 def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     folder = resolve_model(model.model_name_or_path)
+    outputs = {(seed, arm): str(Path(args.output_dir) / f"{arm}-seed{seed}") for seed in mixed.seeds for arm in ("cpt", "think")}
+    with one_sentence():
+        checkpoints = dict(zip(outputs, resume_points(args.resume_from_checkpoint, [*outputs.values()]), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision)
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
@@ -88,7 +92,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
         evaluations["base"][seed] = before
         for arm in ("cpt", "think"):
             set_seed(seed)
-            output = str(Path(args.output_dir) / f"{arm}-seed{seed}")
+            output = outputs[seed, arm]
             trainer = ThinkTokTrainer(
                 AutoModelForCausalLM.from_pretrained(folder, **init_kwargs(model, args.model_init_kwargs)),
                 replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output, model_init_kwargs=None),
@@ -96,7 +100,8 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
                 processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
                 peft_config=get_peft_config(model),
             )
-            trainer.train()
+            with one_sentence(CheckpointError):
+                trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             trainer.save_model(output)
             evaluations[arm][seed] = on_text(*load_whole(output, "float32"), held_out, mixed, args, thinks=arm == "think")

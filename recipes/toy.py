@@ -10,7 +10,6 @@ last line of the output is JSON with `seeds` and `accuracy`, a list over them.
 import copy
 import functools
 import json
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
+from hf_thinktok.checkpoints import CheckpointError, resume_points
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
@@ -69,15 +69,16 @@ class Progress(TrainerCallback):
         levels = levels_of(rows)
         checked = levels if trainer.curriculum is None else levels[-1:]
         self.trainer, self.rows, self.every, self.enough = trainer, [of_level(rows, level, count) for level in checked], every, enough
-        self.start, self.curve, self.console = time.perf_counter(), [], Console()
+        self.console = Console()
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.every or state.global_step % self.every or state.global_step <= self.trainer.args.think_start:  # nothing has been thought yet
             return
         accuracy = min(answer(self.trainer, rows, "think" if self.trainer.args.thinks else "none").accuracy for rows in self.rows)
-        seconds, curriculum = time.perf_counter() - self.start, self.trainer.curriculum
+        seconds, curriculum = self.trainer.spent.seconds, self.trainer.curriculum
         reached = [] if curriculum is None else curriculum.reached(state.global_step)
-        self.curve.append({"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": max(reached, default=None)})
+        check = {"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": max(reached, default=None)}
+        state.log_history.append({"step": state.global_step, "check": check})  # which checkpoints have as well
         self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the {'hardest' if reached else 'least learned'} level {accuracy:.4f}")
         if reached:
             table = Table(title="in training, thoughts sampled")
@@ -167,11 +168,11 @@ def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: 
 
 
 def run(
-    seed: int, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, task: Task, tokenizer: PreTrainedTokenizerBase, train: Dataset, test: Dataset
+    toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, task: Task, tokenizer: PreTrainedTokenizerBase, train: Dataset, test: Dataset
 ) -> dict[str, Any]:
     """Trains and measures one model on tokenised rows."""
-    set_seed(seed)
-    args = replace(control_of(args, toy.control), seed=seed, output_dir=str(Path(args.output_dir) / f"seed-{seed}"))
+    set_seed(args.seed)
+    args = control_of(args, toy.control)
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
     with one_sentence():
         thinker = make_model(toy, args, model, tokenizer)
@@ -180,16 +181,17 @@ def run(
         if args.teacher is None:  # who is loaded with them as well
             args = replace(args, model_init_kwargs=None)
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
-    progress = Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy)
-    trainer.add_callback(progress)
-    trainer.train()
-    seconds, steps = time.perf_counter() - progress.start, trainer.state.global_step
+    trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
+    with one_sentence(CheckpointError):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     accuracy, lengths = by_level(trainer, test, toy.test_rows)
     if toy.save_models:
         trainer.save_model(args.output_dir)
     if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
         report_language(trainer, test, task, toy.test_rows)
-    return {"seed": seed, "accuracy": accuracy, "think_length": lengths, "seconds": seconds, "steps": steps, "curve": progress.curve}
+    curve = [entry["check"] for entry in trainer.state.log_history if "check" in entry]
+    seconds, steps = trainer.spent.seconds, trainer.state.global_step
+    return {"seed": args.seed, "accuracy": accuracy, "think_length": lengths, "seconds": seconds, "steps": steps, "curve": curve}
 
 
 def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
@@ -198,11 +200,14 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
         "levels": levels_of(task.train), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
         **environment(),  # of the start: a checkout may move on meanwhile
     }  # fmt: skip
+    folders = [str(Path(args.output_dir) / f"seed-{seed}") for seed in toy.seeds]
     with one_sentence():
+        checkpoints = resume_points(args.resume_from_checkpoint, folders)
         tokenizer = make_tokenizer(model, task)
     train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
-    for seed in toy.seeds:
-        results["runs"].append(run(seed, toy, args, model, task, tokenizer, train, test))
+    for seed, folder, checkpoint in zip(toy.seeds, folders, checkpoints, strict=True):
+        own = replace(args, seed=seed, output_dir=folder, resume_from_checkpoint=checkpoint)
+        results["runs"].append(run(toy, own, model, task, tokenizer, train, test))
         write_json(Path(args.output_dir) / "results.json", results)
     draw_task(results, Path(args.output_dir) / "accuracy.svg")
     print_task(results)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import yaml
 from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerControl
 from trl import ModelConfig
 
@@ -71,12 +73,13 @@ def test_a_model_that_thinks_goes_on_to_learn_when_to_stop(tmp_path):
 def test_a_task_in_text_is_measured_on_both(tmp_path):
     save_tiny(tmp_path / "model", think_tokens=32)
     (tmp_path / "text.txt").write_text("\n".join(f"{text.strip()} {i}".replace("\n", " ") for i, text in enumerate(CORPUS * 2)))
-    done = in_process(
+    command = [
         ROOT / "recipes" / "serial_in_text.py", "--config", ROOT / "recipes" / "smollm2-135m" / "serial_in_text.yaml", "--model_name_or_path",
         tmp_path / "model", "--data_files", tmp_path / "text.txt", "--held_out_documents", 8, "--text_length", 24, "--max_steps", 2, "--test_rows", 8,
-        "--held_out_forks", 4, "--max_think_length", 3, "--output_dir", tmp_path / "out",
+        "--held_out_forks", 4, "--max_think_length", 3, "--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 1,
         "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
-    )  # fmt: skip
+    ]  # fmt: skip
+    done = in_process(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "twin without thinking" in done.stdout
     assert "think, over cpt" in done.stdout
@@ -89,6 +92,14 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     start, trained = (results["text"]["arms"][arm]["bits_per_token"] for arm in ("base", "cpt"))
     assert trained != start
     assert load_whole(str(tmp_path / "out" / "think-seed0"))[0].config.thinktok["stop"] == "learned"
+    shutil.rmtree(tmp_path / "out" / "think-seed0" / "checkpoint-2")  # as if it had been cut off, and the twin not
+    kept = [tmp_path / "out" / folder / "complete" for folder in ("think-seed0/checkpoint-1", "cpt-seed0/checkpoint-2")]
+    written = [file.stat().st_mtime_ns for file in kept]
+    again = in_process(*command, "--resume_from_checkpoint", "true")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert [file.stat().st_mtime_ns for file in kept] == written, "steps were made again"
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (found["mixture"], found["text"]) == (results["mixture"], results["text"])
 
 
 @pytest.mark.parametrize("control", ["no_think", "filler"])
@@ -131,12 +142,37 @@ def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculu
     monkeypatch.syspath_prepend(ROOT / "recipes")
     toy = importlib.import_module("toy")
     monkeypatch.setattr(toy, "answer", lambda trainer, rows, how: SimpleNamespace(accuracy={1: 0.5, 2: 1.0}[rows["level"][0]]))
-    trainer = SimpleNamespace(args=SimpleNamespace(thinks=True, think_start=1), curriculum=curriculum)
+    trainer = SimpleNamespace(args=SimpleNamespace(thinks=True, think_start=1), curriculum=curriculum, spent=SimpleNamespace(seconds=1.0))
     progress, control = toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9), TrainerControl()
-    progress.on_step_end(None, SimpleNamespace(global_step=1), control)
-    assert not progress.curve  # there were no thoughts yet
-    progress.on_step_end(None, SimpleNamespace(global_step=2), control)
+    logged = []
+    progress.on_step_end(None, SimpleNamespace(global_step=1, log_history=logged), control)
+    assert not logged  # there were no thoughts yet
+    progress.on_step_end(None, SimpleNamespace(global_step=2, log_history=logged), control)
+    assert [entry["check"]["accuracy"] for entry in logged] == [1.0 if ends else 0.5]
     assert control.should_training_stop == ends
+
+
+def test_each_seed_goes_on_from_its_own_checkpoint(tmp_path):
+    """One was cut off after two steps and one had not begun; what they come to is what a run comes to that nobody cut off."""
+    small = ["--max_steps", 4, "--per_device_train_batch_size", 8, "--check_every", 1, "--check_rows", 8, "--stop_accuracy", 2, "--test_rows", 16]
+    small += ["--save_strategy", "steps", "--save_steps", 2, "--seeds", 3, 11, "--save_models", "true", "--think_start", 0]
+    small += ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}"]
+    config, whole, cut = ROOT / "recipes" / "toy" / "mod_add_100_shared.yaml", tmp_path / "whole", tmp_path / "cut"
+    assert run_toy(config, "--output_dir", whole, *small).returncode == 0
+    shutil.copytree(whole / "seed-3" / "checkpoint-2", cut / "seed-3" / "checkpoint-2")
+    kept = (cut / "seed-3" / "checkpoint-2" / "complete").stat().st_mtime_ns
+    done = run_toy(config, "--output_dir", cut, *small, "--resume_from_checkpoint", "true")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (cut / "seed-3" / "checkpoint-2" / "complete").stat().st_mtime_ns == kept, "its first steps were made again"
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
+    for run in (*one["runs"], *other["runs"]):
+        assert [check["step"] for check in run["curve"]] == [1, 2, 3, 4]
+        assert run.pop("seconds") >= run["curve"][-1]["seconds"] - 0.1  # a check's are rounded
+        run["curve"] = [check | {"seconds": None} for check in run["curve"]]
+    assert (one["runs"], one["config"]) == (other["runs"], other["config"])
+    for seed in (3, 11):
+        weights = [load_file(folder / f"seed-{seed}" / "model.safetensors") for folder in (whole, cut)]
+        assert all(weights[0][name].equal(weights[1][name]) for name in weights[0]), seed
 
 
 @pytest.mark.parametrize(("name", "options", "stepwise"), [("mod_add", {"modulus": 10, "slack": 0}, False), ("sorting", {"levels": [12]}, True)])
@@ -160,6 +196,8 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
         (("--task", "mod_ad"), "error: There is no task 'mod_ad'; did you mean 'mod_add'?"),
         (("--search", "-3"), "search=[-3.0] is no schedule"),
         (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
+        (("--resume_from_checkpoint", "true"), "error: There is no whole checkpoint in"),
+        (("--seeds", 3, 4, "--resume_from_checkpoint", "checkpoint-2"), "error: resume_from_checkpoint=checkpoint-2 is one run's, and there are 2"),
         (
             ("--control", "no_think", "--task", "permutations", "--task_options", '{"pad_to": 4, "fill": true}'),
             "error: control=no_think: with fill=True thoughts alone tell how many letters count. Leave fill out",
