@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
@@ -86,6 +86,12 @@ def resume_points(asked: str | bool | None, folders: Sequence[str | Path]) -> li
     if not any(found):
         raise CheckpointError(f"There is no whole checkpoint in {', '.join(map(str, folders))} to resume from: leave resume_from_checkpoint out.")
     return found
+
+
+def check_not_pushed(args: TrainingArguments) -> None:
+    """For recipes that train several models."""
+    if args.push_to_hub:
+        raise ValueError("push_to_hub would put several models into one place: leave it out, and push the one you want with `thinktok push FOLDER REPOSITORY`.")
 
 
 class Preemption(TrainerCallback):

@@ -40,7 +40,7 @@ from transformers import AutoConfig
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, add_thinking_tokens
-from hf_thinktok.checkpoints import newest_checkpoint
+from hf_thinktok.checkpoints import check_not_pushed, newest_checkpoint
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.errors import one_sentence
@@ -93,6 +93,9 @@ class Grid:
         self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
         if self.options["think"][1].max_steps <= 0:
             raise ValueError("Arms are compared step by step: set max_steps.")
+        if self.options["think"][1].resume_from_checkpoint:
+            raise ValueError("A comparison goes on by itself where it stopped: leave resume_from_checkpoint out, and name the same output_dir.")
+        check_not_pushed(self.options["think"][1])
         if not self.options["think"][1].packing:
             raise ValueError("A step's FLOPs are those of full rows, and cpt_flops has to have as many as think: set packing=True.")
         self.flops = {arm: self._flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.checkpoints import CheckpointError, resume_points
+from hf_thinktok.checkpoints import CheckpointError, check_not_pushed, resume_points
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
@@ -127,6 +127,7 @@ if __name__ == "__main__":
         if not 0 < mixture_args.task_share < 1:
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
         check_unquantized(model_args)
+        check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)
         the_task = make_task(mixture_args.task, **mixture_args.task_options or {})
         the_text = load_text(text_args)

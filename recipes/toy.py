@@ -23,7 +23,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
-from hf_thinktok.checkpoints import CheckpointError, resume_points
+from hf_thinktok.checkpoints import CheckpointError, check_not_pushed, resume_points
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
@@ -221,6 +221,7 @@ if __name__ == "__main__":
         toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
         read_mappings(toy_args, "task_options", "model_shape")
         check_unquantized(model_args)
+        check_not_pushed(think_args)
         if not model_args.model_name_or_path and "model_type" not in (toy_args.model_shape or {}):
             raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)

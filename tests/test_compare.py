@@ -328,6 +328,8 @@ def test_another_base_is_measured_again(grid, monkeypatch):
         (("--learning_rate", "0.1"), "holds a run with other settings"),
         (("--test_documents", "0", "--output_dir", "{}/other"), "no text to report on"),
         (("--max_steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
+        (("--resume_from_checkpoint", "true", "--output_dir", "{}/other"), "goes on by itself where it stopped"),
+        (("--push_to_hub", "true", "--output_dir", "{}/other"), "several models into one place"),
         (("--packing", "false", "--output_dir", "{}/other"), "set packing=True"),
         (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),

@@ -79,6 +79,7 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
         "--held_out_forks", 4, "--max_think_length", 3, "--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 1,
         "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
     ]  # fmt: skip
+    assert in_process(*command, "--push_to_hub", "true").stderr.startswith("error: push_to_hub would put several models into one place")
     done = in_process(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "twin without thinking" in done.stdout
@@ -196,6 +197,7 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
         (("--task", "mod_ad"), "error: There is no task 'mod_ad'; did you mean 'mod_add'?"),
         (("--search", "-3"), "search=[-3.0] is no schedule"),
         (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
+        (("--push_to_hub", "true"), "error: push_to_hub would put several models into one place"),
         (("--resume_from_checkpoint", "true"), "error: There is no whole checkpoint in"),
         (("--seeds", 3, 4, "--resume_from_checkpoint", "checkpoint-2"), "error: resume_from_checkpoint=checkpoint-2 is one run's, and there are 2"),
         (
