@@ -1,9 +1,11 @@
 """From the trainer's arguments to a model and a tokenizer, refused with one sentence where they do not fit."""
 
 import contextlib
+import copy
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel, str_to_bool
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig
@@ -28,6 +30,9 @@ from .peft import SPEAKER, has_adapter
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 logger = logging.getLogger(__name__)
+
+# What tokenizers split in different ways: digits, apostrophes, white space, a letter with its accent apart.
+SPLIT_TEXT = "It's 12345, isn't it?\n\n  Yes: a b_c\t(x) cafe\u0301 ."
 
 
 def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: dict[str, Any]) -> None:
@@ -190,6 +195,8 @@ def load_model(
     check_supported(config)
     if tokenizer is None:
         tokenizer = load_tokenizer(model if isinstance(model, str) else config._name_or_path, **where)
+    else:
+        _warn_of_another(tokenizer, config, args.trust_remote_code)
     _check_ending(dataset, tokenizer)
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
@@ -275,6 +282,26 @@ def load_tokenizer(name: str, **where: Any) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         why = first_line(error).rstrip(":.")
     raise ValueError(f"There is no tokenizer at {name!r} ({why}): pass processing_class.")
+
+
+def _warn_of_another(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Says so where `AutoTokenizer` would read another one from the checkpoint: of some model types transformers takes their own class, whatever was saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        beside = copy.deepcopy(config)
+        beside._name_or_path = folder
+        try:
+            again = AutoTokenizer.from_pretrained(folder, config=beside, trust_remote_code=trust_remote_code)
+            same = again.get_vocab() == tokenizer.get_vocab() and again(SPLIT_TEXT)["input_ids"] == tokenizer(SPLIT_TEXT)["input_ids"]
+            how = f"as a {type(again).__name__}, which splits text otherwise"
+        except (OSError, ValueError, TypeError) as error:
+            same, how = False, f"not at all ({first_line(error).rstrip('.')})"
+    if not same:
+        logger.warning(
+            "Beside a %s config AutoTokenizer would read this tokenizer %s: load it from the checkpoint with PreTrainedTokenizerFast, or take the model's own.",
+            config.model_type,
+            how,
+        )
 
 
 def _check_ending(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> None:

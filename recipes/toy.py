@@ -226,6 +226,6 @@ if __name__ == "__main__":
             raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)
         the_task = make(**toy_args.task_options or {})
-        if toy_args.control == "no_think" and (toy_args.task_options or {}).get("fill"):
-            raise ValueError("control=no_think: with fill=True thoughts alone tell how many letters count. Leave fill out; words of pad_to letters stay.")
+        if toy_args.control == "no_think" and the_task.asked_by_length:
+            raise ValueError("control=no_think: these task_options let the number of thoughts tell what is asked, as fill does: leave that out.")
     main(the_task, toy_args, fit_to_cpu(think_args), model_args)

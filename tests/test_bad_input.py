@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
 from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
@@ -944,6 +945,17 @@ def test_a_tokenizer_without_an_end(train, tokenizer):
     with pytest.raises(ValueError, match="end token") as error:
         train(model, processing_class=tokenizer)
     one_sentence(error, "eos_token")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_tokenizer_that_another_one_would_be_read_in_place_of(make_trainer, tokenizer, tmp_path, caplog, family):
+    """transformers takes some model types' own class whatever was saved: the run says so, and what it says is true."""
+    trainer = make_trainer(family, tokenizer=tokenizer)
+    trainer.save_model(str(tmp_path / "saved"))
+    text = "cafe\u0301"  # Qwen2Tokenizer writes the letter and its accent as one
+    saved, automatic = (kind.from_pretrained(tmp_path / "saved")(text)["input_ids"] for kind in (PreTrainedTokenizerFast, AutoTokenizer))
+    assert saved == tokenizer(text)["input_ids"]
+    assert ("AutoTokenizer would read this tokenizer as a Qwen2Tokenizer" in caplog.text) is (automatic != saved) is (family == "qwen2")
 
 
 def test_a_stream_with_a_gap_among_the_rows_that_are_looked_at(train, tokenizer):

@@ -202,7 +202,7 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
         (("--seeds", 3, 4, "--resume_from_checkpoint", "checkpoint-2"), "error: resume_from_checkpoint=checkpoint-2 is one run's, and there are 2"),
         (
             ("--control", "no_think", "--task", "permutations", "--task_options", '{"pad_to": 4, "fill": true}'),
-            "error: control=no_think: with fill=True thoughts alone tell how many letters count. Leave fill out",
+            "error: control=no_think: these task_options let the number of thoughts tell what is asked, as fill does: leave that out.",
         ),
     ],
 )

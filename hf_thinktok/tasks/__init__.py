@@ -55,6 +55,7 @@ class Task:
     shortcut: dict[int, float]  # for each level, the best accuracy known to be reachable without serial steps; chance where none is known
     stepwise: bool  # a thought's tokens are what is known after each step, and not a code of the answer
     words: tuple[str, ...]  # all that may stand between whitespace in prompts and completions, sorted, also of levels only tested
+    asked_by_length: bool = False  # how many thoughts there are is part of the question, which is none without them
 
 
 def held_back(keys_RC: np.ndarray) -> np.ndarray:
@@ -160,6 +161,7 @@ def make_task(name: str, seed: int = 0, *, levels=None, test_levels=None, train_
         shortcut={level: recipe.shortcut(level) for level in every_level},
         stepwise=recipe.stepwise,
         words=tuple(sorted({word for text in (*recipe.words(every_level), *recipe.answers) for word in text.split()})),
+        asked_by_length=recipe.asked_by_length,
     )
 
 

@@ -42,6 +42,7 @@ class Recipe:
     every: Questions | None = None  # all questions, where each is to be asked once
     held_out: float = 0.0  # the part of them that is only tested
     stepwise: bool = True  # a thought's tokens are what is known after each step
+    asked_by_length: bool = False  # how many thoughts there are is part of the question
 
 
 def joined(words: Sequence[str], ids_RC: np.ndarray, sep: str = " ") -> list[str]:
@@ -173,7 +174,8 @@ def permutations(group: str = "S5", pad_to: int = 0, fill: bool = False) -> Reci
             return recipe.prompts(rng, level, np.concatenate([inputs_RC, rng.integers(len(letters), size=(len(inputs_RC), missing))], 1))
         return [text.replace(" =", " ." * missing + " =") for text in recipe.prompts(rng, level, inputs_RC)]
 
-    return replace(recipe, prompts=prompts, words=lambda levels: [*recipe.words(levels), *["."] * (not fill)], levels=(1, pad_to))
+    words = recipe.words if fill else lambda levels: [*recipe.words(levels), "."]
+    return replace(recipe, prompts=prompts, words=words, levels=(1, pad_to), asked_by_length=fill)
 
 
 def unordered_accuracy(steps_GA: np.ndarray, length: int) -> float:
