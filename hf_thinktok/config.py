@@ -124,6 +124,9 @@ class ThinkTokConfig(SFTConfig):
             The mean is taken for each `position` of a thought, or for each position and `token` before it.
         thought_entropy_target (schedule, *optional*):
             Entropy of the next thinking token that a two-sided servo holds, as a part of ln N.
+        revive_every (`int`, defaults to `0`):
+            Steps after which thinking tokens that are hardly said become parts of those after which the text fails most, as two meanings that share a token
+            never part by themselves. `0`: never.
         curriculum_threshold (`list[float]`, *optional*):
             Running accuracy at which the next `level` of the data begins: one number, or one for each level but the last. `None`: all rows from the start.
         curriculum_replay (`float`, defaults to `0.4`):
@@ -237,6 +240,7 @@ class ThinkTokConfig(SFTConfig):
     balance_coef: list[float] = option([0.0], f"Weight of the entropy of the batch's mean choice: {A_SCHEDULE}.")
     balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))
     thought_entropy_target: list[float] | None = option(None, f"Entropy that a servo holds, in parts of ln N: {A_SCHEDULE}.")
+    revive_every: int = option(0, "Steps after which thinking tokens that are hardly said become parts of those after which the text fails most. 0: never.")
     curriculum_threshold: list[float] | None = option(None, "Running accuracy at which the next level of the data begins, or one for each but the last.")
     curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
 
@@ -348,7 +352,8 @@ class ThinkTokConfig(SFTConfig):
             "every_prefix": self.needs_every_prefix,
             "gate": self.needs_gate,
             "split": self.policies == "split",
-            "hidden": self.advantage == "value" and training,
+            "fork_hidden": self.advantage == "value" and training,
+            "last_hidden": self.revive_every > 0 and training,
         }
 
     def policy_loss(self) -> PolicyLoss:

@@ -26,9 +26,9 @@ OF_REWARDS = (
 )  # fmt: skip
 OF_REWARDED_TOKENS = ("search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "top_k", "top_p", "min_p")
 OF_THINKING_VOCABULARY = (
-    "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "supply_thoughts", "top_k", "top_p", "min_p",
+    "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "revive_every", "supply_thoughts", "top_k", "top_p", "min_p",
 )  # fmt: skip
-OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "log_completions")
+OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "revive_every", "log_completions")
 # Without effect where the thinker gets no gradient, where its policy gets none, and there but for the marginal objective, whose posterior they change.
 OF_LEARNING_THINKERS = ("balance_coef", "thought_entropy_target", "think_loss_weight", "gate_loss_weight", "thought_ce_weight")
 OF_POLICY_LOSS = ("think_loss_type", "beta")
@@ -51,6 +51,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "max_nonfinite_steps": 1,
         "num_completions_to_print": 1,
         "prompt_length": 1,
+        "revive_every": 0,
     }
     _check_numbers(config, (*least, "num_think_tokens", "lookahead", "search_changes", "alternate"))
     for name, bound in least.items():
@@ -189,6 +190,13 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "curriculum_threshold chooses rows as training goes, and dataloader_num_workers fetch them far ahead: set dataloader_num_workers=0.": (
             config.curriculum_threshold is not None and config.dataloader_num_workers > 0
         ),
+        "revive_every blames a thought's last token, and stop=learned has none before it is read: set stop=fixed or stop=sampled.": (
+            config.revive_every > 0 and config.stop == "learned"
+        ),
+        f"revive_every changes how tokens are chosen and read, and freeze={config.freeze} is to leave one alone: choose one.": (
+            config.revive_every > 0 and config.freeze != "none"
+        ),
+        "policies=split with revive_every is not supported: set revive_every=0.": config.policies == "split" and config.revive_every > 0,
         "policies=split with beta is not supported: set beta=0.": config.policies == "split" and config.beta > 0,
         "policies=split with memory=persistent is not supported: set memory=none.": config.policies == "split" and config.memory == "persistent",
         "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (

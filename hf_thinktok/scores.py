@@ -36,6 +36,7 @@ class TreeScores:
         think_logits_BKGLN: the thinking logits there.
         thought_logps_BKGL: log p(z_l | prefix, think) at the sampling temperature.
         fork_hidden_BKD: hidden states at the forks where they were asked for (no gradient).
+        last_hidden_BKGD: those that each thought's last token was chosen from, likewise.
     """
 
     trunk_logps_BT: Tensor
@@ -51,6 +52,7 @@ class TreeScores:
     think_logits_BKGLN: Tensor
     thought_logps_BKGL: Tensor
     fork_hidden_BKD: Tensor | None = None
+    last_hidden_BKGD: Tensor | None = None
 
     @property
     def valid_BK(self) -> Tensor:
@@ -68,7 +70,8 @@ def score_tree(
     every_prefix: bool = False,
     gate: bool = True,
     split: bool = False,
-    hidden: bool = False,
+    fork_hidden: bool = False,
+    last_hidden: bool = False,
 ) -> TreeScores:
     """Runs a model, or under `split` a thinker and a speaker, over a tree, and gathers what they say by fork and thought.
 
@@ -76,7 +79,7 @@ def score_tree(
 
     Args:
         every_prefix: also judge what would be said if the thought ended early.
-        hidden: also give the forks' hidden states.
+        fork_hidden, last_hidden: also give these hidden states.
         split: the speaker predicts wherever it sees what it needs: everywhere, or under `blind` in the rereading alone. The thinker does the rest.
     """
     targets_BS, thinkers = tree.targets(labels_BT, every_prefix), tree.prefixes()[..., :-1]
@@ -95,22 +98,24 @@ def score_tree(
     full_M, silent_M = (nodes_BS.flatten().nonzero()[:, 0] for nodes_BS in (spoken_BS, thinks_BS & ~spoken_BS))
     scored_M = torch.cat([full_M, silent_M])
     head = HeadInputs(scored_M, targets_BS.flatten()[scored_M].where(own_BS.flatten()[scored_M], -100), spoken=len(full_M))
-    extra: list[HiddenInputs] = []
-    if hidden:
-        rows_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None]
-        extra.append(HiddenInputs((thinkers[:, :, 0, 0] + rows_B1 * targets_BS.shape[1]).flatten()))
+    hidden: dict[str, Tensor] = {}  # whose states are asked for
+    if fork_hidden:
+        hidden["fork_hidden_BKD"] = thinkers[:, :, 0, 0]
+    if last_hidden:
+        hidden["last_hidden_BKGD"] = thinkers.gather(-1, (rollout.lengths_BKG - 1).clamp(min=0)[..., None])[..., 0]
+    rows_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None] * targets_BS.shape[1]
+    extra = [HiddenInputs((nodes.flatten(1) + rows_B1).flatten()) for nodes in hidden.values()]
     passes = [Pass([head, *extra], tree.thinker_nodes if split else None)]
     speaking: list[HeadInputs] = []
     if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
         spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
         speaking.append(HeadInputs(spoken_M, targets_BS.flatten()[spoken_M]))
         passes.append(Pass(speaking, tree.speaker_nodes, speaks=True))
-    out, *spoken = run(passes)
-    fork_hidden_BKD = out.pop().detach().float().unflatten(0, thinkers.shape[:2]) if hidden else None
-    think = think.index_put((scored_M,), out[0].think_logits_MN)
+    (out, *states), *spoken = run(passes)
+    think = think.index_put((scored_M,), out.think_logits_MN)
     if gate:
-        gates = gates.index_put((full_M,), out[0].gate_logit_M)
-    for inputs, one in zip([head, *speaking], [out[0], *(one for (one,) in spoken)], strict=True):
+        gates = gates.index_put((full_M,), out.gate_logit_M)
+    for inputs, one in zip([head, *speaking], [out, *(one for (one,) in spoken)], strict=True):
         logps, correct = logps.index_put((inputs.nodes_M,), one.target_logps_M), correct.index_put((inputs.nodes_M,), one.correct_M.float())
 
     def at(values: Tensor, nodes: Tensor) -> Tensor:
@@ -135,5 +140,5 @@ def score_tree(
         gate_logits_BKGL=at(gates, thinkers),
         think_logits_BKGLN=think_BKGLN,
         thought_logps_BKGL=thought_logps_BKGL,
-        fork_hidden_BKD=fork_hidden_BKD,
+        **{name: state.detach().float().unflatten(0, nodes.shape) for (name, nodes), state in zip(hidden.items(), states, strict=True)},
     )

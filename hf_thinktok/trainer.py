@@ -35,6 +35,7 @@ from .loading import check_arguments, check_optimizer, check_parts, find_speaker
 from .models import evaluating, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
+from .revival import Revival
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
@@ -173,6 +174,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of mask, and each step has others
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
+        if args.revive_every and self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise ValueError("revive_every writes rows of the embeddings, of which DeepSpeed and FSDP2 keep copies or parts: leave it out, or take DDP.")
         if args.thinks and not sharded and not args.gather_for_rollout:
             raise ValueError("gather_for_rollout=False has no effect here; it needs ZeRO-3 or FSDP2.")
         for one in models:
@@ -190,6 +193,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.add_callback(self.guard)
         self.explore = Explorer(self)
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
+        self.revival = None
+        if args.revive_every:
+            self.revival = Revival(self.vocabulary, args.revive_every, args.seed, self.accelerator.reduce)
+            self.add_callback(self.revival)
         self.curriculum = None
         if args.curriculum_threshold is not None:
             self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
@@ -244,6 +251,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             )
             self._old_logps[turn] = actions(scores, rollout, args)[0].detach() if self._old_logps[turn] is None else self._old_logps[turn]
             loss = loss + thinking / accumulated
+            if self.revival is not None:
+                self.revival.observe(rollout, scores)
         self._record(loss, metrics, tree, inputs, labels_BT, rollout, scores)
         return loss
 
@@ -476,6 +485,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if self.plain:
             return {}
         parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "step_time": self.spent, "guard": self.guard}
+        parts["revival"] = self.revival
         return {name: part for name, part in parts.items() if part is not None}
 
     def create_optimizer(self, *args, **kwargs):

@@ -1,0 +1,146 @@
+"""Thinking tokens that are hardly said come back, each as a part of one that stands for too much.
+
+A token that two meanings share is right for one of them at a time, and stays so: a third token says nothing yet, so for neither meaning it is ever the
+better choice. A copy of the shared one is as good as that from the start. It is put where the text after the shared one fails, and the shared one stays
+where it is right, so the two can part. Growing a codebook by splitting is Linde, Buzo and Gray's (IEEE Transactions on Communications 28(1), 1980);
+filling unused entries anew while it is learned is also Jukebox's (https://huggingface.co/papers/2005.00341, "random restarts").
+
+Shape suffixes as in tree.py; N thinking tokens, D hidden size, M thoughts in a row, P parents.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ._compat import trainable_token_rows
+from .models import unwrapped
+from .rewards import masked_sum
+from .rollout import Rollout
+from .scores import TreeScores
+from .tokens import ThinkingVocabulary
+
+logger = logging.getLogger(__name__)
+
+# So many at a time, that a language is never new all at once.
+MOST = 8
+# A token is free if it is said less than this part of the mean.
+RARE = 0.05
+# One is shared if what follows it fails so many times as often as on average, and so often at least, in so many thoughts or more.
+TIMES_THE_MEAN, LEAST_WRONG, LEAST_SAID = 1.5, 0.08, 16
+# How far apart, in nats, the logits of parent and copy are put between where it fails and where it is right; of the row's length at most this part changes.
+SHARPNESS, LARGEST_PART = 2.0, 0.5
+# Noise in what is read, in standard deviations of the row: without it the two would mean the same.
+NOISE = 0.1
+
+
+class Revival(TrainerCallback):
+    """Counts what follows each thinking token that ends a thought, and every so many steps splits those that are shared.
+
+    Args:
+        vocabulary: which ids are thoughts.
+        every: steps from one time to the next.
+        seed: of the noise, which is the same on all ranks.
+        total: sums a tensor over ranks.
+    """
+
+    def __init__(self, vocabulary: ThinkingVocabulary, every: int, seed: int, total: Callable[[Tensor], Tensor] = lambda sums: sums):
+        self.vocabulary, self.every, self.seed, self.total = vocabulary, every, seed, total
+        self.revived = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def observe(self, rollout: Rollout, scores: TreeScores) -> None:
+        """Adds a batch's thoughts."""
+        told_BKG, hidden_BKGD = masked_sum(scores.logps_BKGH, scores.mask_BKH[:, :, None]).detach(), scores.last_hidden_BKGD
+        assert hidden_BKGD is not None
+        said_BKGL, lengths_BKG = rollout.said_BKGL & scores.valid_BK[:, :, None, None], rollout.lengths_BKG
+        choices_BKGL = (rollout.thoughts_BKGL - self.vocabulary.first_id).clamp(min=0)
+        last_BKG = choices_BKGL.gather(-1, (lengths_BKG - 1).clamp(min=0)[..., None])[..., 0]
+        ended_BKG = said_BKGL.any(-1) & told_BKG.isfinite() & hidden_BKGD.isfinite().all(-1)  # a step that is skipped must not be remembered
+        last_M, hidden_MD, wrong_M = last_BKG[ended_BKG], hidden_BKGD[ended_BKG], -torch.expm1(told_BKG[ended_BKG])
+        ones_M = torch.ones_like(wrong_M)
+        self._add("said_N", choices_BKGL[said_BKGL], torch.ones_like(choices_BKGL[said_BKGL], dtype=torch.float))
+        self._add("ended_N", last_M, ones_M)
+        self._add("wrong_N", last_M, wrong_M)
+        self._add("hidden_ND", last_M, hidden_MD)
+        self._add("hidden_wrong_ND", last_M, hidden_MD * wrong_M[:, None])
+
+    def _add(self, name: str, tokens_M: Tensor, values_M: Tensor) -> None:
+        before = self.sums.get(name, torch.zeros(self.vocabulary.num_tokens, *values_M.shape[1:]))
+        self.sums[name] = before.to(values_M.device).index_add(0, tokens_M, values_M)  # a resumed run's may lie elsewhere
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every or not self.sums:
+            return
+        sums = {name: self.total(values) for name, values in self.sums.items()}
+        self.sums = {}
+        parents_P, copies_P = shared_and_free(sums["said_N"], sums["ended_N"], sums["wrong_N"])
+        if len(parents_P):
+            generator = torch.Generator().manual_seed(self.seed + state.global_step)
+            split(*thinking_rows(unwrapped(model), self.vocabulary), parents_P, copies_P, apart(sums, parents_P), generator)
+            self.revived += len(parents_P)
+            logger.info("Step %d: %d thinking tokens were revived, %d in all.", state.global_step, len(parents_P), self.revived)
+
+    def state_dict(self) -> dict:
+        return {"revived": self.revived, "sums": self.sums}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.revived, self.sums = state["revived"], dict(state["sums"])
+
+
+def shared_and_free(said_N: Tensor, ended_N: Tensor, wrong_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens after which the text fails most, `[P]`, and as many that are hardly said.
+
+    Args:
+        said_N: how often each was said.
+        ended_N: how often each ended a thought.
+        wrong_N: of these, how often what followed failed: the sum of 1 - p.
+    """
+    rate_N, mean = wrong_N / ended_N.clamp(min=1), wrong_N.sum() / ended_N.sum().clamp(min=1)
+    shared_N = (ended_N >= LEAST_SAID) & (rate_N > (TIMES_THE_MEAN * mean).clamp(min=LEAST_WRONG))
+    free_M = (said_N < RARE * said_N.mean()).nonzero()[:, 0]
+    count = min(MOST, int(shared_N.sum()), len(free_M))
+    return wrong_N.where(shared_N, -1.0).topk(count).indices, free_M[said_N[free_M].argsort()[:count]]
+
+
+def apart(sums: dict[str, Tensor], parents_P: Tensor) -> Tensor:
+    """For each parent the change of its row that tells where it fails from where it is right, `[P, D]`: `SHARPNESS` nats between the two means of hidden
+    states, and none at their middle."""
+    ended_P1, wrong_P1 = sums["ended_N"][parents_P, None], sums["wrong_N"][parents_P, None]
+    all_PD, wrong_PD = sums["hidden_ND"][parents_P], sums["hidden_wrong_ND"][parents_P]
+    right_PD = (all_PD - wrong_PD) / (ended_P1 - wrong_P1).clamp(min=1e-3)
+    wrong_PD = wrong_PD / wrong_P1.clamp(min=1e-3)
+    middle_PD, between_PD = (wrong_PD + right_PD) / 2, wrong_PD - right_PD
+    across_PD = between_PD - (between_PD * middle_PD).sum(-1, keepdim=True) / middle_PD.square().sum(-1, keepdim=True).clamp(min=1e-12) * middle_PD
+    return across_PD * (SHARPNESS / (across_PD * between_PD).sum(-1, keepdim=True).clamp(min=1e-12))
+
+
+@torch.no_grad()
+def split(reading_ND: Tensor, choosing_ND: Tensor, parents_P: Tensor, copies_P: Tensor, apart_PD: Tensor, generator: torch.Generator) -> None:
+    """Makes copies of parents: read as they are, chosen where they fail.
+
+    Args:
+        reading_ND, choosing_ND: the thinking rows of the input and the output embedding, changed in place; one and the same where they are tied.
+        apart_PD: as `apart` gives it.
+        generator: on the CPU.
+    """
+    parent_PD = choosing_ND[parents_P].float()
+    part_P1 = LARGEST_PART * parent_PD.norm(dim=-1, keepdim=True) / apart_PD.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    half_PD = apart_PD * part_P1.clamp(max=1.0) / 2
+    read_PD = reading_ND[parents_P].float()
+    noise_PD = NOISE * read_PD.std(-1, keepdim=True) * torch.randn(read_PD.shape, generator=generator).to(read_PD)
+    reading_ND[copies_P] = (read_PD + noise_PD).to(reading_ND)
+    tied = reading_ND.data_ptr() == choosing_ND.data_ptr()
+    choosing_ND[copies_P] = (parent_PD + half_PD + (noise_PD if tied else 0.0)).to(choosing_ND)
+    choosing_ND[parents_P] = (parent_PD - half_PD).to(choosing_ND)
+
+
+def thinking_rows(model, vocabulary: ThinkingVocabulary) -> tuple[Tensor, Tensor]:
+    """The rows `[N, D]` that thoughts are read with and chosen by, as they are trained: of the embeddings, or those that PEFT keeps beside them."""
+    found = []
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight_RD, trained_D = trainable_token_rows(layer)
+        found.append(weight_RD[vocabulary.first_id :][: vocabulary.num_tokens] if trained_D is None else trained_D[: vocabulary.num_tokens])
+    return found[0], found[1]

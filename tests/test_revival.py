@@ -1,0 +1,136 @@
+"""Revived thinking tokens: which are chosen, that the two parts differ where they should, in trainers of whole models and adapters, and over a resume."""
+
+import pytest
+import torch
+from models import tiny_model, tiny_tokenizer
+from peft import LoraConfig
+
+import hf_thinktok.revival as revival_module
+from hf_thinktok.revival import apart, shared_and_free, split, thinking_rows
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Whatever is said is split, whatever is said less than the others is free: a few steps of a tiny model are enough."""
+    for name, value in {"TIMES_THE_MEAN": 0.0, "LEAST_WRONG": 0.0, "LEAST_SAID": 1, "RARE": 1.0}.items():
+        monkeypatch.setattr(revival_module, name, value)
+
+
+def test_the_worst_tokens_get_those_that_are_hardly_said():
+    said = torch.tensor([400.0, 300, 300, 100, 20, 2, 0, 1])
+    ended = torch.tensor([200.0, 100, 100, 50, 10, 1, 0, 1])
+    wrong = ended * torch.tensor([0.01, 0.5, 0.02, 0.6, 0.9, 0.9, 0.0, 0.9])
+    parents, copies = shared_and_free(said, ended, wrong)
+    assert parents.tolist() == [1, 3], "by how much fails in all; those seen a few times are not judged"
+    assert copies.tolist() == [6, 7], "the least said first"
+    none, _ = shared_and_free(said, ended, ended * 0.05)
+    assert not len(none), "nothing fails"
+    some, free = shared_and_free(said.clamp(min=100), ended, wrong)
+    assert not len(some) and not len(free), "none is free"
+    with_one, _ = shared_and_free(torch.where(said == 1, 100.0, said), ended, wrong)
+    assert with_one.tolist() == [1, 3], "two are free still"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_copy_is_chosen_where_the_shared_token_fails_and_there_alone(tied, share):
+    """Two meanings of one token, of which `share` is mostly right: hidden states of either around a point of their own."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, size, count = 12, 32, 400
+    choosing = torch.randn(num_tokens, size, generator=generator)
+    reading = choosing if tied else torch.randn(num_tokens, size, generator=generator)
+    centre = 6 * choosing[4] / choosing[4].norm()
+    right, wrong = (centre + torch.randn(size, generator=generator) / 4 for _ in range(2))
+    is_right = torch.rand(count, generator=generator) < share
+    hidden = torch.where(is_right[:, None], right, wrong) + torch.randn(count, size, generator=generator) / 40
+    fails = torch.where(is_right, 0.3, 0.8)
+    one = torch.zeros(num_tokens).index_fill_(0, torch.tensor([4]), 1.0)
+    sums = {"ended_N": count * one, "wrong_N": fails.sum() * one}
+    sums |= {"hidden_ND": one[:, None] * hidden.sum(0), "hidden_wrong_ND": one[:, None] * (fails[:, None] * hidden).sum(0)}
+    before, read = choosing.clone(), reading.clone()
+    parents, copies = torch.tensor([4]), torch.tensor([9])
+    assert ((hidden @ before.T).argmax(-1) == 4).all(), "both meanings choose it"
+    split(reading, choosing, parents, copies, apart(sums, parents), generator)
+    chosen = (hidden @ choosing.T).argmax(-1)
+    assert (chosen[is_right] == 4).float().mean() > 0.95
+    assert (chosen[~is_right] == 9).float().mean() > 0.95
+    others = [i for i in range(num_tokens) if i not in (4, 9)]
+    assert torch.equal(choosing[others], before[others])
+    assert (choosing[4] - before[4]).norm() <= 0.26 * before[4].norm(), "the shared token keeps most of what it was"
+    if not tied:
+        assert torch.equal(reading[4], read[4])
+        assert 0.05 < (reading[9] - read[4]).std() / read[4].std() < 0.2, "read as the shared one is, nearly"
+
+
+def observed(trainer):
+    """Trains, and gives what the revival saw at its first batch."""
+    seen, observe = [], trainer.revival.observe
+    trainer.revival.observe = lambda rollout, scores: (seen.append((rollout, scores)), observe(rollout, scores))
+    trainer.train()
+    return seen[0]
+
+
+@pytest.mark.parametrize(("family", "stop"), [("llama", "fixed"), ("mamba", "fixed"), ("mamba", "sampled")])  # mamba runs ordinary rows
+def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, family, stop):
+    options = {"num_generations": 16, "learning_rate": 0.0, "max_steps": 1, "lookahead": 2}
+    trainer = make_trainer(family, revive_every=50, max_think_length=3, stop=stop, num_forks=2, **options)
+    rows = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda batch: rows.append(made := collate(batch)) or made
+    rollout, scores = observed(trainer)
+    model, text = trainer.model, rows[0]["input_ids"]
+    compared = 0
+    for row, fork, group in (rollout.lengths_BKG * (rollout.forks_BK >= 0)[..., None]).nonzero().tolist():
+        thought = rollout.thoughts_BKGL[row, fork, group, : rollout.lengths_BKG[row, fork, group]]
+        whole = torch.cat([text[row, : rollout.forks_BK[row, fork] + 1], thought[:-1]])
+        with torch.no_grad():
+            hidden = model.eval()(whole[None], output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(scores.last_hidden_BKGD[row, fork, group], hidden, atol=1e-3, rtol=1e-3)
+        compared += 1
+    assert compared > 2
+    sums, said = trainer.revival.sums, rollout.said_BKGL & (rollout.forks_BK >= 0)[:, :, None, None]
+    assert sums["said_N"].sum() == said.sum()
+    told = (scores.logps_BKGH * scores.mask_BKH[:, :, None]).sum(-1)
+    assert sums["wrong_N"].sum() == pytest.approx(float((1 - told.exp())[said.any(-1)].sum()), rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace(make_trainer):
+    trainer = make_trainer(revive_every=50, stop="fixed", max_steps=1)
+    rollout, scores = observed(trainer)
+    before = {name: values.clone() for name, values in trainer.revival.sums.items()}
+    scores.logps_BKGH = scores.logps_BKGH * float("nan")
+    trainer.revival.observe(rollout, scores)
+    for name in ("ended_N", "wrong_N", "hidden_ND", "hidden_wrong_ND"):
+        assert torch.equal(trainer.revival.sums[name], before[name]), name
+
+
+def test_nothing_is_revived_between_times(make_trainer, eager):
+    untouched, revived = (make_trainer(revive_every=every, stop="fixed", max_steps=3, learning_rate=0.0) for every in (4, 3))
+    for trainer in (untouched, revived):
+        trainer.train()
+    assert untouched.revival.revived == 0 < revived.revival.revived
+    rows = [torch.cat(thinking_rows(trainer.model, trainer.vocabulary)) for trainer in (untouched, revived)]
+    assert not torch.equal(*rows)
+    real = [trainer.model.get_output_embeddings().weight[: trainer.vocabulary.num_real] for trainer in (untouched, revived)]
+    assert torch.equal(*real), "text's own rows are left alone"
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_with_an_adapter_the_rows_beside_the_base_are_revived(make_trainer, eager, tie):
+    model = tiny_model(tie=tie, vocab_size=len(tiny_tokenizer()))
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = make_trainer(model=model, revive_every=2, stop="fixed", max_steps=2, learning_rate=0.0, peft_config=adapter)
+    before = [rows.detach().clone() for rows in thinking_rows(trainer.model, trainer.vocabulary)]
+    frozen = {name: value.clone() for name, value in trainer.model.named_parameters() if not value.requires_grad}
+    trainer.train()
+    assert trainer.revival.revived > 0
+    after = thinking_rows(trainer.model, trainer.vocabulary)
+    assert all(rows.requires_grad for rows in after)
+    assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert all(torch.equal(value, frozen[name]) for name, value in trainer.model.named_parameters() if name in frozen)
+
+
+def test_a_resumed_run_revives_what_the_interrupted_one_would_have(make_trainer, eager, resumed):
+    """The checkpoint lies between two times, so what was counted before it has to be in it."""
+    whole, again = resumed(make_trainer, max_steps=6, revive_every=4, stop="fixed", num_think_tokens=8)
+    assert whole.revival.revived == again.revival.revived > 0
