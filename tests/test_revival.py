@@ -26,7 +26,7 @@ def test_the_worst_tokens_get_those_that_are_hardly_said():
     none, _ = shared_and_free(said, ended, ended * 0.05)
     assert not len(none), "nothing fails"
     some, free = shared_and_free(said.clamp(min=100), ended, wrong)
-    assert not len(some) and not len(free), "none is free"
+    assert len(some) == len(free) == 0, "none is free"
     with_one, _ = shared_and_free(torch.where(said == 1, 100.0, said), ended, wrong)
     assert with_one.tolist() == [1, 3], "two are free still"
 
