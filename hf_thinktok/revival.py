@@ -60,22 +60,22 @@ class Revival(TrainerCallback):
         last_BKG = choices_BKGL.gather(-1, (lengths_BKG - 1).clamp(min=0)[..., None])[..., 0]
         ended_BKG = said_BKGL.any(-1) & told_BKG.isfinite() & hidden_BKGD.isfinite().all(-1)  # a step that is skipped must not be remembered
         last_M, hidden_MD, wrong_M = last_BKG[ended_BKG], hidden_BKGD[ended_BKG], -torch.expm1(told_BKG[ended_BKG])
-        ones_M = torch.ones_like(wrong_M)
-        self._add("said_N", choices_BKGL[said_BKGL], torch.ones_like(choices_BKGL[said_BKGL], dtype=torch.float))
-        self._add("ended_N", last_M, ones_M)
-        self._add("wrong_N", last_M, wrong_M)
-        self._add("hidden_ND", last_M, hidden_MD)
-        self._add("hidden_wrong_ND", last_M, hidden_MD * wrong_M[:, None])
+        counted = {"ended_N": torch.ones_like(wrong_M), "wrong_N": wrong_M, "hidden_ND": hidden_MD, "hidden_wrong_ND": hidden_MD * wrong_M[:, None]}
+        for name, values in counted.items():
+            self.sums[name].index_add_(0, last_M, values)
+        self.sums["said_N"] += torch.bincount(choices_BKGL[said_BKGL], minlength=self.vocabulary.num_tokens)
 
-    def _add(self, name: str, tokens_M: Tensor, values_M: Tensor) -> None:
-        before = self.sums.get(name, torch.zeros(self.vocabulary.num_tokens, *values_M.shape[1:]))
-        self.sums[name] = before.to(values_M.device).index_add(0, tokens_M, values_M)  # a resumed run's may lie elsewhere
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        _, rows_ND = thinking_rows(unwrapped(model), self.vocabulary)
+        shapes = dict.fromkeys(("said_N", "ended_N", "wrong_N"), rows_ND.shape[:1]) | dict.fromkeys(("hidden_ND", "hidden_wrong_ND"), rows_ND.shape)
+        empty = {name: torch.zeros(shape, device=rows_ND.device) for name, shape in shapes.items()}
+        self.sums = {name: self.sums.get(name, zeros).to(zeros) for name, zeros in empty.items()}  # a resumed run has some, from the CPU
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every or not self.sums:
+        if state.global_step % self.every:
             return
         sums = {name: self.total(values) for name, values in self.sums.items()}
-        self.sums = {}
+        self.sums = {name: torch.zeros_like(values) for name, values in self.sums.items()}
         parents_P, copies_P = shared_and_free(sums["said_N"], sums["ended_N"], sums["wrong_N"])
         if len(parents_P):
             generator = torch.Generator().manual_seed(self.seed + state.global_step)
