@@ -293,12 +293,12 @@ def _warn_of_another(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         try:
             again = AutoTokenizer.from_pretrained(folder, config=beside, trust_remote_code=trust_remote_code)
             same = again.get_vocab() == tokenizer.get_vocab() and again(SPLIT_TEXT)["input_ids"] == tokenizer(SPLIT_TEXT)["input_ids"]
-            how = f"as a {type(again).__name__}, which splits text otherwise"
+            how = f"read this tokenizer as a {type(again).__name__}, which splits text otherwise"
         except (OSError, ValueError, TypeError) as error:
-            same, how = False, f"not at all ({first_line(error).rstrip('.')})"
+            same, how = False, f"not read this tokenizer ({first_line(error).rstrip('.')})"
     if not same:
         logger.warning(
-            "Beside a %s config AutoTokenizer would read this tokenizer %s: load it from the checkpoint with PreTrainedTokenizerFast, or take the model's own.",
+            "Beside a %s config AutoTokenizer would %s: load it from the checkpoint with PreTrainedTokenizerFast, or take the model's own.",
             config.model_type,
             how,
         )

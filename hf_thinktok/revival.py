@@ -8,7 +8,6 @@ filling unused entries anew while it is learned is also Jukebox's (https://huggi
 Shape suffixes as in tree.py; N thinking tokens, D hidden size, M thoughts in a row, P parents.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -21,8 +20,6 @@ from .rewards import masked_sum
 from .rollout import Rollout
 from .scores import TreeScores
 from .tokens import ThinkingVocabulary
-
-logger = logging.getLogger(__name__)
 
 # So many at a time, that a language is never new all at once.
 MOST = 8
@@ -81,7 +78,6 @@ class Revival(TrainerCallback):
             generator = torch.Generator().manual_seed(self.seed + state.global_step)
             split(*thinking_rows(unwrapped(model), self.vocabulary), parents_P, copies_P, apart(sums, parents_P), generator)
             self.revived += len(parents_P)
-            logger.info("Step %d: %d thinking tokens were revived, %d in all.", state.global_step, len(parents_P), self.revived)
 
     def state_dict(self) -> dict:
         return {"revived": self.revived, "sums": self.sums}

@@ -461,6 +461,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             logs["tokens_per_second"] = self._tokens_since / (now - self._clock)
             logs["nodes_per_second"] = self._nodes_since / (now - self._clock)
             logs["skipped_steps"] = self.guard.total
+            if self.revival is not None:
+                logs["revived_tokens"] = self.revival.revived
             self._clock, self._nodes_since, self._tokens_since = now, 0, 0
             if self._printable and self.is_world_process_zero():
                 print_thoughts(self._tokenizer, self._printable, self.vocabulary.first_id, self.state.global_step)

@@ -109,6 +109,7 @@ def test_nothing_is_revived_between_times(make_trainer, eager):
     for trainer in (untouched, revived):
         trainer.train()
     assert untouched.revival.revived == 0 < revived.revival.revived
+    assert [entry["revived_tokens"] for entry in revived.state.log_history if "revived_tokens" in entry][-1] == revived.revival.revived
     rows = [torch.cat(thinking_rows(trainer.model, trainer.vocabulary)) for trainer in (untouched, revived)]
     assert not torch.equal(*rows)
     real = [trainer.model.get_output_embeddings().weight[: trainer.vocabulary.num_real] for trainer in (untouched, revived)]
