@@ -9,6 +9,7 @@ Shape suffixes as in tree.py; N thinking tokens, D hidden size, M thoughts in a 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ MOST = 8
 RARE = 0.05
 # One is shared if what follows it fails so many times as often as on average, and so often at least, in so many thoughts or more.
 TIMES_THE_MEAN, LEAST_WRONG, LEAST_SAID = 1.5, 0.08, 16
-# How far apart, in nats, the logits of parent and copy are put between where it fails and where it is right; of the row's length at most this part changes.
+# How far apart, in nats, the logits of parent and copy are put as far from the middle as hidden states are on average; of the row's length at most this part.
 SHARPNESS, LARGEST_PART = 2.0, 0.5
 # Noise in what is read, in standard deviations of the row: without it the two would mean the same.
 NOISE = 0.1
@@ -58,25 +59,30 @@ class Revival(TrainerCallback):
         ended_BKG = said_BKGL.any(-1) & told_BKG.isfinite() & hidden_BKGD.isfinite().all(-1)  # a step that is skipped must not be remembered
         last_M, hidden_MD, wrong_M = last_BKG[ended_BKG], hidden_BKGD[ended_BKG], -torch.expm1(told_BKG[ended_BKG])
         counted = {"ended_N": torch.ones_like(wrong_M), "wrong_N": wrong_M, "hidden_ND": hidden_MD, "hidden_wrong_ND": hidden_MD * wrong_M[:, None]}
+        counted["square_N"] = hidden_MD.square().sum(-1)
         for name, values in counted.items():
             self.sums[name].index_add_(0, last_M, values)
         self.sums["said_N"] += torch.bincount(choices_BKGL[said_BKGL], minlength=self.vocabulary.num_tokens)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        _, rows_ND = thinking_rows(unwrapped(model), self.vocabulary)
-        shapes = dict.fromkeys(("said_N", "ended_N", "wrong_N"), rows_ND.shape[:1]) | dict.fromkeys(("hidden_ND", "hidden_wrong_ND"), rows_ND.shape)
+        rows_ND = thinking_rows(unwrapped(model), self.vocabulary)[-1].rows_ND
+        shapes = dict.fromkeys(("said_N", "ended_N", "wrong_N", "square_N"), rows_ND.shape[:1]) | dict.fromkeys(("hidden_ND", "hidden_wrong_ND"), rows_ND.shape)
         empty = {name: torch.zeros(shape, device=rows_ND.device) for name, shape in shapes.items()}
         self.sums = {name: self.sums.get(name, zeros).to(zeros) for name, zeros in empty.items()}  # a resumed run has some, from the CPU
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step % self.every:
             return
         sums = {name: self.total(values) for name, values in self.sums.items()}
         self.sums = {name: torch.zeros_like(values) for name, values in self.sums.items()}
         parents_P, copies_P = shared_and_free(sums["said_N"], sums["ended_N"], sums["wrong_N"])
         if len(parents_P):
+            reading, choosing = thinking_rows(unwrapped(model), self.vocabulary)
             generator = torch.Generator().manual_seed(self.seed + state.global_step)
-            split(*thinking_rows(unwrapped(model), self.vocabulary), parents_P, copies_P, apart(sums, parents_P), generator)
+            split(reading.rows_ND, choosing.rows_ND, parents_P, copies_P, apart(sums, parents_P), generator)
+            for table in (reading, choosing):
+                for state_ND in table.of_optimizer(optimizer):
+                    state_ND[copies_P] = state_ND[parents_P]  # one of a row that was hardly trained would let the copy leap
             self.revived += len(parents_P)
 
     def state_dict(self) -> dict:
@@ -102,15 +108,16 @@ def shared_and_free(said_N: Tensor, ended_N: Tensor, wrong_N: Tensor) -> tuple[T
 
 
 def apart(sums: dict[str, Tensor], parents_P: Tensor) -> Tensor:
-    """For each parent the change of its row that tells where it fails from where it is right, `[P, D]`: `SHARPNESS` nats between the two means of hidden
-    states, and none at their middle."""
+    """For each parent the difference of its row and its copy's, `[P, D]`: along what tells the hidden states where it fails from those where it is right,
+    `SHARPNESS` nats at their standard deviation, and none at their mean."""
     ended_P1, wrong_P1 = sums["ended_N"][parents_P, None], sums["wrong_N"][parents_P, None]
     all_PD, wrong_PD = sums["hidden_ND"][parents_P], sums["hidden_wrong_ND"][parents_P]
-    right_PD = (all_PD - wrong_PD) / (ended_P1 - wrong_P1).clamp(min=1e-3)
-    wrong_PD = wrong_PD / wrong_P1.clamp(min=1e-3)
-    middle_PD, between_PD = (wrong_PD + right_PD) / 2, wrong_PD - right_PD
-    across_PD = between_PD - (between_PD * middle_PD).sum(-1, keepdim=True) / middle_PD.square().sum(-1, keepdim=True).clamp(min=1e-12) * middle_PD
-    return across_PD * (SHARPNESS / (across_PD * between_PD).sum(-1, keepdim=True).clamp(min=1e-12))
+    mean_PD = all_PD / ended_P1.clamp(min=1)
+    between_PD = wrong_PD / wrong_P1.clamp(min=1e-3) - (all_PD - wrong_PD) / (ended_P1 - wrong_P1).clamp(min=1e-3)
+    length_P1 = mean_PD.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    across_PD = between_PD - (between_PD * mean_PD).sum(-1, keepdim=True) / length_P1**2 * mean_PD
+    spread_P1 = (sums["square_N"][parents_P, None] / ended_P1.clamp(min=1) - length_P1**2).clamp(min=1e-8).sqrt()
+    return across_PD / across_PD.norm(dim=-1, keepdim=True).clamp(min=1e-12) * (SHARPNESS / spread_P1)
 
 
 @torch.no_grad()
@@ -133,10 +140,35 @@ def split(reading_ND: Tensor, choosing_ND: Tensor, parents_P: Tensor, copies_P: 
     choosing_ND[parents_P] = (parent_PD - half_PD).to(choosing_ND)
 
 
-def thinking_rows(model, vocabulary: ThinkingVocabulary) -> tuple[Tensor, Tensor]:
-    """The rows `[N, D]` that thoughts are read with and chosen by, as they are trained: of the embeddings, or those that PEFT keeps beside them."""
+@dataclass
+class ThinkingRows:
+    """The rows of a trained parameter that belong to thinking tokens.
+
+    Attributes:
+        parameter: an embedding, or the rows that PEFT keeps beside it.
+        first: the row of the first thinking token.
+        count: N.
+    """
+
+    parameter: Tensor
+    first: int
+    count: int
+
+    @property
+    def rows_ND(self) -> Tensor:
+        return self.parameter[self.first : self.first + self.count]
+
+    def of_optimizer(self, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+        """The same rows of what the optimizer remembers of each number (moments), where it keeps that as it is."""
+        kept = {} if optimizer is None else optimizer.state.get(self.parameter, {})
+        alike = [value for value in kept.values() if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point()]
+        return [value[self.first : self.first + self.count] for value in alike]
+
+
+def thinking_rows(model, vocabulary: ThinkingVocabulary) -> tuple[ThinkingRows, ThinkingRows]:
+    """What thoughts are read with and chosen by, as it is trained; one parameter twice where embeddings are tied."""
     found = []
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        weight_RD, trained_D = trainable_token_rows(layer)
-        found.append(weight_RD[vocabulary.first_id :][: vocabulary.num_tokens] if trained_D is None else trained_D[: vocabulary.num_tokens])
+        weight, trained = trainable_token_rows(layer)
+        found.append(ThinkingRows(weight, vocabulary.first_id, vocabulary.num_tokens) if trained is None else ThinkingRows(trained, 0, vocabulary.num_tokens))
     return found[0], found[1]

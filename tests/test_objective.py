@@ -136,7 +136,7 @@ def tree_scores(model, outcomes, config, fork=FORK):
 
 def pick(scores, rollout, members):
     """The same fork with some of its branches."""
-    per_thought = [f.name for f in dataclasses.fields(scores) if "_BKG" in f.name]
+    per_thought = [f.name for f in dataclasses.fields(scores) if "_BKG" in f.name and getattr(scores, f.name) is not None]
     scores = dataclasses.replace(scores, **{name: getattr(scores, name)[:, :, members] for name in per_thought})
     return scores, dataclasses.replace(rollout, **{name: getattr(rollout, name)[:, :, members] for name in ("thoughts_BKGL", "lengths_BKG", "logps_BKGL")})
 

@@ -268,8 +268,8 @@ def test_older_checkpoints_go_when_the_new_one_counts(make_trainer, tmp_path, mo
         remove(*args, **kwargs)
         killed()
 
-    monkeypatch.setattr(shutil, "rmtree", remove_and_die)
     trainer = make_trainer(**EACH_STEP, save_total_limit=1)
+    monkeypatch.setattr(shutil, "rmtree", remove_and_die)
     with pytest.raises(Killed):
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -47,6 +47,7 @@ def test_the_copy_is_chosen_where_the_shared_token_fails_and_there_alone(tied, s
     one = torch.zeros(num_tokens).index_fill_(0, torch.tensor([4]), 1.0)
     sums = {"ended_N": count * one, "wrong_N": fails.sum() * one}
     sums |= {"hidden_ND": one[:, None] * hidden.sum(0), "hidden_wrong_ND": one[:, None] * (fails[:, None] * hidden).sum(0)}
+    sums["square_N"] = one * hidden.square().sum()
     before, read = choosing.clone(), reading.clone()
     parents, copies = torch.tensor([4]), torch.tensor([9])
     assert ((hidden @ before.T).argmax(-1) == 4).all(), "both meanings choose it"
@@ -90,7 +91,7 @@ def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, fa
     assert compared > 2
     sums, said = trainer.revival.sums, rollout.said_BKGL & (rollout.forks_BK >= 0)[:, :, None, None]
     assert sums["said_N"].sum() == said.sum()
-    told = (scores.logps_BKGH * scores.mask_BKH[:, :, None]).sum(-1)
+    told = (scores.logps_BKGH * scores.mask_BKH[:, :, None]).sum(-1).detach()
     assert sums["wrong_N"].sum() == pytest.approx(float((1 - told.exp())[said.any(-1)].sum()), rel=1e-4)
 
 
@@ -100,7 +101,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(make_trainer):
     before = {name: values.clone() for name, values in trainer.revival.sums.items()}
     scores.logps_BKGH = scores.logps_BKGH * float("nan")
     trainer.revival.observe(rollout, scores)
-    for name in ("ended_N", "wrong_N", "hidden_ND", "hidden_wrong_ND"):
+    for name in ("ended_N", "wrong_N", "hidden_ND", "hidden_wrong_ND", "square_N"):
         assert torch.equal(trainer.revival.sums[name], before[name]), name
 
 
@@ -110,7 +111,7 @@ def test_nothing_is_revived_between_times(make_trainer, eager):
         trainer.train()
     assert untouched.revival.revived == 0 < revived.revival.revived
     assert [entry["revived_tokens"] for entry in revived.state.log_history if "revived_tokens" in entry][-1] == revived.revival.revived
-    rows = [torch.cat(thinking_rows(trainer.model, trainer.vocabulary)) for trainer in (untouched, revived)]
+    rows = [torch.cat([table.rows_ND for table in thinking_rows(trainer.model, trainer.vocabulary)]) for trainer in (untouched, revived)]
     assert not torch.equal(*rows)
     real = [trainer.model.get_output_embeddings().weight[: trainer.vocabulary.num_real] for trainer in (untouched, revived)]
     assert torch.equal(*real), "text's own rows are left alone"
@@ -121,14 +122,29 @@ def test_with_an_adapter_the_rows_beside_the_base_are_revived(make_trainer, eage
     model = tiny_model(tie=tie, vocab_size=len(tiny_tokenizer()))
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
     trainer = make_trainer(model=model, revive_every=2, stop="fixed", max_steps=2, learning_rate=0.0, peft_config=adapter)
-    before = [rows.detach().clone() for rows in thinking_rows(trainer.model, trainer.vocabulary)]
+    before = [table.rows_ND.detach().clone() for table in thinking_rows(trainer.model, trainer.vocabulary)]
     frozen = {name: value.clone() for name, value in trainer.model.named_parameters() if not value.requires_grad}
     trainer.train()
     assert trainer.revival.revived > 0
     after = thinking_rows(trainer.model, trainer.vocabulary)
-    assert all(rows.requires_grad for rows in after)
-    assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert all(table.parameter.requires_grad for table in after)
+    assert all(not torch.equal(rows, table.rows_ND) for rows, table in zip(before, after, strict=True))
     assert all(torch.equal(value, frozen[name]) for name, value in trainer.model.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_a_copy_takes_over_what_the_optimizer_remembers_of_its_parent(make_trainer, eager, monkeypatch, optim):
+    pairs = []
+    monkeypatch.setattr(revival_module, "shared_and_free", lambda *counts: pairs.append(shared_and_free(*counts)) or pairs[-1])
+    trainer = make_trainer(revive_every=2, stop="fixed", max_steps=2, optim=optim, num_think_tokens=8)
+    trainer.train()
+    (parents, copies), tables = pairs[0], thinking_rows(trainer.model, trainer.vocabulary)
+    assert len(parents) > 0
+    remembered = [rows for table in tables for rows in table.of_optimizer(trainer.optimizer)]
+    assert bool(remembered) is (optim == "adamw_torch"), "the others keep nothing, or no number for each row and column"
+    for rows in remembered:
+        assert rows[parents].abs().sum() > 0
+        assert torch.equal(rows[copies], rows[parents])
 
 
 def test_a_resumed_run_revives_what_the_interrupted_one_would_have(make_trainer, eager, resumed):
