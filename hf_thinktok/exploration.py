@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .rewards import failing
+
 # Frequencies below this count as this: a bonus for never having been said has a limit.
 LEAST_FREQUENCY = 1e-4
 # Thoughts are counted one by one up to so many, and by a hash of as many values beyond.
@@ -92,7 +94,7 @@ def coverage_share(where: str, logps: Tensor) -> Tensor:
         logps: log p of what follows after each thought, `[..., G]`, nats.
     """
     best = logps.max(-1, keepdim=True).values
-    return torch.ones_like(best) if where == "everywhere" else -torch.expm1(best)
+    return torch.ones_like(best) if where == "everywhere" else failing(best)
 
 
 def choice_entropy(think_logits_BKGLN: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ better choice. A copy of the shared one is as good as that from the start. It is
 where it is right, so the two can part. Growing a codebook by splitting is Linde, Buzo and Gray's (IEEE Transactions on Communications 28(1), 1980);
 filling unused entries anew while it is learned is also Jukebox's (https://huggingface.co/papers/2005.00341, "random restarts").
 
-Shape suffixes as in tree.py; N thinking tokens, D hidden size, M thoughts in a row, P parents.
+Shape suffixes as in tree.py; N thinking tokens, D hidden size, R thoughts remembered, M thoughts in a row, P parents.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import TrainerCallback
 
 from ._compat import trainable_token_rows
 from .models import unwrapped
-from .rewards import masked_sum
+from .rewards import failing, masked_sum
 from .rollout import Rollout
 from .scores import TreeScores
 from .tokens import ThinkingVocabulary
@@ -26,28 +27,33 @@ from .tokens import ThinkingVocabulary
 MOST = 8
 # A token is free if it is said less than this part of the mean.
 RARE = 0.05
+# So many thoughts are remembered, of all processes together: the latest, since a language that forms is soon another one.
+REMEMBERED = 4096
 # One is shared if what follows it fails so many times as often as on average, and so often at least, in so many thoughts or more.
-TIMES_THE_MEAN, LEAST_WRONG, LEAST_SAID = 1.5, 0.08, 16
-# How far apart, in nats, the logits of parent and copy are put as far from the middle as hidden states are on average; of the row's length at most this part.
+TIMES_THE_MEAN, LEAST_WRONG, LEAST_SAID = 1.5, 0.08, 32
+# How far apart, in nats, the logits of parent and copy are put one standard deviation from the middle; of the row's length at most this part.
 SHARPNESS, LARGEST_PART = 2.0, 0.5
 # Noise in what is read, in standard deviations of the row: without it the two would mean the same.
 NOISE = 0.1
 
 
 class Revival(TrainerCallback):
-    """Counts what follows each thinking token that ends a thought, and every so many steps splits those that are shared.
+    """Remembers what followed the thinking tokens that ended a thought, and every so many steps splits those that are shared.
 
     Args:
         vocabulary: which ids are thoughts.
         every: steps from one time to the next.
         seed: of the noise, which is the same on all ranks.
-        total: sums a tensor over ranks.
+        gather: puts the tensors of all ranks one behind the other.
+        num_processes: ranks.
     """
 
-    def __init__(self, vocabulary: ThinkingVocabulary, every: int, seed: int, total: Callable[[Tensor], Tensor] = lambda sums: sums):
-        self.vocabulary, self.every, self.seed, self.total = vocabulary, every, seed, total
+    def __init__(
+        self, vocabulary: ThinkingVocabulary, every: int, seed: int, gather: Callable[[Tensor], Tensor] = lambda of_rank: of_rank, num_processes: int = 1
+    ):
+        self.vocabulary, self.every, self.seed, self.gather, self.room = vocabulary, every, seed, gather, REMEMBERED // num_processes
         self.revived = 0
-        self.sums: dict[str, Tensor] = {}
+        self.since: dict[str, Tensor] = {}
 
     def observe(self, rollout: Rollout, scores: TreeScores) -> None:
         """Adds a batch's thoughts."""
@@ -57,49 +63,59 @@ class Revival(TrainerCallback):
         choices_BKGL = (rollout.thoughts_BKGL - self.vocabulary.first_id).clamp(min=0)
         last_BKG = choices_BKGL.gather(-1, (lengths_BKG - 1).clamp(min=0)[..., None])[..., 0]
         ended_BKG = said_BKGL.any(-1) & told_BKG.isfinite() & hidden_BKGD.isfinite().all(-1)  # a step that is skipped must not be remembered
-        last_M, hidden_MD, wrong_M = last_BKG[ended_BKG], hidden_BKGD[ended_BKG], -torch.expm1(told_BKG[ended_BKG])
-        counted = {"ended_N": torch.ones_like(wrong_M), "wrong_N": wrong_M, "hidden_ND": hidden_MD, "hidden_wrong_ND": hidden_MD * wrong_M[:, None]}
-        counted["square_N"] = hidden_MD.square().sum(-1)
-        for name, values in counted.items():
-            self.sums[name].index_add_(0, last_M, values)
-        self.sums["said_N"] += torch.bincount(choices_BKGL[said_BKGL], minlength=self.vocabulary.num_tokens)
+        new = {"choice_R": last_BKG[ended_BKG], "wrong_R": failing(told_BKG[ended_BKG]), "hidden_RD": hidden_BKGD[ended_BKG]}
+        for name, values in new.items():
+            self.since[name] = torch.cat([self.since[name], values.to(self.since[name])])[-self.room :]
+        self.since["said_N"] += torch.bincount(choices_BKGL[said_BKGL], minlength=self.vocabulary.num_tokens)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rows_ND = thinking_rows(unwrapped(model), self.vocabulary)[-1].rows_ND
-        shapes = dict.fromkeys(("said_N", "ended_N", "wrong_N", "square_N"), rows_ND.shape[:1]) | dict.fromkeys(("hidden_ND", "hidden_wrong_ND"), rows_ND.shape)
-        empty = {name: torch.zeros(shape, device=rows_ND.device) for name, shape in shapes.items()}
-        self.sums = {name: self.sums.get(name, zeros).to(zeros) for name, zeros in empty.items()}  # a resumed run has some, from the CPU
+        empty = self._nothing(rows_ND)
+        self.since = {name: self.since.get(name, nothing).to(nothing) for name, nothing in empty.items()}  # a resumed run has some, from the CPU
+
+    def _nothing(self, rows_ND: Tensor) -> dict[str, Tensor]:
+        """As much room as will be needed, so that all ranks gather alike; no thought chose -1."""
+        device, (count, size) = rows_ND.device, rows_ND.shape
+        return {
+            "said_N": torch.zeros(count, device=device),
+            "choice_R": torch.full((self.room,), -1, device=device),
+            "wrong_R": torch.zeros(self.room, device=device),
+            "hidden_RD": torch.zeros(self.room, size, device=device),
+        }
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step % self.every:
             return
-        sums = {name: self.total(values) for name, values in self.sums.items()}
-        self.sums = {name: torch.zeros_like(values) for name, values in self.sums.items()}
-        parents_P, copies_P = shared_and_free(sums["said_N"], sums["ended_N"], sums["wrong_N"])
+        reading, choosing = thinking_rows(unwrapped(model), self.vocabulary)
+        said_N = self.gather(self.since["said_N"][None]).sum(0)
+        choice_R, wrong_R, hidden_RD = (self.gather(self.since[name]) for name in ("choice_R", "wrong_R", "hidden_RD"))
+        self.since = self._nothing(choosing.rows_ND)
+        parents_P, copies_P = shared_and_free(said_N, choice_R, wrong_R)
         if len(parents_P):
-            reading, choosing = thinking_rows(unwrapped(model), self.vocabulary)
             generator = torch.Generator().manual_seed(self.seed + state.global_step)
-            split(reading.rows_ND, choosing.rows_ND, parents_P, copies_P, apart(sums, parents_P), generator)
+            split(reading.rows_ND, choosing.rows_ND, parents_P, copies_P, *apart(choice_R, wrong_R, hidden_RD, parents_P), generator)
             for table in (reading, choosing):
                 for state_ND in table.of_optimizer(optimizer):
                     state_ND[copies_P] = state_ND[parents_P]  # one of a row that was hardly trained would let the copy leap
             self.revived += len(parents_P)
 
     def state_dict(self) -> dict:
-        return {"revived": self.revived, "sums": self.sums}
+        return {"revived": self.revived, "since": self.since}
 
     def load_state_dict(self, state: dict) -> None:
-        self.revived, self.sums = state["revived"], dict(state["sums"])
+        self.revived, self.since = state["revived"], dict(state["since"])
 
 
-def shared_and_free(said_N: Tensor, ended_N: Tensor, wrong_N: Tensor) -> tuple[Tensor, Tensor]:
+def shared_and_free(said_N: Tensor, choice_R: Tensor, wrong_R: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens after which the text fails most, `[P]`, and as many that are hardly said.
 
     Args:
         said_N: how often each was said.
-        ended_N: how often each ended a thought.
-        wrong_N: of these, how often what followed failed: the sum of 1 - p.
+        choice_R: the token that ended a thought; -1 for none.
+        wrong_R: how far what followed it failed: 1 - p.
     """
+    ended_M, wrong_M = choice_R[choice_R >= 0], wrong_R[choice_R >= 0]
+    ended_N, wrong_N = (torch.bincount(ended_M, weights, len(said_N)).to(wrong_R) for weights in (None, wrong_M))
     rate_N, mean = wrong_N / ended_N.clamp(min=1), wrong_N.sum() / ended_N.sum().clamp(min=1)
     shared_N = (ended_N >= LEAST_SAID) & (rate_N > (TIMES_THE_MEAN * mean).clamp(min=LEAST_WRONG))
     free_M = (said_N < RARE * said_N.mean()).nonzero()[:, 0]
@@ -107,33 +123,42 @@ def shared_and_free(said_N: Tensor, ended_N: Tensor, wrong_N: Tensor) -> tuple[T
     return wrong_N.where(shared_N, -1.0).topk(count).indices, free_M[said_N[free_M].argsort()[:count]]
 
 
-def apart(sums: dict[str, Tensor], parents_P: Tensor) -> Tensor:
-    """For each parent the difference of its row and its copy's, `[P, D]`: along what tells the hidden states where it fails from those where it is right,
-    `SHARPNESS` nats at their standard deviation, and none at their mean."""
-    ended_P1, wrong_P1 = sums["ended_N"][parents_P, None], sums["wrong_N"][parents_P, None]
-    all_PD, wrong_PD = sums["hidden_ND"][parents_P], sums["hidden_wrong_ND"][parents_P]
-    mean_PD = all_PD / ended_P1.clamp(min=1)
-    between_PD = wrong_PD / wrong_P1.clamp(min=1e-3) - (all_PD - wrong_PD) / (ended_P1 - wrong_P1).clamp(min=1e-3)
-    length_P1 = mean_PD.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    across_PD = between_PD - (between_PD * mean_PD).sum(-1, keepdim=True) / length_P1**2 * mean_PD
-    spread_P1 = (sums["square_N"][parents_P, None] / ended_P1.clamp(min=1) - length_P1**2).clamp(min=1e-8).sqrt()
-    return across_PD / across_PD.norm(dim=-1, keepdim=True).clamp(min=1e-12) * (SHARPNESS / spread_P1)
+def apart(choice_R: Tensor, wrong_R: Tensor, hidden_RD: Tensor, parents_P: Tensor) -> tuple[Tensor, Tensor]:
+    """For each parent the difference of its row and its copy's, and the mean hidden state, where that says nothing, `[P, D]` both: along what tells the mean
+    where it fails from that where it is right, `SHARPNESS` nats at one standard deviation."""
+    its_PR = (choice_R == parents_P[:, None]).to(hidden_RD)
+
+    def mean(weights_PR: Tensor) -> Tensor:
+        return weights_PR @ hidden_RD / weights_PR.sum(-1, keepdim=True).clamp(min=1e-3)
+
+    middle_PD, between_PD = mean(its_PR), mean(its_PR * wrong_R) - mean(its_PR * (1 - wrong_R))
+    along_PD = normalize(across(between_PD, middle_PD), dim=-1)
+    variance_P1 = (its_PR * (along_PD @ hidden_RD.T).square()).sum(-1, keepdim=True) / its_PR.sum(-1, keepdim=True).clamp(min=1)  # its mean is 0
+    return along_PD * SHARPNESS / variance_P1.clamp(min=1e-8).sqrt(), middle_PD
+
+
+def across(rows_PD: Tensor, middle_PD: Tensor) -> Tensor:
+    """Of each row what is orthogonal to the other, so that it is no logit more or less there."""
+    middle_PD = normalize(middle_PD, dim=-1)
+    return rows_PD - (rows_PD * middle_PD).sum(-1, keepdim=True) * middle_PD
 
 
 @torch.no_grad()
-def split(reading_ND: Tensor, choosing_ND: Tensor, parents_P: Tensor, copies_P: Tensor, apart_PD: Tensor, generator: torch.Generator) -> None:
+def split(
+    reading_ND: Tensor, choosing_ND: Tensor, parents_P: Tensor, copies_P: Tensor, apart_PD: Tensor, middle_PD: Tensor, generator: torch.Generator
+) -> None:
     """Makes copies of parents: read as they are, chosen where they fail.
 
     Args:
         reading_ND, choosing_ND: the thinking rows of the input and the output embedding, changed in place; one and the same where they are tied.
-        apart_PD: as `apart` gives it.
+        apart_PD, middle_PD: as `apart` gives them.
         generator: on the CPU.
     """
     parent_PD = choosing_ND[parents_P].float()
     part_P1 = LARGEST_PART * parent_PD.norm(dim=-1, keepdim=True) / apart_PD.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     half_PD = apart_PD * part_P1.clamp(max=1.0) / 2
     read_PD = reading_ND[parents_P].float()
-    noise_PD = NOISE * read_PD.std(-1, keepdim=True) * torch.randn(read_PD.shape, generator=generator).to(read_PD)
+    noise_PD = across(NOISE * read_PD.std(-1, keepdim=True) * torch.randn(read_PD.shape, generator=generator).to(read_PD), middle_PD)
     reading_ND[copies_P] = (read_PD + noise_PD).to(reading_ND)
     tied = reading_ND.data_ptr() == choosing_ND.data_ptr()
     choosing_ND[copies_P] = (parent_PD + half_PD + (noise_PD if tied else 0.0)).to(choosing_ND)

@@ -31,6 +31,11 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum(-1)
 
 
+def failing(logps: Tensor) -> Tensor:
+    """1 - p, exact where p is nearly 1."""
+    return -torch.expm1(logps)
+
+
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = -1) -> Tensor:
     """Mean over the marked entries of `dim` (or of all); 0 where there are none."""
     values = torch.where(mask, values, 0.0)

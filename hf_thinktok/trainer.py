@@ -195,7 +195,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
         self.revival = None
         if args.revive_every:
-            self.revival = Revival(self.vocabulary, args.revive_every, args.seed, self.accelerator.reduce)
+            self.revival = Revival(self.vocabulary, args.revive_every, args.seed, self.accelerator.gather, self.accelerator.num_processes)
             self.add_callback(self.revival)
         self.curriculum = None
         if args.curriculum_threshold is not None:
@@ -486,8 +486,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _stateful(self) -> dict[str, Any]:
         if self.plain:
             return {}
-        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "step_time": self.spent, "guard": self.guard}
-        parts["revival"] = self.revival
+        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "revival": self.revival}
+        parts |= {"step_time": self.spent, "guard": self.guard}
         return {name: part for name, part in parts.items() if part is not None}
 
     def create_optimizer(self, *args, **kwargs):

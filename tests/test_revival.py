@@ -18,17 +18,23 @@ def eager(monkeypatch):
 
 def test_the_worst_tokens_get_those_that_are_hardly_said():
     said = torch.tensor([400.0, 300, 300, 100, 20, 2, 0, 1])
-    ended = torch.tensor([200.0, 100, 100, 50, 10, 1, 0, 1])
-    wrong = ended * torch.tensor([0.01, 0.5, 0.02, 0.6, 0.9, 0.9, 0.0, 0.9])
-    parents, copies = shared_and_free(said, ended, wrong)
+    ended = torch.tensor([200, 100, 100, 50, 30, 1, 0, 1])
+    choices = torch.cat([torch.arange(8).repeat_interleave(ended), torch.full((500,), -1)])
+    room = torch.ones(500)  # where none is remembered yet: it must count for nothing
+
+    def chosen(said, rates):
+        return shared_and_free(said, choices, torch.cat([torch.tensor(rates).repeat_interleave(ended), room]))
+
+    rates = [0.01, 0.6, 0.02, 0.5, 0.9, 0.9, 0.0, 0.9]
+    parents, copies = chosen(said, rates)
     assert parents.tolist() == [1, 3], "by how much fails in all; those seen a few times are not judged"
     assert copies.tolist() == [6, 7], "the least said first"
-    none, _ = shared_and_free(said, ended, ended * 0.05)
+    none, _ = chosen(said, [rate * 0.05 for rate in rates])
     assert not len(none), "nothing fails"
-    some, free = shared_and_free(said.clamp(min=100), ended, wrong)
+    some, free = chosen(said.clamp(min=100), rates)
     assert len(some) == len(free) == 0, "none is free"
-    with_one, _ = shared_and_free(torch.where(said == 1, 100.0, said), ended, wrong)
-    assert with_one.tolist() == [1, 3], "two are free still"
+    one, _ = chosen(torch.where(said < 2, 100.0, said), rates)
+    assert one.tolist() == [1], "the worst goes first"
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
@@ -44,14 +50,15 @@ def test_the_copy_is_chosen_where_the_shared_token_fails_and_there_alone(tied, s
     is_right = torch.rand(count, generator=generator) < share
     hidden = torch.where(is_right[:, None], right, wrong) + torch.randn(count, size, generator=generator) / 40
     fails = torch.where(is_right, 0.3, 0.8)
-    one = torch.zeros(num_tokens).index_fill_(0, torch.tensor([4]), 1.0)
-    sums = {"ended_N": count * one, "wrong_N": fails.sum() * one}
-    sums |= {"hidden_ND": one[:, None] * hidden.sum(0), "hidden_wrong_ND": one[:, None] * (fails[:, None] * hidden).sum(0)}
-    sums["square_N"] = one * hidden.square().sum()
+    chose_others = torch.randint(num_tokens, (100,), generator=generator).where(torch.arange(100) % 2 == 0, -1)
+    choices = torch.cat([torch.full((count,), 4), chose_others.masked_fill(chose_others == 4, 5)])
+    remembered = (choices, torch.cat([fails, torch.rand(100, generator=generator)]), torch.cat([hidden, torch.randn(100, size, generator=generator)]))
     before, read = choosing.clone(), reading.clone()
     parents, copies = torch.tensor([4]), torch.tensor([9])
     assert ((hidden @ before.T).argmax(-1) == 4).all(), "both meanings choose it"
-    split(reading, choosing, parents, copies, apart(sums, parents), generator)
+    difference, middle = apart(*remembered, parents)
+    assert (difference @ middle.T).abs() < 1e-3 * difference.norm() * middle.norm(), "in the middle of all it says nothing"
+    split(reading, choosing, parents, copies, difference, middle, generator)
     chosen = (hidden @ choosing.T).argmax(-1)
     assert (chosen[is_right] == 4).float().mean() > 0.95
     assert (chosen[~is_right] == 9).float().mean() > 0.95
@@ -89,20 +96,33 @@ def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, fa
         torch.testing.assert_close(scores.last_hidden_BKGD[row, fork, group], hidden, atol=1e-3, rtol=1e-3)
         compared += 1
     assert compared > 2
-    sums, said = trainer.revival.sums, rollout.said_BKGL & (rollout.forks_BK >= 0)[:, :, None, None]
-    assert sums["said_N"].sum() == said.sum()
+    since, said = trainer.revival.since, rollout.said_BKGL & (rollout.forks_BK >= 0)[:, :, None, None]
+    ended = said.any(-1)
+    assert since["said_N"].sum() == said.sum()
     told = (scores.logps_BKGH * scores.mask_BKH[:, :, None]).sum(-1).detach()
-    assert sums["wrong_N"].sum() == pytest.approx(float((1 - told.exp())[said.any(-1)].sum()), rel=1e-4)
+    count = int(ended.sum())
+    assert (since["choice_R"] >= 0).tolist() == [False] * (len(since["choice_R"]) - count) + [True] * count, "the latest come last"
+    torch.testing.assert_close(since["wrong_R"][-count:], 1 - told.exp()[ended], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(since["hidden_RD"][-count:], scores.last_hidden_BKGD[ended])
+
+
+def test_the_latest_thoughts_are_remembered(make_trainer, monkeypatch):
+    monkeypatch.setattr(revival_module, "REMEMBERED", 5)
+    trainer = make_trainer(revive_every=50, stop="fixed", max_steps=2, num_generations=4)
+    rollout, scores = observed(trainer)
+    trainer.revival.observe(rollout, scores)
+    last = (rollout.said_BKGL & scores.valid_BK[:, :, None, None]).any(-1)
+    torch.testing.assert_close(trainer.revival.since["hidden_RD"], scores.last_hidden_BKGD[last][-5:])
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace(make_trainer):
     trainer = make_trainer(revive_every=50, stop="fixed", max_steps=1)
     rollout, scores = observed(trainer)
-    before = {name: values.clone() for name, values in trainer.revival.sums.items()}
+    before = {name: values.clone() for name, values in trainer.revival.since.items()}
     scores.logps_BKGH = scores.logps_BKGH * float("nan")
     trainer.revival.observe(rollout, scores)
-    for name in ("ended_N", "wrong_N", "hidden_ND", "hidden_wrong_ND", "square_N"):
-        assert torch.equal(trainer.revival.sums[name], before[name]), name
+    for name in ("choice_R", "wrong_R", "hidden_RD"):
+        assert torch.equal(trainer.revival.since[name], before[name]), name
 
 
 def test_nothing_is_revived_between_times(make_trainer, eager):
