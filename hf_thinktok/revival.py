@@ -28,7 +28,7 @@ MOST = 8
 # A token is free if it is said less than this part of the mean.
 RARE = 0.05
 # So many thoughts are remembered, of all processes together: the latest, since a language that forms is soon another one.
-REMEMBERED = 4096
+REMEMBERED = 8192
 # One is shared if what follows it fails so many times as often as on average, and so often at least, in so many thoughts or more.
 TIMES_THE_MEAN, LEAST_WRONG, LEAST_SAID = 1.5, 0.08, 32
 # How far apart, in nats, the logits of parent and copy are put one standard deviation from the middle; of the row's length at most this part.
