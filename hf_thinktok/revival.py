@@ -24,13 +24,14 @@ from .scores import TreeScores
 from .tokens import ThinkingVocabulary
 
 # So many at a time, that a language is never new all at once.
-MOST = 8
+MOST = 4
 # A token is free if it is said less than this part of the mean.
 RARE = 0.05
 # So many thoughts are remembered, of all processes together: the latest, since a language that forms is soon another one.
 REMEMBERED = 8192
-# One is shared if what follows it fails so many times as often as on average, and so often at least, in so many thoughts or more.
-TIMES_THE_MEAN, LEAST_WRONG, LEAST_SAID = 1.5, 0.08, 32
+# One is shared if it is chosen as often as those in use are on average, so many times at least, and what follows it fails so many times as often as on
+# average, and so often at least.
+LEAST_SAID, TIMES_THE_MEAN, LEAST_WRONG = 16, 1.5, 0.08
 # How far apart, in nats, the logits of parent and copy are put one standard deviation from the middle; of the row's length at most this part.
 SHARPNESS, LARGEST_PART = 2.0, 0.5
 # Noise in what is read, in standard deviations of the row: without it the two would mean the same.
@@ -117,7 +118,8 @@ def shared_and_free(said_N: Tensor, choice_R: Tensor, wrong_R: Tensor) -> tuple[
     ended_M, wrong_M = choice_R[choice_R >= 0], wrong_R[choice_R >= 0]
     ended_N, wrong_N = (torch.bincount(ended_M, weights, len(said_N)).to(wrong_R) for weights in (None, wrong_M))
     rate_N, mean = wrong_N / ended_N.clamp(min=1), wrong_N.sum() / ended_N.sum().clamp(min=1)
-    shared_N = (ended_N >= LEAST_SAID) & (rate_N > (TIMES_THE_MEAN * mean).clamp(min=LEAST_WRONG))
+    usual = ended_N.sum() / (ended_N > 0).sum().clamp(min=1)
+    shared_N = (ended_N >= usual.clamp(min=LEAST_SAID)) & (rate_N > (TIMES_THE_MEAN * mean).clamp(min=LEAST_WRONG))
     free_M = (said_N < RARE * said_N.mean()).nonzero()[:, 0]
     count = min(MOST, int(shared_N.sum()), len(free_M))
     return wrong_N.where(shared_N, -1.0).topk(count).indices, free_M[said_N[free_M].argsort()[:count]]
