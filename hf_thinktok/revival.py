@@ -31,7 +31,7 @@ RARE = 0.05
 REMEMBERED = 8192
 # One is shared if it is chosen as often as those in use are on average, so many times at least, and what follows it fails so many times as often as on
 # average, and so often at least.
-LEAST_SAID, TIMES_THE_MEAN, LEAST_WRONG = 16, 1.5, 0.08
+LEAST_SAID, TIMES_THE_MEAN, LEAST_WRONG = 16, 2.5, 0.08
 # How far apart, in nats, the logits of parent and copy are put one standard deviation from the middle; of the row's length at most this part.
 SHARPNESS, LARGEST_PART = 2.0, 0.5
 # Noise in what is read, in standard deviations of the row: without it the two would mean the same.
