@@ -17,15 +17,15 @@ def eager(monkeypatch):
 
 
 def test_the_worst_tokens_get_those_that_are_hardly_said():
-    said = torch.tensor([400.0, 300, 300, 100, 20, 2, 0, 1])
-    ended = torch.tensor([200, 100, 100, 80, 60, 1, 0, 1])
-    choices = torch.cat([torch.arange(8).repeat_interleave(ended), torch.full((500,), -1)])
+    said = torch.tensor([400.0, 300, 300, 300, 100, 2, 0, 1, *[300] * 4])
+    ended = torch.tensor([400, 200, 200, 180, 120, 1, 0, 1, *[200] * 4])
+    choices = torch.cat([torch.arange(12).repeat_interleave(ended), torch.full((500,), -1)])
     room = torch.ones(500)  # where none is remembered yet: it must count for nothing
 
     def chosen(said, rates):
         return shared_and_free(said, choices, torch.cat([torch.tensor(rates).repeat_interleave(ended), room]))
 
-    rates = [0.01, 0.6, 0.02, 0.5, 0.9, 0.9, 0.0, 0.9]
+    rates = [0.01, 0.6, 0.02, 0.5, 0.9, 0.9, 0.0, 0.9, *[0.0] * 4]
     parents, copies = chosen(said, rates)
     assert parents.tolist() == [1, 3], "by how much fails in all; what is chosen less often than others stands for less"
     assert copies.tolist() == [6, 7], "the least said first"
