@@ -72,7 +72,8 @@ class Revival(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rows_ND = thinking_rows(unwrapped(model), self.vocabulary)[-1].rows_ND
         empty = self._nothing(rows_ND)
-        self.since = {name: self.since.get(name, nothing).to(nothing) for name, nothing in empty.items()}  # a resumed run has some, from the CPU
+        # A resumed run has some, from the CPU, and of as many processes as there were.
+        self.since = {name: torch.cat([nothing, self.since.get(name, nothing).to(nothing)])[-len(nothing) :] for name, nothing in empty.items()}
 
     def _nothing(self, rows_ND: Tensor) -> dict[str, Tensor]:
         """As much room as will be needed, so that all ranks gather alike; no thought chose -1."""

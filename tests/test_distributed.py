@@ -35,6 +35,7 @@ CASES = {
         "gradient_checkpointing": True,
     },
     "two adapters": {"policies": "split", "stop": "fixed", "adapter": True},
+    "revived tokens": {"revive_every": 2, "stop": "fixed", "revival": {"TIMES_THE_MEAN": 0.0, "LEAST_WRONG": 0.0, "LEAST_SAID": 1, "RARE": 1.0}},
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
 }
 BATCHES_OF_ONE = {"per_device_train_batch_size": 1}  # of two ranks, one of a longer row
@@ -64,7 +65,10 @@ def under_ddp(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_under_ddp_are_one_that_accumulates(under_ddp, tmp_path, case):
     assert isinstance(under_ddp[case], dict), under_ddp[case]
-    assert_same(alone(tmp_path, CASES[case]), under_ddp[case], "ddp")
+    one = alone(tmp_path, CASES[case])
+    assert_same(one, under_ddp[case], "ddp")
+    assert one["revived"] == under_ddp[case]["revived"]
+    assert (one["revived"] > 0) is ("revive_every" in CASES[case])
 
 
 @pytest.mark.parametrize("launcher", [*ZERO.values(), "fsdp2"])

@@ -6,7 +6,7 @@ from models import tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 import hf_thinktok.revival as revival_module
-from hf_thinktok.revival import apart, shared_and_free, split, thinking_rows
+from hf_thinktok.revival import Revival, apart, shared_and_free, split, thinking_rows
 
 
 @pytest.fixture
@@ -171,3 +171,19 @@ def test_a_resumed_run_revives_what_the_interrupted_one_would_have(make_trainer,
     """The checkpoint lies between two times, so what was counted before it has to be in it."""
     whole, again = resumed(make_trainer, max_steps=6, revive_every=4, stop="fixed", num_think_tokens=8)
     assert whole.revival.revived == again.revival.revived > 0
+
+
+def test_a_run_goes_on_with_another_number_of_processes(make_trainer):
+    """All have as much room as the others: they could not gather else."""
+    trainer = make_trainer(revive_every=50, stop="fixed", max_steps=1)
+    observed(trainer)
+    kept = trainer.revival.state_dict()
+    again = Revival(trainer.vocabulary, 50, 0, num_processes=4)
+    again.load_state_dict(kept)
+    again.on_train_begin(None, None, None, model=trainer.model)
+    back = Revival(trainer.vocabulary, 50, 0)
+    back.load_state_dict(again.state_dict())
+    back.on_train_begin(None, None, None, model=trainer.model)
+    for name, values in kept["since"].items():
+        assert len(again.since[name]) == len(values) // (1 if name == "said_N" else 4), name
+        assert torch.equal(back.since[name], values), "no thought is lost that there is room for"

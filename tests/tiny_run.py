@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -16,7 +17,7 @@ from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, revival
 from hf_thinktok.distributed import is_sharded, whole
 
 
@@ -75,7 +76,7 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
     kill_step, kill_write, terminate_step, resume, model_folder = (
         options.pop(name, None) for name in ("kill_step", "kill_write", "terminate_step", "resume", "model_folder")
     )
-    tie, streaming = options.pop("tie", True), options.pop("streaming", False)
+    tie, streaming, constants = options.pop("tie", True), options.pop("streaming", False), options.pop("revival", {})
     if options.pop("fsdp2_on_cpu", False):
         bring_up_fsdp2_on_cpu()
     defaults = {
@@ -99,7 +100,8 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
         trainer.add_callback(KilledAtStep(terminate_step, signal.SIGTERM))
     if kill_write is not None:
         kill_while_writing(kill_write)
-    trainer.train(resume_from_checkpoint=resume)
+    with patch.dict(vars(revival), constants):
+        trainer.train(resume_from_checkpoint=resume)
     sharded = is_sharded(trainer.model)
     with whole(trainer.model):
         weights = {name: getattr(value, "full_tensor", lambda value=value: value)().detach().cpu().clone() for name, value in trainer.model.named_parameters()}
@@ -107,6 +109,7 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         spread = [entry["reward_std"] for entry in trainer.state.log_history if "reward_std" in entry]
         result = {"losses": losses, "reward_std": spread, "weights": weights, "world": trainer.accelerator.num_processes, "sharded": sharded}
+        result["revived"] = trainer.revival.revived if trainer.revival is not None else 0
         torch.save(result | {"launcher": trainer.accelerator.distributed_type.value}, f"{folder}/result.pt")
     return trainer
 
