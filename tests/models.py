@@ -111,6 +111,9 @@ TINY: dict[str, dict] = {
     **dict.fromkeys(["bert", "bert-generation"], BASE | {"is_decoder": True}),
 }
 
+# Constants of hf_thinktok.revival with which whatever is said is split, and whatever is said less than the others is free: a few steps are enough.
+EAGER_REVIVAL = {"TIMES_THE_MEAN": 0.0, "LEAST_WRONG": 0.0, "LEAST_SAID": 1, "RARE": 1.0}
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with chat markers."""

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from commands import in_process
 from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, launched, weight_gap
-from models import CORPUS, save_tiny, tiny_model
+from models import CORPUS, EAGER_REVIVAL, save_tiny, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,7 +35,7 @@ CASES = {
         "gradient_checkpointing": True,
     },
     "two adapters": {"policies": "split", "stop": "fixed", "adapter": True},
-    "revived tokens": {"revive_every": 2, "stop": "fixed", "revival": {"TIMES_THE_MEAN": 0.0, "LEAST_WRONG": 0.0, "LEAST_SAID": 1, "RARE": 1.0}},
+    "revived tokens": {"revive_every": 2, "stop": "fixed", "revival": EAGER_REVIVAL},
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
 }
 BATCHES_OF_ONE = {"per_device_train_batch_size": 1}  # of two ranks, one of a longer row

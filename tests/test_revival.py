@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny_model, tiny_tokenizer
+from models import EAGER_REVIVAL, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 import hf_thinktok.revival as revival_module
@@ -11,8 +11,7 @@ from hf_thinktok.revival import Revival, apart, shared_and_free, split, thinking
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Whatever is said is split, whatever is said less than the others is free: a few steps of a tiny model are enough."""
-    for name, value in {"TIMES_THE_MEAN": 0.0, "LEAST_WRONG": 0.0, "LEAST_SAID": 1, "RARE": 1.0}.items():
+    for name, value in EAGER_REVIVAL.items():
         monkeypatch.setattr(revival_module, name, value)
 
 
