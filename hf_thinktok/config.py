@@ -127,6 +127,9 @@ class ThinkTokConfig(SFTConfig):
         revive_every (`int`, defaults to `0`):
             Steps after which thinking tokens that are hardly said become parts of those after which the text fails most, as two meanings that share a token
             never part by themselves. `0`: never.
+        markovian_share (`float`, defaults to `0.0`):
+            Part of each group that sees of its own thought the latest token alone, in thinking and in what follows, so that each token comes to stand for
+            all that matters (as the chunks of https://huggingface.co/papers/2510.06557 do). The others see all, as in generation.
         curriculum_threshold (`list[float]`, *optional*):
             Running accuracy at which the next `level` of the data begins: one number, or one for each level but the last. `None`: all rows from the start.
         curriculum_replay (`float`, defaults to `0.4`):
@@ -241,6 +244,7 @@ class ThinkTokConfig(SFTConfig):
     balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))
     thought_entropy_target: list[float] | None = option(None, f"Entropy that a servo holds, in parts of ln N: {A_SCHEDULE}.")
     revive_every: int = option(0, "Steps after which thinking tokens that are hardly said become parts of those after which the text fails most. 0: never.")
+    markovian_share: float = option(0.0, "Part of each group that sees of its own thought the latest token alone.")
     curriculum_threshold: list[float] | None = option(None, "Running accuracy at which the next level of the data begins, or one for each but the last.")
     curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
 
@@ -313,6 +317,10 @@ class ThinkTokConfig(SFTConfig):
         """The shape of a row's thoughts for rows of `trunk_length` tokens, with thoughts of up to `length` tokens where that is known."""
         lookahead = max(trunk_length - 1, 1) if self.lookahead is None else self.lookahead
         return Branching(self.num_generations, length or self.max_think_length, lookahead, self.blind, self.memory == "persistent")
+
+    @property
+    def num_markovian(self) -> int:
+        return round(self.markovian_share * self.num_generations)
 
     def sampling(self, step: int = 0) -> Sampling:
         return Sampling(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
-FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay")
+FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report (`GainByDocument`), that of which the best model has least.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
@@ -24,9 +24,10 @@ REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (
 OF_REWARDS = (
     "freeze", "alternate", "reward_funcs", "reward_weights", "advantage", "scale_rewards", "think_loss_type", "think_loss_weight", "beta", "num_iterations",
 )  # fmt: skip
-OF_REWARDED_TOKENS = ("search", "epsilon_greedy", "coverage_coef", "supply_thoughts", "top_k", "top_p", "min_p")
+OF_REWARDED_TOKENS = ("search", "epsilon_greedy", "coverage_coef", "markovian_share", "supply_thoughts", "top_k", "top_p", "min_p")
 OF_THINKING_VOCABULARY = (
-    "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "revive_every", "supply_thoughts", "top_k", "top_p", "min_p",
+    "search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "revive_every", "markovian_share", "supply_thoughts", "top_k",
+    "top_p", "min_p",
 )  # fmt: skip
 OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "revive_every", "log_completions")
 # Without effect where the thinker gets no gradient, where its policy gets none, and there but for the marginal objective, whose posterior they change.
@@ -197,6 +198,10 @@ def check_fit(config: "ThinkTokConfig") -> None:
             config.revive_every > 0 and config.freeze != "none"
         ),
         "policies=split with revive_every is not supported: set revive_every=0.": config.policies == "split" and config.revive_every > 0,
+        f"markovian_share={config.markovian_share} of num_generations={config.num_generations} is none or all of them, and those that see all their thought "
+        "are what is used afterwards: change one of the two.": (config.markovian_share > 0 and config.num_markovian in (0, config.num_generations)),
+        "blind reads a thought again as a whole, and markovian_share hides all but its latest token: choose one.": config.blind and config.markovian_share > 0,
+        "markovian_share hides tokens by the packed tree's mask: set engine=auto or tree.": config.markovian_share > 0 and config.engine == "replicated",
         "policies=split with beta is not supported: set beta=0.": config.policies == "split" and config.beta > 0,
         "policies=split with memory=persistent is not supported: set memory=none.": config.policies == "split" and config.memory == "persistent",
         "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
@@ -255,6 +260,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "thought_ce_weight": (config.supply_thoughts, "supply_thoughts=True"),
         "speaker_learning_rate": (config.policies == "split", "policies=split"),
         "search_random": (ever(config.search), "search"),
+        "markovian_share": (config.max_think_length > 1, "max_think_length above 1"),
         "search_changes": (ever(config.search) and config.search_random > 0, "search and search_random"),
         **dict.fromkeys(("coverage_of", "coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
         "coverage_coef": (

@@ -35,6 +35,7 @@ class Rollout:
         soft_BKGLX: what thought nodes read where that is no id; see `hf_thinktok.thoughts`.
         text: whether thoughts are written in ordinary tokens, between a start and an end token that nobody draws.
         filler: whether all thinking tokens are the same one, which nobody draws.
+        markovian: so many of the last thoughts of each group see their latest token alone.
     """
 
     forks_BK: Tensor
@@ -48,6 +49,7 @@ class Rollout:
     soft_BKGLX: Tensor | None = None
     text: bool = False
     filler: bool = False
+    markovian: int = 0
 
     @property
     def said_BKGL(self) -> Tensor:
@@ -175,7 +177,7 @@ def sample_thoughts(
     """
     batch, num_forks = forks_BK.shape
     groups, length, device = branching.num_generations, branching.max_length, tokens_BT.device
-    rollout = replace(Rollout.empty(forks_BK, branching), text=sampling.text, filler=sampling.filler)
+    rollout = replace(Rollout.empty(forks_BK, branching), text=sampling.text, filler=sampling.filler, markovian=branching.markovian)
     draw: Draw | None = None if not sampling.text else "greedy" if sampling.top_k == 1 else generator
     if num_forks == 0:
         return rollout
@@ -186,7 +188,7 @@ def sample_thoughts(
     if sampling.gumbel:
         noise_BKGLN = gumbel_noise((*thoughts_BKGL.shape, vocabulary.num_tokens), generator)
         rollout = replace(rollout, noise_BKGLN=noise_BKGLN)
-    branching = Branching(groups, length, 1, persistent=branching.persistent)  # what judges a thought comes later
+    branching = replace(branching, lookahead=1, blind=False)  # what judges a thought comes later
     turns = [slice(k, k + 1) for k in range(num_forks)] if branching.persistent else [slice(0, num_forks)]
 
     with evaluating(model):

@@ -184,6 +184,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
         engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine, args.torch_compile) for one in tried]
         self.engine = max(engines, key=lambda engine: engine.generality)  # exact for both
+        if args.num_markovian and self.engine.name == "replicated":
+            raise ValueError(f"markovian_share hides tokens by the packed tree's mask, which {base.config.model_type} cannot run: leave markovian_share out.")
         self.reference = self._reference_model() if args.beta > 0 else None
         self.teacher = None
         if teacher is not None:
@@ -280,18 +282,25 @@ class ThinkTokTrainer(CheckpointingTrainer):
             forks_BK = self._forks(model, inputs["input_ids"], inputs["documents"], labels_BT, generator, self.args.fork_positions)
             step = self._schedule_step(inputs)
             sampling = self.args.sampling(step)
-            rollout = self._sample(model, inputs, forks_BK, generator, sampling)
+            rollout = self._sample(model, inputs, forks_BK, generator, sampling, markovian=self.args.num_markovian)
             self._rollouts.append(self.explore(model, inputs, labels_BT, rollout, generator, sampling, step))
             self._old_logps.append(None)
         return self._rollouts[turn]
 
     def _sample(
-        self, model, inputs: dict[str, Tensor], forks_BK: Tensor, generator: torch.Generator, sampling: Sampling, num_generations: int | None = None
+        self,
+        model,
+        inputs: dict[str, Tensor],
+        forks_BK: Tensor,
+        generator: torch.Generator,
+        sampling: Sampling,
+        num_generations: int | None = None,
+        markovian: int = 0,
     ) -> Rollout:
         given_B = inputs.get("think_length") if self.args.stop == "fixed" else None
         length = None if given_B is None else max(self._largest_of_ranks(given_B.max()), 1)
         branching = self.args.branching(inputs["input_ids"].shape[1], length)
-        branching = dataclasses.replace(branching, num_generations=num_generations or branching.num_generations)
+        branching = dataclasses.replace(branching, num_generations=num_generations or branching.num_generations, markovian=markovian)
         # Around all passes, so that weights are cast, and gathered, once and not at every token.
         with self.accelerator.autocast(), for_rollout(model, self.accelerator, self.args.gather_for_rollout) as whole_model:
             return sample_thoughts(
@@ -306,7 +315,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _tree(self, inputs: dict[str, Tensor], rollout: Rollout) -> ThoughtTree:
         """The batch's rows with a rollout's thoughts."""
         num_generations, length = rollout.thoughts_BKGL.shape[2:]
-        branching = dataclasses.replace(self.args.branching(inputs["input_ids"].shape[1], length), num_generations=num_generations)
+        branching = self.args.branching(inputs["input_ids"].shape[1], length)
+        branching = dataclasses.replace(branching, num_generations=num_generations, markovian=rollout.markovian)
         return ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
 
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:

@@ -14,6 +14,8 @@ Variants are edits of the predicate:
   the thought nodes themselves are hidden from them is on purpose: their keys and values were computed from the text.
 - **memory: persistent**: the first thought of each fork stays in the text; whatever comes later in the document sees it, as in
   ordinary generation. With `none` a thought is forgotten once a real token follows.
+- **markovian**: the last branches of each fork see of their own thought its latest token alone, which therefore has to stand for all of it. Their
+  ancestors are a row with a gap: the one exception to the invariant, and only the packed tree can run it.
 
 Shape suffixes: B rows, T trunk tokens, K forks, G thoughts per fork, L thinking tokens, H judged real tokens, W nodes per branch,
 S = T + K*G*W nodes, Q query nodes, C key nodes.
@@ -36,6 +38,7 @@ class Branching:
     lookahead: int
     blind: bool = False
     persistent: bool = False
+    markovian: int = 0
 
     @property
     def num_reading(self) -> int:
@@ -147,6 +150,9 @@ class ThoughtTree:
         self._depth_BS = nodes(none, depth_W)
         self._reading_BS = nodes(none.bool(), ~thinking_W & shape.blind)
         self._stays_BS = nodes(none.bool(), stays_KG & thinking_W)
+        # The depth from which a node sees its own branch.
+        markovian_KG = (torch.arange(groups, device=device) >= groups - shape.markovian).view(1, 1, groups, 1)
+        self._since_BS = nodes(none, torch.where(thinking_W, depth_W, lengths_BKG1) * markovian_KG)
         self.valid_BS = nodes(documents_BT >= 0, alive_BKGW)
         # Where the token of each node comes from: a trunk position, or for a thought -1 - (its place in [K, G, L]).
         thought_KGW = (branch_KG * length + torch.where(thinking_W, depth_W - 1, (reading_W - 1).clamp(0, length - 1))).expand(1, num_forks, groups, width)
@@ -170,6 +176,8 @@ class ThoughtTree:
         in_trunk = (key(self._branch_BS) == TRUNK) & (key(index_BS) <= anchor)
         in_branch = (key(self._branch_BS) == query(self._branch_BS)) & (query(self._branch_BS) != TRUNK) & (key(self._depth_BS) <= query(self._depth_BS))
         in_branch &= key(self._reading_BS) == query(self._reading_BS)
+        if self.branching.markovian:
+            in_branch &= key(self._depth_BS) >= query(self._since_BS)
         ancestor = in_trunk | in_branch
         if self.branching.persistent:
             # A key in a branch carries its fork's position as its anchor.

@@ -54,7 +54,10 @@ class Text:
         return out.think_logits_MN.view(2, tree.num_nodes, -1)[torch.arange(2)[:, None, None, None], tree.prefixes()[..., :-1]]
 
     def rows(self):
-        """Every document and every branch as an ordinary row: batch row, token ids, and the tree's nodes, `None` for those of another row."""
+        """Every document and every branch as an ordinary row: batch row, token ids, their positions, and the tree's nodes, `None` for those of another row.
+
+        A markovian branch is a row for each of its tokens, in which all others of the thought are missing.
+        """
         shape = self.shape
         for b, (documents, tokens, forks) in enumerate(zip(self.documents_BT.tolist(), self.tokens_BT.tolist(), self.forks_BK.tolist())):
             for document in {*documents} - {-1}:
@@ -74,23 +77,32 @@ class Text:
                         read_nodes = list(range(first + shape.max_length, first + shape.max_length + length)) if shape.blind else []
                         ahead_nodes = [first + shape.width - shape.lookahead + h for h in range(1, len(ahead) + 1)]
                         ahead_ids = [tokens[place] for place in ahead]
+                        unknown, here = [None] * len(ids), list(range(len(ids)))
                         if shape.blind:
-                            yield b, ids + thought, [None] * len(ids) + thought_nodes
+                            yield b, ids + thought, range(len(ids) + length), unknown + thought_nodes
                             if length:
-                                yield b, thought + ahead_ids, read_nodes + ahead_nodes
+                                yield b, thought + ahead_ids, range(length + len(ahead)), read_nodes + ahead_nodes
+                        elif g >= shape.num_generations - shape.markovian and length:
+                            for i in range(length):
+                                follow = ahead_ids if i == length - 1 else []
+                                places = here + [len(ids) + i + h for h in range(len(follow) + 1)]
+                                yield b, [*ids, thought[i], *follow], places, [*unknown, thought_nodes[i], *ahead_nodes[: len(follow)]]
                         else:
-                            yield b, ids + thought + ahead_ids, [None] * len(ids) + thought_nodes + ahead_nodes
+                            yield b, ids + thought + ahead_ids, range(len(ids) + length + len(ahead)), unknown + thought_nodes + ahead_nodes
                         if g == 0 and shape.persistent:
                             stays = thought
                     ids, nodes = ids + stays, nodes + [None] * len(stays)
-                yield b, ids, nodes
+                yield b, ids, range(len(ids)), nodes
 
     def check(self, out: HeadOutputs, model, vocabulary, tolerance: float = 1e-4) -> None:
         """Compares scores with a plain loop over `rows`, through the architecture's own forward and full logits."""
         tree = self.tree()
         num_nodes, targets_BS, seen = tree.num_nodes, tree.targets(self.labels_BT), set()
-        for b, ids, nodes in self.rows():
-            logits_PR = type(model).forward(model, input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        for b, ids, positions, nodes in self.rows():
+            given = {}  # some models take no positions
+            if list(positions) != list(range(len(ids))):  # a row with a gap is two rows to transformers, without a mask
+                given = {"position_ids": torch.tensor([positions]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+            logits_PR = type(model).forward(model, input_ids=torch.tensor([ids]), use_cache=False, **given).logits[0].float()
             here = [(place, node) for place, node in enumerate(nodes) if node is not None]
             if not here:
                 continue

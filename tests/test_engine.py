@@ -66,6 +66,17 @@ def test_variants_equal_plain_rows(family, attn, changes, variant):
             text.check(text.scores(each, model), model, vocabulary)
 
 
+@pytest.mark.parametrize("persistent", [False, True], ids=["none", "persistent"])
+@pytest.mark.parametrize(("family", "attn"), [("llama", "sdpa"), ("gpt2", "eager"), ("qwen3", "sdpa")])
+@torch.no_grad()
+def test_markovian_branches_equal_rows_without_the_thought_before(family, attn, persistent):
+    model, vocabulary = thinker(family, attn)
+    for packed in (False, True):
+        text = Text(vocabulary, packed, Branching(3, 3, 3, persistent=persistent, markovian=2))
+        for each in TREES:
+            text.check(text.scores(each, model), model, vocabulary)
+
+
 @pytest.mark.parametrize(("family", "attn", "changes"), [*PACKABLE, *REPLICATED], ids=name)
 def test_every_model_gets_the_fastest_engine_that_is_exact(family, attn, changes):
     model, vocabulary = thinker(family, attn, **changes)
@@ -269,12 +280,14 @@ def test_text_decoders_are_supported(family):
 
 
 @pytest.mark.parametrize("draw_stops", [False, True], ids=["fixed", "stops"])
-@pytest.mark.parametrize("persistent", [False, True], ids=["none", "persistent"])
+@pytest.mark.parametrize("variant", [{}, {"persistent": True}, {"persistent": True, "markovian": 1}], ids=["none", "persistent", "markovian"])
 @pytest.mark.parametrize(("family", "attn", "changes"), [*DIVERSE, ("qwen3", "sdpa", QWEN_MIXED), *REPLICATED], ids=name)
-def test_rollout_logps_are_the_gradient_pass_logps(family, attn, changes, persistent, draw_stops):
+def test_rollout_logps_are_the_gradient_pass_logps(family, attn, changes, variant, draw_stops):
+    if family in ("bloom", "mamba") and "markovian" in variant:
+        pytest.skip("only the packed tree runs it")
     model, vocabulary = thinker(family, attn, **changes)
     for packed in (False, True):
-        text = Text(vocabulary, packed, Branching(3, 3, 2, persistent=persistent))
+        text = Text(vocabulary, packed, Branching(3, 3, 2, **variant))
         each = ReplicatedEngine() if family in ("bloom", "mamba") else TREES[packed]
         rollout = sample(each, model, vocabulary, text, Sampling(temperature=0.7, draw_stops=draw_stops))
         assert torch.isin(rollout.thoughts_BKGL, torch.tensor(vocabulary.ids)).all()

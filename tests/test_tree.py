@@ -1,6 +1,6 @@
 """ThoughtTree against a brute-force oracle of explicit parent pointers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ class Row:
     """One row's tree as a dictionary of nodes; nodes that are not there have no entry."""
 
     parents: dict[int, int | None] = field(default_factory=dict)
+    hidden: dict[int, list[int]] = field(default_factory=dict)  # ancestors that a node does not see
     contents: dict[int, tuple] = field(default_factory=dict)
     speakers: dict[tuple, int] = field(default_factory=dict)  # (k, g, l): who speaks if thought g of fork k ends after l tokens
     predictors: dict[tuple, int] = field(default_factory=dict)  # (k, g, h): who predicts the h-th judged token
@@ -23,6 +24,9 @@ class Row:
         """From the root to the node itself."""
         parent = self.parents[node]
         return [*([] if parent is None else self.ancestors(parent)), node]
+
+    def seen(self, node: int) -> list[int]:
+        return [each for each in self.ancestors(node) if each not in self.hidden.get(node, [])]
 
 
 def grow(documents: list[int], forks: list[int], lengths: list[list[int]], shape: Branching) -> Row:
@@ -43,8 +47,10 @@ def grow(documents: list[int], forks: list[int], lengths: list[list[int]], shape
             k = forks.index(t)
             start, length = len(documents) + (k * shape.num_generations + g) * size, lengths[k][g]
             end = row.speakers[k, g, 0] = t
+            markovian = g >= shape.num_generations - shape.markovian
             for i in range(length):
                 end = follow(end, start + i, ("thought", k, g, i))
+                row.hidden[end] = list(range(start, start + i)) * markovian
                 row.speakers[k, g, i + 1] = end
             if shape.persistent and g == 0:
                 stayed[t] = end
@@ -59,6 +65,7 @@ def grow(documents: list[int], forks: list[int], lengths: list[list[int]], shape
             for h in range(1, shape.lookahead):
                 if t + h < len(documents) and documents[t + h] == document:
                     end = row.predictors[k, g, h] = follow(end, start + size - shape.lookahead + h, ("text", t + h))
+                    row.hidden[end] = list(range(start, start + length - 1)) * markovian
     return row
 
 
@@ -89,7 +96,9 @@ class Case:
 def cases(draw) -> Case:
     batch, trunk, num_forks = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(0, 3))
     flags = {"blind": draw(st.booleans()), "persistent": draw(st.booleans())}
-    shape = Branching(draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, trunk + 2)), **flags)
+    groups = draw(st.integers(1, 3))
+    markovian = 0 if flags["blind"] else draw(st.integers(0, groups - 1))
+    shape = Branching(groups, draw(st.integers(1, 3)), draw(st.integers(1, trunk + 2)), **flags, markovian=markovian)
     documents, forks = [], []
     for b in range(batch):
         real = draw(st.integers(1 if b == 0 else 0, trunk))
@@ -119,7 +128,7 @@ def test_a_node_sees_its_ancestors_and_itself(case):
     for b, row in enumerate(case.rows()):
         assert tree.valid_BS[b].nonzero().flatten().tolist() == sorted(row.parents)
         for node in range(tree.num_nodes):
-            seen = sorted(row.ancestors(node)) if node in row.parents else [node]
+            seen = sorted(row.seen(node)) if node in row.parents else [node]
             assert visible_BSS[b, node].nonzero().flatten().tolist() == seen
 
 
@@ -216,6 +225,7 @@ def test_targets_are_the_true_next_tokens(case, every_prefix):
 
 @examples()
 def test_paths_are_the_leaves_ancestors_in_order(case):
+    case.shape = replace(case.shape, markovian=0)
     tree = case.tree()
     rows_R, nodes_RP, where_BS = tree.paths()
     oracles, leaves = case.rows(), set()

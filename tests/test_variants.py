@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,32 @@ def one_rollout(trainer, inputs, labels):
     """What the trainer would learn from at its first step."""
     trainer.current_gradient_accumulation_steps = 1
     return trainer._rollout(trainer.model, inputs, labels, 0)
+
+
+def test_what_is_markovian_forgets_all_but_its_latest_token_in_training_alone(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, num_generations=4, markovian_share=0.5, search=8, max_steps=1)
+    inputs, labels_BT = batch_of(trainer, rows)
+
+    def depend(rollout):
+        """Whether the answer depends on the thought's first token, for each thought of a group."""
+        other = replace(rollout, thoughts_BKGL=rollout.thoughts_BKGL.clone())
+        other.thoughts_BKGL[..., 0] = trainer.vocabulary.first_id + (other.thoughts_BKGL[..., 0] - trainer.vocabulary.first_id + 1) % N
+        logps = [trainer._score(trainer.model, trainer._tree(inputs, one), inputs["input_ids"], labels_BT, one).logps_BKGH for one in (rollout, other)]
+        return (logps[0] - logps[1]).abs().amax((0, 1, 3)) > 1e-6
+
+    rollout = one_rollout(trainer, inputs, labels_BT)
+    assert depend(rollout).tolist() == [True, True, False, False]
+    elsewhere = trainer._sample(trainer.model, inputs, rollout.forks_BK, torch.Generator().manual_seed(0), trainer.args.sampling())
+    assert depend(elsewhere).all(), "searched and evaluated as thoughts are used"
+    trainer.train()
+    assert math.isfinite(trainer.evaluate(rows)["eval_gain"])
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_what_is_markovian_needs_the_packed_tree(make, family):
+    with pytest.raises(ValueError, match=rf"markovian_share hides .* which {family} cannot run: leave markovian_share out\.$"):
+        make(family=family, markovian_share=0.5, num_generations=2)
 
 
 def plain_logps(model, vocabulary, prompt, thought, target):
