@@ -238,10 +238,10 @@ def test_training_starts_over_after_memory_ran_out_or_an_interruption(make_train
         trainer = make_trainer(auto_find_batch_size=isinstance(failure, RuntimeError), **options)
         pending, method = [failure], getattr(trainer, where)
 
-        def first_fails(*args, pending=pending, method=method):
+        def first_fails(*args, pending=pending, method=method, **kwargs):
             if pending:
                 raise pending.pop()
-            return method(*args)
+            return method(*args, **kwargs)
 
         monkeypatch.setattr(trainer, where, first_fails)
         if isinstance(failure, KeyboardInterrupt):
