@@ -139,7 +139,8 @@ def best_own_thoughts(sample, value, rollout: Rollout, among, vocabulary: Thinki
     choices_BKPL = among(own, places=tuple(rollout.forks_BK.shape))
     thoughts_BKPL = vocabulary.first_id + choices_BKPL
     lengths_BKP = rollout.lengths_BKG[:, :, :1].expand(thoughts_BKPL.shape[:-1])
-    candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device))
+    logps_BKPL = torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device)
+    candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=logps_BKPL, markovian=0)  # the best is to be seen whole
     told_BKP = value(candidates)
     best_BK1L = (told_BKP + bonus(choices_BKPL, lengths_BKP, told_BKP)).argmax(-1)[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
     return _with_first(rollout, thoughts_BKPL.gather(2, best_BK1L)[:, :, 0], rollout.forks_BK >= 0)

@@ -355,10 +355,10 @@ def test_blind_search_in_a_batch_without_forks_changes_nothing(make):
     assert (rollout.thoughts_BKGL >= trainer.vocabulary.first_id).all()
 
 
-@pytest.mark.parametrize(("blind", "judged"), [(False, 1), (True, 3)])
-def test_search_finds_the_best_thought_for_each_text(make, blind, judged):
+@pytest.mark.parametrize(("blind", "judged", "options"), [(False, 1, {}), (True, 3, {}), (False, 1, {"num_generations": 16, "markovian_share": 0.9})])
+def test_search_finds_the_best_thought_for_each_text(make, blind, judged, options):
     rows = questions(levels=(3,)).map(lambda row: {"input_ids": row["input_ids"] + [11, 12], "labels": row["labels"] + [11, 12]})
-    trainer = make(rows, search=N**2, blind=blind, lookahead=judged)
+    trainer = make(rows, search=N**2, blind=blind, lookahead=judged, **options)
     inputs, labels = batch_of(trainer, rows.select(range(5)))
     rollout = one_rollout(trainer, inputs, labels)
     every = [[trainer.vocabulary.first_id + z for z in thought] for thought in itertools.product(range(N), repeat=2)]
