@@ -79,7 +79,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
             forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
             longest = max(int(lengths_D[index].max()), 1) if args.stop == "fixed" else args.max_think_length
-            rollout = Rollout.empty(forks_B1, dataclasses.replace(args.branching(tokens_BT.shape[1], longest), num_generations=1))
+            rollout = Rollout.empty(forks_B1, args.branching(tokens_BT.shape[1], longest, num_generations=1))
             rollout.text = args.thoughts == "text"
             # Without thoughts, and with random ids of given lengths, there is nothing to sample.
             if how == "think" or (how == "random" and (args.stop == "sampled" or args.thoughts == "continuous")):
@@ -89,7 +89,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
                 rollout = dataclasses.replace(rollout, lengths_BKG=given_B[:, None, None])
             if how == "random":
                 rollout = control_thoughts(rollout, vocabulary, generator)
-            branching = dataclasses.replace(args.branching(tokens_BT.shape[1], rollout.thoughts_BKGL.shape[-1]), num_generations=1, lookahead=judged)
+            branching = dataclasses.replace(args.branching(tokens_BT.shape[1], rollout.thoughts_BKGL.shape[-1], num_generations=1), lookahead=judged)
             tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
             scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
             speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)

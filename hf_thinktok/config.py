@@ -313,10 +313,11 @@ class ThinkTokConfig(SFTConfig):
     def thinks(self) -> bool:
         return self.num_think_tokens != 0 and self.num_forks != 0
 
-    def branching(self, trunk_length: int, length: int | None = None) -> Branching:
-        """The shape of a row's thoughts for rows of `trunk_length` tokens, with thoughts of up to `length` tokens where that is known."""
+    def branching(self, trunk_length: int, length: int | None = None, num_generations: int | None = None, markovian: int = 0) -> Branching:
+        """The shape of a row's thoughts for rows of `trunk_length` tokens, with thoughts of up to `length` tokens, and so many of them, where that is known."""
         lookahead = max(trunk_length - 1, 1) if self.lookahead is None else self.lookahead
-        return Branching(self.num_generations, length or self.max_think_length, lookahead, self.blind, self.memory == "persistent")
+        groups, length = num_generations or self.num_generations, length or self.max_think_length
+        return Branching(groups, length, lookahead, self.blind, self.memory == "persistent", markovian)
 
     @property
     def num_markovian(self) -> int:

@@ -102,7 +102,7 @@ class Rows:
         self.labels_BT = torch.zeros_like(documents_BT)
         how = "all" if args.fork_positions == "all" else "stride"
         forks_BK = choose_forks(eligible_forks(self.labels_BT, documents_BT), args.num_forks, how, torch.Generator())
-        branching = replace(args.branching(args.max_length), num_generations=num_generations)
+        branching = args.branching(args.max_length, num_generations=num_generations)
         self.rollout = replace(Rollout.empty(forks_BK, branching), supplied=args.supply_thoughts, text=args.thoughts == "text")
         self.rollout.lengths_BKG.fill_(branching.max_length)
         self.tree = ThoughtTree(documents_BT, forks_BK, branching)

@@ -299,8 +299,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
     ) -> Rollout:
         given_B = inputs.get("think_length") if self.args.stop == "fixed" else None
         length = None if given_B is None else max(self._largest_of_ranks(given_B.max()), 1)
-        branching = self.args.branching(inputs["input_ids"].shape[1], length)
-        branching = dataclasses.replace(branching, num_generations=num_generations or branching.num_generations, markovian=markovian)
+        branching = self.args.branching(inputs["input_ids"].shape[1], length, num_generations, markovian)
         # Around all passes, so that weights are cast, and gathered, once and not at every token.
         with self.accelerator.autocast(), for_rollout(model, self.accelerator, self.args.gather_for_rollout) as whole_model:
             return sample_thoughts(
@@ -315,8 +314,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _tree(self, inputs: dict[str, Tensor], rollout: Rollout) -> ThoughtTree:
         """The batch's rows with a rollout's thoughts."""
         num_generations, length = rollout.thoughts_BKGL.shape[2:]
-        branching = self.args.branching(inputs["input_ids"].shape[1], length)
-        branching = dataclasses.replace(branching, num_generations=num_generations, markovian=rollout.markovian)
+        branching = self.args.branching(inputs["input_ids"].shape[1], length, num_generations, rollout.markovian)
         return ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
 
     def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:

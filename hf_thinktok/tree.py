@@ -150,9 +150,9 @@ class ThoughtTree:
         self._depth_BS = nodes(none, depth_W)
         self._reading_BS = nodes(none.bool(), ~thinking_W & shape.blind)
         self._stays_BS = nodes(none.bool(), stays_KG & thinking_W)
-        # The depth from which a node sees its own branch.
-        markovian_KG = (torch.arange(groups, device=device) >= groups - shape.markovian).view(1, 1, groups, 1)
-        self._since_BS = nodes(none, torch.where(thinking_W, depth_W, lengths_BKG1) * markovian_KG)
+        if shape.markovian:  # the depth from which a node sees its own branch
+            markovian_KG = (torch.arange(groups, device=device) >= groups - shape.markovian).view(1, 1, groups, 1)
+            self._since_BS = nodes(none, torch.where(thinking_W, depth_W, lengths_BKG1) * markovian_KG)
         self.valid_BS = nodes(documents_BT >= 0, alive_BKGW)
         # Where the token of each node comes from: a trunk position, or for a thought -1 - (its place in [K, G, L]).
         thought_KGW = (branch_KG * length + torch.where(thinking_W, depth_W - 1, (reading_W - 1).clamp(0, length - 1))).expand(1, num_forks, groups, width)

@@ -77,7 +77,7 @@ class Text:
                         read_nodes = list(range(first + shape.max_length, first + shape.max_length + length)) if shape.blind else []
                         ahead_nodes = [first + shape.width - shape.lookahead + h for h in range(1, len(ahead) + 1)]
                         ahead_ids = [tokens[place] for place in ahead]
-                        unknown, here = [None] * len(ids), list(range(len(ids)))
+                        unknown = [None] * len(ids)
                         if shape.blind:
                             yield b, ids + thought, range(len(ids) + length), unknown + thought_nodes
                             if length:
@@ -85,7 +85,7 @@ class Text:
                         elif g >= shape.num_generations - shape.markovian and length:
                             for i in range(length):
                                 follow = ahead_ids if i == length - 1 else []
-                                places = here + [len(ids) + i + h for h in range(len(follow) + 1)]
+                                places = [*range(len(ids)), *range(len(ids) + i, len(ids) + i + len(follow) + 1)]
                                 yield b, [*ids, thought[i], *follow], places, [*unknown, thought_nodes[i], *ahead_nodes[: len(follow)]]
                         else:
                             yield b, ids + thought + ahead_ids, range(len(ids) + length + len(ahead)), unknown + thought_nodes + ahead_nodes
