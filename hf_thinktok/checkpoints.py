@@ -241,7 +241,8 @@ class CheckpointingTrainer(SFTTrainer):
             raise CheckpointError(
                 f"The checkpoint {folder} holds the model alone (save_only_model), and no run goes on from that: start one from it as its model."
             )
-        state = torch.load(os.path.join(folder, STATE_FILE), map_location=self.accelerator.device)
+        device = self.accelerator.device  # among several processes it is `cpu:0`, which `torch.load` does not know
+        state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu" if device.type == "cpu" else device)
         made, have, parts = state.get(MADE_WITH, self._made_with), self._made_with, self._stateful()  # older ones do not say what they were made with
         for name in have | made:
             if made.get(name) != have.get(name):
@@ -290,8 +291,9 @@ class CheckpointingTrainer(SFTTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """What else a resumed run needs: running frequencies, the levels passed, what was expected."""
         super()._save_rng_state(output_dir)
+        known = self._snapshot()  # which ranks put together
         if self.args.should_save:
-            torch.save({MADE_WITH: self._made_with} | self._snapshot(), os.path.join(output_dir, STATE_FILE))
+            torch.save({MADE_WITH: self._made_with} | known, os.path.join(output_dir, STATE_FILE))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card; with thinking tokens what they are, and after training what the results say that the run wrote beside the model."""

@@ -197,9 +197,14 @@ def check_fit(config: "ThinkTokConfig") -> None:
         f"revive_every changes how tokens are chosen and read, and freeze={config.freeze} is to leave one alone: choose one.": (
             config.revive_every > 0 and config.freeze != "none"
         ),
+        "revive_every must be a multiple of num_iterations: one rollout is learned from with the rows that it was drawn with.": (
+            config.num_iterations > 1 and config.revive_every % config.num_iterations != 0
+        ),
         "policies=split with revive_every is not supported: set revive_every=0.": config.policies == "split" and config.revive_every > 0,
-        f"markovian_share={config.markovian_share} of num_generations={config.num_generations} is none or all of them, and those that see all their thought "
-        "are what is used afterwards: change one of the two.": (config.markovian_share > 0 and config.num_markovian in (0, config.num_generations)),
+        f"markovian_share={config.markovian_share} of num_generations={config.num_generations} is none or all of those that are drawn, and a thought that "
+        "is seen whole is what is used afterwards: change one of the two.": (
+            config.markovian_share > 0 and not 0 < config.num_markovian < config.num_generations - (config.supply_thoughts or searches)
+        ),
         "blind reads a thought again as a whole, and markovian_share hides all but its latest token: choose one.": config.blind and config.markovian_share > 0,
         "markovian_share hides tokens by the packed tree's mask: set engine=auto or tree.": config.markovian_share > 0 and config.engine == "replicated",
         "policies=split with beta is not supported: set beta=0.": config.policies == "split" and config.beta > 0,

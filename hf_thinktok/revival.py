@@ -17,15 +17,16 @@ from torch.nn.functional import normalize
 from transformers import TrainerCallback
 
 from ._compat import trainable_token_rows
+from .architectures import LogitTransform
 from .models import unwrapped
 from .rewards import failing, masked_sum
-from .rollout import Rollout
+from .rollout import Rollout, Sampling
 from .scores import TreeScores
 from .tokens import ThinkingVocabulary
 
 # So many at a time, that a language is never new all at once.
 MOST = 4
-# A token is free if it is said less than this part of the mean.
+# A token is free if it is said less than this part of the mean, and has ended less than that of the thoughts that are remembered.
 RARE = 0.05
 # So many thoughts are remembered, of all processes together: the latest, since a language that forms is soon another one.
 REMEMBERED = 8192
@@ -41,68 +42,101 @@ NOISE = 0.1
 class Revival(TrainerCallback):
     """Remembers what followed the thinking tokens that ended a thought, and every so many steps splits those that are shared.
 
+    It does so before the next step, so that what is evaluated and saved is what was trained.
+
     Args:
         vocabulary: which ids are thoughts.
+        sampling: how they are drawn.
         every: steps from one time to the next.
         seed: of the noise, which is the same on all ranks.
         gather: puts the tensors of all ranks one behind the other.
         num_processes: ranks.
+        process: which of them this is.
     """
 
     def __init__(
-        self, vocabulary: ThinkingVocabulary, every: int, seed: int, gather: Callable[[Tensor], Tensor] = lambda of_rank: of_rank, num_processes: int = 1
+        self,
+        vocabulary: ThinkingVocabulary,
+        sampling: Sampling,
+        every: int,
+        seed: int,
+        gather: Callable[[Tensor], Tensor] = lambda of_rank: of_rank,
+        num_processes: int = 1,
+        process: int = 0,
     ):
-        self.vocabulary, self.every, self.seed, self.gather, self.room = vocabulary, every, seed, gather, REMEMBERED // num_processes
+        self.vocabulary, self.sampling, self.every, self.seed = vocabulary, sampling, every, seed
+        self.gather, self.num_processes, self.process = gather, num_processes, process
+        self.room = REMEMBERED // num_processes
         self.revived = 0
         self.since: dict[str, Tensor] = {}
 
     def observe(self, rollout: Rollout, scores: TreeScores) -> None:
-        """Adds a batch's thoughts."""
+        """Adds a batch's thoughts, but for those that were put there and not drawn."""
         told_BKG, hidden_BKGD = masked_sum(scores.logps_BKGH, scores.mask_BKH[:, :, None]).detach(), scores.last_hidden_BKGD
         assert hidden_BKGD is not None
         said_BKGL, lengths_BKG = rollout.said_BKGL & scores.valid_BK[:, :, None, None], rollout.lengths_BKG
+        said_BKGL[:, :, : rollout.num_chosen] = False
+        # What the policy would say and not what was said: by exploration every token is said now and then.
+        say_MN = self.sampling.probabilities(scores.think_logits_BKGLN.detach()[said_BKGL].float()).nan_to_num(0.0)
         choices_BKGL = (rollout.thoughts_BKGL - self.vocabulary.first_id).clamp(min=0)
         last_BKG = choices_BKGL.gather(-1, (lengths_BKG - 1).clamp(min=0)[..., None])[..., 0]
         ended_BKG = said_BKGL.any(-1) & told_BKG.isfinite() & hidden_BKGD.isfinite().all(-1)  # a step that is skipped must not be remembered
         new = {"choice_R": last_BKG[ended_BKG], "wrong_R": failing(told_BKG[ended_BKG]), "hidden_RD": hidden_BKGD[ended_BKG]}
+        self.since = self.since or self._nothing(hidden_BKGD.device, hidden_BKGD.shape[-1])  # no training has begun
         for name, values in new.items():
-            self.since[name] = torch.cat([self.since[name], values.to(self.since[name])])[-self.room :]
-        self.since["said_N"] += torch.bincount(choices_BKGL[said_BKGL], minlength=self.vocabulary.num_tokens)
+            latest = values[-self.room :].to(self.since[name])
+            self.since[name] = torch.cat([self.since[name][len(latest) :], latest])
+        self.since["said_N"] += say_MN.sum(0)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         rows_ND = thinking_rows(unwrapped(model), self.vocabulary)[-1].rows_ND
-        empty = self._nothing(rows_ND)
-        # A resumed run has some, from the CPU, and of as many processes as there were.
-        self.since = {name: torch.cat([nothing, self.since.get(name, nothing).to(nothing)])[-len(nothing) :] for name, nothing in empty.items()}
+        nothing = self._nothing(rows_ND.device, rows_ND.shape[1])
+        # A resumed run has what all processes had together, however many they were: each takes its part.
+        for name in self.since:
+            of_all = self.since[name].to(nothing[name])
+            if name != "said_N":
+                of_all = torch.cat([*[nothing[name]] * self.num_processes, of_all])[-self.room * self.num_processes :]
+                nothing[name] = of_all.chunk(self.num_processes)[self.process]
+            elif self.process == 0:
+                nothing[name] = of_all
+        self.since = nothing
 
-    def _nothing(self, rows_ND: Tensor) -> dict[str, Tensor]:
+    def _nothing(self, device: torch.device, size: int) -> dict[str, Tensor]:
         """As much room as will be needed, so that all ranks gather alike; no thought chose -1."""
-        device, (count, size) = rows_ND.device, rows_ND.shape
         return {
-            "said_N": torch.zeros(count, device=device),
+            "said_N": torch.zeros(self.vocabulary.num_tokens, device=device),
             "choice_R": torch.full((self.room,), -1, device=device),
             "wrong_R": torch.zeros(self.room, device=device),
             "hidden_RD": torch.zeros(self.room, size, device=device),
         }
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step % self.every:
+    def _of_all(self) -> dict[str, Tensor]:
+        """What the ranks remember together, on the CPU: there sums have an order, so that all ranks, and the same run again, choose the same."""
+        since = {name: self.gather(values[None] if name == "said_N" else values).cpu() for name, values in self.since.items()}
+        return since | ({"said_N": since["said_N"].sum(0)} if since else {})
+
+    @torch.no_grad()
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 0 or state.global_step % self.every:
             return
-        reading, choosing = thinking_rows(unwrapped(model), self.vocabulary)
-        said_N = self.gather(self.since["said_N"][None]).sum(0)
-        choice_R, wrong_R, hidden_RD = (self.gather(self.since[name]) for name in ("choice_R", "wrong_R", "hidden_RD"))
-        self.since = self._nothing(choosing.rows_ND)
-        parents_P, copies_P = shared_and_free(said_N, choice_R, wrong_R)
+        base = unwrapped(model)
+        reading, choosing = thinking_rows(base, self.vocabulary)
+        biases = trained_biases(base, self.vocabulary)
+        since = self._of_all()
+        self.since = self._nothing(choosing.rows_ND.device, choosing.rows_ND.shape[1])
+        parents_P, copies_P = shared_and_free(since["said_N"], since["choice_R"], since["wrong_R"])
         if len(parents_P):
             generator = torch.Generator().manual_seed(self.seed + state.global_step)
-            split(reading.rows_ND, choosing.rows_ND, parents_P, copies_P, *apart(choice_R, wrong_R, hidden_RD, parents_P), generator)
-            for table in (reading, choosing):
-                for state_ND in table.of_optimizer(optimizer):
-                    state_ND[copies_P] = state_ND[parents_P]  # one of a row that was hardly trained would let the copy leap
+            apart_PD, middle_PD = apart(since["choice_R"], since["wrong_R"], since["hidden_RD"], parents_P)
+            split(reading.rows_ND, choosing.rows_ND, parents_P, copies_P, apart_PD / LogitTransform.from_config(base.config).scale, middle_PD, generator)
+            moments = [rows for table in (reading, choosing, *biases) for rows in table.of_optimizer(optimizer)]
+            for rows in [*moments, *(bias.rows_ND for bias in biases)]:
+                rows[copies_P] = rows[parents_P]  # moments of a row that was hardly trained would let the copy leap
             self.revived += len(parents_P)
 
     def state_dict(self) -> dict:
-        return {"revived": self.revived, "since": self.since}
+        """Of all ranks, which have to ask for it together."""
+        return {"revived": self.revived, "since": self._of_all()}
 
     def load_state_dict(self, state: dict) -> None:
         self.revived, self.since = state["revived"], dict(state["since"])
@@ -112,7 +146,7 @@ def shared_and_free(said_N: Tensor, choice_R: Tensor, wrong_R: Tensor) -> tuple[
     """The tokens after which the text fails most, `[P]`, and as many that are hardly said.
 
     Args:
-        said_N: how often each was said.
+        said_N: how often each is said.
         choice_R: the token that ended a thought; -1 for none.
         wrong_R: how far what followed it failed: 1 - p.
     """
@@ -121,7 +155,7 @@ def shared_and_free(said_N: Tensor, choice_R: Tensor, wrong_R: Tensor) -> tuple[
     rate_N, mean = wrong_N / ended_N.clamp(min=1), wrong_N.sum() / ended_N.sum().clamp(min=1)
     usual = ended_N.sum() / (ended_N > 0).sum().clamp(min=1)
     shared_N = (ended_N >= usual.clamp(min=LEAST_SAID)) & (rate_N > (TIMES_THE_MEAN * mean).clamp(min=LEAST_WRONG))
-    free_M = (said_N < RARE * said_N.mean()).nonzero()[:, 0]
+    free_M = ((said_N < RARE * said_N.mean()) & (ended_N < RARE * ended_N.mean())).nonzero()[:, 0]
     count = min(MOST, int(shared_N.sum()), len(free_M))
     return wrong_N.where(shared_N, -1.0).topk(count).indices, free_M[said_N[free_M].argsort()[:count]]
 
@@ -200,3 +234,9 @@ def thinking_rows(model, vocabulary: ThinkingVocabulary) -> tuple[ThinkingRows, 
         weight, trained = trainable_token_rows(layer)
         found.append(ThinkingRows(weight, vocabulary.first_id, vocabulary.num_tokens) if trained is None else ThinkingRows(trained, 0, vocabulary.num_tokens))
     return found[0], found[1]
+
+
+def trained_biases(model, vocabulary: ThinkingVocabulary) -> list[ThinkingRows]:
+    """What else a thinking token's logit has of its own: the LM head's bias, where there is one and it is trained."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    return [] if bias is None or not bias.requires_grad else [ThinkingRows(bias, vocabulary.first_id, vocabulary.num_tokens)]

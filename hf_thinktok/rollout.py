@@ -64,6 +64,11 @@ class Rollout:
         place_L = torch.arange(self.thoughts_BKGL.shape[-1], device=self.thoughts_BKGL.device)
         return self.said_BKGL & (place_L > 0) & (place_L < self.lengths_BKG[..., None] - 1) if self.text else self.said_BKGL
 
+    @property
+    def num_chosen(self) -> int:
+        """So many of the first thoughts of each group were not drawn, where any were."""
+        return int(self.chosen and self.thoughts_BKGL.shape[2] > 1)
+
     @classmethod
     def empty(cls, forks_BK: Tensor, branching: Branching) -> "Rollout":
         """Thoughts of length 0."""
@@ -122,13 +127,17 @@ class Sampling:
             warpers.append(MinPLogitsWarper(self.min_p))
         return warpers
 
+    def probabilities(self, think_MN: Tensor) -> Tensor:
+        """Those that thinking tokens are drawn with for thinking logits, but for `epsilon`."""
+        return self.warpers()(None, think_MN).softmax(-1)
+
     def choose(self, think_BFGN: Tensor, generator: torch.Generator, noise_BFGN: Tensor | None = None) -> Tensor:
         """Thinking tokens from 0 for thinking logits, `[B, F, G]`."""
         if noise_BFGN is not None:
             return (think_BFGN + noise_BFGN).argmax(-1)
         num_tokens = think_BFGN.shape[-1]
         # Logits that are not finite draw anything: the loss shows them, and the step is skipped on all ranks alike.
-        probabilities_MN = self.warpers()(None, think_BFGN.reshape(-1, num_tokens)).softmax(-1).nan_to_num(1.0)
+        probabilities_MN = self.probabilities(think_BFGN.reshape(-1, num_tokens)).nan_to_num(1.0)
         if self.epsilon:
             probabilities_MN = (1 - self.epsilon) * probabilities_MN + self.epsilon / num_tokens
         # As `torch.multinomial` draws one of each row, without its checks, for which a GPU would be waited for at every token.

@@ -197,7 +197,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
         self.revival = None
         if args.revive_every:
-            self.revival = Revival(self.vocabulary, args.revive_every, args.seed, self.accelerator.gather, self.accelerator.num_processes)
+            ranks = self.accelerator.gather, self.accelerator.num_processes, self.accelerator.process_index
+            self.revival = Revival(self.vocabulary, args.sampling(), args.revive_every, args.seed, *ranks)
             self.add_callback(self.revival)
         self.curriculum = None
         if args.curriculum_threshold is not None:

@@ -35,7 +35,15 @@ CASES = {
         "gradient_checkpointing": True,
     },
     "two adapters": {"policies": "split", "stop": "fixed", "adapter": True},
-    "revived tokens": {"revive_every": 2, "stop": "fixed", "revival": EAGER_REVIVAL},
+    "revived tokens": {
+        "revive_every": 2,
+        "stop": "fixed",
+        "revival": EAGER_REVIVAL,
+        "num_think_tokens": 16,
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    },
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
 }
 BATCHES_OF_ONE = {"per_device_train_batch_size": 1}  # of two ranks, one of a longer row
@@ -57,7 +65,9 @@ def assert_same(one: dict, together: dict, launcher: str) -> None:
 @pytest.fixture(scope="module")
 def under_ddp(tmp_path_factory):
     """What two processes make of every case: one after another, as most of the time is that of bringing them up."""
-    folder, cases = tmp_path_factory.mktemp("ddp"), CASES | UNEVEN
+    folder = tmp_path_factory.mktemp("ddp")
+    again = CASES["revived tokens"] | {"resume": str(folder / "revived tokens" / "checkpoint-3")}
+    cases = CASES | UNEVEN | {"revived tokens, resumed": again}
     done = launch_tiny("ddp", {folder / name: options for name, options in cases.items()})
     return {name: torch.load(result) if (result := folder / name / "result.pt").exists() else done.stderr[-3000:] for name in cases}
 
@@ -69,6 +79,14 @@ def test_two_processes_under_ddp_are_one_that_accumulates(under_ddp, tmp_path, c
     assert_same(one, under_ddp[case], "ddp")
     assert one["revived"] == under_ddp[case]["revived"]
     assert (one["revived"] > 0) is ("revive_every" in CASES[case])
+
+
+def test_what_each_process_remembers_of_thoughts_is_resumed(under_ddp):
+    """The checkpoint lies between two times at which tokens are revived."""
+    whole, resumed = under_ddp["revived tokens"], under_ddp["revived tokens, resumed"]
+    assert isinstance(resumed, dict), resumed
+    assert resumed["revived"] == whole["revived"]
+    assert weight_gap(whole, resumed) == 0.0
 
 
 @pytest.mark.parametrize("launcher", [*ZERO.values(), "fsdp2"])

@@ -6,7 +6,8 @@ from models import EAGER_REVIVAL, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 import hf_thinktok.revival as revival_module
-from hf_thinktok.revival import Revival, apart, shared_and_free, split, thinking_rows
+from hf_thinktok.revival import Revival, apart, shared_and_free, split, thinking_rows, trained_biases
+from hf_thinktok.rollout import Sampling
 
 
 @pytest.fixture
@@ -34,6 +35,9 @@ def test_the_worst_tokens_get_those_that_are_hardly_said():
     assert len(some) == len(free) == 0, "none is free"
     one, _ = chosen(torch.where(said < 2, 100.0, said), rates)
     assert one.tolist() == [1], "the worst goes first"
+    came_up = choices.masked_fill(choices == 2, 6)
+    _, free = shared_and_free(said, came_up, torch.cat([torch.tensor(rates).repeat_interleave(ended), room]))
+    assert free.tolist() == [7, 5], "one that has come into use is not free, however little it was said before"
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
@@ -77,9 +81,12 @@ def observed(trainer):
     return seen[0]
 
 
-@pytest.mark.parametrize(("family", "stop"), [("llama", "fixed"), ("mamba", "fixed"), ("mamba", "sampled")])  # mamba runs ordinary rows
-def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, family, stop):
-    options = {"num_generations": 16, "learning_rate": 0.0, "max_steps": 1, "lookahead": 2}
+# Mamba runs ordinary rows.
+@pytest.mark.parametrize(
+    ("family", "stop", "explore"), [("llama", "fixed", {"search": 4}), ("mamba", "fixed", {"epsilon_greedy": 0.5}), ("mamba", "sampled", {})]
+)
+def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, family, stop, explore):
+    options = {"num_generations": 16, "learning_rate": 0.0, "max_steps": 1, "lookahead": 2} | explore
     trainer = make_trainer(family, revive_every=50, max_think_length=3, stop=stop, num_forks=2, **options)
     rows = []
     collate = trainer.data_collator
@@ -96,8 +103,10 @@ def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, fa
         compared += 1
     assert compared > 2
     since, said = trainer.revival.since, rollout.said_BKGL & (rollout.forks_BK >= 0)[:, :, None, None]
+    assert rollout.chosen is ("search" in explore)
+    said[:, :, : int(rollout.chosen)] = False  # it was not the policy that said it
     ended = said.any(-1)
-    assert since["said_N"].sum() == said.sum()
+    torch.testing.assert_close(since["said_N"], scores.think_logits_BKGLN.detach()[said].softmax(-1).sum(0))
     told = (scores.logps_BKGH * scores.mask_BKH[:, :, None]).sum(-1).detach()
     count = int(ended.sum())
     assert (since["choice_R"] >= 0).tolist() == [False] * (len(since["choice_R"]) - count) + [True] * count, "the latest come last"
@@ -119,13 +128,14 @@ def test_a_step_that_is_not_finite_leaves_no_trace(make_trainer):
     rollout, scores = observed(trainer)
     before = {name: values.clone() for name, values in trainer.revival.since.items()}
     scores.logps_BKGH = scores.logps_BKGH * float("nan")
+    scores.think_logits_BKGLN = scores.think_logits_BKGLN * float("nan")
     trainer.revival.observe(rollout, scores)
-    for name in ("choice_R", "wrong_R", "hidden_RD"):
-        assert torch.equal(trainer.revival.since[name], before[name]), name
+    for name, values in trainer.revival.since.items():
+        assert torch.equal(values, before[name]), name
 
 
 def test_nothing_is_revived_between_times(make_trainer, eager):
-    untouched, revived = (make_trainer(revive_every=every, stop="fixed", max_steps=3, learning_rate=0.0) for every in (4, 3))
+    untouched, revived = (make_trainer(revive_every=every, stop="fixed", max_steps=4, learning_rate=0.0) for every in (4, 3))
     for trainer in (untouched, revived):
         trainer.train()
     assert untouched.revival.revived == 0 < revived.revival.revived
@@ -140,7 +150,7 @@ def test_nothing_is_revived_between_times(make_trainer, eager):
 def test_with_an_adapter_the_rows_beside_the_base_are_revived(make_trainer, eager, tie):
     model = tiny_model(tie=tie, vocab_size=len(tiny_tokenizer()))
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
-    trainer = make_trainer(model=model, revive_every=2, stop="fixed", max_steps=2, learning_rate=0.0, peft_config=adapter)
+    trainer = make_trainer(model=model, revive_every=2, stop="fixed", max_steps=3, learning_rate=0.0, peft_config=adapter)
     before = [table.rows_ND.detach().clone() for table in thinking_rows(trainer.model, trainer.vocabulary)]
     frozen = {name: value.clone() for name, value in trainer.model.named_parameters() if not value.requires_grad}
     trainer.train()
@@ -151,19 +161,49 @@ def test_with_an_adapter_the_rows_beside_the_base_are_revived(make_trainer, eage
     assert all(torch.equal(value, frozen[name]) for name, value in trainer.model.named_parameters() if name in frozen)
 
 
+def split_now(trainer):
+    """What would be done before the next step."""
+    trainer.revival.on_step_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=trainer.optimizer)
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
-def test_a_copy_takes_over_what_the_optimizer_remembers_of_its_parent(make_trainer, eager, monkeypatch, optim):
+def test_a_copy_takes_over_what_belongs_to_its_parent(make_trainer, eager, monkeypatch, optim):
+    """The bias of its logit, and what the optimizer remembers."""
     pairs = []
     monkeypatch.setattr(revival_module, "shared_and_free", lambda *counts: pairs.append(shared_and_free(*counts)) or pairs[-1])
-    trainer = make_trainer(revive_every=2, stop="fixed", max_steps=2, optim=optim, num_think_tokens=8)
+    trainer = make_trainer("phi", revive_every=2, stop="fixed", max_steps=2, optim=optim, num_think_tokens=8)
     trainer.train()
-    (parents, copies), tables = pairs[0], thinking_rows(trainer.model, trainer.vocabulary)
+    assert not pairs, "what is saved and evaluated is what was trained"
+    (bias,) = trained_biases(trainer.model, trainer.vocabulary)
+    bias.rows_ND.data.normal_()
+    split_now(trainer)
+    (parents, copies), tables = pairs[0], [*thinking_rows(trainer.model, trainer.vocabulary), bias]
     assert len(parents) > 0
+    assert torch.equal(bias.rows_ND[copies], bias.rows_ND[parents])
     remembered = [rows for table in tables for rows in table.of_optimizer(trainer.optimizer)]
-    assert bool(remembered) is (optim == "adamw_torch"), "the others keep nothing, or no number for each row and column"
+    assert len(remembered) == {"adamw_torch": 6, "sgd": 0, "adafactor": 1}[optim], "of a matrix the last keeps no number for each row and column"
     for rows in remembered:
         assert rows[parents].abs().sum() > 0
         assert torch.equal(rows[copies], rows[parents])
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])  # granite's logits are a part of hidden times row
+def test_parent_and_copy_are_so_many_nats_apart(make_trainer, eager, monkeypatch, family):
+    pairs = []
+    monkeypatch.setattr(revival_module, "shared_and_free", lambda *counts: pairs.append(shared_and_free(*counts)) or pairs[-1])
+    monkeypatch.setattr(revival_module, "LARGEST_PART", 1000.0)
+    trainer = make_trainer(
+        family, model=tiny_model(family, tie=False, vocab_size=len(tiny_tokenizer())), revive_every=2, stop="fixed", max_steps=2, num_think_tokens=8
+    )
+    trainer.train()
+    since = trainer.revival.state_dict()["since"]
+    split_now(trainer)
+    (parents, copies), rows = pairs[0], thinking_rows(trainer.model, trainer.vocabulary)[1].rows_ND.detach()
+    assert len(parents) > 0
+    scale = 1 / getattr(trainer.model.config, "logits_scaling", 1)
+    for parent, copy in zip(parents, copies, strict=True):
+        gaps = scale * since["hidden_RD"][since["choice_R"] == parent] @ (rows[copy] - rows[parent])
+        assert gaps.std(correction=0) == pytest.approx(revival_module.SHARPNESS, rel=1e-3)
 
 
 def test_a_resumed_run_revives_what_the_interrupted_one_would_have(make_trainer, eager, resumed):
@@ -177,12 +217,19 @@ def test_a_run_goes_on_with_another_number_of_processes(make_trainer):
     trainer = make_trainer(revive_every=50, stop="fixed", max_steps=1)
     observed(trainer)
     kept = trainer.revival.state_dict()
-    again = Revival(trainer.vocabulary, 50, 0, num_processes=4)
-    again.load_state_dict(kept)
-    again.on_train_begin(None, None, None, model=trainer.model)
-    back = Revival(trainer.vocabulary, 50, 0)
-    back.load_state_dict(again.state_dict())
-    back.on_train_begin(None, None, None, model=trainer.model)
+
+    def resumed(state, num_processes):
+        """The ranks, and what they put together."""
+        ranks = [Revival(trainer.vocabulary, Sampling(), 50, 0, lambda _: next(gathered), num_processes, process) for process in range(num_processes)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+            rank.on_train_begin(None, None, None, model=trainer.model)
+        gathered = (torch.cat([rank.since[name][None] if name == "said_N" else rank.since[name] for rank in ranks]) for name in ranks[0].since)
+        return ranks, ranks[0].state_dict()
+
+    four, of_four = resumed(kept, 4)
+    one, of_one = resumed(of_four, 1)
     for name, values in kept["since"].items():
-        assert len(again.since[name]) == len(values) // (1 if name == "said_N" else 4), name
-        assert torch.equal(back.since[name], values), "no thought is lost that there is room for"
+        assert all(len(rank.since[name]) == len(values) // (1 if name == "said_N" else 4) for rank in four), name
+        assert torch.equal(of_four["since"][name], values), "each has a part, and none is counted twice"
+        assert torch.equal(one[0].since[name], values), "no thought is lost that there is room for"
