@@ -97,13 +97,13 @@ def model_without_data(config: PretrainedConfig, args: ThinkTokConfig, dtype: to
 class Rows:
     """Full rows of text with forks evenly spaced, and thoughts of full length."""
 
-    def __init__(self, args: ThinkTokConfig, batch: int, num_generations: int):
+    def __init__(self, args: ThinkTokConfig, batch: int, num_generations: int, markovian: int = 0):
         documents_BT = torch.zeros(batch, args.max_length, dtype=torch.long)
         self.labels_BT = torch.zeros_like(documents_BT)
         how = "all" if args.fork_positions == "all" else "stride"
         forks_BK = choose_forks(eligible_forks(self.labels_BT, documents_BT), args.num_forks, how, torch.Generator())
-        branching = args.branching(args.max_length, num_generations=num_generations)
-        self.rollout = replace(Rollout.empty(forks_BK, branching), supplied=args.supply_thoughts, text=args.thoughts == "text")
+        branching = args.branching(args.max_length, num_generations=num_generations, markovian=markovian)
+        self.rollout = replace(Rollout.empty(forks_BK, branching), supplied=args.supply_thoughts, text=args.thoughts == "text", markovian=markovian)
         self.rollout.lengths_BKG.fill_(branching.max_length)
         self.tree = ThoughtTree(documents_BT, forks_BK, branching)
 

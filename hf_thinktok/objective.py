@@ -256,9 +256,10 @@ def _metrics(
     rewards: list[RewardFunction],
     config: ThinkTokConfig,
 ) -> dict[str, Tensor]:
-    """What the policy does: a thought that was chosen in the light of what follows is left out, but from what is said of the group that learns."""
+    """What the policy does: a thought that was chosen in the light of what follows is left out, and one that sees its latest token alone, but from what is
+    said of the group that learns."""
     valid_BK = scores.valid_BK
-    own = slice(1, None) if rollout.chosen and rewards_BKG.shape[-1] > 1 else slice(None)
+    own = slice(rollout.num_chosen, rewards_BKG.shape[-1] - rollout.markovian)
     valid = valid_BK[:, :, None]
     thought_BKGL = torch.where(rollout.said_BKGL, rollout.thoughts_BKGL, -1)
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)

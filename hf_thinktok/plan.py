@@ -81,7 +81,7 @@ def plan(
     _check(args, attn_implementation, zero, fsdp2, num_processes)
     check_supported(config)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    rows = Rows(args, args.per_device_train_batch_size, args.num_generations)
+    rows = Rows(args, args.per_device_train_batch_size, args.num_generations, args.num_markovian)
     with patch.object(head, "sums_in_fp32", lambda hidden_MD: gpu), warnings.catch_warnings(action="ignore"):
         model, vocabulary = model_without_data(config, args, dtype, attn_implementation, peft_config)
         sharding = _Sharding(model, compute, zero, fsdp2, num_processes, args.gather_for_rollout)
@@ -93,7 +93,7 @@ def plan(
     nodes = rows.tree.num_nodes if args.engine != "replicated" else rows.tree.paths()[1].numel() // args.per_device_train_batch_size
     return Plan(
         nodes=nodes,
-        visible_pairs=int((rows.tree.position_ids_BS[0] + 1).sum()),  # a node at position p sees p others and itself
+        visible_pairs=int(rows.tree.num_visible()[0].sum()),
         parameters=sharding.trained + sharding.frozen,
         trainable=sharding.trained,
         phases={phase: sharding(phase, phases[phase]) for phase in Phase if phase in phases},

@@ -185,6 +185,11 @@ class ThoughtTree:
         ancestor &= (key(self._document_BS) == query(self._document_BS)) & key(self.valid_BS) & query(self.valid_BS)
         return ancestor | (query(index_BS) == key(index_BS))
 
+    def num_visible(self) -> Tensor:
+        """How many nodes each one sees, `[B, S]`: at position p it is p others and itself, but for those of its thought that are hidden from it."""
+        hidden_BS = (self._since_BS - 1).clamp(min=0) if self.branching.markovian else 0
+        return self.position_ids_BS + 1 - hidden_BS
+
     def tokens(self, tokens_BT: Tensor, thoughts_BKGL: Tensor) -> Tensor:
         """The token of every node, `[B, S]`."""
         pool = torch.cat([tokens_BT, thoughts_BKGL.flatten(1)], 1)

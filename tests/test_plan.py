@@ -96,11 +96,13 @@ def test_the_cache_holds_the_text_and_all_thoughts_but_their_last_tokens():
     assert cache == pytest.approx(2 * (256 + 8 * 4 * 3) * 2 * 2 * 2 * 16 * 4, rel=0.05)  # rows, nodes, layers, keys and values, heads, size, fp32
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": "persistent", "stop": "sampled"}, {"blind": True}, {"lookahead": 3, "stop": "fixed"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"memory": "persistent", "stop": "sampled"}, {"blind": True}, {"lookahead": 3, "stop": "fixed"}, {"stop": "fixed", "markovian_share": 0.5}]
+)
 def test_nodes_and_pairs_are_those_of_the_tree(options):
     args = ThinkTokConfig(**OPTIONS | options)
     forks = (torch.arange(0.5, 8) * 255 / 8).long()[None]  # the middles of eight parts of the row
-    tree = ThoughtTree(torch.zeros(1, 256, dtype=torch.long), forks, args.branching(256))
+    tree = ThoughtTree(torch.zeros(1, 256, dtype=torch.long), forks, args.branching(256, markovian=args.num_markovian))
     one = made(**options)
     assert one.nodes == tree.num_nodes
     assert one.visible_pairs == int(tree.visible().sum())

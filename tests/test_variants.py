@@ -80,6 +80,20 @@ def test_what_is_markovian_forgets_all_but_its_latest_token_in_training_alone(ma
     assert math.isfinite(trainer.evaluate(rows)["eval_gain"])
 
 
+def test_what_is_logged_of_thoughts_is_of_those_that_are_used(make):
+    """Neither of the one that a search put there nor of those that see their latest token alone."""
+    rows = questions(levels=(3,))
+    trainer = make(rows, num_generations=4, markovian_share=0.5, search=8, max_steps=1, learning_rate=0.0, logging_steps=1)
+    seen, observe = [], trainer._record
+    trainer._record = lambda *args: (seen.append(args), observe(*args))
+    trainer.train()
+    scores, logged = seen[0][-1], trainer.state.log_history[0]
+    own_BH = scores.logps_BKGH[:, 0, 1].detach()
+    assert logged["reward"] == pytest.approx(own_BH.mean().item(), abs=1e-3)
+    assert logged["accuracy"] == pytest.approx(scores.correct_BKGH[:, 0, 1].float().mean().item(), abs=1e-3)
+    assert abs(logged["reward"] - scores.logps_BKGH.mean().item()) > 1e-3, "the others' is another"
+
+
 @pytest.mark.parametrize("family", ["bloom", "mamba"])
 def test_what_is_markovian_needs_the_packed_tree(make, family):
     with pytest.raises(ValueError, match=rf"markovian_share hides .* which {family} cannot run: leave markovian_share out\.$"):
