@@ -56,9 +56,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         "dataset": dataset if dataset != STANDARD_LIBRARY and _on_hub(dataset) else None,
         "text": TEXTS.get(dataset or "") or dataset or ", ".join(f"`{Path(file).name}`" for file in config.get("data_files") or []),
         "num_tokens": num_tokens or config.get("num_think_tokens", 16),
-        "adapter": config.get("use_peft", False),
-        "loader": "AutoPeftModelForCausalLM" if config.get("use_peft") else "AutoModelForCausalLM",
-        "prompt": "Once upon a time",
+        "snippet": snippet(repository, config.get("use_peft", False)),
         "hardware": machine(results),
         "commit": results["commit"],
         "figures": as_text(results),
@@ -104,6 +102,23 @@ def use(thoughts: str, adapter: str | None) -> str:
             "both, for `AutoModelForCausalLM` and `pipeline`."
         )
     return said
+
+
+def snippet(repository: str, adapter: bool) -> str:
+    """How plain transformers, or PEFT, generate with a model, in Markdown."""
+    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    lines = [
+        "```python",
+        *(imports if adapter else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]),
+        "",
+        f'model = {loader}.from_pretrained("{repository}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
+        'output = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=64, do_sample=True)',
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        "```",
+    ]
+    return "\n".join(lines)
 
 
 def _on_hub(name: str | None) -> bool:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from ._compat import uploads_without
-from .card import read_results, render_card, use
+from .card import read_results, render_card, snippet, use
 from .errors import first_line
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
 from .results import NOT_PUSHED, changed_options, environment, write_json
@@ -52,7 +52,12 @@ CARD = """
 
 This model has {num_tokens} thinking tokens without text, `{first}` to `{last}`, whose meaning nobody gave. {use} Trained with
 [hf-thinktok](https://github.com/hf-thinktok/hf-thinktok).
+
+{snippet}
 """
+# Of TRL's card: a prompt for chats, which not every model has a template for, and the base where it has no name on the Hub.
+QUICK_START = re.compile(r"## Quick start\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+NO_BASE = "[None](https://huggingface.co/None)"
 
 
 # Those that say more than the shapes of an adapter's parameters, or what these do not show.
@@ -295,19 +300,31 @@ class CheckpointingTrainer(SFTTrainer):
         if self.args.should_save:
             torch.save({MADE_WITH: self._made_with} | known, os.path.join(output_dir, STATE_FILE))
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"push_to_hub cannot make the repository: {first_line(error)} Mend that, or leave push_to_hub out and run `thinktok push` after training."
+            ) from error
+
+    def create_model_card(self, model_name: str | None = None, *args, **kwargs) -> None:
         """TRL's card; with thinking tokens what they are, and after training what the results say that the run wrote beside the model."""
-        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir, "README.md")
+        name = self.args.hub_model_id or card.parent.name
+        super().create_model_card(model_name or name, *args, **kwargs)
         if self.plain or not self.is_world_process_zero():
             return
-        card = Path(self.args.output_dir, "README.md")
-        tokens, name = self.vocabulary.tokens, self.args.hub_model_id or card.parent.name
+        tokens = self.vocabulary.tokens
         adapter = name if is_peft_model(self.model) else None
-        text = CARD.format(num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.thoughts, adapter))
+        text = CARD.format(
+            num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.thoughts, adapter), snippet=snippet(name, adapter is not None)
+        )
         if not self.is_in_train:  # what lies there before is an earlier run's
             with contextlib.suppress(ValueError):  # there are none, or none of ours
                 text = render_card(read_results(card.parent), name, num_tokens=len(tokens), whole=False)
-        card.write_text(card.read_text() + text)
+        about = QUICK_START.sub("", card.read_text()).replace(NO_BASE, "a model that is not on the Hub")
+        card.write_text(about + text)
 
     def push_to_hub(self, *args, **kwargs):
         """Uploads model, tokenizer, card, and in `training.json` the options and the last metrics of this run; held-out text stays here."""

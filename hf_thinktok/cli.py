@@ -192,8 +192,10 @@ def run_plan(args: argparse.Namespace) -> None:
     from .config import ThinkTokConfig
     from .loading import check_no_adapter, init_kwargs
     from .plan import plan, print_plan
+    from .text import UnreadText
 
-    config, model = read_recipe(args.recipe, ThinkTokConfig, ModelConfig)
+    text, config, model = read_recipe(args.recipe, UnreadText, ThinkTokConfig, ModelConfig)
+    config.do_eval |= text.held_out_documents > 0 and config.thinks  # as the recipe does
     if (name := args.model or model.model_name_or_path) is None:
         raise UsageError("There is no model: give --model, or a --config with model_name_or_path.")
     if model.load_in_4bit or model.load_in_8bit:

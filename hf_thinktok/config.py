@@ -288,8 +288,8 @@ class ThinkTokConfig(SFTConfig):
         for name in (*SCHEDULES, "curriculum_threshold"):
             if isinstance(getattr(self, name), int | float):
                 setattr(self, name, [float(getattr(self, name))])
-        if self.packing and self.packing_strategy == "wrapped" and self.eval_packing is None:
-            self.eval_packing: bool | None = False  # it loses where documents begin, and gains are over documents
+        if self.packing and self.eval_packing is None:
+            self.eval_packing: bool | None = False  # forks are counted in rows, and gains are over documents
         check_values(self, ThinkTokConfig.__annotations__)
         if self.num_think_tokens != 0:
             check_text(self)

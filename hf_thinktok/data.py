@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from ._compat import DataCollatorForLanguageModeling, RepeatSampler
 from .distributed import embedding_rows
+from .models import has_position_table, longest_row
 
 # Rows looked at for missing text; more would make a large corpus wait.
 CHECKED_ROWS = 100_000
@@ -100,10 +101,14 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
         raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     for column in used:
         values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if isinstance(dataset, Dataset) else (row[column] for row in head)
-        wrong = next((i for i, value in enumerate(values) if not _says_something(value, column == text)), None)
-        if wrong is not None:
+        for number, value in enumerate(values):
+            if _says_something(value, column == text):
+                continue
+            if column == text and not isinstance(value, str | None):
+                raise ValueError(f"Row {number} of the {name} data set has a {type(value).__name__} in {column!r}, where a text is due: make a text of it.")
+            said = f"(row[{column!r}] or '').strip()" if column == text or isinstance(value, str) else f"row[{column!r}]"
             raise ValueError(
-                f"Row {wrong} of the {name} data set has no text in {column!r}: drop empty rows, for example with dataset.filter(lambda row: row[{column!r}])."
+                f"Row {number} of the {name} data set has no text in {column!r}: drop empty rows, for example with dataset.filter(lambda row: {said})."
             )
 
 
@@ -126,6 +131,12 @@ def check_prepared(train_dataset, eval_dataset, model, args) -> None:
         largest = max(max(ids, default=0) for ids in dataset.with_format(None)[:LOOKED_AT_ROWS].get("input_ids", [[]]))
         if largest >= (rows := embedding_rows(model)):
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
+        if args.max_length is None and has_position_table(model):
+            longest, positions = max(map(len, dataset.with_format(None)["input_ids"])), longest_row(model)
+            if longest > positions:
+                raise ValueError(
+                    f"The {name} data set has a row of {longest} tokens, and the model has learned {positions} positions: set max_length={positions}."
+                )
 
 
 def named_sets(train_dataset, eval_dataset) -> dict[str, Dataset | IterableDataset]:

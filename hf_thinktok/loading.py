@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel, str_to_bool
 from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
@@ -90,12 +91,33 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
         raise TypeError(f"The model is a {type(model).__name__}; it must be a name, a folder, or a model that is loaded.")
     if isinstance(model, torch.nn.Module) and args.model_init_kwargs and args.teacher is None:  # who is loaded with them as well
         raise ValueError("The model is loaded already and model_init_kwargs would do nothing: give its name, or load it with them.")
-    if peft_config is not None and isinstance(model, torch.nn.Module) and not getattr(model.config, "_name_or_path", ""):
-        logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
+    for what, one in {"model": model, "speaker": speaker, "teacher": teacher}.items():
+        if isinstance(one, PreTrainedModel) and one.get_output_embeddings() is None:
+            raise ValueError(f"The {what} is a {type(one).__name__}, which has no LM head: load it with AutoModelForCausalLM.")
+    if peft_config is not None and isinstance(model, PreTrainedModel):
+        _check_base(model)
     if args.num_think_tokens != 0:
         _check_plain(model=model, speaker=speaker, teacher=teacher)
     if args.thinks and peft_config is None:
         _check_learners(args, model, speaker)
+
+
+def _check_base(model: PreTrainedModel) -> None:
+    """An adapter is loaded onto what its base's name leads to, which must have the rows that it was trained beside."""
+    if not (name := model.config._name_or_path):
+        logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
+        return
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(name, revision=getattr(model.config, "_commit_hash", None))
+    except OSError:  # it is not there, or no longer
+        return
+    text = model.config.get_text_config()
+    parts = (part for part in (found, *found.values()) if isinstance(part, dict))  # of some models that of the text is one of several
+    stated = [part["vocab_size"] for part in parts if "vocab_size" in part] or [type(text)().vocab_size]  # which is not written where it is the default
+    if text.vocab_size not in stated or found.get("thinktok") != getattr(model.config, "thinktok", None):
+        raise ValueError(
+            f"The model has tokens that {name} lacks, onto which its adapter would be loaded: save the model and its tokenizer first, and give that folder."
+        )
 
 
 def _check_plain(**models: Any) -> None:
@@ -188,7 +210,7 @@ def load_model(
             raise ValueError("quantization_config is given to the trainer and in model_init_kwargs: leave one of the two out.")
         options["quantization_config"] = quantization_config
     where = {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
-    with _there("model", model):
+    with there("model", model):
         if isinstance(model, str):
             check_no_adapter(model, **{name: where[name] for name in ("revision", "subfolder") if name in where})
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
@@ -336,7 +358,7 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokCo
         ValueError: there is none of this name, or its tokens are other ones.
     """
     how = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in ("dtype", "attn_implementation", "device_map")}
-    with _there("teacher", name):
+    with there("teacher", name):
         if find_adapter_config_file(name):
             raise ValueError(f"The teacher {name} is an adapter: make a model of it and its base first, with merge_and_unload() or `thinktok merge`.")
         theirs = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
@@ -348,11 +370,11 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, args: ThinkTokCo
 
 
 @contextlib.contextmanager
-def _there(what: str, name: Any) -> Iterator[None]:
+def there(what: str, name: Any) -> Iterator[None]:
     """Makes one sentence of a name that leads nowhere."""
     try:
         yield
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         if os.path.exists(os.path.join(str(name), "config.json")):
             raise ValueError(f"The {what} {name!r} cannot be read: {first_line(error)}") from error
         raise ValueError(f"There is no {what} at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error

@@ -52,6 +52,21 @@ class TextArguments:
 
 
 @dataclass
+class PretrainArguments(TextArguments):
+    """The text that recipes/pretrain_think.py trains on, and what is reported of it."""
+
+    report_documents: int = field(default=1, metadata={"help": "Held-out documents that the report shows token by token; 0: none."})
+
+
+@dataclass
+class UnreadText(PretrainArguments):
+    """The same where no text is read, so that it need not be there."""
+
+    def __post_init__(self):
+        pass
+
+
+@dataclass
 class ReportArguments:
     """The text that results are reported on, where it is no part of the one that is trained on."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hf_thinktok.errors import one_sentence
 from hf_thinktok.results import draw_ablation, print_ablation, read_json, write_json
 
 TOY = Path(__file__).parent / "toy.py"
@@ -42,7 +43,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/toy/ablations"))
     args, further = parser.parse_known_args()
-    base, variants = (yaml.safe_load(path.read_text()) for path in (args.config, args.variants))
+    with one_sentence():
+        base, variants = (yaml.safe_load(path.read_text()) for path in (args.config, args.variants))
     results: dict[str, Any] = {"ablation": {}, "variants": variants, "commits": {}}
     for name, changes in variants.items():
         print(f"== {name}: {changes or 'nothing changed'}", flush=True)

@@ -19,7 +19,6 @@ thinking, and with a random thought; and `report.html`, the same with curves and
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,14 +30,7 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import fit_to_cpu, init_kwargs
 from hf_thinktok.results import changed_options, environment, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import TextArguments, check_column, load_text, split
-
-
-@dataclass
-class PretrainArguments(TextArguments):
-    """The text, and what is reported of it."""
-
-    report_documents: int = field(default=1, metadata={"help": "Held-out documents that the report shows token by token; 0: none."})
+from hf_thinktok.text import PretrainArguments, check_column, load_text, split
 
 
 def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelConfig) -> ThinkTokTrainer:

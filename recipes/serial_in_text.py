@@ -28,7 +28,7 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
-from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings
+from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.peft import load_whole
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
@@ -79,7 +79,8 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
     outputs = {(seed, arm): str(Path(args.output_dir) / f"{arm}-seed{seed}") for seed in mixed.seeds for arm in ("cpt", "think")}
     with one_sentence():
         checkpoints = dict(zip(outputs, resume_points(args.resume_from_checkpoint, [*outputs.values()]), strict=True))
-    tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision)
+    with one_sentence(), there("model", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision)
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}

@@ -29,7 +29,7 @@ from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.language import describe_language, draw_language, print_language
-from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings
+from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
@@ -104,7 +104,8 @@ def tokenized(rows: Dataset, tokenizer) -> Dataset:
 def make_tokenizer(model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
     """A pretrained model's own, or one with a word for each word of the task."""
     if model.model_name_or_path:
-        return AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision)
+        with there("model", name := resolve_model(model.model_name_or_path)):
+            return AutoTokenizer.from_pretrained(name, revision=model.model_revision)
     return word_tokenizer(task.words)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
-from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
@@ -556,6 +556,12 @@ def test_rows_longer_than_a_table_of_positions(make_trainer, family):
     one_sentence(error)
     make_trainer(family, max_length=256)
     make_trainer("llama", max_length=257)  # rotary positions go on
+    rows = Dataset.from_dict({"input_ids": [[5] * 20, [5] * 257]})
+    with pytest.raises(ValueError, match="The train data set has a row of 257 tokens, and the model has learned 256 positions") as error:
+        make_trainer(family, max_length=None, train_dataset=rows)
+    one_sentence(error, "set max_length=256")
+    make_trainer(family, max_length=256, train_dataset=rows)
+    make_trainer("llama", max_length=None, train_dataset=rows)
 
 
 def test_data_parallel(train, monkeypatch):
@@ -781,6 +787,14 @@ def test_what_is_no_model_and_no_tokenizer(train):
     one_sentence(error, "leave it out")
 
 
+@pytest.mark.parametrize("what", ["model", "speaker", "teacher"])
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_without_a_head_for_tokens(train, what, kind):
+    headless = kind.from_config(tiny_model().config)
+    with pytest.raises(ValueError, match=rf"The {what} is a Llama\w+, which has no LM head: load it with AutoModelForCausalLM\.$"):
+        train(**{what: headless}, processing_class=tiny_tokenizer(), options={"policies": "split"} if what == "speaker" else {})
+
+
 def test_a_model_at_a_path(make_config, corpus, tmp_path):
     save_tiny(tmp_path / "model")
     trainer = ThinkTokTrainer(tmp_path / "model", make_config(), train_dataset=corpus)
@@ -941,12 +955,64 @@ def test_an_adapter_of_a_model_made_here(make_trainer, tmp_path, caplog, saved):
     assert ("its adapter can be loaded by no name: save the model first" in caplog.text) is not saved
 
 
+@pytest.mark.parametrize("added", ["text", "thoughts", "nothing"])
+def test_an_adapter_of_a_model_that_was_given_tokens_since(make_trainer, tmp_path, added):
+    """It would be loaded onto the folder's model, which lacks them."""
+    save_tiny(tmp_path / "base")
+    model, tokenizer = (kind.from_pretrained(tmp_path / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    if added == "text":
+        tokenizer.add_tokens(["<a>", "<b>"])
+        model.resize_token_embeddings(len(tokenizer))
+    elif added == "thoughts":
+        add_thinking_tokens(model, tokenizer, 4)
+    options = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"]), "num_think_tokens": 4, "max_steps": 1}
+    if added == "nothing":
+        make_trainer(model=model, tokenizer=tokenizer, **options)
+        return
+    with pytest.raises(ValueError, match=f"The model has tokens that {tmp_path}/base lacks") as error:
+        make_trainer(model=model, tokenizer=tokenizer, **options)
+    one_sentence(error, "save the model and its tokenizer first")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "more")
+    trainer = make_trainer(model=AutoModelForCausalLM.from_pretrained(tmp_path / "more"), tokenizer=tokenizer, **options)
+    trainer.train()
+    trainer.save_model()
+    ids = torch.arange(len(tokenizer) - 8, len(tokenizer))[None]
+    again = AutoPeftModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    ours, theirs = (one.eval()(ids).logits[..., : len(tokenizer)] for one in (trainer.model, again))  # whatever their rows are a multiple of
+    torch.testing.assert_close(theirs, ours)
+
+
 def test_an_adapter_without_a_base_is_pushed_with_a_word(tmp_path, monkeypatch, capsys):
     save_tiny(tmp_path, think_tokens=4)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     monkeypatch.setattr("hf_thinktok.cli.HfApi", MagicMock())
     assert main(["push", str(tmp_path), "me/model"]) == 0
     assert "config names no base" in capsys.readouterr().err
+
+
+def test_the_advice_for_blank_rows_is_enough(make_trainer):
+    rows = Dataset.from_dict({"text": ["a cat", "  ", None, "a dog"] * 8})
+    with pytest.raises(ValueError, match="Row 1 of the train data set has no text") as error:
+        make_trainer(train_dataset=rows)
+    advice = re.search(r"dataset\.filter\((.*)\)\.$", str(error.value))[1]
+    assert len(make_trainer(train_dataset=rows.filter(eval(advice))).train_dataset) == 16
+
+
+@pytest.mark.parametrize("value", [3, ["a", "b"]])
+def test_a_column_that_is_no_text(train, value):
+    with pytest.raises(ValueError, match=f"Row 0 of the train data set has a {type(value).__name__} in 'text', where a text is due"):
+        train(train_dataset=Dataset.from_dict({"text": [value]}))
+
+
+def test_a_hub_that_is_not_reached(make_trainer, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise RuntimeError("[Errno 111] Connection refused")  # an error of the library that speaks HTTP, which no other knows
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    with pytest.raises(ValueError, match="push_to_hub cannot make the repository: .* Connection refused") as error:
+        make_trainer(push_to_hub=True, hub_model_id="me/mine")
+    one_sentence(error, "thinktok push")
 
 
 def test_padded_rows(train, tokenizer):

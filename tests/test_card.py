@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from models import save_tiny
 from peft import LoraConfig
+from transformers import AutoTokenizer
 
 from hf_thinktok.card import render_card
 from hf_thinktok.cli import main
@@ -146,6 +148,20 @@ def test_checkpoints_have_a_card_without_the_figures_of_what_lay_there(make_trai
     assert "gain from thinking" not in card.read_text()
     trainer.create_model_card()  # as a push after training does
     assert ("gain from thinking" in card.read_text()) == (content == json.dumps(QUICKSTART))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_card_of_a_checkpoint_shows_how_to_use_it(make_trainer, tmp_path, adapter):
+    """Whatever TRL's own card assumes: a name on the Hub, a template for chats."""
+    model, tokenizer = save_tiny(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=str(model), tokenizer=tokenizer, peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "None" not in card
+    assert '{"role"' not in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('"out"', repr(str(tmp_path / "out")))
+    exec(code, {})
 
 
 def test_an_adapter_that_no_recipe_trained_says_so(make_trainer, tmp_path):

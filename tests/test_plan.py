@@ -218,11 +218,13 @@ def test_the_command_takes_a_recipe_and_changes_to_it(folder, tmp_path, capsys):
         assert main(["plan", "--config", str(recipe), "--json", *words]) == 0
         return json.loads(capsys.readouterr().out)
 
-    one, other = figures(), figures("--num_forks", "8", "--lora_r", "8")
+    one, other = figures(), figures("--num_forks", "8", "--lora_r", "8", "--data_files", "nowhere.jsonl", "--packing")
     assert one["nodes"] == 64 + 4 * 4 * 4  # the defaults for what nobody says
     assert other["nodes"] == 64 + 8 * 4 * 4
     rows = 17 * 64  # of 16 thinking tokens and the guard
     assert other["trainable"] - rows == 2 * (one["trainable"] - rows) > 0
+    assert Phase.EVALUATION in one["phases"], "the recipe makes one before its first step"
+    assert Phase.EVALUATION not in figures("--held_out_documents", "0")["phases"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -80,6 +81,8 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
         "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
     ]  # fmt: skip
     assert in_process(*command, "--push_to_hub", "true").stderr.startswith("error: push_to_hub would put several models into one place")
+    nowhere = in_process(*command, "--model_name_or_path", "outputs/not/there").stderr.splitlines()[-1]
+    assert nowhere.startswith("error: There is no model at 'outputs/not/there': give a folder")
     done = in_process(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "twin without thinking" in done.stdout
@@ -221,6 +224,7 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     small += ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}"]
     command = [ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--variants", variants]
     command += ["--seeds", 5, "--output_dir", tmp_path / "out", *small]
+    assert re.fullmatch(r"error: [^\n]*nowhere\.yaml[^\n]*\n", in_process(*command, "--variants", "nowhere.yaml").stderr)
     first = started(*command)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "without search" in first.stdout

@@ -144,7 +144,7 @@ def test_a_marker_that_is_nowhere_is_told(make_trainer):
 
 def test_packed_documents_do_not_see_each_other(make_trainer):
     rows = Dataset.from_dict({"text": CORPUS[:4]})
-    packed = make_trainer(num_forks=0, packing=True, max_length=64, per_device_eval_batch_size=4, eval_dataset=rows, train_dataset=rows)
+    packed = make_trainer(num_forks=0, packing=True, eval_packing=True, max_length=64, per_device_eval_batch_size=4, eval_dataset=rows, train_dataset=rows)
     plain = make_trainer(num_forks=0, max_length=64, per_device_eval_batch_size=4, eval_dataset=rows, train_dataset=rows)
     assert len(packed.eval_dataset) < len(plain.eval_dataset)
     assert packed.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
@@ -346,11 +346,12 @@ def test_rows_of_one_token_have_nothing_to_judge(make_trainer, options):
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
-def test_errors_of_packed_text_count_documents(make_trainer):
-    """`wrapped` loses where documents begin, so that held-out text is not packed with the training text."""
-    documents = Dataset.from_dict({"text": [" ".join(CORPUS), *CORPUS[:3]]})
-    trainer = make_trainer(eval_dataset=documents, packing=True, packing_strategy="wrapped", max_length=16)
-    assert trainer.evaluate()["eval_documents"] == 4
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd"])
+def test_errors_of_packed_text_count_documents(make_trainer, strategy):
+    """`wrapped` loses where documents begin, and in other rows they share the forks: held-out text is not packed with the training text."""
+    documents = Dataset.from_dict({"text": [" ".join(CORPUS), *["the cat sat"] * 7]})
+    trainer = make_trainer(eval_dataset=documents, packing=True, packing_strategy=strategy, max_length=64, num_forks=2)
+    assert trainer.evaluate()["eval_documents"] == 8
 
 
 def test_seconds_are_those_of_the_steps(make_trainer, corpus, tmp_path):
