@@ -305,7 +305,7 @@ class CheckpointingTrainer(SFTTrainer):
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:
             raise ValueError(
-                f"push_to_hub cannot make the repository: {first_line(error)} Mend that, or leave push_to_hub out and run `thinktok push` after training."
+                f"push_to_hub cannot make the repository ({first_line(error)}): mend that, or leave push_to_hub out and run `thinktok push` after training."
             ) from error
 
     def create_model_card(self, model_name: str | None = None, *args, **kwargs) -> None:

@@ -109,7 +109,7 @@ def _check_base(model: PreTrainedModel) -> None:
         return
     try:
         found, _ = PreTrainedConfig.get_config_dict(name, revision=getattr(model.config, "_commit_hash", None))
-    except OSError:  # it is not there, or no longer
+    except (OSError, HFValidationError):  # it is not there, or no longer
         return
     text = model.config.get_text_config()
     parts = (part for part in (found, *found.values()) if isinstance(part, dict))  # of some models that of the text is one of several

@@ -127,7 +127,7 @@ class Revival(TrainerCallback):
         parents_P, copies_P = shared_and_free(since["said_N"], since["choice_R"], since["wrong_R"])
         if len(parents_P):
             generator = torch.Generator().manual_seed(self.seed + state.global_step)
-            apart_PD, middle_PD = apart(since["choice_R"], since["wrong_R"], since["hidden_RD"], parents_P)
+            apart_PD, middle_PD = (part.to(choosing.rows_ND.device) for part in apart(since["choice_R"], since["wrong_R"], since["hidden_RD"], parents_P))
             split(reading.rows_ND, choosing.rows_ND, parents_P, copies_P, apart_PD / LogitTransform.from_config(base.config).scale, middle_PD, generator)
             moments = [rows for table in (reading, choosing, *biases) for rows in table.of_optimizer(optimizer)]
             for rows in [*moments, *(bias.rows_ND for bias in biases)]:

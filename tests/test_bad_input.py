@@ -456,7 +456,7 @@ BAD_DATA = {
     "empty row": (lambda: Dataset.from_dict({"text": ["a b c"] * 20 + [""]}), {}, ["Row 20", "no text", "filter"]),
     "blank row": (lambda: Dataset.from_dict({"text": ["a b c", " \n\t", "d"]}), {}, ["Row 1 ", "no text"]),
     "row without": (lambda: Dataset.from_dict({"text": ["a b c", None]}), {}, ["Row 1 ", "no text"]),
-    "no strings": (lambda: Dataset.from_dict({"text": [1, 2]}), {}, ["Row 0 ", "no text"]),
+    "no strings": (lambda: Dataset.from_dict({"text": [1, 2]}), {}, ["Row 0 ", "has a int in 'text'", "where a text is due"]),
     "prompts alone": (lambda: Dataset.from_dict({"prompt": CORPUS}), {}, ["columns", "'prompt'", "no 'text'"]),
     "prompts and text": (lambda: Dataset.from_dict({"prompt": CORPUS, "text": CORPUS}), {}, ["prompts and no column 'completion'", "drop the column"]),
     "no completion": (lambda: Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]}), {}, ["Row 1 ", "no text in 'completion'"]),
@@ -999,18 +999,12 @@ def test_the_advice_for_blank_rows_is_enough(make_trainer):
     assert len(make_trainer(train_dataset=rows.filter(eval(advice))).train_dataset) == 16
 
 
-@pytest.mark.parametrize("value", [3, ["a", "b"]])
-def test_a_column_that_is_no_text(train, value):
-    with pytest.raises(ValueError, match=f"Row 0 of the train data set has a {type(value).__name__} in 'text', where a text is due"):
-        train(train_dataset=Dataset.from_dict({"text": [value]}))
-
-
 def test_a_hub_that_is_not_reached(make_trainer, monkeypatch):
     def unreachable(*args, **kwargs):
         raise RuntimeError("[Errno 111] Connection refused")  # an error of the library that speaks HTTP, which no other knows
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
-    with pytest.raises(ValueError, match="push_to_hub cannot make the repository: .* Connection refused") as error:
+    with pytest.raises(ValueError, match="push_to_hub cannot make the repository .*Connection refused") as error:
         make_trainer(push_to_hub=True, hub_model_id="me/mine")
     one_sentence(error, "thinktok push")
 
