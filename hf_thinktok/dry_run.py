@@ -103,7 +103,7 @@ class Rows:
         how = "all" if args.fork_positions == "all" else "stride"
         forks_BK = choose_forks(eligible_forks(self.labels_BT, documents_BT), args.num_forks, how, torch.Generator())
         branching = args.branching(args.max_length, num_generations=num_generations, markovian=markovian)
-        self.rollout = replace(Rollout.empty(forks_BK, branching), supplied=args.supply_thoughts, text=args.thoughts == "text", markovian=markovian)
+        self.rollout = replace(Rollout.empty(forks_BK, branching), supplied=args.supply_thoughts, text=args.thoughts == "text")
         self.rollout.lengths_BKG.fill_(branching.max_length)
         self.tree = ThoughtTree(documents_BT, forks_BK, branching)
 

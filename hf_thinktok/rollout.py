@@ -74,7 +74,8 @@ class Rollout:
         """Thoughts of length 0."""
         shape = (*forks_BK.shape, branching.num_generations)
         thoughts_BKGL = forks_BK.new_zeros(*shape, branching.max_length)
-        return cls(forks_BK, thoughts_BKGL, forks_BK.new_zeros(shape), torch.zeros(thoughts_BKGL.shape, device=forks_BK.device))
+        logps_BKGL = torch.zeros(thoughts_BKGL.shape, device=forks_BK.device)
+        return cls(forks_BK, thoughts_BKGL, forks_BK.new_zeros(shape), logps_BKGL, markovian=branching.markovian)
 
     def beside(self, other: "Rollout") -> "Rollout":
         """The thoughts of two rollouts at the same forks in one group."""
@@ -186,7 +187,7 @@ def sample_thoughts(
     """
     batch, num_forks = forks_BK.shape
     groups, length, device = branching.num_generations, branching.max_length, tokens_BT.device
-    rollout = replace(Rollout.empty(forks_BK, branching), text=sampling.text, filler=sampling.filler, markovian=branching.markovian)
+    rollout = replace(Rollout.empty(forks_BK, branching), text=sampling.text, filler=sampling.filler)
     draw: Draw | None = None if not sampling.text else "greedy" if sampling.top_k == 1 else generator
     if num_forks == 0:
         return rollout

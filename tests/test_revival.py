@@ -16,6 +16,14 @@ def eager(monkeypatch):
         monkeypatch.setattr(revival_module, name, value)
 
 
+@pytest.fixture
+def pairs(monkeypatch):
+    """The parents and copies of each time."""
+    seen = []
+    monkeypatch.setattr(revival_module, "shared_and_free", lambda *counts: seen.append(shared_and_free(*counts)) or seen[-1])
+    return seen
+
+
 def test_the_worst_tokens_get_those_that_are_hardly_said():
     said = torch.tensor([400.0, 300, 300, 300, 100, 2, 0, 1, *[300] * 4])
     ended = torch.tensor([400, 200, 200, 180, 120, 1, 0, 1, *[200] * 4])
@@ -167,10 +175,8 @@ def split_now(trainer):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
-def test_a_copy_takes_over_what_belongs_to_its_parent(make_trainer, eager, monkeypatch, optim):
+def test_a_copy_takes_over_what_belongs_to_its_parent(make_trainer, eager, pairs, optim):
     """The bias of its logit, and what the optimizer remembers."""
-    pairs = []
-    monkeypatch.setattr(revival_module, "shared_and_free", lambda *counts: pairs.append(shared_and_free(*counts)) or pairs[-1])
     trainer = make_trainer("phi", revive_every=2, stop="fixed", max_steps=2, optim=optim, num_think_tokens=8)
     trainer.train()
     assert not pairs, "what is saved and evaluated is what was trained"
@@ -188,9 +194,7 @@ def test_a_copy_takes_over_what_belongs_to_its_parent(make_trainer, eager, monke
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])  # granite's logits are a part of hidden times row
-def test_parent_and_copy_are_so_many_nats_apart(make_trainer, eager, monkeypatch, family):
-    pairs = []
-    monkeypatch.setattr(revival_module, "shared_and_free", lambda *counts: pairs.append(shared_and_free(*counts)) or pairs[-1])
+def test_parent_and_copy_are_so_many_nats_apart(make_trainer, eager, pairs, monkeypatch, family):
     monkeypatch.setattr(revival_module, "LARGEST_PART", 1000.0)
     trainer = make_trainer(
         family, model=tiny_model(family, tie=False, vocab_size=len(tiny_tokenizer())), revive_every=2, stop="fixed", max_steps=2, num_think_tokens=8
