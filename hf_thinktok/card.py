@@ -153,7 +153,7 @@ def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     of_comparison = ("seeds", "num_samples", "rows_per_document", "arms", "test_files", "report_documents")
     asked = {name: results["settings"][name] for name in of_comparison if results["settings"].get(name) not in (None, {})}
     rows = config.get("per_device_train_batch_size", 8) * config.get("gradient_accumulation_steps", 1)
-    unseen = "of files of their own" if asked.get("test_files") else "of a test part that neither training nor any choice of settings saw"
+    unseen = "of files of their own" if asked.get("test_files") else "of a test part that training did not see and no hyperparameter was tuned on"
     return {
         "how": REWARDED,
         "minutes": round(minutes_of(log for arm in training.values() for log in arm["seeds"].values()), 1),

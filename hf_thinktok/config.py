@@ -184,7 +184,7 @@ class ThinkTokConfig(SFTConfig):
         speaker_learning_rate (`float`, *optional*):
             Learning rate of the speaker, where it differs.
         think_cost (schedule, defaults to `[0.0]`):
-            Price of a thinking token, nats. A high one from the start shuts the gate before it has learned where to stop; raised slowly it does not.
+            Price of a thinking token, nats. A high one from the start shuts the gate before it has learned where to stop; raised slowly, later or not at all.
         beta (`float`, defaults to `0.0`):
             Weight of the KL divergence of thoughts from the initial model. It is part of the policy loss, so `think_loss_weight` multiplies it.
         num_iterations (`int`, defaults to `1`):

@@ -1,6 +1,6 @@
 """What each part of a toy recipe is worth: one run of recipes/toy.py for each variant, one results file for all.
 
-    python recipes/ablate.py --config recipes/toy/mod_add_30.yaml --variants recipes/toy/ablations.yaml --seeds 0 1 2 --output_dir outputs/toy/ablations
+    python recipes/ablate.py --config recipes/toy/mod_add_30.yaml --variants recipes/toy/ablations.yaml --seeds 0 1 2
 
 Further options go to every run. A variant's seed that has its results is not run again: the command goes on where it stopped, and takes further seeds.
 """
@@ -41,8 +41,9 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, required=True, help="Config of recipes/toy.py.")
     parser.add_argument("--variants", type=Path, required=True, help="YAML: for each variant's name, the options that change.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/toy/ablations"))
+    parser.add_argument("--output_dir", type=Path, help="Where runs and results go; outputs/toy/ and the name of the file of variants where not given.")
     args, further = parser.parse_known_args()
+    args.output_dir = args.output_dir or Path("outputs/toy", args.variants.stem)
     with one_sentence():
         base, variants = (yaml.safe_load(path.read_text()) for path in (args.config, args.variants))
     results: dict[str, Any] = {"ablation": {}, "variants": variants, "commits": {}}

@@ -3,7 +3,7 @@
     python recipes/toy.py --config recipes/toy/serial_smollm2.yaml
     thinktok merge outputs/serial/seed-0 outputs/serial/merged
     python recipes/toy.py --config recipes/toy/serial_smollm2_stop.yaml
-    thinktok merge outputs/serial_stop/seed-0 outputs/serial_stop/merged
+    thinktok merge outputs/serial_stop/seed-1 outputs/serial_stop/merged
     python recipes/serial_in_text.py --config recipes/smollm2-135m/serial_in_text.yaml --data_files wikitext.txt
 
 Task rows are a small part of the training rows, the rest is text. The model decides when to think, and pays for it. A twin is trained on the same rows
