@@ -82,17 +82,9 @@ class NonFiniteGuard(TrainerCallback):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if optimizer is None:
-            return
-        scaler = getattr(optimizer, "scaler", None)  # of fp16, which asks for an unscaled gradient even where a step is skipped; clipping has unscaled it
-        if scaler is not None and not args.max_grad_norm:
-            scaler.unscale_(optimizer.optimizer)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None] if model is not None else []
-        # A finite loss can have a gradient that is not; it is the same on all ranks.
-        if self.flagged or (gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
-            self.flag()
-            optimizer.zero_grad(set_to_none=True)
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.flagged and optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)  # fp16's scaler has seen the gradient, when the norm was asked for
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.flagged:

@@ -32,7 +32,7 @@ OF_THINKING_VOCABULARY = (
 OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "revive_every", "log_completions")
 # Without effect where the thinker gets no gradient, where its policy gets none, and there but for the marginal objective, whose posterior they change.
 OF_LEARNING_THINKERS = ("balance_coef", "thought_entropy_target", "think_loss_weight", "gate_loss_weight", "thought_ce_weight")
-OF_POLICY_LOSS = ("think_loss_type", "beta")
+OF_POLICY_LOSS = ("think_loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level")
 OF_COMPARISON = ("reward_funcs", "reward_weights", "advantage", "scale_rewards")
 
 
@@ -267,12 +267,13 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "search_random": (ever(config.search), "search"),
         "markovian_share": (config.max_think_length > 1, "max_think_length above 1"),
         "search_changes": (ever(config.search) and config.search_random > 0, "search and search_random"),
-        **dict.fromkeys(("coverage_of", "coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
+        **dict.fromkeys(("coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
         "coverage_coef": (
             config.objective == "marginal" or (policy_learns and config.advantage != "token") or ever(config.search),
             "objective=marginal, search, or a policy that learns by another advantage than token (which credits predictions)",
         ),
-        "balance_given": (ever(config.balance_coef), "balance_coef"),
+        "coverage_of": (ever(config.coverage_coef) and config.max_think_length > 1, "coverage_coef, and max_think_length above 1"),
+        "balance_given": (ever(config.balance_coef) and config.max_think_length > 1, "balance_coef, and max_think_length above 1"),
         "curriculum_replay": (config.curriculum_threshold is not None, "curriculum_threshold"),
         "train_sampling_strategy": (
             config.num_iterations == 1 and config.curriculum_threshold is None,

@@ -151,11 +151,14 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if args.disable_dropout:  # an adapter's as well
             disable_dropout_in_model(self.model)
         check_optimizer(self.optimizer, self.model)
-        self.spent = Spent()
-        self.add_callback(self.spent)
-        self.guard = NonFiniteGuard(args.max_nonfinite_steps)
+        self.spent, self.guard = Spent(), NonFiniteGuard(args.max_nonfinite_steps)
+        for callback in (self.spent, StartOver(self._start_over), self.guard):
+            self.add_callback(callback)
+        self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
+        self._forget_rollouts()
         if not self.plain:
             self._prepare_to_think(teacher)
+        self._fresh = self._snapshot()
 
     def _prepare_to_think(self, teacher: PreTrainedModel | None) -> None:
         args, base = self.args, unwrapped(self.model)
@@ -190,9 +193,6 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.teacher = None
         if teacher is not None:
             self.teacher = prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)
-        self._forget_rollouts()
-        self.add_callback(StartOver(self._start_over))
-        self.add_callback(self.guard)
         self.explore = Explorer(self)
         self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
         self.revival = None
@@ -203,10 +203,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self.curriculum = None
         if args.curriculum_threshold is not None:
             self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
-        self._fresh = self._snapshot()
         self._gains, self._prefix = GainByDocument(), "eval"
-        self._printable: list[dict] = []
-        self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
+        self._printable: tuple | None = None
 
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
@@ -459,22 +457,22 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self._nodes_since += tree.valid_BS.numel() * len(gathered)
         self._metrics["train"]["num_tokens"] = [self.spent.tokens]
         if self.args.log_completions and tree.num_forks:
-            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / np.log(2)
-            self._printable = sample_thoughts_to_print(
-                inputs["input_ids"], rollout, tree.judged_labels(labels_BT), gains_BKG, self.args.num_completions_to_print
-            )
+            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / math.log(2)
+            self._printable = (inputs["input_ids"], dataclasses.replace(rollout, soft_BKGLX=None), tree.judged_labels(labels_BT), gains_BKG)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["skipped_steps"] = self.guard.total
         if not self.plain and self.model.training and self._tokens_since:
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens_since / (now - self._clock)
             logs["nodes_per_second"] = self._nodes_since / (now - self._clock)
-            logs["skipped_steps"] = self.guard.total
             if self.revival is not None:
                 logs["revived_tokens"] = self.revival.revived
             self._clock, self._nodes_since, self._tokens_since = now, 0, 0
             if self._printable and self.is_world_process_zero():
-                print_thoughts(self._tokenizer, self._printable, self.vocabulary.first_id, self.state.global_step)
+                samples = sample_thoughts_to_print(*self._printable, self.args.num_completions_to_print)
+                print_thoughts(self._tokenizer, samples, self.vocabulary.first_id, self.state.global_step)
         if not self.plain and not self.model.training and self._gains.rows:
             logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
             self._gains = GainByDocument()
@@ -493,10 +491,9 @@ class ThinkTokTrainer(CheckpointingTrainer):
         return metrics
 
     def _stateful(self) -> dict[str, Any]:
-        if self.plain:
-            return {}
-        parts = {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "revival": self.revival}
-        parts |= {"step_time": self.spent, "guard": self.guard}
+        parts: dict[str, Any] = {"step_time": self.spent, "guard": self.guard}
+        if not self.plain:
+            parts |= {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "revival": self.revival}
         return {name: part for name, part in parts.items() if part is not None}
 
     def create_optimizer(self, *args, **kwargs):
@@ -504,11 +501,23 @@ class ThinkTokTrainer(CheckpointingTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.speaker_learning_rate is not None:
             spoken = {id(parameter) for name, parameter in self.model.named_parameters() if is_speaker(name)}
-            for group in list(optimizer.param_groups):
+            for group in list(optimizer.param_groups):  # those of an attempt before are divided already
                 theirs = [parameter for parameter in group["params"] if id(parameter) in spoken]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in spoken]
-                optimizer.param_groups.append({**group, "params": theirs, "lr": self.args.speaker_learning_rate})
+                if 0 < len(theirs) < len(group["params"]):
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in spoken]
+                    optimizer.param_groups.append({**group, "params": theirs, "lr": self.args.speaker_learning_rate})
+                elif theirs:
+                    group["lr"] = self.args.speaker_learning_rate
         return optimizer
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """A finite loss can have a gradient that is not, on all ranks alike. DeepSpeed has its own scale for fp16, and skips what overflows by itself."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 has a part of it on each rank
+            if not math.isfinite(norm):
+                self.guard.flag()
+        return norm
 
     def _get_train_sampler(self, dataset=None):
         """With a curriculum rows come level by level. With `num_iterations` every batch of an optimizer step comes again, in the same order, as often."""

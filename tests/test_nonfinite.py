@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,19 +91,19 @@ def test_step_whose_scores_are_not_finite_is_skipped(make_trainer):
     assert logged(trainer, "skipped_steps") == [0, 1, 1]
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_an_overflow_in_fp16_is_skipped_and_lowers_the_scale(max_grad_norm):
-    """The scaler asks whether the gradient was unscaled, which clipping does and without it nobody."""
+def test_an_overflow_in_fp16_is_skipped_and_lowers_the_scale():
+    """`Trainer` unscales the gradient as it asks for its norm, whether it clips or not, and the scaler does not take that twice."""
     weight = torch.nn.Parameter(torch.ones(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     Accelerator(cpu=True)  # an optimizer of accelerate's asks where it is
     optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], 0.1), scaler=scaler)
-    args = SimpleNamespace(max_grad_norm=max_grad_norm)
     for factor in (math.inf, 1.0):
         scaler.scale((weight * factor).sum()).backward()
-        if max_grad_norm:
-            scaler.unscale_(optimizer.optimizer)
-        NonFiniteGuard(3).on_pre_optimizer_step(args, None, None, model=torch.nn.ParameterList([weight]), optimizer=optimizer)
+        scaler.unscale_(optimizer.optimizer)
+        guard = NonFiniteGuard(3)
+        if factor == math.inf:
+            guard.flag()
+        guard.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
         scaler.step(optimizer.optimizer)
         scaler.update()
         optimizer.optimizer.zero_grad()
@@ -183,9 +182,10 @@ def test_a_reward_of_places_that_are_not_there_spoils_nothing(make_trainer, scal
     assert all(map(math.isfinite, logged(trainer, "reward")))
 
 
-def test_step_with_a_bad_gradient_is_skipped(make_trainer):
+@pytest.mark.parametrize("options", [SOME, SOME | {"max_grad_norm": 0.0}, {"num_think_tokens": 0}], ids=["", "not clipped", "no thinking"])
+def test_step_with_a_bad_gradient_is_skipped(make_trainer, options):
     """The loss is finite and its gradient is not."""
-    trainer = make_trainer(max_steps=3, **SOME)
+    trainer = make_trainer(max_steps=3, **options)
     weights, count = Weights(trainer), iter(range(99))
     trainer.model.get_input_embeddings().weight.register_hook(lambda grad: grad * (math.nan if next(count) == 1 else 1.0))
     trainer.train()

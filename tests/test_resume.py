@@ -295,3 +295,16 @@ def test_totals_are_those_of_all_sessions(make_trainer, tmp_path):
     older = make_trainer(**EACH_STEP, max_steps=3)
     older.train(resume_from_checkpoint=str(state_file.parent))
     assert torch.equal(older.model.get_input_embeddings().weight, resumed.model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_think_tokens": 0}], ids=["", "no thinking"])
+def test_seconds_are_those_of_the_attempt_and_of_what_it_goes_on_from(make_trainer, tmp_path, options):
+    trainer = make_trainer(**EACH_STEP, max_steps=2, **options)
+    trainer.train()
+    first = trainer.spent.seconds
+    resumed = make_trainer(**EACH_STEP, max_steps=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert resumed.spent.seconds == first, "no further step was taken"
+    trainer.spent.seconds = 1e6
+    trainer.train()
+    assert trainer.spent.seconds < 1e6, "a run that starts over"

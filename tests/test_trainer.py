@@ -76,6 +76,12 @@ def test_no_thinking_tokens_is_plain_sft_bit_for_bit(make_trainer, sft, accumula
     assert all(torch.equal(a, b) for a, b in zip(weights(ours).values(), weights(theirs).values(), strict=True))
 
 
+def test_a_run_without_thinking_evaluates_as_it_goes(make_trainer, corpus):
+    trainer = make_trainer(num_think_tokens=0, eval_dataset=corpus, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.log_history[-1]["eval_loss"])
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_real_token_weighs_the_same_after_a_thought_as_in_the_text(make_trainer, accumulation):
     """However few the forks: what their tokens add to the loss is their sum over all tokens of the step, as it is for the text."""

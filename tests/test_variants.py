@@ -147,13 +147,18 @@ def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_b
     options = {"search": 5, "coverage_coef": [0.3, 0.0, 10], "objective": "marginal", "speaker_learning_rate": 5e-3, "rows": questions(levels=(3,))}
     whole, again = resumed(make, policies="split", blind=True, **options)
     assert torch.equal(whole.explore.coverage.frequency_C, again.explore.coverage.frequency_C)
-    assert {group["lr"] for group in whole.optimizer.param_groups} != {1e-3}
+    groups = [(len(group["params"]), group["initial_lr"]) for group in whole.optimizer.param_groups]
+    assert {rate for _, rate in groups} == {1e-3, 5e-3}
+    assert sum(size for size, rate in groups if rate == 5e-3) == len(list(whole.model.speaker.parameters()))
     folder = tmp_path / "whole" / "checkpoint-4"
     assert not any(name.startswith("speaker") for name in load_file(folder / "model.safetensors"))
     for path, trained in ((folder, whole.model), (folder / "speaker", whole.model.speaker)):
         plain = AutoModelForCausalLM.from_pretrained(path)
         row = torch.arange(20)[None]
         assert torch.equal(plain(input_ids=row).logits, trained.eval()(input_ids=row).logits)
+    whole.train()
+    assert groups == [(len(group["params"]), group["initial_lr"]) for group in whole.optimizer.param_groups], "divided once, and none is empty"
+    assert all(size for size, _ in groups)
 
 
 def test_a_run_from_a_split_pair_goes_on_with_both(make, tmp_path):
