@@ -101,7 +101,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             said_BL = (rollout.thoughts_BKGL[:, 0, 0] - (0 if rollout.text else vocabulary.first_id)).cpu().numpy()
             there_BL = rollout.said_BKGL[:, 0, 0].cpu().numpy() & (args.thoughts != "continuous")
             if args.stop == "learned" and how != "none":  # what the gate would not take was drawn, and is not said
-                likeliest_B = stopping_logps(scores.gate_logits_BKGL, args.blind)[0][:, 0, 0].argmax(-1).cpu().numpy()
+                likeliest_B = stopping_logps(scores.gate_logits_BKGL, args.blind)[:, 0, 0].argmax(-1).cpu().numpy()
                 there_BL &= np.arange(there_BL.shape[1]) < likeliest_B[:, None]
             thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)

@@ -220,8 +220,8 @@ class DryRun:
             self.live.settle(Part.ACTIVATIONS)
             loss = -scores.trunk_logps_BT.sum()
             if args.thinks:
-                rewards, labels_BKH = resolve_rewards(args.reward_funcs), rows.tree.judged_labels(rows.labels_BT)
-                loss = loss + thinking_loss(scores, rows.rollout, labels_BKH, args, rewards, [1.0] * len(rewards), 1.0, first_id=self.vocabulary.first_id)[0]
+                rewards = resolve_rewards(args.reward_funcs)
+                loss = loss + thinking_loss(scores, rows.rollout, args, rewards, [1.0] * len(rewards), 1.0, first_id=self.vocabulary.first_id)[0]
             loss.backward()
             return self.live.since()
 

@@ -20,7 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .architectures import attention_inputs, counts_places
 from .attention import run_length
-from .head import Draw, Head, HeadInputs, HeadOutputs, HiddenInputs, ThoughtInputs, attach_head
+from .errors import first_line
+from .head import Draw, Head, HeadInputs, HeadOutputs, ThoughtInputs, attach_head
 from .models import evaluating, fits_in_fp32, longest_row, products_in, unwrapped
 from .peft import SPEAKER
 from .tokens import ThinkingVocabulary
@@ -66,7 +67,7 @@ class Pass(NamedTuple):
         speaks: run the second model, or adapter, of `policies: split`.
     """
 
-    head: Head | Sequence[HeadInputs | HiddenInputs]
+    head: Head
     nodes_Q: Tensor | None = None
     speaks: bool = False
 
@@ -313,7 +314,7 @@ class _Probe:
             gaps = {"a hidden sibling changes it": self.leak_gap, "it differs from an ordinary row": self.path_gap, "cached decoding differs": self.cache_gap}
             return next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
         except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            return f"{type(error).__name__}: {first_line(error)[:120]}"
 
     def _scores(self, tokens_BS: Tensor, engine: TreeEngine) -> Tensor:
         """The last branch in the packed tree."""
@@ -360,11 +361,12 @@ class _Probe:
 
     def path_gap(self) -> float:
         """The last branch in the packed tree against the same tokens as ordinary rows."""
-        rows_R, nodes_RP, where_BS = self.tree.paths()
-        on_path = torch.isin(nodes_RP, self.last).any(1)
-        tokens_RP = self.tokens_BS[rows_R[on_path, None], nodes_RP[on_path].clamp(min=0)]
-        place = (on_path.cumsum(0) - 1)[where_BS[0, self.last] // nodes_RP.shape[1]] * nodes_RP.shape[1] + where_BS[0, self.last] % nodes_RP.shape[1]
-        plain = self._columns(self.model(input_ids=tokens_RP, use_cache=False, head=HeadInputs(place, self.targets)))
+        _, nodes_RP, where_BS = self.tree.paths()
+        where, longest = where_BS[0, self.last], nodes_RP.shape[1]
+        paths, path = (where // longest).unique(return_inverse=True)
+        tokens_RP = self.tokens_BS[0, nodes_RP[paths].clamp(min=0)]
+        head = HeadInputs(path * longest + where % longest, self.targets)
+        plain = self._columns(self.model(input_ids=tokens_RP, use_cache=False, head=head))
         return self._gap(self._packed, plain)
 
     def cache_gap(self) -> float:

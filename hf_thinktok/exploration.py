@@ -6,13 +6,12 @@ few thoughts is the other trap. The parts here keep a run out of both; `docs/lab
 Shape suffixes as in tree.py; P candidates.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .rewards import failing
+from .rewards import failing, masked_mean
 
 # Frequencies below this count as this: a bonus for never having been said has a limit.
 LEAST_FREQUENCY = 1e-4
@@ -105,7 +104,7 @@ def choice_entropy(think_logits_BKGLN: Tensor) -> Tensor:
 
 def thought_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor) -> Tensor:
     """Mean entropy of the next thinking token, nats."""
-    return (choice_entropy(think_logits_BKGLN) * mask_BKGL).sum() / mask_BKGL.sum().clamp(min=1)
+    return masked_mean(choice_entropy(think_logits_BKGLN), mask_BKGL, None)
 
 
 def marginal_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor, choices_BKGL: Tensor | None = None) -> Tensor:
@@ -168,8 +167,3 @@ def all_thoughts(num_tokens: int, length: int, device: torch.device) -> Tensor:
     """Every thought of a length, `[N**L, L]` from 0."""
     numbers_P = torch.arange(num_tokens**length, device=device)
     return torch.stack([numbers_P // num_tokens**place % num_tokens for place in reversed(range(length))], -1)
-
-
-def entropy_unit(num_tokens: int) -> float:
-    """ln N: entropies are asked for as parts of it."""
-    return math.log(num_tokens) if num_tokens > 1 else 1.0

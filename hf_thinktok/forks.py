@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .models import has_position_table, longest_row
-from .tree import document_lengths, document_positions
+from .tree import document_lengths, document_positions, next_labels
 
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
@@ -23,8 +23,7 @@ CHECKED_ROWS = 10_000
 
 def eligible_forks(labels_BT: Tensor, documents_BT: Tensor) -> Tensor:
     """Positions whose next token is in the same document and carries a label, `[B, T]` bool."""
-    follows_BT = (documents_BT[:, 1:] == documents_BT[:, :-1]) & (documents_BT[:, 1:] >= 0) & (labels_BT[:, 1:] >= 0)
-    return torch.cat([follows_BT, follows_BT.new_zeros(len(labels_BT), 1)], 1)
+    return next_labels(labels_BT, documents_BT) >= 0
 
 
 def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch.Generator, entropy_BT: Tensor | None = None) -> Tensor:

@@ -122,7 +122,7 @@ class HeadOutputs(NamedTuple):
         return self.think_logits_MN.logsumexp(-1) - self.log_z_real_M
 
 
-Head = HeadInputs | HiddenInputs | list[HeadInputs]
+Head = HeadInputs | HiddenInputs | list[HeadInputs | HiddenInputs]
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

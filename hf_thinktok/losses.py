@@ -79,8 +79,8 @@ class PolicyLoss:
         return terms.sum() / torch.as_tensor(actions).clamp(min=1), metrics
 
 
-def stopping_logps(gate_logits_BKGL: Tensor, must_think: bool = False) -> tuple[Tensor, Tensor]:
-    """The distribution of a thought's length: log w_l for l = 0..L, and log of the probability to think at least l tokens, each `[B, K, G, L+1]`.
+def stopping_logps(gate_logits_BKGL: Tensor, must_think: bool = False) -> Tensor:
+    """The distribution of a thought's length: log w_l for l = 0..L, `[B, K, G, L+1]`.
 
     With s_l = p(speak | z_1..l): w_l = s_l * prod_{j<l} (1 - s_j), and what remains on l = L (PonderNet, https://huggingface.co/papers/2107.05407, eq. 3).
 
@@ -93,7 +93,7 @@ def stopping_logps(gate_logits_BKGL: Tensor, must_think: bool = False) -> tuple[
         gate_logits_BKGL = torch.cat([first, gate_logits_BKGL[..., 1:]], -1)
     start = torch.zeros_like(gate_logits_BKGL[..., :1])
     reach_BKGP = torch.cat([start, logsigmoid(gate_logits_BKGL).cumsum(-1)], -1)
-    return reach_BKGP + torch.cat([logsigmoid(-gate_logits_BKGL), start], -1), reach_BKGP
+    return reach_BKGP + torch.cat([logsigmoid(-gate_logits_BKGL), start], -1)
 
 
 def expected_length(stop_logps_BKGP: Tensor) -> Tensor:

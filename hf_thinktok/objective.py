@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .advantages import ValueBaseline, group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
-from .exploration import coverage_share, entropy_servo, entropy_unit, ever, marginal_entropy, scheduled, thought_entropy
+from .exploration import coverage_share, entropy_servo, ever, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
 from .rewards import RewardFunction, masked_mean, masked_sum, names_of, total_reward
 from .rollout import Rollout
@@ -57,7 +57,7 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
         lengths = rollout.lengths_BKG.float()
         reach = (torch.arange(scores.prefix_logps_BKGP.shape[-1], device=lengths.device) <= rollout.lengths_BKG[..., None]).float()
         return Speech(scores.logps_BKGH, scores.correct_BKGH, scores.correct_BKGH, None, lengths, reach)
-    stop_logps_BKGP, _ = stopping_logps(scores.gate_logits_BKGL, must_think=blind)
+    stop_logps_BKGP = stopping_logps(scores.gate_logits_BKGL, must_think=blind)
     even_P = torch.ones(stop_logps_BKGP.shape[-1], device=stop_logps_BKGP.device)
     even_P[0] = 0.0 if blind else 1.0
     own_BKGP = stop_logps_BKGP.detach().exp()
@@ -86,7 +86,6 @@ def credit(
     scores: TreeScores,
     speech: Speech,
     rollout: Rollout,
-    labels_BKH: Tensor,
     config: ThinkTokConfig,
     rewards: list[RewardFunction],
     weights: list[float],
@@ -113,7 +112,7 @@ def credit(
         mask=scores.mask_BKH,
         thoughts=rollout.thoughts_BKGL,
         lengths=rollout.lengths_BKG,
-        targets=labels_BKH,
+        targets=scores.labels_BKH,
         supplied=rollout.thoughts_BKGL[:, :, 0] if rollout.supplied else None,
     )
     cost = scheduled(config.think_cost, step)
@@ -125,12 +124,12 @@ def credit(
     rewards_BKG = rewards_BKG + extra_BKG
     # A supplied thought was not drawn: it is no part of the comparison, and alone teaches the speaker.
     drawn = slice(1, None) if rollout.supplied else slice(None)
-    num_groups = rewards_BKG[..., drawn].shape[-1]
-    speaker_weights_BKG = valid_BK[:, :, None].expand(*valid_BK.shape, num_groups) / num_groups
+    group_size = rewards_BKG[..., drawn].shape[-1]
+    speaker_weights_BKG = valid_BK[:, :, None].expand(*valid_BK.shape, group_size) / group_size
     if config.objective == "marginal":
         posterior_BKG = posterior((told_BKG + extra_BKG)[..., drawn] / config.posterior_temperature, valid_BK)
         # The policy loss is a mean over the group; the posterior's weights are its share of a sum.
-        advantages_BKG = (posterior_BKG - 1 / num_groups) * valid_BK[:, :, None] * num_groups
+        advantages_BKG = (posterior_BKG - 1 / group_size) * valid_BK[:, :, None] * group_size
         speaker_weights_BKG = (1 - config.posterior_smoothing) * posterior_BKG + config.posterior_smoothing * speaker_weights_BKG
         advantages_BKGL = advantages_BKG[..., None].expand(-1, -1, -1, length)
     elif config.advantage == "token":
@@ -154,13 +153,10 @@ def credit(
 def thinking_loss(
     scores: TreeScores,
     rollout: Rollout,
-    labels_BKH: Tensor,
     config: ThinkTokConfig,
     rewards: list[RewardFunction],
     weights: list[float],
     token_weight: Tensor | float,
-    old_logps_BKGA: Tensor | None = None,
-    reference_logps_BKGA: Tensor | None = None,
     global_mean=None,
     step: int = 0,
     first_id: int = 0,
@@ -169,17 +165,14 @@ def thinking_loss(
     """The thinking part of the loss, a mean over forks, and its metrics.
 
     Args:
-        labels_BKH: the judged tokens.
         token_weight: what a token of the text weighs in the loss, and so what follows a thought.
-        old_logps_BKGA: the actions' log-probabilities when they were drawn; `None` on the first pass, where they are the present ones.
-        reference_logps_BKGA: those of the reference model, for `beta`.
         global_mean: averages a tensor over all ranks, which do not have as many forks each.
         step: the clock of the schedules.
         first_id: the first thinking id.
         value: as in `credit`.
     """
     speech = speak(scores, rollout, config.stop, config.stop_smoothing, config.blind)
-    speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, labels_BKH, config, rewards, weights, step, value)
+    speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, config, rewards, weights, step, value)
     across = global_mean or (lambda count: count)
     num_forks = across(scores.valid_BK.sum().float())
     num_forks = torch.where(num_forks > 0, num_forks, 1.0)  # every part is 0 where no rank has any
@@ -199,16 +192,16 @@ def thinking_loss(
     diversity_loss, diversity_metrics = _diversity(scores, rollout, mask_BKGA[..., : rollout.thoughts_BKGL.shape[-1]], config, step, first_id)
     if config.thoughts == "gumbel":  # the cross-entropy above reaches thoughts through what the speaker reads
         return loss + diversity_loss, metrics | diversity_metrics
-    advantages_BKGA = torch.cat([advantages_BKGL] * (logps_BKGA.shape[-1] // advantages_BKGL.shape[-1]), -1)
+    advantages_BKGA = advantages_BKGL.repeat(1, 1, 1, logps_BKGA.shape[-1] // advantages_BKGL.shape[-1])
     counts_globally = config.think_loss_type in ("dapo", "cispo")
     policy_loss, policy_metrics = config.policy_loss()(
         logps_BKGA,
-        logps_BKGA.detach() if old_logps_BKGA is None else old_logps_BKGA,
+        logps_BKGA.detach() if rollout.old_logps_BKGA is None else rollout.old_logps_BKGA,
         advantages_BKGA,
         mask_BKGA,
         config.max_think_length,
         num_forks * mask_BKGA.shape[2],
-        reference_logps_BKGA=reference_logps_BKGA,
+        reference_logps_BKGA=rollout.reference_logps_BKGA,
         global_actions=across(mask_BKGA.sum().float()) if counts_globally else None,
     )
     loss = loss + thinks * config.think_loss_weight * policy_loss
@@ -232,7 +225,6 @@ def _turns(config: ThinkTokConfig, step: int) -> tuple[float, float]:
 def _diversity(scores: TreeScores, rollout: Rollout, mask_BKGL: Tensor, config: ThinkTokConfig, step: int, first_id: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Varied thoughts over the batch (balance), and as much doubt about each as the schedule asks for (servo)."""
     loss, metrics = scores.trunk_logps_BT.new_zeros(()), {}
-    unit = entropy_unit(scores.think_logits_BKGLN.shape[-1])
     if ever(config.balance_coef):
         choices_BKGL = (rollout.thoughts_BKGL - first_id).clamp(min=0) if config.balance_given == "token" else None
         entropy = marginal_entropy(scores.think_logits_BKGLN, mask_BKGL, choices_BKGL)
@@ -240,7 +232,7 @@ def _diversity(scores: TreeScores, rollout: Rollout, mask_BKGL: Tensor, config: 
         metrics["mean_choice_entropy"] = entropy.detach()
     if config.thought_entropy_target is not None:
         entropy = thought_entropy(scores.think_logits_BKGLN, mask_BKGL)
-        weight = entropy_servo(entropy, scheduled(config.thought_entropy_target, step) * unit)
+        weight = entropy_servo(entropy, scheduled(config.thought_entropy_target, step) * math.log(scores.think_logits_BKGLN.shape[-1]))
         loss = loss - weight * entropy
         metrics["entropy_weight"] = weight
     return loss, metrics

@@ -23,6 +23,7 @@ from . import head
 from .architectures import check_supported
 from .config import ThinkTokConfig
 from .dry_run import DryRun, Phase, Rows, count_flops, model_without_data
+from .errors import first_line
 from .loading import check_attention
 from .memory import Part
 
@@ -199,10 +200,9 @@ def _one_sentence(config: PretrainedConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise ValueError(
-            f"A step of {config.model_type} cannot be made without data, so it cannot be planned ({type(error).__name__}: {reason[:160]}); where it cannot run "
-            "a packed tree, set engine=replicated."
+            f"A step of {config.model_type} cannot be made without data, so it cannot be planned ({type(error).__name__}: {first_line(error)[:160]}); "
+            "where it cannot run a packed tree, set engine=replicated."
         ) from error
     finally:
         traces.disabled = False

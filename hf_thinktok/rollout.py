@@ -36,6 +36,8 @@ class Rollout:
         text: whether thoughts are written in ordinary tokens, between a start and an end token that nobody draws.
         filler: whether all thinking tokens are the same one, which nobody draws.
         markovian: so many of the last thoughts of each group see their latest token alone.
+        old_logps_BKGA, reference_logps_BKGA: log-probabilities of its actions (`hf_thinktok.objective.actions`) under the model that was first trained on it,
+            where it is trained on more than once, and under the reference model, where there is one.
     """
 
     forks_BK: Tensor
@@ -50,6 +52,8 @@ class Rollout:
     text: bool = False
     filler: bool = False
     markovian: int = 0
+    old_logps_BKGA: Tensor | None = None
+    reference_logps_BKGA: Tensor | None = None
 
     @property
     def said_BKGL(self) -> Tensor:
@@ -152,10 +156,9 @@ def thought_logps(think_logits: Tensor, thoughts: Tensor, vocabulary: ThinkingVo
     return (think_logits / temperature).log_softmax(-1).gather(-1, choice[..., None])[..., 0]
 
 
-def random_thoughts(forks_BK: Tensor, branching: Branching, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> Tensor:
-    """Uniformly random thinking ids, `[B, K, G, L]`: the control that says nothing."""
-    shape = (*forks_BK.shape, branching.num_generations, branching.max_length)
-    return vocabulary.first_id + torch.randint(vocabulary.num_tokens, shape, generator=generator, device=forks_BK.device)
+def random_thoughts(thoughts_BKGL: Tensor, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> Tensor:
+    """Uniformly random thinking ids in the place of thoughts, `[B, K, G, L]`: the control that says nothing."""
+    return vocabulary.first_id + torch.randint(vocabulary.num_tokens, thoughts_BKGL.shape, generator=generator, device=thoughts_BKGL.device)
 
 
 def between_markers(tokens: Tensor, place: Tensor | int, lengths: Tensor, vocabulary: ThinkingVocabulary) -> Tensor:

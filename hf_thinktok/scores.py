@@ -29,7 +29,7 @@ class TreeScores:
         logps_BKGH: log p(judged token) after each thought.
         correct_BKGH: whether that token is the most likely one.
         baseline_logps_BKH: log p(judged token) along the text, without the thought (no gradient).
-        mask_BKH: which judged tokens exist.
+        labels_BKH: the judged tokens, -100 for those that do not exist.
         compared_BKH: of these, which the text without the thought predicts as well. A thought that stays is part of that text after the next token.
         prefix_logps_BKGP, prefix_correct_BKGP: the first judged token if the thought ended after l tokens; read only where every prefix was judged.
         gate_logits_BKGL: log p(think) - log p(speak) before each thinking token; 0 where nobody asked for the gate.
@@ -44,7 +44,7 @@ class TreeScores:
     logps_BKGH: Tensor
     correct_BKGH: Tensor
     baseline_logps_BKH: Tensor
-    mask_BKH: Tensor
+    labels_BKH: Tensor
     compared_BKH: Tensor
     prefix_logps_BKGP: Tensor
     prefix_correct_BKGP: Tensor
@@ -53,6 +53,11 @@ class TreeScores:
     thought_logps_BKGL: Tensor
     fork_hidden_BKD: Tensor | None = None
     last_hidden_BKGD: Tensor | None = None
+
+    @property
+    def mask_BKH(self) -> Tensor:
+        """Which judged tokens exist."""
+        return self.labels_BKH >= 0
 
     @property
     def valid_BK(self) -> Tensor:
@@ -92,7 +97,8 @@ def score_tree(
     logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
     think = torch.zeros(targets_BS.numel(), vocabulary.num_tokens, device=targets_BS.device)
 
-    speaks_S = tree.speaks_S if split else torch.zeros_like(tree.speaks_S)
+    speaker_nodes = tree.speaker_nodes[: tree.num_nodes if split else 0]
+    speaks_S = torch.zeros(tree.num_nodes, dtype=torch.bool, device=judged_BS.device).index_fill(0, speaker_nodes, True)
     own_BS = judged_BS & (~speaks_S | written_BS)
     spoken_BS = own_BS | thinks_BS if gate else own_BS
     full_M, silent_M = (nodes_BS.flatten().nonzero()[:, 0] for nodes_BS in (spoken_BS, thinks_BS & ~spoken_BS))
@@ -107,10 +113,10 @@ def score_tree(
     extra = [HiddenInputs((nodes.flatten(1) + rows_B1).flatten()) for nodes in hidden.values()]
     passes = [Pass([head, *extra], tree.thinker_nodes if split else None)]
     speaking: list[HeadInputs] = []
-    if split and len(tree.speaker_nodes):  # under `blind` there is nothing to read before thinking starts
+    if len(speaker_nodes):  # under `blind` there is nothing to read before thinking starts
         spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
         speaking.append(HeadInputs(spoken_M, targets_BS.flatten()[spoken_M]))
-        passes.append(Pass(speaking, tree.speaker_nodes, speaks=True))
+        passes.append(Pass([*speaking], speaker_nodes, speaks=True))
     (out, *states), *spoken = run(passes)
     think = think.index_put((scored_M,), out.think_logits_MN)
     if gate:
@@ -122,7 +128,8 @@ def score_tree(
         return values.view(targets_BS.shape).gather(1, nodes.flatten(1)).view(nodes.shape)
 
     predictors, speakers = tree.predictors(), tree.speakers()
-    places_BKH, mask_BKH = tree.judged(labels_BT)
+    places_BKH, labels_BKH = tree.judged(labels_BT)
+    mask_BKH = labels_BKH >= 0
     num_tokens = vocabulary.num_tokens
     think_BKGLN = think.view(*targets_BS.shape, num_tokens).gather(1, thinkers.flatten(1)[..., None].expand(-1, -1, num_tokens))
     think_BKGLN = think_BKGLN.view(*thinkers.shape, num_tokens)
@@ -133,7 +140,7 @@ def score_tree(
         logps_BKGH=at(logps, predictors),
         correct_BKGH=at(correct, predictors),
         baseline_logps_BKH=before(logps.view(targets_BS.shape), places_BKH).detach(),
-        mask_BKH=mask_BKH,
+        labels_BKH=labels_BKH,
         compared_BKH=mask_BKH & (torch.arange(mask_BKH.shape[-1], device=mask_BKH.device) == 0) if tree.branching.persistent else mask_BKH,
         prefix_logps_BKGP=at(logps, speakers),
         prefix_correct_BKGP=at(correct, speakers),

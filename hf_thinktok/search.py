@@ -86,7 +86,7 @@ class Explorer:
         )
         with trainer.accelerator.autocast():
             if args.blind and args.lookahead == 1:
-                targets_BK = trainer._tree(inputs, rollout).judged_labels(labels_BT)[..., 0]
+                targets_BK = trainer._tree(inputs, rollout).judged(labels_BT)[1][..., 0]
                 return best_shared_thoughts(model, args.policies == "split", rollout, targets_BK, among, self.vocabulary, bonus, generator)
             return best_own_thoughts(sample, value, rollout, among, self.vocabulary, bonus)
 

@@ -82,10 +82,9 @@ def swapped(soft_BKGLX: Tensor, forks_BK: Tensor) -> Tensor:
 
 def control_thoughts(rollout: Rollout, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> Rollout:
     """Thoughts of the same lengths that know nothing of the text: uniformly random ids or words, and vectors from elsewhere in the batch."""
-    groups, length = rollout.thoughts_BKGL.shape[2:]
-    ids_BKGL = random_thoughts(rollout.forks_BK, Branching(groups, length, 1), vocabulary, generator)
+    ids_BKGL = random_thoughts(rollout.thoughts_BKGL, vocabulary, generator)
     if rollout.text:
-        place_L = torch.arange(length, device=ids_BKGL.device)
+        place_L = torch.arange(ids_BKGL.shape[-1], device=ids_BKGL.device)
         words_BKGL = torch.randint(vocabulary.num_real, ids_BKGL.shape, generator=generator, device=ids_BKGL.device)
         ids_BKGL = between_markers(words_BKGL, place_L, rollout.lengths_BKG[..., None], vocabulary)
     soft_BKGLX = None if rollout.soft_BKGLX is None else swapped(rollout.soft_BKGLX, rollout.forks_BK)

@@ -194,7 +194,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if teacher is not None:
             self.teacher = prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)
         self.explore = Explorer(self)
-        self.value = ValueBaseline(functools.partial(self.accelerator.reduce, reduction="mean")) if args.advantage == "value" else None
+        self.value = ValueBaseline(self._global_mean) if args.advantage == "value" else None
         self.revival = None
         if args.revive_every:
             ranks = self.accelerator.gather, self.accelerator.num_processes, self.accelerator.process_index
@@ -204,12 +204,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if args.curriculum_threshold is not None:
             self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
         self._gains, self._prefix = GainByDocument(), "eval"
-        self._printable: tuple | None = None
+        self._printable: tuple[Tensor, Rollout, Tensor, Tensor] | None = None  # of the latest micro-step
 
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
-        self._old_logps: list[Tensor | None] = []
-        self._reference_logps: dict[int, Tensor] = {}
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
 
     # ---------------------------------------------------------------- the algorithm
@@ -225,7 +223,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         inputs = inputs if self.teacher is None else self._taught(model, inputs, turn)
         tokens_BT, labels_BT = inputs["input_ids"], self._labels(inputs)
 
-        rollout = self._think(model, inputs, self._rollout(model, inputs, labels_BT, turn))
+        step = self._schedule_step(inputs)
+        rollout = self._think(model, inputs, self._rollout(model, inputs, labels_BT, turn, step))
         tree = self._tree(inputs, rollout)
         scores = self._score(model, tree, tokens_BT, labels_BT, rollout)
         # A token of the text weighs as in TRL. `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
@@ -235,26 +234,26 @@ class ThinkTokTrainer(CheckpointingTrainer):
         loss = args.text_ce_weight * token_weight * -scores.trunk_logps_BT.sum()
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
+            if args.beta > 0 and rollout.reference_logps_BKGA is None:
+                rollout.reference_logps_BKGA = self._reference_actions(tree, tokens_BT, labels_BT, rollout)
             thinking, metrics = thinking_loss(
                 scores,
                 rollout,
-                tree.judged_labels(labels_BT),
                 args,
                 self.rewards,
                 self.reward_weights,
                 token_weight * accumulated,
-                old_logps_BKGA=self._old_logps[turn],
-                reference_logps_BKGA=self._reference_actions(turn, tree, tokens_BT, labels_BT, rollout),
                 global_mean=self._global_mean,
-                step=self._schedule_step(inputs),
+                step=step,
                 first_id=self.vocabulary.first_id,
                 value=self.value,
             )
-            self._old_logps[turn] = actions(scores, rollout, args)[0].detach() if self._old_logps[turn] is None else self._old_logps[turn]
+            if args.num_iterations > 1 and rollout.old_logps_BKGA is None:
+                rollout.old_logps_BKGA = actions(scores, rollout, args)[0].detach()
             loss = loss + thinking / accumulated
             if self.revival is not None:
                 self.revival.observe(rollout, scores)
-        self._record(loss, metrics, tree, inputs, labels_BT, rollout, scores)
+        self._record(loss, metrics, tree, inputs, rollout, scores)
         return loss
 
     def _schedule_step(self, inputs: dict[str, Tensor]) -> int:
@@ -272,18 +271,15 @@ class ThinkTokTrainer(CheckpointingTrainer):
                 inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
         return taught(self.teacher, inputs, generator)
 
-    def _rollout(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, turn: int) -> Rollout:
+    def _rollout(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, turn: int, step: int) -> Rollout:
         """Thoughts for this batch: new ones, or with `num_iterations` those of the iteration before."""
         if self.state.global_step % self.args.num_iterations == 0 or turn >= len(self._rollouts):
-            del self._rollouts[turn:], self._old_logps[turn:]
-            self._reference_logps.pop(turn, None)
+            del self._rollouts[turn:]
             generator = self._generator(0, turn, self.state.global_step)
             forks_BK = self._forks(model, inputs["input_ids"], inputs["documents"], labels_BT, generator, self.args.fork_positions)
-            step = self._schedule_step(inputs)
             sampling = self.args.sampling(step)
             rollout = self._sample(model, inputs, forks_BK, generator, sampling, markovian=self.args.num_markovian)
             self._rollouts.append(self.explore(model, inputs, labels_BT, rollout, generator, sampling, step))
-            self._old_logps.append(None)
         return self._rollouts[turn]
 
     def _sample(
@@ -361,8 +357,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         scores = self._score(model, tree, tokens_BT, labels_BT, both)
         speech = speak(scores, both, args.stop, 0.0, args.blind)
 
-        places_BKH, mask_BKH = tree.judged(labels_BT)
-        without_BKH = before(plain.trunk_logps_BT, places_BKH)
+        mask_BKH = scores.mask_BKH
+        without_BKH = before(plain.trunk_logps_BT, tree.judged(labels_BT)[0])
         summed_BKG = masked_sum(speech.logps_BKGH, mask_BKH[:, :, None])
         think_BKG, random_BKG = summed_BKG.chunk(2, dim=2)
         logps = {"no_think": masked_sum(without_BKH, mask_BKH), "think": think_BKG.mean(-1), "random_thought": random_BKG.mean(-1)}
@@ -415,14 +411,12 @@ class ThinkTokTrainer(CheckpointingTrainer):
         attach_head(reference, self.vocabulary)  # a copied forward would still be bound to the model it was copied from
         return prepare_frozen(reference, self.accelerator)
 
-    def _reference_actions(self, turn: int, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> Tensor | None:
-        """Log-probabilities of the rollout's actions under the reference model, once for all iterations."""
-        if self.args.beta > 0 and turn not in self._reference_logps:
-            reference = self.model if self.reference is None else self.reference
-            with evaluating(reference), self.model.disable_adapter() if self.reference is None else contextlib.nullcontext():
-                scores = self._score(reference, tree, tokens_BT, labels_BT, rollout)
-            self._reference_logps[turn] = actions(scores, rollout, self.args)[0].detach()
-        return self._reference_logps.get(turn)
+    def _reference_actions(self, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the rollout's actions under the reference model."""
+        reference = self.model if self.reference is None else self.reference
+        with evaluating(reference), self.model.disable_adapter() if self.reference is None else contextlib.nullcontext():
+            scores = self._score(reference, tree, tokens_BT, labels_BT, rollout)
+        return actions(scores, rollout, self.args)[0].detach()
 
     def _ranks_to_average(self, num_items_in_batch) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
@@ -432,11 +426,9 @@ class ThinkTokTrainer(CheckpointingTrainer):
         return int(self.accelerator.gather(number[None]).max())
 
     def _global_mean(self, value: Tensor) -> Tensor:
-        return self.accelerator.gather(value.detach()[None]).mean()
+        return self.accelerator.reduce(value.detach(), reduction="mean")
 
-    def _record(
-        self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, scores: TreeScores
-    ) -> None:
+    def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], rollout: Rollout, scores: TreeScores) -> None:
         """Averages the metrics over the forks of all ranks and flags a step that is not finite: one synchronisation for all."""
         counts = torch.stack([(tree.documents_BT >= 0).sum(), scores.valid_BK.sum()]).float()
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
@@ -458,7 +450,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         self._metrics["train"]["num_tokens"] = [self.spent.tokens]
         if self.args.log_completions and tree.num_forks:
             gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / math.log(2)
-            self._printable = (inputs["input_ids"], dataclasses.replace(rollout, soft_BKGLX=None), tree.judged_labels(labels_BT), gains_BKG)
+            self._printable = (inputs["input_ids"], dataclasses.replace(rollout, soft_BKGLX=None), scores.labels_BKH, gains_BKG)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

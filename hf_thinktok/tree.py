@@ -55,18 +55,27 @@ def before(values_BT: Tensor, places_BKH: Tensor) -> Tensor:
     return values_BT.gather(1, (places_BKH - 1).clamp(min=0).flatten(1)).view_as(places_BKH)
 
 
+def document_ends(documents_BT: Tensor) -> Tensor:
+    """Which tokens are the last of their document, `[B, T]` bool."""
+    return torch.cat([documents_BT[:, 1:] != documents_BT[:, :-1], documents_BT.new_ones(len(documents_BT), 1, dtype=torch.bool)], 1)
+
+
+def next_labels(labels_BT: Tensor, documents_BT: Tensor) -> Tensor:
+    """The label of the token after each one, `[B, T]`; -100 at a document's end and in padding."""
+    return torch.where(document_ends(documents_BT) | (documents_BT < 0), -100, labels_BT.roll(-1, 1))
+
+
 def document_positions(documents_BT: Tensor) -> Tensor:
     """How many tokens of its document are before each token, `[B, T]`."""
     time_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    starts_BT = torch.cat([documents_BT.new_ones(len(documents_BT), 1, dtype=torch.bool), documents_BT[:, 1:] != documents_BT[:, :-1]], 1)
+    starts_BT = document_ends(documents_BT).roll(1, 1)
     return time_T - torch.where(starts_BT, time_T, 0).cummax(1).values
 
 
 def document_lengths(documents_BT: Tensor) -> Tensor:
     """How many tokens each token's document has, `[B, T]`."""
     time_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    ends_BT = torch.cat([documents_BT[:, 1:] != documents_BT[:, :-1], documents_BT.new_ones(len(documents_BT), 1, dtype=torch.bool)], 1)
-    end_BT = torch.where(ends_BT, time_T, documents_BT.shape[1]).flip(1).cummin(1).values.flip(1)
+    end_BT = torch.where(document_ends(documents_BT), time_T, documents_BT.shape[1]).flip(1).cummin(1).values.flip(1)
     return end_BT - time_T + document_positions(documents_BT) + 1
 
 
@@ -105,25 +114,14 @@ class ThoughtTree:
             before_BT = stayed_BT.cumsum(1) - stayed_BT
             trunk_positions_BT = trunk_positions_BT + before_BT - before_BT.gather(1, start_BT)
 
-        depth_W = torch.arange(1, width + 1, device=device)
-        thinking_W = depth_W <= length
-        lengths_BKG1 = self.lengths_BKG[..., None]
-        reading_W = depth_W - length
-        if shape.blind:
-            # Positions restart; the rereading covers the thought's length and skips the rest.
-            rereads_W = ~thinking_W & (reading_W <= length)
-            ahead_W = reading_W - length
-            place_BKGW = torch.where(rereads_W, reading_W - 1, lengths_BKG1 - 1 + ahead_W)
-            alive_BKGW = torch.where(thinking_W, depth_W, torch.where(rereads_W, reading_W, 1)) <= lengths_BKG1
-            origin_BK = torch.zeros_like(fork_BK1)
-        else:
-            rereads_W = torch.zeros_like(thinking_W)
-            ahead_W = reading_W
-            place_BKGW = lengths_BKG1 + ahead_W
-            alive_BKGW = torch.where(thinking_W, depth_W, 0) <= lengths_BKG1
-            origin_BK = trunk_positions_BT.gather(1, fork_BK1)
-        fork_position_BK = trunk_positions_BT.gather(1, fork_BK1)
-        positions_BKGW = torch.where(thinking_W, fork_position_BK[:, :, None, None] + depth_W, origin_BK[:, :, None, None] + place_BKGW)
+        # Under `blind` the rereading comes behind the thought, from position 0 on; it covers the thought's length and skips the rest.
+        depth_W, blind = torch.arange(1, width + 1, device=device), int(shape.blind)
+        thinking_W, reading_W = depth_W <= length, depth_W - length
+        rereads_W, ahead_W = ~thinking_W & (reading_W <= blind * length), reading_W - blind * length
+        lengths_BKG1, fork_position_BK11 = self.lengths_BKG[..., None], trunk_positions_BT.gather(1, fork_BK1)[:, :, None, None]
+        place_BKGW = torch.where(rereads_W, reading_W - 1, lengths_BKG1 - blind + ahead_W)
+        positions_BKGW = fork_position_BK11 * (thinking_W | (not shape.blind)) + torch.where(thinking_W, depth_W, place_BKGW)
+        alive_BKGW = torch.where(thinking_W, depth_W, torch.where(rereads_W, reading_W, blind)) <= lengths_BKG1
 
         # A lookahead node holds the true token after its fork, as long as the document goes on.
         ahead_BKW = fork_BK1[:, :, None] + ahead_W
@@ -205,14 +203,10 @@ class ThoughtTree:
         branches = torch.arange(self.num_forks * self.branching.num_generations, device=self.valid_BS.device)
         return self.trunk_length + branches * self.branching.width
 
-    @property
-    def _depth_S(self) -> Tensor:
-        """0 on the trunk, then 1 to W along each branch; the same in every row."""
-        return self._depth_BS[0] if len(self._depth_BS) else self._depth_BS.new_zeros(self.num_nodes)
-
     def nodes_up_to(self, depth: int) -> Tensor:
         """The text and the first so many nodes of every branch, `[Q]`."""
-        return (self._depth_S <= depth).nonzero()[:, 0]
+        text_T = torch.arange(self.trunk_length, device=self.valid_BS.device)
+        return torch.cat([text_T, (self._branches()[:, None] + torch.arange(depth, device=text_T.device)).flatten()])
 
     @property
     def thinker_nodes(self) -> Tensor:
@@ -220,14 +214,12 @@ class ThoughtTree:
         return self.nodes_up_to(self.branching.max_length)
 
     @property
-    def speaks_S(self) -> Tensor:
-        """Where whoever only speaks can predict: everywhere, under `blind` in the rereading alone, `[S]` bool."""
-        return (self._depth_S > self.branching.max_length) if self.branching.blind else torch.ones_like(self._depth_S, dtype=torch.bool)
-
-    @property
     def speaker_nodes(self) -> Tensor:
-        """The nodes that whoever only speaks has to read, `[Q]`."""
-        return self.speaks_S.nonzero()[:, 0]
+        """The nodes that whoever only speaks reads, and can predict at: all, under `blind` the rereading alone, `[Q]`."""
+        if not self.branching.blind:
+            return torch.arange(self.num_nodes, device=self.valid_BS.device)
+        reading = torch.arange(self.branching.max_length, self.branching.width, device=self.valid_BS.device)
+        return (self._branches()[:, None] + reading).flatten()
 
     def prefixes(self) -> Tensor:
         """The node that ends each thought prefix z_1..z_l, `[B, K, G, L+1]`; l = 0 is the fork itself."""
@@ -251,9 +243,9 @@ class ThoughtTree:
         return torch.cat([first_BKG1, lookahead_KGH.expand(len(first_BKG1), -1, -1, -1)], -1)
 
     def judged(self, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The real tokens that judge each fork: trunk positions `[B, K, H]`, and which of them count.
+        """The real tokens that judge each fork: trunk positions, and labels, `[B, K, H]` both.
 
-        A token counts if it is in the row, in the fork's document, and carries a label.
+        The label is -100 where the token is not in the row, not in the fork's document, or carries none.
         """
         places_BKH = self.forks_BK.clamp(min=0)[:, :, None] + torch.arange(1, self.branching.lookahead + 1, device=labels_BT.device)
         inside_BKH = places_BKH < self.trunk_length
@@ -261,13 +253,8 @@ class ThoughtTree:
         flat = places_BKH.flatten(1)
         document_BK = self.documents_BT.gather(1, self.forks_BK.clamp(min=0))
         same_BKH = self.documents_BT.gather(1, flat).view_as(places_BKH) == document_BK[:, :, None]
-        labelled_BKH = labels_BT.gather(1, flat).view_as(places_BKH) >= 0
-        return places_BKH, inside_BKH & same_BKH & labelled_BKH & self.fork_valid_BK[:, :, None]
-
-    def judged_labels(self, labels_BT: Tensor) -> Tensor:
-        """The real tokens that judge each fork, `[B, K, H]`, -100 where there is none."""
-        places_BKH, judged_BKH = self.judged(labels_BT)
-        return torch.where(judged_BKH, labels_BT.gather(1, places_BKH.flatten(1)).view_as(places_BKH), -100)
+        labels_BKH = labels_BT.gather(1, flat).view_as(places_BKH)
+        return places_BKH, torch.where(inside_BKH & same_BKH & (labels_BKH >= 0) & self.fork_valid_BK[:, :, None], labels_BKH, -100)
 
     def targets(self, labels_BT: Tensor, every_prefix: bool = False) -> Tensor:
         """The true next token of every node, `[B, S]`, -100 where there is none.
@@ -275,11 +262,9 @@ class ThoughtTree:
         Args:
             every_prefix: also judge the nodes that would speak if the thought ended early.
         """
-        ends_BT = torch.cat([self.documents_BT[:, 1:] != self.documents_BT[:, :-1], self.documents_BT.new_ones(len(labels_BT), 1, dtype=torch.bool)], 1)
-        next_BT = torch.where(ends_BT | (self.documents_BT < 0), -100, labels_BT.roll(-1, 1))
         targets_BS = torch.full_like(self.position_ids_BS, -100)
-        targets_BS[:, : self.trunk_length] = next_BT
-        targets_BKH = self.judged_labels(labels_BT)
+        targets_BS[:, : self.trunk_length] = next_labels(labels_BT, self.documents_BT)
+        targets_BKH = self.judged(labels_BT)[1]
 
         def judge(nodes_BKGX: Tensor, targets_BKX: Tensor) -> None:
             # A fork that is not there points at node 0, and a thought of length 0 at its fork: the trunk's own targets stand.

@@ -130,8 +130,7 @@ def tree_scores(model, outcomes, config, fork=FORK):
     rollout = Rollout(forks, thoughts, lengths, torch.zeros(thoughts.shape))
     run = functools.partial(TreeEngine().run, model, tree, tree.tokens(TEXT, thoughts))
     scores = score_tree(run, tree, TEXT, rollout, VOCABULARY, config.temperature, config.needs_every_prefix, config.needs_gate)
-    places, _ = tree.judged(TEXT)
-    return scores, rollout, TEXT.gather(1, places[0])[None]
+    return scores, rollout
 
 
 def pick(scores, rollout, members):
@@ -141,9 +140,9 @@ def pick(scores, rollout, members):
     return scores, dataclasses.replace(rollout, **{name: getattr(rollout, name)[:, :, members] for name in ("thoughts_BKGL", "lengths_BKG", "logps_BKGL")})
 
 
-def loss_of(scores, rollout, labels, config):
+def loss_of(scores, rollout, config):
     rewards = resolve_rewards(config.reward_funcs)
-    return thinking_loss(scores, rollout, labels, config, rewards, [1.0] * len(rewards), token_weight=1 / scores.valid_BK.sum())
+    return thinking_loss(scores, rollout, config, rewards, [1.0] * len(rewards), token_weight=1 / scores.valid_BK.sum())
 
 
 def expected_loss(model, tables, config):
@@ -155,9 +154,9 @@ def expected_loss(model, tables, config):
         probs = {z: thought_prob(tables, z).item() for z in THOUGHTS}
     probs = {z: p for z, p in probs.items() if p > 0}
     assert sum(probs.values()) == pytest.approx(1, abs=1e-5)
-    scores, rollout, labels = tree_scores(model, [(z, len(z)) for z in probs], config)
+    scores, rollout = tree_scores(model, [(z, len(z)) for z in probs], config)
     pairs = itertools.product(enumerate(probs.values()), repeat=G)
-    return sum(p * q * loss_of(*pick(scores, rollout, [i, j]), labels, config)[0] for (i, p), (j, q) in pairs)
+    return sum(p * q * loss_of(*pick(scores, rollout, [i, j]), config)[0] for (i, p), (j, q) in pairs)
 
 
 def gradient(model, value):
@@ -245,9 +244,9 @@ def test_learned_stop_is_unbiased(model, make_config, options, content):
 def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, weight, blind):
     """Whatever was drawn, and however much content and speaker are smoothed: value, length and the gate's gradient, by a loop over stopping times."""
     config = make_config("learned", stop_smoothing=smoothing, think_cost=cost, gate_loss_weight=weight, blind=blind, advantage="loo")
-    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
     gate = scores.gate_logits_BKGL.detach().requires_grad_()
-    loss, metrics = loss_of(dataclasses.replace(scores, gate_logits_BKGL=gate), rollout, labels, config)
+    loss, metrics = loss_of(dataclasses.replace(scores, gate_logits_BKGL=gate), rollout, config)
 
     logits, logps = gate.detach()[0, 0].double().requires_grad_(), scores.prefix_logps_BKGP[0, 0].detach().double()
     gate_loss, speaker_loss, length = 0.0, 0.0, 0.0
@@ -310,9 +309,7 @@ def test_mean_of_drawn_gradients(model, make_config, stop, options, draws):
         tree = ThoughtTree(documents, forks, config.branching(TEXT.shape[1]), rollout.lengths_BKG)
         run = functools.partial(TreeEngine().run, model, tree, tree.tokens(tokens, rollout.thoughts_BKGL))
         scores = score_tree(run, tree, tokens, rollout, VOCABULARY, 1.0, config.needs_every_prefix, config.needs_gate)
-        places = tree.judged(tokens)[0]
-        labels = tokens.gather(1, places.flatten(1)).view_as(places)
-        projections.append(gradient(model, loss_of(scores, rollout, labels, config)[0]) @ directions)
+        projections.append(gradient(model, loss_of(scores, rollout, config)[0]) @ directions)
     projections = torch.stack(projections)
     error = projections.std(0) / draws**0.5
     assert error[0] < 0.05 * exact.norm()  # sharp enough to tell
@@ -335,8 +332,8 @@ def test_marginal_speaker_maximises_the_groups_mixture(model, make_config, stop,
     for thought in group:
         weights = stop_probs(tables, thought) if stop == "learned" else [0.0] * L + [1.0]
         likelihoods.append(sum(w * tables[thought[:i]][2].sum().exp() for i, w in enumerate(weights)))
-    scores, rollout, labels = tree_scores(model, [(z, L) for z in group], config)
-    loss, _ = loss_of(scores, rollout, labels, config)
+    scores, rollout = tree_scores(model, [(z, L) for z in group], config)
+    loss, _ = loss_of(scores, rollout, config)
     assert_same_gradient(model, loss * lookahead, torch.stack(likelihoods).mean().log())
 
 
@@ -354,8 +351,8 @@ def test_marginal_over_all_thoughts_is_the_mixture(model, make_config, stop):
         for thought in THOUGHTS:
             weights = stop_probs(tables, thought) if stop == "learned" else [0.0] * L + [1.0]
             mixture = mixture + thought_prob(tables, thought) * sum(w * tables[thought[:i]][2][0].exp() for i, w in enumerate(weights))
-        scores, rollout, labels = tree_scores(model, [(z, L) for z in THOUGHTS], config)
-        assert_same_gradient(model, loss_of(scores, rollout, labels, config)[0], mixture.log())
+        scores, rollout = tree_scores(model, [(z, L) for z in THOUGHTS], config)
+        assert_same_gradient(model, loss_of(scores, rollout, config)[0], mixture.log())
     finally:
         with torch.no_grad():
             rows.copy_(before)
@@ -364,11 +361,11 @@ def test_marginal_over_all_thoughts_is_the_mixture(model, make_config, stop):
 def test_accuracy_is_that_of_the_lengths_a_model_thinks(model, make_config):
     """Levels are passed by it: who stops where the answer is right is always right, however much the lengths are smoothed for learning."""
     config = make_config("learned", stop_smoothing=0.5)
-    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
     right_after_one = torch.tensor([0.0, 1.0, 0.0]).expand_as(scores.prefix_correct_BKGP)
     stops_after_one = torch.tensor([50.0, -50.0]).expand_as(scores.gate_logits_BKGL)
     scores = dataclasses.replace(scores, prefix_correct_BKGP=right_after_one, gate_logits_BKGL=stops_after_one)
-    assert loss_of(scores, rollout, labels, config)[1]["accuracy"].item() == pytest.approx(1.0)
+    assert loss_of(scores, rollout, config)[1]["accuracy"].item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("stop", "cost"), [("fixed", 0.0), ("sampled", 0.0), ("sampled", 0.4), ("learned", 0.4)])
@@ -376,9 +373,9 @@ def test_marginal_weights_are_the_posterior(model, make_config, stop, cost):
     """The speaker's weights are the posterior of the group's thoughts, a thinking token counting as `think_cost` nats; the advantages are w - 1/G."""
     config = make_config(stop, objective="marginal", think_cost=cost)
     outcomes = [((0,), 1), ((1, 1), 2), ((), 0)] if stop == "sampled" else [((0, 0), L), ((1, 1), L), ((2, 1), L)]
-    scores, rollout, labels = tree_scores(model, outcomes, config)
+    scores, rollout = tree_scores(model, outcomes, config)
     speech = speak(scores, rollout, stop, config.stop_smoothing, False)
-    weights, advantages, _, _ = credit(scores, speech, rollout, labels, config, resolve_rewards("log_prob"), [1.0])
+    weights, advantages, _, _ = credit(scores, speech, rollout, config, resolve_rewards("log_prob"), [1.0])
     tables, joint = explicit(model), []
     for thought, length in outcomes:
         stops = stop_probs(tables, thought) if stop == "learned" else [0.0] * length + [1.0]
@@ -394,11 +391,11 @@ def test_marginal_weights_are_the_posterior(model, make_config, stop, cost):
 @pytest.mark.parametrize(("where", "lookahead"), [("everywhere", 1), ("unsolved", 1), ("unsolved", 3)])
 def test_a_rare_thought_is_paid_as_far_as_the_best_one_fails(model, make_config, where, lookahead):
     config = make_config("fixed", lookahead=lookahead, coverage_coef=0.3, coverage_where=where)
-    scores, rollout, labels = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
+    scores, rollout = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
     rarity = torch.tensor([0.5, 2.0, 4.0])
     rollout = dataclasses.replace(rollout, rarity_BKG=rarity.expand(rollout.lengths_BKG.shape))
     speech = speak(scores, rollout, "fixed", config.stop_smoothing, False)
-    rewards = credit(scores, speech, rollout, labels, config, resolve_rewards("log_prob"), [1.0])[2]
+    rewards = credit(scores, speech, rollout, config, resolve_rewards("log_prob"), [1.0])[2]
     logps = speech.logps_BKGH[0, 0].detach()
     share = 1.0 if where == "everywhere" else 1 - logps.sum(-1).exp().max()
     torch.testing.assert_close(rewards[0, 0], logps.mean(-1) + 0.3 * share * rarity, atol=1e-5, rtol=1e-5)
@@ -410,15 +407,14 @@ def test_a_rare_thought_is_paid_as_far_as_the_best_one_fails(model, make_config,
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_blind_never_speaks_without_a_thought(model, make_config, smoothing):
     config = make_config("learned", blind=True, stop_smoothing=smoothing, advantage="loo", think_cost=0.1)
-    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
-    stops, reach = stopping_logps(scores.gate_logits_BKGL, must_think=True)
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    stops = stopping_logps(scores.gate_logits_BKGL, must_think=True)
     assert (stops[..., 0].exp() == 0).all()
-    assert (reach[..., 1].exp() == 1).all()
     assert (speak(scores, rollout, "learned", smoothing, True).lengths_BKG >= 1).all()
-    loss, _ = loss_of(scores, rollout, labels, config)
+    loss, _ = loss_of(scores, rollout, config)
     other = scores.prefix_logps_BKGP.clone()
     other[..., 0] -= 5.0
-    changed, _ = loss_of(dataclasses.replace(scores, prefix_logps_BKGP=other), rollout, labels, config)
+    changed, _ = loss_of(dataclasses.replace(scores, prefix_logps_BKGP=other), rollout, config)
     assert torch.equal(changed, loss)
     assert gradient(model, loss).isfinite().all()
 
@@ -431,13 +427,14 @@ def test_blind_never_speaks_without_a_thought(model, make_config, smoothing):
 def test_absent_fork_adds_nothing(model, make_config, options):
     """A row with one place to think and one fork too many: the mean over the forks that are there, and no gradient from the absent one."""
     config = make_config(**options)
-    scores, rollout, labels = tree_scores(model, [((0, 2), 2), ((1, 1), 1 if config.stop == "sampled" else 2)], config)
-    alone, _ = loss_of(scores, rollout, labels, config)
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 1 if config.stop == "sampled" else 2)], config)
+    alone, _ = loss_of(scores, rollout, config)
 
-    def double(values, absent):
-        return torch.cat([values, torch.full_like(values, absent)], 1)
+    def double(values, fill):
+        return torch.cat([values, torch.full_like(values, fill)], 1)
 
-    per_fork = {f.name: double(getattr(scores, f.name), 0.0) for f in dataclasses.fields(scores) if "_BK" in f.name and getattr(scores, f.name) is not None}
+    absent, there = {"labels_BKH": -100}, [f.name for f in dataclasses.fields(scores) if "_BK" in f.name and getattr(scores, f.name) is not None]
+    per_fork = {name: double(getattr(scores, name), absent.get(name, 0)) for name in there}
     both, _ = loss_of(
         dataclasses.replace(scores, **per_fork),
         Rollout(
@@ -446,7 +443,6 @@ def test_absent_fork_adds_nothing(model, make_config, options):
             double(rollout.lengths_BKG, 0 if config.stop == "sampled" else L),
             double(rollout.logps_BKGL, 0.0),
         ),
-        double(labels, -100),
         config,
     )
     assert_same_gradient(model, both, -alone, tolerance=1e-6)
@@ -456,5 +452,5 @@ def test_absent_fork_adds_nothing(model, make_config, options):
 def test_thoughts_are_told_apart_by_what_was_thought(model, make_config):
     """Tokens behind a thought's end do not make it another thought: two of no tokens, two of the same token, one of two."""
     config = make_config("sampled", advantage="loo")
-    scores, rollout, labels = tree_scores(model, [((0, 1), 0), ((2, 2), 0), ((1, 0), 1), ((1, 2), 1), ((1, 2), 2)], config)
-    assert loss_of(scores, rollout, labels, config)[1]["distinct_thoughts"].item() == 3
+    scores, rollout = tree_scores(model, [((0, 1), 0), ((2, 2), 0), ((1, 0), 1), ((1, 2), 1), ((1, 2), 2)], config)
+    assert loss_of(scores, rollout, config)[1]["distinct_thoughts"].item() == 3

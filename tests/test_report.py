@@ -148,17 +148,22 @@ def test_several_runs_make_one_page(folder, tmp_path):
 
 
 def test_what_thinking_costs_is_drawn_of_every_evaluation(tmp_path, monkeypatch):
-    """Of comparisons with the same arms and seeds, and of files of one name."""
+    """Of comparisons with the same arms and seeds, and of files of one name; with thoughts as the run is judged by them, of given length where it has one."""
     paths = [tmp_path / folder / "found.json" for folder in ("a", "b")]
-    for path in paths:
+    found = json.loads((ROOT / "docs" / "results" / "quickstart_eval.json").read_text())
+    for path, stop in zip(paths, ("learned", "fixed"), strict=True):
+        found["evaluation"]["settings"]["stop"] = stop
         path.parent.mkdir()
-        path.write_text((ROOT / "docs" / "results" / "quickstart_eval.json").read_text())
+        path.write_text(json.dumps(found))
     comparisons = [ROOT / "docs" / "results" / f"compare_{name}.json" for name in ("gsm8k", "wikitext")]
     drawn = []
-    monkeypatch.setattr("hf_thinktok.report.draw_costs", lambda points: drawn.extend(name for name, *_ in points) or draw_costs(points))
+    monkeypatch.setattr("hf_thinktok.report.draw_costs", lambda points: drawn.extend(points) or draw_costs(points))
     runs = [Run.read(path, documents=0, max_length=16) for path in (*paths, *comparisons)]
     write_report(runs, tmp_path / "report.html")
-    assert drawn[:2] == ["a/found", "b/found"]
+    gains, length = found["evaluation"]["gains"], found["evaluation"]["settings"]["max_think_length"]
+    assert drawn[0] == ("a/found", found["evaluation"]["mean_think_length"], gains["think over no_think"])
+    assert drawn[1] == ("b/found", length, gains["always over no_think"])
+    drawn = [name for name, *_ in drawn]
     assert len(set(drawn)) == 14
     assert {"compare_gsm8k: think, seed 0", "compare_wikitext: think, seed 0"} < set(drawn)
     page = (tmp_path / "report.html").read_text()

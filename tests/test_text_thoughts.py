@@ -35,7 +35,7 @@ def make(make_trainer):
 def rolled_out(trainer, rows):
     inputs = trainer.data_collator([rows[i] for i in range(len(rows))])
     labels = trainer._labels(inputs)
-    return inputs, labels, trainer._rollout(trainer.model, inputs, labels, 0)
+    return inputs, labels, trainer._rollout(trainer.model, inputs, labels, 0, trainer._schedule_step(inputs))
 
 
 def plain_logps(model, vocabulary, row, targets):

@@ -208,7 +208,7 @@ def test_the_forward_is_that_of_the_tokens(make, engine):
     trainer = make(rows, thoughts="gumbel", engine=engine)
     inputs = trainer.data_collator(list(rows))
     labels = trainer._labels(inputs)
-    drawn = trainer._rollout(trainer.model, inputs, labels, 0)
+    drawn = trainer._rollout(trainer.model, inputs, labels, 0, trainer._schedule_step(inputs))
     soft = trainer._think(trainer.model, inputs, drawn)
     assert soft.soft_BKGLX is not None
     tree = trainer._tree(inputs, drawn)
@@ -224,9 +224,9 @@ def test_tokens_are_drawn_from_their_softmax(make):
     rows = Dataset.from_list([{"input_ids": texts()[0]["input_ids"], "labels": [-100] * 6 + [20]}])
     trainer = make(rows, thoughts="gumbel", num_generations=6000, max_think_length=1, num_forks=1, lookahead=1, temperature=0.2)
     inputs = trainer.data_collator(list(rows))
-    rollout = trainer._rollout(trainer.model, inputs, trainer._labels(inputs), 0)
+    rollout = trainer._rollout(trainer.model, inputs, trainer._labels(inputs), 0, trainer._schedule_step(inputs))
     torch.manual_seed(7)  # draws are the step's own, whatever else drew before
-    assert torch.equal(trainer._rollout(trainer.model, inputs, trainer._labels(inputs), 0).noise_BKGLN, rollout.noise_BKGLN)
+    assert torch.equal(trainer._rollout(trainer.model, inputs, trainer._labels(inputs), 0, trainer._schedule_step(inputs)).noise_BKGLN, rollout.noise_BKGLN)
     choices = rollout.thoughts_BKGL.flatten() - trainer.vocabulary.first_id
     logits = trainer.model(input_ids=torch.tensor([rows[0]["input_ids"][:6]])).logits[0, -1]
     expected = logits[trainer.vocabulary.first_id : trainer.vocabulary.guard_id].softmax(-1)

@@ -57,7 +57,7 @@ def batch_of(trainer, rows):
 def one_rollout(trainer, inputs, labels):
     """What the trainer would learn from at its first step."""
     trainer.current_gradient_accumulation_steps = 1
-    return trainer._rollout(trainer.model, inputs, labels, 0)
+    return trainer._rollout(trainer.model, inputs, labels, 0, trainer._schedule_step(inputs))
 
 
 def test_what_is_markovian_forgets_all_but_its_latest_token_in_training_alone(make):
@@ -354,7 +354,7 @@ def test_token_credit_ends_with_the_thought(make):
     tree = trainer._tree(inputs, rollout)
     scores = trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout)
     speech = speak(scores, rollout, "fixed", 0.0, False)
-    _, advantages_BKGL, _, _ = credit(scores, speech, rollout, tree.judged_labels(labels), trainer.args, trainer.rewards, trainer.reward_weights)
+    _, advantages_BKGL, _, _ = credit(scores, speech, rollout, trainer.args, trainer.rewards, trainer.reward_weights)
     for row in range(4):
         ids, length = rows[row]["input_ids"], rows[row]["think_length"]
         said = rollout.thoughts_BKGL[row, 0].tolist()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from .intervals import bits_per_token
-from .thinking import Evaluation
+from .thinking import Evaluation, own_arm
 
 # The arms of a comparison, in the order of its table, and what each is trained with.
 ARMS = {
@@ -43,7 +43,7 @@ class Comparison:
         name, silent = arm.removesuffix(SILENT), arm.endswith(SILENT)
         found = {}
         for seed, one in self.evaluations[name].items():
-            own = "always" if one.settings["stop"] == "fixed" else "think"
+            own = own_arm(one.settings)
             found[seed] = one.logps["no_think" if silent or own not in one.logps else own]
         return found
 

@@ -182,5 +182,5 @@ class ThinkTokLM(HFLM):
             return logps_CPV[:, -1]
         think_CPN = logits_CPR[..., self.vocabulary.first_id : self.vocabulary.guard_id]
         gate_CL = (think_CPN.logsumexp(-1) - real_CPV.logsumexp(-1))[:, :-1]
-        weights_CP, _ = stopping_logps(gate_CL, must_think=False)
+        weights_CP = stopping_logps(gate_CL)
         return (weights_CP[..., None] + logps_CPV).logsumexp(1)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..results import ALL_ALIKE, THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
 from .comparison import ARMS, SILENT
-from .thinking import CONTROLS, PLACED
+from .thinking import CONTROLS, PLACED, own_arm, own_length
 
 
 def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
@@ -45,16 +45,13 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
     for name, gain in found["gains"].items():
         table.add_row(placed(name), _interval(gain))
     table.add_section()
-    fixed = found["settings"].get("stop") == "fixed"
-    how, given = ("always", found["settings"]["max_think_length"]) if fixed else ("think", None)
+    how = own_arm(found["settings"])
     for bucket in found["by_entropy"]:
-        length = bucket["mean_think_length"] if given is None else given
-        label = f"{PLACED[how]}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {length:.2f} tokens"
+        label = f"{PLACED[how]}; entropy about {bucket['mean_entropy_bits']:.1f} bits, {own_length(bucket, found['settings']):.2f} tokens"
         table.add_row(label, _interval(bucket[f"{how} over no_think"]))
     table.add_section()
     for kind, one in found["by_kind"].items():
-        length = one["mean_think_length"] if given is None else given
-        table.add_row(f"{PLACED[how]}; {kind}, {length:.2f} tokens", _interval(one[f"{how} over no_think"]))
+        table.add_row(f"{PLACED[how]}; {kind}, {own_length(one, found['settings']):.2f} tokens", _interval(one[f"{how} over no_think"]))
     return [*tables, table]
 
 
@@ -66,11 +63,8 @@ def _interval(gain: dict[str, float]) -> str:
 def evaluation_verdict(found: dict[str, Any]) -> str:
     """What the intervals carry."""
     gains = found["gains"]
-    thought = "always" if found["settings"].get("stop") == "fixed" else "think"
-    gain, alike = (
-        gains[f"{thought} over no_think"],
-        [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0],
-    )
+    gain = gains[f"{own_arm(found['settings'])} over no_think"]
+    alike = [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0]
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
     otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
@@ -102,9 +96,7 @@ def print_mixture(results: dict[str, Any], console: Console | None = None) -> No
 
 def comparison_says(found: dict[str, Any]) -> str:
     """How much is thought, and the verdict."""
-    runs = list(found["runs"]["think"].values())
-    given = [run["settings"]["max_think_length"] for run in runs if run.get("settings", {}).get("stop") == "fixed"]  # judged by thoughts of that length
-    lengths = given or [run["mean_think_length"] for run in runs]
+    lengths = [own_length(run, run.get("settings", {})) for run in found["runs"]["think"].values()]
     return f"It thinks {sum(lengths) / len(lengths):.3f} tokens at a place. {comparison_verdict(found)}"
 
 

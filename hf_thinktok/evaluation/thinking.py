@@ -135,6 +135,16 @@ class Evaluation:
 
 
 @torch.no_grad()
+def own_arm(settings: dict[str, Any]) -> str:
+    """The arm that has a model's own thoughts: where their length is given they are always thought."""
+    return "always" if settings.get("stop") == "fixed" else "think"
+
+
+def own_length(measured: dict[str, Any], settings: dict[str, Any]) -> float:
+    """Thinking tokens at a place in that arm, of places that were measured together."""
+    return settings["max_think_length"] if own_arm(settings) == "always" else measured["mean_think_length"]
+
+
 def evaluate_thinking(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -297,7 +307,8 @@ class _Batch(NamedTuple):
 def _measure(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
     """All arms at the forks of one batch."""
     engine, model, _, branching, tokens_BT, documents_BT, labels_BT, forks_BK, *_ = batch
-    places_BKH, mask_BKH = ThoughtTree(documents_BT, forks_BK, branching).judged(labels_BT)
+    places_BKH, targets_BKH = ThoughtTree(documents_BT, forks_BK, branching).judged(labels_BT)
+    mask_BKH = targets_BKH >= 0
     there_BK = mask_BKH.any(-1)
     found = _Thoughts({}, {}, {}, torch.zeros(forks_BK.shape, device=forks_BK.device))
     if branching.num_generations:
@@ -405,7 +416,7 @@ def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: Thinking
         "shuffled": (thoughts_BKSL.gather(-1, order_BKSL), there_BK & (length > 1)),
         "elsewhere": (taken(rows_B, elsewhere_BK), there_BK & (count_B1 > 1)),
         "other_document": (taken(other_B, index_BK % count_B1[other_B]), there_BK & has_other_B1),
-        "random": (random_thoughts(forks_BK, Branching(samples, length, 1), vocabulary, generator), there_BK),
+        "random": (random_thoughts(thoughts_BKSL, vocabulary, generator), there_BK),
     }
 
 

@@ -14,7 +14,7 @@ from ..card import read_results
 from ..errors import first_line
 from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
-from ..evaluation.thinking import pieces
+from ..evaluation.thinking import own_arm, own_length, pieces
 from ..peft import load_whole
 from ..results import run_table, verdict, where, whole_results, write_json, written_whole
 from ..text import TextArguments, unseen_text
@@ -167,13 +167,13 @@ def write_report(runs: list[Run], path: Path) -> None:
         with whole_results(run.name):
             pages.append(run.page(number))
             for name, one in run.evaluations.items():
-                named = name if len(runs) == 1 or name == run.name else f"{run.name}: {name}"
-                points.append((named, one["mean_think_length"], one["gains"]["think over no_think"]))
+                settings, named = one.get("settings", {}), name if len(runs) == 1 or name == run.name else f"{run.name}: {name}"
+                points.append((named, own_length(one, settings), one["gains"][f"{own_arm(settings)} over no_think"]))
     write_page(path, pages, draw_costs(points))
 
 
-def write_page(path: Path, runs: list[dict[str, Any]], costs: str | None = None, title: str = "Thinking tokens") -> None:
+def write_page(path: Path, runs: list[dict[str, Any]], costs: str | None = None) -> None:
     """Writes a page whole or not at all."""
     template = Environment(loader=PackageLoader("hf_thinktok.report", ""), autoescape=select_autoescape(["j2"])).get_template("page.html.j2")
     with written_whole(path) as file:
-        file.write(template.render(title=title, runs=runs, costs=costs).encode())
+        file.write(template.render(title="Thinking tokens", runs=runs, costs=costs).encode())
