@@ -153,7 +153,7 @@ class Bench:
         self.name, self.cell, self.bench, self.options, self.loading, self.folder = name, cell, bench, options, loading, folder
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         text = "\n".join(standard_library()["text"][:60])
-        self.ids = self.tokenizer(text[: 16 * max(cell.nodes, cell.T)])["input_ids"]
+        self.ids = self.tokenizer(text[: 16 * cell.nodes])["input_ids"]
         if len(self.ids) < cell.nodes:
             raise SystemExit(f"The standard library has {len(self.ids)} tokens for a row of {cell.nodes}: choose a smaller cell.")
 
@@ -166,7 +166,7 @@ class Bench:
     def rows(self, length: int, scored: int | None = None, copies: int = 1) -> Dataset:
         """The text's first tokens, as often as a batch has rows; `scored` of them carry a label."""
         ids = self.ids[:length]
-        labels = [token if scored is None or i % length < scored else -100 for i, token in enumerate(ids)]
+        labels = [token if scored is None or i < scored else -100 for i, token in enumerate(ids)]
         return Dataset.from_dict({"input_ids": [ids] * copies, "labels": [labels] * copies})
 
     def thinking(self, num_forks: int, **changes) -> ThinkTokTrainer:
