@@ -158,7 +158,7 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
             continue
         if args.packing:
             raise ValueError(f"The {name} data set's column {column!r} is about a row, and packing=True joins rows: set packing=False, or drop the column.")
-        values = list(dataset[column] if isinstance(dataset, Dataset) else (row[column] for row in head))
+        values = column_of(dataset, column)
         numbers = list(itertools.chain.from_iterable(values)) if column == "thoughts" and all(isinstance(value, list) for value in values) else values
         if wrong := [number for number in numbers if not isinstance(number, int) or number < 0]:
             whole = "lists of whole numbers" if column == "thoughts" else "whole numbers"
@@ -178,6 +178,11 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
                 f"Row {number} of the {name} data set has a thought of {len(thought)} tokens where {length} are thought: mend it, or give each row its length "
                 "in a column think_length."
             )
+
+
+def column_of(dataset: Dataset | IterableDataset, column: str) -> list[Any]:
+    """The values of a column; of a stream those of its first rows."""
+    return list(dataset[column]) if isinstance(dataset, Dataset) else [row[column] for row in dataset.take(STREAMED_ROWS)]
 
 
 def check_thinking_numbers(thoughts: Iterable[list[int]], name: str, num_tokens: int) -> None:

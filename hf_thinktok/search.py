@@ -9,10 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from .data import check_thinking_numbers
 from .exploration import Coverage, candidate_thoughts, coverage_share, ever, scheduled
 from .models import evaluating
 from .rewards import masked_sum
@@ -30,8 +28,6 @@ class Explorer:
     def __init__(self, trainer):
         self.trainer, self.args, self.vocabulary = trainer, trainer.args, trainer.vocabulary
         num_tokens, length, device = self.vocabulary.num_tokens, self.args.max_think_length, trainer.accelerator.device
-        if self.args.supply_thoughts and self.args.num_think_tokens is None and isinstance(trainer.train_dataset, Dataset):  # else it was looked at before
-            check_thinking_numbers(trainer.train_dataset["thoughts"], "train", num_tokens)
         by_place = self.args.coverage_of == "token"
         self.coverage = Coverage(num_tokens, length, self.args.coverage_decay, device, by_place) if ever(self.args.coverage_coef) else None
 

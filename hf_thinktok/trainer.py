@@ -25,7 +25,7 @@ from .callbacks import NonFiniteGuard, SayWhatIsTrained, Spent, StartOver, print
 from .checkpoints import CheckpointingTrainer
 from .config import ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
-from .data import BatchesAgain, TreeCollator, check_prepared, levels_of, task_columns
+from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
 from .distributed import check_launcher, for_rollout, is_partitioned, keep_types, prepare_frozen
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
@@ -116,6 +116,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             if (speaker := find_speaker(speaker, model, args, two_adapters)) is not None:  # each gets its own rows; the tokenizer learns the tokens once
                 add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
             self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
+            if args.supply_thoughts and args.num_think_tokens is None:  # else it was looked at before the model was loaded
+                check_thinking_numbers(column_of(train_dataset, "thoughts"), "train", self.vocabulary.num_tokens)
             if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
                 raise ValueError("thoughts=text needs a start and an end token, and the model has one thinking token: start from its base model.")
             if args.policies == "split" and not two_adapters:

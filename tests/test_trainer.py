@@ -418,9 +418,11 @@ def test_columns_about_thinking_are_checked(make_trainer, columns, options, sent
         make_trainer(train_dataset=Dataset.from_list([{"text": text} | columns for text in CORPUS]), **options)
 
 
-def test_supplied_thoughts_are_numbers_of_the_model_s_own_tokens(make_trainer):
+@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
+def test_supplied_thoughts_are_numbers_of_the_model_s_own_tokens(make_trainer, stream):
     """Of a model that thinks already, whose number of tokens no option says."""
     rows = Dataset.from_list([{"text": text, "thoughts": [3, 4]} for text in CORPUS])
+    rows = rows.to_iterable_dataset() if stream else rows
     options = {"train_dataset": rows, "supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3, "num_think_tokens": None}
     with pytest.raises(ValueError, match="go up to 4, and there are 4 thinking tokens"):
         make_trainer(**open_minded(), **options)

@@ -81,14 +81,12 @@ class ThinkTokLM(HFLM):
         if thoughts == "none" and (useless := [name for name, value in given.items() if value is not None]):
             raise ValueError(f"{useless[0]} has no effect with thoughts=none: leave it out.")
         super().__init__(pretrained, **kwargs)
-        base, self.vocabulary, trained = check_evaluable(self.model)
+        base, self.vocabulary, length, blind, self.filler, _ = check_evaluable(self.model, max_think_length)
         if thoughts != "none" and not isinstance(self.batch_size, int):
             raise ValueError(f"batch_size={self.batch_size} is found out without thoughts: give a number.")
-        self.thoughts, self.filler, blind = thoughts, trained.get("thoughts") == "filler", trained.get("blind", False)
         if blind:
             raise ValueError("The model was trained with blind=True and cannot read a task's text once it speaks.")
-        length = max_think_length or trained.get("max_think_length", 4)
-        self.branching, self.max_total_think = Branching(1, length, 1), max_total_think
+        self.thoughts, self.branching, self.max_total_think = thoughts, Branching(1, length, 1), max_total_think
         bounds = {"none": (0, 0), "own": (0, length), "always": (length, length)}[thoughts]
         self.budget = ThinkingBudget(self.vocabulary, *bounds, max_total_think, think_bias)
         self.engine: Engine | None = None

@@ -67,8 +67,7 @@ def inspect_text(
     Raises:
         ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, or no text.
     """
-    base, vocabulary, trained = check_evaluable(model)
-    length = max_think_length or trained.get("max_think_length", 4)
+    base, vocabulary, length, blind, filler, _ = check_evaluable(model, max_think_length)
     ids = tokenizer(text)["input_ids"][: min(max_length, room_for_text(base, length))]
     if len(ids) < 2:
         raise ValueError("There is nothing to inspect: the text has fewer than two tokens.")
@@ -77,9 +76,9 @@ def inspect_text(
     documents_BT = torch.zeros_like(tokens_BT)
     labels_BT = torch.where(tokens_BT < vocabulary.num_real, tokens_BT, -100)
     forks_BK = torch.arange(len(ids) - 1, device=base.device)[None]
-    branching = Branching(1, length, 1, blind=trained.get("blind", False))
+    branching = Branching(1, length, 1, blind=blind)
     engine = choose_engine(base, vocabulary, branching, len(ids), forks_BK.shape[1])
-    sampling = Sampling(top_k=1, filler=trained.get("thoughts") == "filler")
+    sampling = Sampling(top_k=1, filler=filler)
     with evaluating(model):
         rollout = sample_thoughts(engine, model, tokens_BT, documents_BT, forks_BK, branching, sampling, vocabulary, torch.Generator(base.device))
         tree = ThoughtTree(documents_BT, forks_BK, branching, rollout.lengths_BKG)

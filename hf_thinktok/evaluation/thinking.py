@@ -182,9 +182,7 @@ def evaluate_thinking(
     ):  # fmt: skip
         if number is not None and number < least:
             raise ValueError(f"{name}={number} must be at least {least}.")
-    base, vocabulary, trained = check_evaluable(model)
-    filler = trained.get("thoughts") == "filler"
-    blind, length = trained.get("blind", False), max_think_length or trained.get("max_think_length", 4)
+    base, vocabulary, length, blind, filler, trained = check_evaluable(model, max_think_length)
     ahead = lookahead or trained.get("lookahead") or max_length
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     attach_head(base, vocabulary)
@@ -224,8 +222,30 @@ def evaluate_thinking(
     )
 
 
-def check_evaluable(model: PreTrainedModel) -> tuple[PreTrainedModel, ThinkingVocabulary, dict[str, Any]]:
-    """The model itself, without what an adapter wraps around it, its thinking tokens, and how it was trained to think.
+class Thinker(NamedTuple):
+    """A model that thinks, and how it was trained to.
+
+    Args:
+        base: the model itself, without what an adapter wraps around it.
+        vocabulary: its thinking tokens.
+        max_think_length: of a thought, in tokens.
+        blind, filler: as the options of these names.
+        trained: all that its config says.
+    """
+
+    base: PreTrainedModel
+    vocabulary: ThinkingVocabulary
+    max_think_length: int
+    blind: bool
+    filler: bool
+    trained: dict[str, Any]
+
+
+def check_evaluable(model: PreTrainedModel, max_think_length: int | None = None) -> Thinker:
+    """How this model thinks.
+
+    Args:
+        max_think_length: in place of what it was trained with.
 
     Raises:
         ValueError: it has no thinking tokens, or its thoughts are no tokens of their own.
@@ -244,7 +264,8 @@ def check_evaluable(model: PreTrainedModel) -> tuple[PreTrainedModel, ThinkingVo
             raise ValueError(
                 f"The model was trained with {name}={value}, and only {name}={' or '.join(usual)} can be evaluated so: look at its run's own evaluation."
             )
-    return base, vocabulary, trained
+    length = max_think_length or trained.get("max_think_length", 4)
+    return Thinker(base, vocabulary, length, trained.get("blind", False), trained.get("thoughts") == "filler", trained)
 
 
 def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
