@@ -158,7 +158,7 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
             continue
         if args.packing:
             raise ValueError(f"The {name} data set's column {column!r} is about a row, and packing=True joins rows: set packing=False, or drop the column.")
-        values = column_of(dataset, column)
+        values = column_of(dataset, column, head)
         numbers = list(itertools.chain.from_iterable(values)) if column == "thoughts" and all(isinstance(value, list) for value in values) else values
         if wrong := [number for number in numbers if not isinstance(number, int) or number < 0]:
             whole = "lists of whole numbers" if column == "thoughts" else "whole numbers"
@@ -180,9 +180,11 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
             )
 
 
-def column_of(dataset: Dataset | IterableDataset, column: str) -> list[Any]:
-    """The values of a column; of a stream those of its first rows."""
-    return list(dataset[column]) if isinstance(dataset, Dataset) else [row[column] for row in dataset.take(STREAMED_ROWS)]
+def column_of(dataset: Dataset | IterableDataset, column: str, head: Iterable[dict[str, Any]] | None = None) -> list[Any]:
+    """The values of a column; of a stream those of its first rows, which are read where `head` does not have them."""
+    if isinstance(dataset, Dataset):
+        return list(dataset[column])
+    return [row[column] for row in (dataset.take(STREAMED_ROWS) if head is None else head)]
 
 
 def check_thinking_numbers(thoughts: Iterable[list[int]], name: str, num_tokens: int) -> None:

@@ -97,7 +97,7 @@ def score_tree(
     logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
     think = torch.zeros(targets_BS.numel(), vocabulary.num_tokens, device=targets_BS.device)
 
-    speaker_nodes = tree.speaker_nodes[: tree.num_nodes if split else 0]
+    speaker_nodes = tree.speaker_nodes if split else targets_BS.new_zeros(0)
     speaks_S = torch.zeros(tree.num_nodes, dtype=torch.bool, device=judged_BS.device).index_fill(0, speaker_nodes, True)
     own_BS = judged_BS & (~speaks_S | written_BS)
     spoken_BS = own_BS | thinks_BS if gate else own_BS

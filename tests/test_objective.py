@@ -410,6 +410,7 @@ def test_blind_never_speaks_without_a_thought(model, make_config, smoothing):
     scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
     stops = stopping_logps(scores.gate_logits_BKGL, must_think=True)
     assert (stops[..., 0].exp() == 0).all()
+    torch.testing.assert_close(stops[..., 1:].exp().sum(-1), torch.ones(stops.shape[:-1]))
     assert (speak(scores, rollout, "learned", smoothing, True).lengths_BKG >= 1).all()
     loss, _ = loss_of(scores, rollout, config)
     other = scores.prefix_logps_BKGP.clone()
