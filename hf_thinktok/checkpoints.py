@@ -279,13 +279,15 @@ class CheckpointingTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """With a speaker, two ordinary checkpoints or adapters: the thinker's, and the speaker's in a folder of it."""
         folder = output_dir or self.args.output_dir
-        if is_peft_model(self.model) and not self.plain:
+        if self.plain or not (is_peft_model(self.model) or hasattr(self.model, SPEAKER)):
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:  # every rank comes here, and where parameters are divided the first alone is given them
+            return
+        if is_peft_model(self.model):
             for each in save_adapter(self.model, folder, state_dict):
                 self.processing_class.save_pretrained(each)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
-            return
-        if not hasattr(self.model, SPEAKER):
-            super()._save(output_dir, state_dict)
             return
         weights = self.model.state_dict() if state_dict is None else state_dict
         theirs = {name.removeprefix(f"{SPEAKER}."): value for name, value in weights.items() if is_speaker(name)}
@@ -351,7 +353,7 @@ class CheckpointingTrainer(SFTTrainer):
             load_adapters(self.model, folder)  # the base class would load only the one
             return
         super()._load_from_checkpoint(folder, model)
-        if hasattr(self.model, SPEAKER):
+        if hasattr(self.model, SPEAKER) and not self.is_fsdp_enabled:  # whose own checkpoint has all of the model, in parts
             how = {"dtype": self.model.speaker.dtype, "trust_remote_code": self.args.trust_remote_code}
             saved = AutoModelForCausalLM.from_pretrained(os.path.join(folder, SPEAKER), **how)
             self.model.speaker.load_state_dict(saved.state_dict())

@@ -45,6 +45,11 @@ def keep_types(accelerator: Accelerator) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
 
+def computes_in(accelerator: Accelerator) -> torch.dtype | None:
+    """The low precision of a model's products, which weights do not show: autocast begins inside the model, and FSDP2 casts layer by layer."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
 def is_partitioned(model: torch.nn.Module) -> bool:
     """Whether ZeRO-3 has divided the model's parameters among the processes."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -71,6 +76,21 @@ def whole(model: torch.nn.Module, written_by: int | None = None) -> Iterator[Non
 
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=written_by):
         yield
+
+
+@contextlib.contextmanager
+def where_it_is_fast(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """A model that lies in main memory on this process's GPU for a while, where it fits: beside others a process has one CPU thread."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if device.type != "cuda" or model.device.type != "cpu" or is_partitioned(model) or torch.cuda.mem_get_info(device)[0] < 1.5 * size:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")  # whence FSDP2 divides it
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

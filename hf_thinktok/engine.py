@@ -35,6 +35,7 @@ TOLERANCE = 1e-4
 # The check's rows are as long as the run's, with fewer branches: what matters is distance, and who must not be seen.
 PROBE_FORKS = 4
 PROBE_LOOKAHEAD = 16
+PROBE_LOGITS = 256
 
 
 class Decoder(Protocol):
@@ -77,7 +78,10 @@ class _Engine:
 
     Attributes:
         generality: what runs a model exactly does so under an engine of more as well.
+        dtype: that in which a launcher has the model compute, where its weights do not say so.
     """
+
+    dtype: torch.dtype | None = None
 
     def __call__(
         self,
@@ -114,6 +118,11 @@ class _Engine:
         """Which nodes make up the model's rows (an index into `[B, S]`), where each node is in them (flat), and what else the model is told."""
         raise NotImplementedError
 
+    def _dtype(self, model) -> torch.dtype:
+        """That of the queries: a mask of another one is refused by some of PyTorch's GPU kernels, or copied in every layer."""
+        device = unwrapped(model).device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype or unwrapped(model).dtype
+
 
 class TreeEngine(_Engine):
     """The packed tree: one pass over all nodes under a 4D mask, and lockstep decoding on one KV cache.
@@ -141,7 +150,7 @@ class TreeEngine(_Engine):
         def see(queries: slice) -> Tensor:
             return tree.visible(nodes_BQ[:, queries], nodes_BQ)
 
-        mask = attention_inputs(see, positions_BQ, positions_BQ, _config(model, speaks), _dtype(model), self.run_length)
+        mask = attention_inputs(see, positions_BQ, positions_BQ, _config(model, speaks), self._dtype(model), self.run_length)
         places_M = (rows_B1 * len(nodes_Q) + place_S).flatten()
         return (slice(None), nodes_Q), places_M, {"attention_mask": mask, "position_ids": positions_BQ}
 
@@ -163,7 +172,7 @@ class TreeEngine(_Engine):
             positions_BQ, positions_BC = (tree.position_ids_BS.gather(1, nodes) for nodes in (nodes_BQ, columns_BC))
             return model(
                 input_ids=tokens_BS.gather(1, nodes_BQ),
-                attention_mask=attention_inputs(see, positions_BQ, positions_BC, _config(model), _dtype(model), self.run_length),
+                attention_mask=attention_inputs(see, positions_BQ, positions_BC, _config(model), self._dtype(model), self.run_length),
                 position_ids=positions_BQ,
                 past_key_values=cache,
                 use_cache=True,
@@ -200,11 +209,6 @@ def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool, draw: Draw | 
 def _config(model, speaks: bool = False):
     model = unwrapped(model)
     return (getattr(model, SPEAKER, model) if speaks else model).config
-
-
-def _dtype(model) -> torch.dtype:
-    device = unwrapped(model).device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unwrapped(model).dtype
 
 
 def choose_engine(
@@ -330,19 +334,20 @@ class _Probe:
     def _trunk(self, tokens_BT: Tensor) -> Tensor:
         """A text as an ordinary row."""
         nodes = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        return self._columns(self.model(input_ids=tokens_BT, use_cache=False, head=HeadInputs(nodes, self.trunk_targets)))
+        return self._columns(self.model(input_ids=tokens_BT, use_cache=False, head=HeadInputs(nodes, self.trunk_targets[: len(nodes)])))
 
     @functools.cached_property
     def _plain(self) -> Tensor:
         return self._trunk(self.tokens_BT)
 
     def head_gap(self) -> float:
-        """The head against the model's own logits, on the trunk."""
-        logits_TV = self.model(input_ids=self.tokens_BT, use_cache=False).logits[0].float()
+        """The head against the model's own logits, on the beginning of the trunk: of a long one they would take more than all else."""
+        tokens_BT = self.tokens_BT[:, :PROBE_LOGITS]
+        logits_TV = self.model(input_ids=tokens_BT, use_cache=False).logits[0].float()
         self.scale = logits_TV.std().clamp_min(1e-6)
         real, think = logits_TV[:, : self.vocabulary.num_real], logits_TV[:, self.vocabulary.first_id : self.vocabulary.guard_id]
-        target = real.log_softmax(-1).gather(1, self.trunk_targets[:, None])
-        return self._gap(self._plain, torch.cat([target, (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1))
+        target = real.log_softmax(-1).gather(1, self.trunk_targets[: len(real), None])
+        return self._gap(self._trunk(tokens_BT), torch.cat([target, (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1))
 
     def future_gap(self) -> float:
         """Changes the second half of the text, which the first half must not see.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from .distributed import embedding_rows
 from .head import HeadInputs, attach_head
 from .models import evaluating
 from .tokens import ThinkingVocabulary
@@ -31,8 +32,7 @@ def real_tokens_only(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> 
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"The teacher is a {type(model).__name__}; it must be a plain transformers model: merge an adapter into its base first.")
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < vocabulary.num_real:
+    if (rows := embedding_rows(model)) < vocabulary.num_real:
         raise ValueError(
             f"The teacher has {rows} tokens and the model {vocabulary.num_real} real ones: it must be a model of the same family, with the same tokenizer."
         )

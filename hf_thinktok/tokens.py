@@ -310,8 +310,8 @@ def initial_rows(
         `[N, D]` rows in fp32.
     """
     num_samples, size = hidden_MD.shape
-    logits = [transform(h @ real_VD.float().T + (0 if bias_R is None else bias_R[: len(real_VD)].float())) for h in hidden_MD.split(256)]
-    log_z_M = torch.cat([tile.logsumexp(-1) for tile in logits])
+    real_DV, bias_V = real_VD.float().T, 0 if bias_R is None else bias_R[: len(real_VD)].float()
+    log_z_M = torch.cat([transform(tile_MD @ real_DV + bias_V).logsumexp(-1) for tile_MD in hidden_MD.split(256)])  # of all at once: gigabytes
     covariance_DD = hidden_MD.T @ hidden_MD / num_samples
     ridge = 0.1 * covariance_DD.diagonal().mean()
     shared_D = torch.linalg.solve(covariance_DD + ridge * torch.eye(size).to(covariance_DD), hidden_MD.T @ log_z_M / num_samples)

@@ -26,7 +26,7 @@ from .checkpoints import CheckpointingTrainer
 from .config import ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
 from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
-from .distributed import check_launcher, for_rollout, is_partitioned, keep_types, prepare_frozen
+from .distributed import check_launcher, computes_in, for_rollout, is_partitioned, keep_types, prepare_frozen, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, has_room, marker_ids
@@ -114,8 +114,10 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if not self.plain:
             text = sample_text(train_dataset, args.dataset_text_field, tokenizer)
             if (speaker := find_speaker(speaker, model, args, two_adapters)) is not None:  # each gets its own rows; the tokenizer learns the tokens once
-                add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
-            self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
+                with where_it_is_fast(speaker, args.device):
+                    add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
+            with where_it_is_fast(model, args.device):
+                self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
             if args.supply_thoughts and args.num_think_tokens is None:  # else it was looked at before the model was loaded
                 check_thinking_numbers(column_of(train_dataset, "thoughts"), "train", self.vocabulary.num_tokens)
             if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
@@ -168,7 +170,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
         for one in models:
             attach_head(one, self.vocabulary)
         if args.thoughts == "continuous":
-            check_feedback(base, args.continuous_layer, args.policies == "split")
+            with whole(base):
+                check_feedback(base, args.continuous_layer, args.policies == "split")
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, columns=task_columns(args))
         self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
         if args.fork_positions == "markers" and self.train_dataset is not None:
@@ -189,6 +192,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
         engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine, args.torch_compile) for one in tried]
         self.engine = max(engines, key=lambda engine: engine.generality)  # exact for both
+        self.engine.dtype = computes_in(self.accelerator)
         if args.num_markovian and self.engine.name == "replicated":
             raise ValueError(f"markovian_share hides tokens by the packed tree's mask, which {base.config.model_type} cannot run: leave markovian_share out.")
         self.reference = self._reference_model() if args.beta > 0 else None

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress, track
@@ -189,6 +190,8 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
         model.to(device)
     show = functools.partial(track, description=f"evaluating {arm}", console=console, transient=True)
     found = evaluate_thinking(model, tokenizer, test, **asked, progress=show)
+    del model  # the next arm may be trained by other processes on the same device
+    clear_device_cache(garbage_collection=True)
     found.settings["model"] = measured
     found.save(path)
     return found

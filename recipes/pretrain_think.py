@@ -52,7 +52,7 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
 
 
 def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> None:
-    args, where = trainer.args, environment()
+    args, where, has_results = trainer.args, environment(), False
     with one_sentence(CheckpointError):
         training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if trainer.is_world_process_zero():
@@ -68,16 +68,21 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
             results = training_results(before, after, training, config) | where
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
+            has_results = True
+    try:
+        if args.push_to_hub:
+            with one_sentence(PushError):
+                trainer.push_to_hub()
+    finally:
+        if has_results:  # the other processes, which wait for each other in a push, have no part in it
             report(args.output_dir, script.report_documents, args.max_length or 256)
-    if args.push_to_hub:
-        with one_sentence(PushError):
-            trainer.push_to_hub()
 
 
 def report(folder: str, documents: int, max_length: int) -> None:
     """Writes report.html. In a process of its own: in this one launchers may hold whatever is loaded in parts."""
     command = ["report", folder, "--output", str(Path(folder) / "report.html"), "--documents", str(documents), "--max_length", str(max_length)]
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))}
+    launchers = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", *["OMP_NUM_THREADS"] * (int(os.environ.get("WORLD_SIZE", 1)) > 1))  # one thread to each process
+    own = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     subprocess.run([sys.executable, "-m", "hf_thinktok.cli", *command], env=own)
 
 

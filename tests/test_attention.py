@@ -77,6 +77,22 @@ def test_a_tree_costs_little_more_than_its_visible_pairs():
     assert visible < sum(part.numel() for part in mask.masks) < 1.5 * visible
 
 
+def test_masks_are_as_gpu_kernels_want_them_where_autocast_begins_inside_the_model(make_trainer, monkeypatch):
+    """Of the type of the queries, and with rows at multiples of 16 bytes: others are refused, or copied in every layer. Weights are fp32 here."""
+    found, attend = [], attention._attend
+
+    def watched(query, key, value, attn_mask, *args, **kwargs):
+        found.extend((mask.dtype, mask.stride(-2) % 8, mask.shape[-1] % 8, query.requires_grad) for mask in attn_mask.masks)
+        return attend(query, key, value, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_attend", watched)
+    make_trainer(bf16=True, max_steps=1).train()
+    in_training = [one for one in found if one[0] != torch.float32 or one[3]]  # the check before it is in fp32, without gradients
+    assert {dtype for dtype, *_ in in_training} == {torch.bfloat16}
+    assert {stride for _, stride, *_ in in_training} == {0}
+    assert any(width for *_, width, gradient in in_training if gradient), "all rows were of a multiple of 8 nodes"
+
+
 def test_documents_of_a_packed_row_cost_nothing_of_each_other():
     documents_BT = torch.arange(4).repeat_interleave(64)[None]
     tree = ThoughtTree(documents_BT, torch.zeros(1, 0, dtype=torch.long), Branching(2, 1, 1))

@@ -169,6 +169,30 @@ def test_ranks_that_write_texts_of_their_own_wait_for_each_other(tmp_path):
     assert all(map(math.isfinite, losses))
 
 
+@NO_COMPILER
+def test_a_teacher_and_soft_thoughts_work_where_parameters_are_divided(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    cases = {"teacher": {"teacher": folder}, "continuous": {"thoughts": "continuous", "stop": "fixed"}}
+    cases = {name: {"model_folder": folder, "optim": "adamw_torch"} | options for name, options in cases.items()}
+    done = launch_tiny("zero3", {tmp_path / name: options for name, options in cases.items()})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, options in cases.items():
+        assert_same(alone(tmp_path / f"{name} alone", options), torch.load(tmp_path / name / "result.pt"), "zero3")
+
+
+def test_what_has_two_policies_or_an_adapter_is_saved_by_one_rank_and_resumed(tmp_path):
+    """With FSDP2 the others are given no weights to save."""
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "optim": "adamw_torch", "tie": False, "stop": "fixed"}
+    cases = {"adapter": {"adapter": True}, "two adapters": {"adapter": True, "policies": "split"}, "two models": {"policies": "split"}}
+    runs = {tmp_path / name: saved | options for name, options in cases.items()}
+    runs |= {tmp_path / f"{name}, resumed": saved | options | {"resume": str(tmp_path / name / "checkpoint-1")} for name, options in cases.items()}
+    done = launch_tiny("fsdp2", runs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in cases:
+        whole, resumed = (torch.load(tmp_path / folder / "result.pt") for folder in (name, f"{name}, resumed"))
+        assert weight_gap(whole, resumed) < 1e-7
+
+
 def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     options = {"streaming": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
     ended = launch_tiny("ddp", {tmp_path / "two": options | {"terminate_step": 1}})

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
-from hf_thinktok.tokens import GUARD, LOGIT_SPREAD, SAMPLE_TEXT, THINK_MASS, THOUGHTS_EVERY
+from hf_thinktok.architectures import LogitTransform
+from hf_thinktok.memory import LiveBytes
+from hf_thinktok.tokens import GUARD, LOGIT_SPREAD, SAMPLE_TEXT, THINK_MASS, THOUGHTS_EVERY, initial_rows
 
 EXAMPLES = settings(deadline=None, max_examples=150)
 
@@ -30,6 +32,14 @@ def state(model) -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_calibration_holds_few_logits_at_a_time():
+    """All of 2,048 contexts and a large vocabulary would be gigabytes; one tile of 256 is 20 MB here."""
+    hidden_MD, real_VD = torch.randn(2048, 32), torch.randn(20_000, 32)
+    with LiveBytes() as live:
+        initial_rows(hidden_MD, real_VD, None, LogitTransform(), torch.randn(4, 32), norm=1.0, think_mass=0.1, logit_spread=0.5)
+    assert live.peak.total() < 4 * 256 * 20_000 * 4
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
