@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
+from questions import N, questions
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.head import attach_head
@@ -107,3 +108,14 @@ def make_trainer(tmp_path, corpus):
         )
 
     return make
+
+
+@pytest.fixture
+def on_questions(make_trainer):
+    """A trainer on questions, thoughts of given lengths."""
+
+    def build(rows=None, **options):
+        defaults = {"stop": "fixed", "num_forks": 1, "max_think_length": 2, "num_think_tokens": N, "per_device_train_batch_size": 4, "lookahead": 1}
+        return make_trainer(train_dataset=questions() if rows is None else rows, **defaults | options)
+
+    return build

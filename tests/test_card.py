@@ -169,3 +169,9 @@ def test_an_adapter_that_no_recipe_trained_says_so(make_trainer, tmp_path):
     assert "`thinktok merge me/mine FOLDER` makes one plain checkpoint" in (tmp_path / "out" / "README.md").read_text()
     make_trainer().create_model_card()
     assert "thinktok merge" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_says_that_plain_generation_hardly_thinks_where_the_gate_was_left_alone():
+    said = {stop: render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"stop": stop}}, "me/model") for stop in ("fixed", "sampled")}
+    assert "`thinktok generate --min_think_length N` does" in said["fixed"]
+    assert "min_think_length" not in said["sampled"]

@@ -1,5 +1,6 @@
 """What the documents say is what the results files and the code say."""
 
+import ast
 import importlib
 import json
 import re
@@ -8,6 +9,7 @@ import pytest
 from commands import ROOT, in_process
 
 from hf_thinktok import ThinkTokConfig
+from hf_thinktok.config_checks import default_of
 from hf_thinktok.data import TASK_COLUMNS
 from hf_thinktok.results import verdict
 
@@ -62,3 +64,10 @@ def test_options_in_the_docs_exist():
     options -= set(TASK_COLUMNS)  # of the data, not of the config
     assert options
     assert all(hasattr(ThinkTokConfig, name) or name in ThinkTokConfig.__dataclass_fields__ for name in options), options
+
+
+def test_defaults_are_those_of_the_docstring():
+    said = re.findall(r"(\w+) \([^()]*defaults to `([^`]+)`\)", ThinkTokConfig.__doc__)
+    assert len(said) > 50
+    for name, default in said:
+        assert default_of(ThinkTokConfig, name) == ast.literal_eval(default), name

@@ -377,3 +377,10 @@ def test_blind_reading_does_not_see_the_text(each, lookahead):
             assert (difference > 1e-3).all()  # the thinker does see it
         else:
             assert (difference < 1e-5).all()
+
+
+def test_the_check_has_rows_as_long_as_the_run_s(monkeypatch):
+    model, vocabulary = thinker("mistral", sliding_window=100)
+    monkeypatch.setattr(engine, "attention_inputs", ignore_windows(engine.attention_inputs))
+    found = [choose_engine(model, vocabulary, Branching(2, 3, 2), length, 3).name for length in (64, 160)]
+    assert found == ["tree", "replicated"], "no row of 64 tokens reaches beyond the window"

@@ -23,10 +23,11 @@ from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.intervals import ratio_interval
 from hf_thinktok.evaluation.tables import evaluation_verdict
-from hf_thinktok.evaluation.thinking import CONTROLS, control_sources
+from hf_thinktok.evaluation.thinking import CONTROLS, control_sources, kind_of, pieces
 from hf_thinktok.forks import choose_forks, eligible_forks
 from hf_thinktok.results import as_text, read_json
 from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
+from hf_thinktok.text import TextArguments, load_text, split, unseen_text
 from hf_thinktok.tokens import GUARD
 from hf_thinktok.tree import Branching
 
@@ -350,3 +351,36 @@ def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_each_place_is_of_the_kind_of_what_follows_it():
+    model, tokenizer = thinker(scale=1.0)[0], tiny_tokenizer()
+    text = "the cat sat on 12 mats, and 3 + 4 = 7"
+    ids = tokenizer(text)["input_ids"]
+    found = evaluate_thinking(model, tokenizer, [text], num_forks=len(ids) - 1, num_samples=0)
+    assert found.kinds_F.tolist() == [kind_of(piece) for piece in pieces(tokenizer, ids)[1:]]
+
+
+@torch.no_grad()
+def test_accuracy_is_that_of_the_first_choice():
+    model, tokenizer = thinker(scale=1.0)[0], tiny_tokenizer()
+    with torch.no_grad():  # what was said last is said again
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.zero_()
+    text = "aaabbbbcddddd"
+    ids = tokenizer(text)["input_ids"]
+    found = evaluate_thinking(model, tokenizer, [text], num_forks=len(ids) - 1, num_samples=0, lookahead=1)
+    logits = type(model).forward(model, input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1, : model.config.thinktok["first_id"]]
+    hits = (logits.argmax(-1) == torch.tensor(ids[1:])).tolist()
+    assert found.correct["no_think"].tolist() == hits
+    assert 0 < sum(hits) < len(hits)
+
+
+def test_what_is_reported_on_is_what_nothing_was_tuned_on(tmp_path):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(30)))
+    script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=5, test_documents=7)
+    parts = split(load_text(script), script)
+    assert unseen_text(script, None)["text"] == parts.test["text"]
+    script.test_documents = 0
+    assert len(unseen_text(script, None)) == 5

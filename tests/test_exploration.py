@@ -267,3 +267,10 @@ def test_rows_of_a_step_are_of_one_reached_level_and_do_not_depend_on_what_comes
     assert set(drawn[4:30].flatten()) == {1, 2}
     curriculum.begins = [0, 4]
     assert list(LevelSampler(levels, curriculum, 6, 0.5, 40, 1))[:180] == rows[:180]
+
+
+def test_replay_is_the_part_of_the_steps_that_all_levels_share():
+    curriculum = Curriculum([1, 2, 3], [0.9])
+    curriculum.begins = [0, 0, 0]
+    rows = list(LevelSampler(np.array([1, 2, 3]), curriculum, batch=1, replay=0.3, steps=3000, seed=0))
+    assert (np.bincount(rows) / 3000).tolist() == pytest.approx([0.1, 0.1, 0.8], abs=0.03)

@@ -21,6 +21,7 @@ from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.generation import ThinkingBudget, ThinkingStreamer
 from hf_thinktok.peft import save_adapter
+from hf_thinktok.tokens import ThinkingVocabulary
 
 ALWAYS = 1e4  # a bias in nats that decides alone
 
@@ -452,3 +453,11 @@ def test_what_cannot_be_merged(folder, run, tmp_path):
         assert words in error
         assert len(error.splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_new_prompt_of_the_next_length_is_a_new_generation():
+    vocabulary = ThinkingVocabulary(320, 4, 324)
+    budget, scores = ThinkingBudget(vocabulary, max_total_think=2), torch.zeros(1, 384)
+    used_up = lambda *ids: budget(torch.tensor([ids]), scores)[0, vocabulary.first_id].isinf().item()
+    assert [used_up(5, 6), used_up(5, 6, 320), used_up(5, 6, 320, 320)] == [False, False, True]
+    assert not used_up(7, 8, 320, 320, 9), "what a prompt holds is not counted"

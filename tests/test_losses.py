@@ -490,3 +490,20 @@ def test_gains_are_collected_by_document():
         for got, forks in zip(rows[b], of_row):
             nats = [logps[arm][b, forks].sum().item() for arm in ("no_think", "think", "random_thought")]
             assert got == pytest.approx([tokens[b, forks].sum().item(), *nats, len(forks), lengths[b, forks].sum().item()], abs=1e-6)
+
+
+def test_a_value_is_foretold_before_its_reward_is_known_and_old_rewards_fade():
+    generator, value = torch.Generator().manual_seed(0), ValueBaseline(decay=0.5)
+    hidden, valid = torch.randn(4, 8, 6, generator=generator), torch.ones(4, 8, dtype=torch.bool)
+    nothing, much = torch.zeros(4, 8), torch.full((4, 8), 5.0)
+    for _ in range(10):
+        value(hidden, nothing, valid)
+    assert value(hidden, much, valid).abs().max() < 1e-3, "it would take away what a thought has just earned"
+    for _ in range(12):
+        value(hidden, much, valid)
+    torch.testing.assert_close(value(hidden, much, valid), much, atol=0.05, rtol=0)
+
+
+def test_exact_compares_a_thought_up_to_its_end():
+    thoughts, supplied = torch.tensor([[[[1, 2, 3], [2, 0, 0]]]]), torch.tensor([[[1, 0, 0]]])
+    assert REWARDS["exact"](thoughts, torch.tensor([[[1, 1]]]), supplied=supplied).tolist() == [[[1, 0]]]

@@ -1,5 +1,6 @@
 """The thinking loss against exact gradients: every thought and every stopping time written out, on ordinary rows with full logits."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -12,7 +13,7 @@ from models import tiny_model
 from hf_thinktok import ThinkTokConfig
 from hf_thinktok.engine import TreeEngine
 from hf_thinktok.head import attach_head
-from hf_thinktok.losses import stopping_logps
+from hf_thinktok.losses import PolicyLoss, stopping_logps
 from hf_thinktok.objective import credit, speak, thinking_loss
 from hf_thinktok.rewards import resolve_rewards
 from hf_thinktok.rollout import Rollout, sample_thoughts
@@ -455,3 +456,84 @@ def test_thoughts_are_told_apart_by_what_was_thought(model, make_config):
     config = make_config("sampled", advantage="loo")
     scores, rollout = tree_scores(model, [((0, 1), 0), ((2, 2), 0), ((1, 0), 1), ((1, 2), 1), ((1, 2), 2)], config)
     assert loss_of(scores, rollout, config)[1]["distinct_thoughts"].item() == 3
+
+
+def test_gain_is_that_of_the_lengths_a_model_thinks(model, make_config):
+    """Who never thinks gains nothing, however much the lengths are smoothed for learning."""
+    config = make_config("learned", stop_smoothing=0.5)
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    shut = torch.full_like(scores.gate_logits_BKGL, -50.0)
+    metrics = loss_of(dataclasses.replace(scores, gate_logits_BKGL=shut), rollout, config)[1]
+    assert metrics["think_gain"].item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_supplied_thought_is_no_part_of_the_comparison(model, make_config):
+    config = make_config("fixed", supply_thoughts=True, num_forks=1, num_generations=3, advantage="loo")
+    scores, rollout = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
+    rollout = dataclasses.replace(rollout, supplied=True)
+    speech = speak(scores, rollout, "fixed", 0.0, False)
+    weights, advantages, rewards, _ = credit(scores, speech, rollout, config, resolve_rewards("log_prob"), [1.0])
+    _, one, other = rewards[0, 0].tolist()
+    assert advantages[0, 0, :, 0].tolist() == pytest.approx([0, one - other, other - one], abs=1e-6)
+    assert weights[0, 0].tolist() == [1, 0, 0]
+
+
+def test_what_keeps_thoughts_varied_waits_for_the_thinkers_turn(model, make_config):
+    config = copy.copy(make_config("fixed", balance_coef=1.0, advantage="loo"))
+    config.alternate = [1, 1]
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    logits = scores.think_logits_BKGLN.detach().requires_grad_()
+    scores = dataclasses.replace(scores, think_logits_BKGLN=logits)
+    for step, learns in ((0, False), (1, True)):
+        loss, _ = thinking_loss(scores, rollout, config, resolve_rewards("log_prob"), [1.0], 1.0, step=step)
+        assert torch.autograd.grad(loss, logits)[0].any() == learns
+
+
+def test_forks_whose_rewards_tell_nothing_apart_are_counted(model, make_config):
+    config = make_config("fixed")
+    for group, share in (([(0, 2), (0, 2)], 1.0), ([(0, 2), (1, 1)], 0.0)):
+        metrics = loss_of(*tree_scores(model, [(z, L) for z in group], config), config)[1]
+        assert metrics["frac_reward_zero_std"].item() == share
+        assert (metrics["reward_std"].item() < 1e-6) == bool(share)
+
+
+@pytest.mark.parametrize(("temperature", "smoothing"), [(0.5, 0.0), (2.0, 0.25)])
+def test_the_posterior_is_sharpened_and_smoothed_as_asked(model, make_config, temperature, smoothing):
+    config = make_config("fixed", objective="marginal", posterior_temperature=temperature, posterior_smoothing=smoothing)
+    scores, rollout = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
+    speech = speak(scores, rollout, "fixed", 0.0, False)
+    weights, advantages, _, _ = credit(scores, speech, rollout, config, resolve_rewards("log_prob"), [1.0])
+    posterior = (scores.logps_BKGH[0, 0, :, 0].detach() / temperature).softmax(-1)
+    torch.testing.assert_close(weights[0, 0], (1 - smoothing) * posterior + smoothing / 3)
+    torch.testing.assert_close(advantages[0, 0, :, 0], 3 * posterior - 1)
+
+
+def test_options_of_the_policy_loss_reach_it(make_config):
+    options = {"think_loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0, "importance_sampling_level": "sequence", "beta": 0.5}
+    assert make_config("fixed", num_iterations=2, **options).policy_loss() == PolicyLoss("grpo", 0.1, 0.3, 2.0, "sequence", 0.5)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_rewards_are_scaled_as_asked(model, make_config, scale):
+    config = make_config("fixed", scale_rewards=scale)
+    scores, rollout = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
+    advantages, rewards = credit(scores, speak(scores, rollout, "fixed", 0.0, False), rollout, config, resolve_rewards("log_prob"), [1.0])[1:3]
+    expected = (rewards[0, 0] - rewards[0, 0].mean()) / (rewards[0, 0].std() + 1e-4)
+    torch.testing.assert_close(advantages[0, 0, :, 0], expected)
+
+
+SCHEDULED = [("sampled", "think_cost"), ("learned", "think_cost"), ("fixed", "coverage_coef"), ("fixed", "balance_coef"), ("fixed", "thought_entropy_target")]
+
+
+@pytest.mark.parametrize(("stop", "name"), SCHEDULED)
+def test_every_schedule_follows_the_clock(model, make_config, stop, name):
+    def slope(value, step):
+        config = copy.copy(make_config(stop, advantage="loo"))
+        setattr(config, name, value)
+        scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 1 if stop == "sampled" else 2)], config)
+        rollout.rarity_BKG = torch.tensor([[[0.5, 2.0]]])
+        return gradient(model, thinking_loss(scores, rollout, config, resolve_rewards("log_prob"), [1.0], 1.0, step=step)[0])
+
+    for step, same in ((0, 0.1), (10, 0.9)):
+        torch.testing.assert_close(slope([0.1, 0.9, 10], step), slope([same], step))
+    assert not torch.allclose(slope([0.1], 0), slope([0.9], 0))

@@ -271,3 +271,16 @@ def test_an_adapter_is_not_planned_as_its_base(folder, tmp_path, capsys):
     get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), *SMALL]) == 2
     assert re.fullmatch(f"thinktok: {tmp_path} is an adapter: [^\n]*thinktok merge[^\n]*\\.\n", capsys.readouterr().err)
+
+
+def test_a_rollout_gathers_all_or_layer_by_layer():
+    def gathered(gathers):
+        one = made({"num_hidden_layers": 8}, {"fsdp2": True, "num_processes": 4}, bf16=True, gather_for_rollout=gathers)
+        return one.phases[Phase.THOUGHTS][Part.GATHERED] / one.parameters / 2
+
+    assert gathered(True) == pytest.approx(1)
+    assert gathered(False) < 0.5
+
+
+def test_a_plan_of_evaluation_is_what_it_takes(memory):
+    assert 0.97 < memory.measure("evaluation of 2 rows")["ratio"] < 1.03

@@ -237,3 +237,12 @@ def test_a_run_goes_on_with_another_number_of_processes(make_trainer):
         assert all(len(rank.since[name]) == len(values) // (1 if name == "said_N" else 4) for rank in four), name
         assert torch.equal(of_four["since"][name], values), "each has a part, and none is counted twice"
         assert torch.equal(one[0].since[name], values), "no thought is lost that there is room for"
+
+
+def test_what_was_remembered_is_forgotten_once_it_was_used(make_trainer, eager):
+    trainer = make_trainer(revive_every=2, stop="fixed", max_steps=2)
+    trainer.train()
+    assert trainer.revival.since["said_N"].any()
+    split_now(trainer)
+    assert not trainer.revival.since["said_N"].any()
+    assert (trainer.revival.since["choice_R"] == -1).all()

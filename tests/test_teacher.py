@@ -148,3 +148,12 @@ def test_teachers_that_do_not_fit(make, make_trainer, tmp_path):
     small = tiny_model(vocab_size=300)
     with pytest.raises(ValueError, match="The teacher has 300 tokens"):
         real_tokens_only(small, make()[0].vocabulary)
+
+
+def test_own_text_is_drawn_from_the_whole_softmax(make_trainer):
+    trainer = make_trainer(max_length=24)
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.mul_(1e-4)  # all tokens nearly alike
+    ids = torch.full((600, 2), 5)
+    text = own_text(trainer.model, {"input_ids": ids, "labels": ids, "documents": ids * 0}, 1, trainer.vocabulary, None, torch.Generator().manual_seed(0))
+    assert len(text["input_ids"].unique()) > 200

@@ -842,3 +842,70 @@ def test_tokens_per_second_are_of_training_whenever_evaluations_fall(make_traine
     plain = speeds(None)
     assert len(plain) == 3
     assert speeds(4) == speeds(3) == pytest.approx(plain)
+
+
+def test_rewards_are_weighted_as_asked(make_trainer):
+    def one(lengths, **kwargs):
+        return torch.ones_like(lengths)
+
+    def three(lengths, **kwargs):
+        return torch.full_like(lengths, 3)
+
+    trainer = make_trainer(reward_funcs=[one, three], reward_weights=[2.0, -0.5], stop="fixed", max_steps=1)
+    trainer.train()
+    assert losses(trainer, "reward") == [pytest.approx(2.0 - 1.5)]
+
+
+def test_rewards_are_given_nothing_with_a_gradient(make_trainer):
+    seen = []
+
+    def watched(logps, **judgement):
+        seen.append([name for name, value in (judgement | {"logps": logps}).items() if torch.is_tensor(value) and value.requires_grad])
+        return logps.mean(-1)
+
+    make_trainer(reward_funcs=watched, max_steps=1).train()
+    assert seen == [[]]
+
+
+def test_a_shut_gate_gains_nothing_on_held_out_text(make_trainer, corpus):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), tie=False)
+    vocabulary = add_thinking_tokens(model, tokenizer, 4)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)))
+    model.lm_head.bias.data[list(vocabulary.ids)] = -50.0
+    result = make_trainer(model=model, tokenizer=tokenizer, eval_dataset=corpus.select(range(4))).evaluate()
+    assert result["eval_gain"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_nothing_is_explored_on_held_out_text(make_trainer, corpus):
+    found = []
+    for epsilon in (0.0, 1.0):
+        trainer = make_trainer(eval_dataset=corpus.select(range(4)), stop="fixed", epsilon_greedy=epsilon)
+        with torch.no_grad():
+            trainer.model.get_output_embeddings().weight[trainer.vocabulary.first_id] *= 50  # a policy with one favourite
+        found.append(trainer.evaluate()["eval_bits_think"])
+    assert found[0] == found[1]
+
+
+def test_thoughts_are_kept_near_the_adapter_s_base(make_trainer):
+    """Its reference is the model without the adapter, and not as it is now."""
+    trainer = make_trainer(beta=0.1, stop="fixed", max_steps=3, learning_rate=0.05, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    trainer.train()
+    kls = losses(trainer, "kl")
+    assert kls[0] == pytest.approx(0, abs=1e-6)
+    assert kls[-1] > 1e-3
+
+
+def test_it_thinks_where_the_next_token_is_hardest(make_trainer):
+    trainer = make_trainer(fork_positions="entropy", num_forks=3)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    forks = trainer._forks(trainer.model, inputs["input_ids"], inputs["documents"], trainer._labels(inputs), torch.Generator(), "entropy")
+    for ids, found, documents in zip(inputs["input_ids"], forks, inputs["documents"], strict=True):
+        ids = ids[documents >= 0]
+        logps = trainer.model(input_ids=ids[None]).logits[0, :-1, : trainer.vocabulary.num_real].log_softmax(-1)
+        assert found.tolist() == (-(logps.exp() * logps).sum(-1)).topk(3).indices.sort().values.tolist()
+
+
+def test_what_has_not_begun_to_think_is_evaluated_as_well(make_trainer, corpus):
+    result = make_trainer(think_start=5, eval_dataset=corpus.select(range(4))).evaluate()
+    assert {"eval_bits_no_think", "eval_bits_think", "eval_gain"} <= set(result)

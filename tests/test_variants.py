@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from questions import N, batch_of, one_rollout, questions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,42 +22,12 @@ from hf_thinktok.objective import actions, credit, speak
 from hf_thinktok.peft import is_speaker
 from hf_thinktok.scores import score_tree
 
-N = 4
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
-def questions(count=24, levels=(1, 2, 3)):
-    """Rows of one length with one answer each, and thoughts of `level - 1` tokens."""
-    random = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        level = levels[i % len(levels)]
-        ids = random.integers(10, 200, 6).tolist()
-        thoughts = random.integers(0, N, level - 1).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * 5 + ids[5:], "level": level, "think_length": level - 1, "thoughts": thoughts})
-    return Dataset.from_list(rows)
-
-
 @pytest.fixture
-def make(make_trainer):
-    """A trainer on questions, thoughts of given lengths."""
-
-    def build(rows=None, **options):
-        defaults = {"stop": "fixed", "num_forks": 1, "max_think_length": 2, "num_think_tokens": N, "per_device_train_batch_size": 4, "lookahead": 1}
-        return make_trainer(train_dataset=questions() if rows is None else rows, **defaults | options)
-
-    return build
-
-
-def batch_of(trainer, rows):
-    inputs = trainer.data_collator([rows[i] for i in range(len(rows))])
-    return inputs, trainer._labels(inputs)
-
-
-def one_rollout(trainer, inputs, labels):
-    """What the trainer would learn from at its first step."""
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer._rollout(trainer.model, inputs, labels, 0, trainer._schedule_step(inputs))
+def make(on_questions):
+    return on_questions
 
 
 def test_what_is_markovian_forgets_all_but_its_latest_token_in_training_alone(make):
@@ -610,3 +580,35 @@ def test_answers_need_labels(make):
     rows = questions()
     with pytest.raises(ValueError, match="no `labels`"):
         answer(make(rows), rows.remove_columns("labels"))
+
+
+def test_a_value_is_foretold_from_the_text_before_a_thought(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, advantage="value")
+    inputs, labels = batch_of(trainer, rows.select(range(3)))
+    rollout = one_rollout(trainer, inputs, labels)
+    trainer.model.train()
+    scores = trainer._score(trainer.model, trainer._tree(inputs, rollout), inputs["input_ids"], labels, rollout)
+    for row in range(3):
+        hidden = trainer.model(input_ids=torch.tensor([rows[row]["input_ids"][:5]]), output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(scores.fork_hidden_BKD[row, 0], hidden.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_thoughts_are_counted_where_there_are_any_and_as_parts_of_a_step(make):
+    rows = questions(levels=(3,))
+    trainer = make(rows, coverage_coef=0.1, coverage_of="token")
+    before, first = copy.deepcopy(trainer.explore.coverage), trainer.vocabulary.first_id
+    inputs, labels = batch_of(trainer, rows.select(range(4)))
+    labels[2:] = -100  # no place to think
+    trainer.current_gradient_accumulation_steps = 4
+    rollout = trainer._rollout(trainer.model, inputs, labels, 0, 0)
+    codes = before.codes(rollout.thoughts_BKGL[:2] - first, rollout.lengths_BKG[:2])
+    before.update(codes, torch.ones(2, 1, 2, dtype=torch.bool), share=1 / 4)
+    torch.testing.assert_close(trainer.explore.coverage.frequency_C, before.frequency_C)
+
+
+def test_a_level_that_is_passed_at_a_checkpoint_begins_as_if_nothing_had_happened(make, resumed, monkeypatch):
+    monkeypatch.setattr("hf_thinktok.curriculum.LEAST_STEPS", 4)  # passed by the last step before the checkpoint
+    whole, again = resumed(make, max_steps=8, curriculum_threshold=0.0, curriculum_replay=0.0, learning_rate=1e-2)
+    assert whole.curriculum.begins == again.curriculum.begins
+    assert len(whole.curriculum.begins) > 1

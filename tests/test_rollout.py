@@ -1,0 +1,85 @@
+"""What thoughts are drawn from, what is remembered of them, and how they are shown."""
+
+import pytest
+import torch
+from plain_rows import thinker
+from questions import batch_of, one_rollout, questions
+from test_trainer import losses
+
+from hf_thinktok.callbacks import sample_thoughts_to_print
+from hf_thinktok.data import BatchesAgain
+from hf_thinktok.rollout import Sampling, random_thoughts
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_k": 2}, [5 / 8, 3 / 8, 0, 0]),
+        ({"top_p": 0.7}, [5 / 8, 3 / 8, 0, 0]),
+        ({"min_p": 0.25}, [10 / 19, 6 / 19, 3 / 19, 0]),
+        ({"temperature": 0.5}, [100 / 146, 36 / 146, 9 / 146, 1 / 146]),
+    ],
+)
+def test_thinking_tokens_are_drawn_among_the_likely_ones(options, expected):
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert Sampling(**options).probabilities(logits)[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_random_thoughts_are_of_every_token_alike():
+    vocabulary = thinker()[1]
+    drawn = random_thoughts(torch.zeros(20, 20, 10, 4, dtype=torch.long), vocabulary, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn.flatten() - vocabulary.first_id, minlength=vocabulary.num_tokens)
+    assert len(counts) == vocabulary.num_tokens
+    assert (counts - 100.0).abs().max() < 6 * 10
+
+
+def test_blind_thoughts_have_a_token_however_shut_the_gate(on_questions):
+    rows = questions().remove_columns("think_length")
+    trainer = on_questions(rows, blind=True, stop="sampled", num_generations=8)
+    inputs, labels = batch_of(trainer, rows.select(range(8)))
+    assert (one_rollout(trainer, inputs, labels).lengths_BKG >= 1).all()
+    open_ = on_questions(rows, stop="sampled", num_generations=8)
+    assert (one_rollout(open_, inputs, labels).lengths_BKG == 0).any(), "the gate must be nearly shut to be a test"
+
+
+def test_a_rollout_that_is_learned_from_again_remembers_who_drew_it(make_trainer):
+    trainer = make_trainer(num_iterations=2, stop="fixed", max_steps=2, learning_rate=0.1, epsilon=1e-3, lr_scheduler_type="constant")
+    trainer.train()
+    (rollout,) = trainer._rollouts
+    drawn = rollout.drawn_BKGL & (rollout.forks_BK >= 0)[..., None, None]
+    torch.testing.assert_close(rollout.old_logps_BKGA[drawn], rollout.logps_BKGL[drawn], atol=1e-3, rtol=0)
+    first, second = losses(trainer, "clip_ratio")
+    assert first == 0 < second, "the second step is clipped where it went too far"
+
+
+def test_batches_that_come_again_are_others_in_another_epoch():
+    sampler = BatchesAgain(range(32), mini_repeat_count=1, batch_size=4, repeat_count=2, seed=3)
+    orders = []
+    for epoch in (0, 1, 1):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] != orders[1] == orders[2]
+    assert orders[0][:4] == orders[0][4:8]
+
+
+def test_printed_thoughts_stand_between_what_was_read_and_what_followed(on_questions):
+    rows = questions(levels=(3,))
+    trainer = on_questions(rows, log_completions=True)
+    inputs, labels = batch_of(trainer, rows.select(range(2)))
+    rollout = one_rollout(trainer, inputs, labels)
+    gains = torch.tensor([[[0.5, 0.0]], [[-1.0, 0.0]]])
+    said = sample_thoughts_to_print(inputs["input_ids"], rollout, labels[:, 5:][:, None], gains, 2)
+    for row, one in enumerate(said):
+        ids = rows[row]["input_ids"]
+        assert (one["before"], one["after"], one["gain"]) == (ids[:5], ids[5:], gains[row, 0, 0].item())
+        assert one["thought"] == rollout.thoughts_BKGL[row, 0, 0].tolist()
+
+
+def test_epsilon_greedy_begins_when_it_is_to(on_questions):
+    rows = questions(levels=(3,))
+    trainer, never, always = (on_questions(rows, epsilon_greedy=epsilon) for epsilon in ([0.0, 1.0, 0, 3], [0.0], [1.0]))
+    inputs, labels = batch_of(trainer, rows.select(range(8)))
+    for step, other in ((2, never), (3, always)):
+        for one in (trainer, other):
+            one._rollouts, one.state.global_step = [], step
+        assert torch.equal(one_rollout(trainer, inputs, labels).thoughts_BKGL, one_rollout(other, inputs, labels).thoughts_BKGL)
