@@ -52,6 +52,14 @@ UNEVEN = {
     "a short batch": {"per_device_train_batch_size": 3, **EPOCHS},
     "batches cut in two": {"per_device_train_batch_size": 4, "accelerator_config": {"split_batches": True}, **EPOCHS},
 }
+SAVED = {
+    name: {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "optim": "adamw_torch", "tie": False, "stop": "fixed"} | options
+    for name, options in {"adapter": {"adapter": True}, "two adapters": {"adapter": True, "policies": "split"}, "two models": {"policies": "split"}}.items()
+}
+UNLIKE = {
+    "fewer places": {"stop": "fixed", "memory": "persistent", "num_forks": 40, "gather_for_rollout": False, **BATCHES_OF_ONE},
+    "texts of their own": {"rollout": "free", "prompt_length": 4, "optim": "adamw_torch", **BATCHES_OF_ONE},
+}
 KINDS = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 
 
@@ -70,6 +78,19 @@ def under_ddp(tmp_path_factory):
     cases = CASES | UNEVEN | {"revived tokens, resumed": again}
     done = launch_tiny("ddp", {folder / name: options for name, options in cases.items()})
     return {name: torch.load(result) if (result := folder / name / "result.pt").exists() else done.stderr[-3000:] for name in cases}
+
+
+@pytest.fixture(scope="module")
+def under_fsdp2(tmp_path_factory):
+    """What two processes make of what is written and resumed, and of ranks that have more to do than the other."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    model = save_tiny(folder / "model")
+    resumed = {f"{name}, resumed": SAVED[name] | {"resume": str(folder / name / "checkpoint-1")} for name in SAVED}
+    cases = SAVED | resumed | {name: {"model_folder": model} | options for name, options in UNLIKE.items()}
+    cases["texts of their own"]["teacher"] = model
+    done = launch_tiny("fsdp2", {folder / name: options for name, options in cases.items()})
+    results = {name: torch.load(result) if (result := folder / name / "result.pt").exists() else done.stderr[-3000:] for name in cases}
+    return model, results
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -146,11 +167,12 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
     assert together["documents"] == one["documents"] == 8
 
 
-def test_ranks_whose_rows_have_fewer_places_to_think_at_make_as_many_passes(tmp_path):
-    options = {"model_folder": save_tiny(tmp_path / "model"), "stop": "fixed", "memory": "persistent", "num_forks": 40}
-    options |= BATCHES_OF_ONE
-    together = launched("fsdp2", tmp_path / "two", options | {"gather_for_rollout": False})
-    assert_same(alone(tmp_path / "one", options), together, "fsdp2")
+def test_ranks_whose_rows_have_fewer_places_to_think_at_make_as_many_passes(under_fsdp2, tmp_path):
+    model, results = under_fsdp2
+    together = results["fewer places"]
+    assert isinstance(together, dict), together
+    options = {name: value for name, value in UNLIKE["fewer places"].items() if name != "gather_for_rollout"}
+    assert_same(alone(tmp_path / "one", {"model_folder": model} | options), together, "fsdp2")
 
 
 def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(tmp_path):
@@ -161,12 +183,11 @@ def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(tmp_path):
     assert together["reward_std"] == pytest.approx(one["reward_std"], rel=0.05)
 
 
-def test_ranks_that_write_texts_of_their_own_wait_for_each_other(tmp_path):
-    folder = save_tiny(tmp_path / "model")
-    options = {"model_folder": folder, "teacher": folder, "rollout": "free", "prompt_length": 4, "optim": "adamw_torch"}
-    losses = launched("fsdp2", tmp_path / "two", options | BATCHES_OF_ONE)["losses"]
-    assert len(losses) == 3
-    assert all(map(math.isfinite, losses))
+def test_ranks_that_write_texts_of_their_own_wait_for_each_other(under_fsdp2):
+    together = under_fsdp2[1]["texts of their own"]
+    assert isinstance(together, dict), together
+    assert len(together["losses"]) == 3
+    assert all(map(math.isfinite, together["losses"]))
 
 
 @NO_COMPILER
@@ -180,17 +201,12 @@ def test_a_teacher_and_soft_thoughts_work_where_parameters_are_divided(tmp_path)
         assert_same(alone(tmp_path / f"{name} alone", options), torch.load(tmp_path / name / "result.pt"), "zero3")
 
 
-def test_what_has_two_policies_or_an_adapter_is_saved_by_one_rank_and_resumed(tmp_path):
+@pytest.mark.parametrize("case", SAVED)
+def test_what_has_two_policies_or_an_adapter_is_saved_by_one_rank_and_resumed(under_fsdp2, case):
     """With FSDP2 the others are given no weights to save."""
-    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "optim": "adamw_torch", "tie": False, "stop": "fixed"}
-    cases = {"adapter": {"adapter": True}, "two adapters": {"adapter": True, "policies": "split"}, "two models": {"policies": "split"}}
-    runs = {tmp_path / name: saved | options for name, options in cases.items()}
-    runs |= {tmp_path / f"{name}, resumed": saved | options | {"resume": str(tmp_path / name / "checkpoint-1")} for name, options in cases.items()}
-    done = launch_tiny("fsdp2", runs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in cases:
-        whole, resumed = (torch.load(tmp_path / folder / "result.pt") for folder in (name, f"{name}, resumed"))
-        assert weight_gap(whole, resumed) < 1e-7
+    whole, resumed = (under_fsdp2[1][name] for name in (case, f"{case}, resumed"))
+    assert isinstance(resumed, dict), resumed
+    assert weight_gap(whole, resumed) < 1e-7
 
 
 def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
