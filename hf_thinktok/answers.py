@@ -65,10 +65,12 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
     rows = dataset.select_columns(columns)
-    lengths_D = np.asarray(rows["think_length"]) if "think_length" in columns else np.full(len(rows), args.max_think_length)
+    given_D = list(rows["think_length"]) if "think_length" in columns else [args.max_think_length] * len(rows)
+    lengths_D = np.array([np.sum(given) for given in given_D])
     order_D = np.argsort(lengths_D, kind="stable")
     correct_D, logps_D, spent_D = np.zeros(len(rows), bool), np.zeros(len(rows)), np.zeros(len(rows))
-    judged = max(len(labels) - next((i for i, label in enumerate(labels) if label >= 0), 0) for labels in rows["labels"])  # all, whatever judged a thought
+    # All of an answer is judged, whatever judged a thought; where the text itself has the thoughts, in the text.
+    judged = 1 if args.reads_thinking else max(len(labels) - next((i for i, label in enumerate(labels) if label >= 0), 0) for labels in rows["labels"])
     if judged > 1 and args.stop == "learned" and how != "none":
         raise ValueError(f"Answers have up to {judged} tokens, and stop=learned sums its lengths out for one: set stop=sampled, or make answers of one token.")
     batch_size = max(2, min(batch_size, BATCH_TOKENS // max(map(len, rows["input_ids"]))))  # `random` may need another row
@@ -77,31 +79,39 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         for index in np.array_split(order_D, max(1, min(math.ceil(len(rows) / batch_size), len(rows) // 2))):
             inputs = {name: value.to(device) for name, value in trainer.data_collator(list(rows.select(index))).items()}
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
-            forks_B1 = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
-            longest = max(int(lengths_D[index].max()), 1) if args.stop == "fixed" else args.max_think_length
-            rollout = Rollout.empty(forks_B1, args.branching(tokens_BT.shape[1], longest, num_generations=1))
+            if args.reads_thinking:
+                forks_BK = trainer._forks(model, inputs, labels_BT, generator, "all")
+            else:
+                forks_BK = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
+            given_BK = trainer._given_lengths(inputs, forks_BK)
+            longest = args.max_think_length if given_BK is None or not given_BK.numel() else max(int(given_BK.max()), 1)
+            rollout = Rollout.empty(forks_BK, args.branching(tokens_BT.shape[1], longest, num_generations=1))
             rollout.text = args.thoughts == "text"
             # Without thoughts, and with random ids of given lengths, there is nothing to sample.
             if how == "think" or (how == "random" and (args.stop == "sampled" or args.thoughts == "continuous")):
-                rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_B1, generator, sampling, num_generations=1))
+                rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_BK, generator, sampling, num_generations=1))
             elif how == "random":
-                given_B = torch.from_numpy(lengths_D[index]).to(device) if args.stop == "fixed" else torch.full((len(index),), longest, device=device)
-                rollout = dataclasses.replace(rollout, lengths_BKG=given_B[:, None, None])
+                given_BK = torch.full_like(forks_BK, longest) if given_BK is None else given_BK
+                rollout = dataclasses.replace(rollout, lengths_BKG=given_BK[:, :, None].clone())
             if how == "random":
                 rollout = control_thoughts(rollout, vocabulary, generator)
             branching = dataclasses.replace(args.branching(tokens_BT.shape[1], rollout.thoughts_BKGL.shape[-1], num_generations=1), lookahead=judged)
-            tree = ThoughtTree(inputs["documents"], forks_B1, branching, rollout.lengths_BKG)
+            tree = ThoughtTree(inputs["documents"], forks_BK, branching, rollout.lengths_BKG)
             scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
             speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)
-            mask_BH = scores.mask_BKH[:, 0]
-            right_BH = speech.correct_BKGH[:, 0, 0] > 0.5
+            if args.reads_thinking:
+                logps_BH, right_BH, mask_BH = scores.trunk_logps_BT, scores.trunk_correct_BT > 0.5, scores.trunk_mask_BT
+            else:
+                logps_BH, right_BH, mask_BH = speech.logps_BKGH[:, 0, 0], speech.correct_BKGH[:, 0, 0] > 0.5, scores.mask_BKH[:, 0]
             correct_D[index] = ((right_BH | ~mask_BH).all(-1) & mask_BH.any(-1)).cpu().numpy()
-            logps_D[index] = masked_sum(speech.logps_BKGH[:, 0, 0], mask_BH).float().cpu().numpy()
-            spent_D[index] = speech.lengths_BKG[:, 0, 0].float().cpu().numpy()
-            said_BL = (rollout.thoughts_BKGL[:, 0, 0] - (0 if rollout.text else vocabulary.first_id)).cpu().numpy()
-            there_BL = rollout.said_BKGL[:, 0, 0].cpu().numpy() & (args.thoughts != "continuous")
+            logps_D[index] = masked_sum(logps_BH, mask_BH).float().cpu().numpy()
+            spent_D[index] = speech.lengths_BKG[:, :, 0].sum(1).float().cpu().numpy()
+            said_BL = (rollout.thoughts_BKGL[:, :, 0].flatten(1) - (0 if rollout.text else vocabulary.first_id)).cpu().numpy()
+            there_BL = rollout.said_BKGL[:, :, 0].flatten(1).cpu().numpy() & (args.thoughts != "continuous")
             if args.stop == "learned" and how != "none":  # what the gate would not take was drawn, and is not said
                 likeliest_B = stopping_logps(scores.gate_logits_BKGL, args.blind)[:, 0, 0].argmax(-1).cpu().numpy()
                 there_BL &= np.arange(there_BL.shape[1]) < likeliest_B[:, None]
-            thoughts_DL[index, : said_BL.shape[1]] = np.where(there_BL, said_BL, -1)
+            behind_BL = np.argsort(~there_BL, axis=1, kind="stable")  # one thought after the other, then nothing
+            said_BL = np.take_along_axis(np.where(there_BL, said_BL, -1), behind_BL, 1)[:, : thoughts_DL.shape[1]]
+            thoughts_DL[index, : said_BL.shape[1]] = said_BL
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)

@@ -40,6 +40,9 @@ class ThinkTokConfig(SFTConfig):
 
         num_think_tokens (`int`, *optional*):
             Thinking tokens N. `None`: as many as the model has, or 16.
+        think_init_words (`list[str]`, *optional*):
+            Texts of one token each that new thinking tokens start as noisy copies of, in turn: the model may then begin by thinking in silence what it would
+            write. Where left out they start in random directions, and mean nothing.
 
         > The tree
 
@@ -56,7 +59,8 @@ class ThinkTokConfig(SFTConfig):
         lookahead (`int` or `None`, defaults to `1`):
             Following real tokens H that judge a thought; `None` (`null` in YAML): all that follow in the row.
         stop (`str`, defaults to `"learned"`):
-            How thoughts end. `fixed`: all have L tokens, or as many as the data's column `think_length` says.
+            How thoughts end. `fixed`: all have L tokens, or as many as the data's column `think_length` says, a number or with
+            `fork_positions="markers"` a list with one for each marker of the row.
             `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from
             the gate.
         stop_smoothing (`float`, defaults to `0.5`):
@@ -64,6 +68,7 @@ class ThinkTokConfig(SFTConfig):
             is still nearly closed. The gate itself is always trained exactly. 0: everything exact.
         memory (`str`, defaults to `"none"`):
             `none`: a thought is forgotten once a real token follows. `persistent`: one thought per fork stays in the text, as in generation.
+            With `fork_positions="markers"` prompts are then thought in as well, where nothing is judged.
         blind (`bool`, defaults to `False`):
             The text is hidden from whoever predicts; all it knows is the thought.
         gather_for_rollout (`bool`, defaults to `True`):
@@ -207,6 +212,7 @@ class ThinkTokConfig(SFTConfig):
     """
 
     num_think_tokens: int | None = option(None, "Thinking tokens; as many as the model has, or 16, where not given. 0 switches thinking off.")
+    think_init_words: list[str] | None = option(None, "Texts of one token each that new thinking tokens start as copies of; random directions where left out.")
 
     num_forks: int = option(16, "Places in each row where the model may think. 0 switches thinking off.")
     fork_positions: str = option("random", "Where the model may think.", FORK_POSITIONS)
@@ -293,6 +299,8 @@ class ThinkTokConfig(SFTConfig):
         check_values(self, ThinkTokConfig.__annotations__)
         if self.num_think_tokens != 0:
             check_text(self)
+        elif self.think_init_words:
+            raise ValueError("think_init_words has no effect with num_think_tokens=0: leave it out.")
         elif self.teacher is not None:
             raise ValueError("teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
         if self.thinks:
@@ -312,6 +320,11 @@ class ThinkTokConfig(SFTConfig):
     @property
     def thinks(self) -> bool:
         return self.num_think_tokens != 0 and self.num_forks != 0
+
+    @property
+    def reads_thinking(self) -> bool:
+        """Whether thoughts after markers stay in the text: then prompts have them as well."""
+        return self.fork_positions == "markers" and self.memory == "persistent"
 
     def branching(self, trunk_length: int, length: int | None = None, num_generations: int | None = None, markovian: int = 0) -> Branching:
         """The shape of a row's thoughts for rows of `trunk_length` tokens, with thoughts of up to `length` tokens, and so many of them, where that is known."""

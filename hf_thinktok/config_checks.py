@@ -78,8 +78,11 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
     thresholds = config.curriculum_threshold
     if thresholds is not None and (not thresholds or min(thresholds) < 0 or max(thresholds) > 1):
         raise ValueError(f"curriculum_threshold={thresholds} must be between 0 and 1: one number, or one for each level of the data but the last.")
-    if isinstance(config.fork_markers, str):
-        raise ValueError(f"fork_markers={config.fork_markers!r} is one text: give a list of them.")
+    for name in ("fork_markers", "think_init_words"):
+        if isinstance(texts := getattr(config, name), str):
+            raise ValueError(f"{name}={texts!r} is one text: give a list of them.")
+    if any(not isinstance(word, str) for word in config.think_init_words or ()):
+        raise ValueError(f"think_init_words={config.think_init_words!r} is to be a list of texts: put numbers in quotes.")
     if config.alternate is not None and (len(config.alternate) != 2 or min(config.alternate) < 1):
         raise ValueError(f"alternate={config.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
     if config.posterior_temperature <= 0:

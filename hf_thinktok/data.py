@@ -44,7 +44,8 @@ class TreeCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         for column in self.columns:
             if column in examples[0] and column != "thoughts":
-                batch[column] = torch.tensor([example[column] for example in examples])
+                values = [torch.tensor(example[column]) for example in examples]
+                batch[column] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
         if "thoughts" in self.columns and "thoughts" in examples[0]:
             thoughts = [torch.tensor(example["thoughts"], dtype=torch.long) for example in examples]
             batch["thoughts"] = torch.nn.utils.rnn.pad_sequence(thoughts, batch_first=True, padding_value=-1)
@@ -159,11 +160,14 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
         if args.packing:
             raise ValueError(f"The {name} data set's column {column!r} is about a row, and packing=True joins rows: set packing=False, or drop the column.")
         values = column_of(dataset, column, head)
-        numbers = list(itertools.chain.from_iterable(values)) if column == "thoughts" and all(isinstance(value, list) for value in values) else values
+        numbers = list(itertools.chain.from_iterable(values)) if column != "level" and all(isinstance(value, list) for value in values) else values
+        if column == "think_length" and numbers is not values and (args.fork_positions != "markers" or args.supply_thoughts):
+            mend = "give each row one number" if args.supply_thoughts else "set fork_positions=markers, or give each row one number"
+            raise ValueError(f"The {name} data set's column think_length has lists, a number for each marked place: {mend}.")
         if wrong := [number for number in numbers if not isinstance(number, int) or number < 0]:
             whole = "lists of whole numbers" if column == "thoughts" else "whole numbers"
             raise ValueError(f"The {name} data set's column {column!r} has {wrong[0]!r} where {whole} from 0 are due: mend it, or drop or rename the column.")
-        found[column] = values
+        found[column] = values if column == "thoughts" else numbers
     if (longest := max(found.get("think_length", ()), default=0)) > args.max_think_length:
         raise ValueError(
             f"The {name} data set asks for thoughts of {longest} tokens (column think_length): set max_think_length={longest}, or drop the column."

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .models import has_position_table, longest_row
-from .tree import document_lengths, document_positions, next_labels
+from .tree import document_ends, document_lengths, document_positions, next_labels
 
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
@@ -21,9 +21,23 @@ if TYPE_CHECKING:
 CHECKED_ROWS = 10_000
 
 
-def eligible_forks(labels_BT: Tensor, documents_BT: Tensor) -> Tensor:
-    """Positions whose next token is in the same document and carries a label, `[B, T]` bool."""
+def eligible_forks(labels_BT: Tensor, documents_BT: Tensor, unlabelled: bool = False) -> Tensor:
+    """Positions whose next token is in the same document and carries a label, `[B, T]` bool.
+
+    Args:
+        unlabelled: with or without a label.
+    """
+    if unlabelled:
+        return ~document_ends(documents_BT) & (documents_BT >= 0)
     return next_labels(labels_BT, documents_BT) >= 0
+
+
+def given_lengths(given: Tensor, marked_BT: Tensor) -> Tensor:
+    """Thinking tokens at each place, `[B, T]`, as the data says: one number for all places of a row, `[B]`, or one for each that is marked, `[B, J]`."""
+    if given.ndim == 1:
+        return given[:, None].expand_as(marked_BT)
+    number_BT = (marked_BT.cumsum(1) - 1).clamp(0, given.shape[1] - 1)
+    return given.gather(1, number_BT) * marked_BT
 
 
 def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch.Generator, entropy_BT: Tensor | None = None) -> Tensor:
@@ -102,14 +116,22 @@ def check_markers(markers: list[list[int]], texts: list[str], rows) -> None:
     """Refuses markers after none of which the model could think.
 
     Raises:
-        ValueError: no marker ends within the first rows.
+        ValueError: no marker ends within the first rows, or a row has a list of lengths for another number of them.
     """
-    for row in itertools.islice(rows, CHECKED_ROWS):
-        if ends_of(markers, torch.as_tensor(row["input_ids"])[None])[:, :-1].any():
+    found = False
+    for number, row in enumerate(itertools.islice(rows, CHECKED_ROWS)):
+        ends_1T = ends_of(markers, torch.as_tensor(row["input_ids"])[None])
+        found |= bool(ends_1T[:, :-1].any())
+        if isinstance(given := row.get("think_length"), list) and len(given) != (count := int(ends_1T.sum())):
+            raise ValueError(
+                f"Row {number} has the lengths of {len(given)} thoughts in think_length, and {count} ends of fork_markers={texts}: give one for each."
+            )
+        if found and not isinstance(given, list):
             return
-    raise ValueError(
-        f"None of fork_markers={texts} ends anywhere in the first {CHECKED_ROWS:,} rows, so nothing would be thought: look at how they are written."
-    )
+    if not found:
+        raise ValueError(
+            f"None of fork_markers={texts} ends anywhere in the first {CHECKED_ROWS:,} rows, so nothing would be thought: look at how they are written."
+        )
 
 
 def ends_of(markers: list[list[int]], tokens_BT: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def sample_thoughts(
     sampling: Sampling,
     vocabulary: ThinkingVocabulary,
     generator: torch.Generator,
-    given_B: Tensor | None = None,
+    given_BK: Tensor | None = None,
 ) -> Rollout:
     """Thinks G thoughts after each fork.
 
@@ -186,7 +186,7 @@ def sample_thoughts(
 
     Args:
         generator: on the tokens' device; its state decides the draw entirely.
-        given_B: thinking tokens of each row's thoughts, where the data says so.
+        given_BK: thinking tokens of each fork's thoughts, where the data says so.
     """
     batch, num_forks = forks_BK.shape
     groups, length, device = branching.num_generations, branching.max_length, tokens_BT.device
@@ -194,7 +194,7 @@ def sample_thoughts(
     draw: Draw | None = None if not sampling.text else "greedy" if sampling.top_k == 1 else generator
     if num_forks == 0:
         return rollout
-    longest_BKG = torch.full_like(rollout.lengths_BKG, length) if given_B is None else given_B[:, None, None].expand_as(rollout.lengths_BKG)
+    longest_BKG = torch.full_like(rollout.lengths_BKG, length) if given_BK is None else given_BK[:, :, None].expand_as(rollout.lengths_BKG)
     if not sampling.draws:
         return replace(rollout, thoughts_BKGL=torch.full_like(rollout.thoughts_BKGL, vocabulary.first_id), lengths_BKG=longest_BKG.clone())
     thoughts_BKGL, lengths_BKG, logps_BKGL = rollout.thoughts_BKGL, rollout.lengths_BKG, rollout.logps_BKGL

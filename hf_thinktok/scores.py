@@ -26,6 +26,7 @@ class TreeScores:
     Attributes:
         trunk_logps_BT: log p(next real token) along the text; 0 where it carries no label.
         trunk_mask_BT: where it carries one.
+        trunk_correct_BT: whether that token is the most likely one.
         logps_BKGH: log p(judged token) after each thought.
         correct_BKGH: whether that token is the most likely one.
         baseline_logps_BKH: log p(judged token) along the text, without the thought (no gradient).
@@ -41,6 +42,7 @@ class TreeScores:
 
     trunk_logps_BT: Tensor
     trunk_mask_BT: Tensor
+    trunk_correct_BT: Tensor
     logps_BKGH: Tensor
     correct_BKGH: Tensor
     baseline_logps_BKH: Tensor
@@ -137,6 +139,7 @@ def score_tree(
     return TreeScores(
         trunk_logps_BT=logps.view(targets_BS.shape)[:, : tree.trunk_length],
         trunk_mask_BT=judged_BS[:, : tree.trunk_length],
+        trunk_correct_BT=correct.view(targets_BS.shape)[:, : tree.trunk_length],
         logps_BKGH=at(logps, predictors),
         correct_BKGH=at(correct, predictors),
         baseline_logps_BKH=before(logps.view(targets_BS.shape), places_BKH).detach(),

@@ -15,6 +15,7 @@ import copy
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,9 @@ ROW_MULTIPLE = 64
 THINK_MASS = 0.03
 # Standard deviation, in nats, that the thinking logits of one context start with: distinct thoughts, high entropy.
 LOGIT_SPREAD = 1.0
+
+# Noise of a row that starts as a copy of a text's token, in standard deviations of that row: several copies of one token are several thoughts.
+COPY_NOISE = 0.3
 
 # One position in so many of the sample holds a thought.
 THOUGHTS_EVERY = 4
@@ -122,6 +126,7 @@ def add_thinking_tokens(
     think_mass: float = THINK_MASS,
     logit_spread: float = LOGIT_SPREAD,
     seed: int = 0,
+    words: Sequence[str] = (),
 ) -> ThinkingVocabulary:
     """Gives a causal LM and its tokenizer thinking tokens, in place.
 
@@ -133,14 +138,16 @@ def add_thinking_tokens(
         sample_text: text like that of the training data; the new rows are calibrated on it.
         think_mass: mean probability of thinking that a context of `sample_text` starts with.
         logit_spread: standard deviation in nats between the thinking logits of one context at the start.
-        seed: for the rows' directions. It must be the same on every rank.
+        seed: for the rows' directions, or their noise. It must be the same on every rank.
+        words: texts of one token each that the rows start as noisy copies of, in turn, in place of random directions: the model may then begin by thinking
+            in silence what it would write. `logit_spread` has no effect on such rows.
 
     Returns:
         `ThinkingVocabulary`: also written to `model.config.thinktok`.
 
     Raises:
         ValueError: the tokenizer and the model disagree, the model has another number of thinking tokens, its embedding cannot grow, or its generation config
-            could not be saved.
+            could not be saved; a word is not one token, or there are more of them than thinking tokens.
     """
     if num_tokens is not None and num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens} must be 1 or more.")
@@ -150,9 +157,12 @@ def add_thinking_tokens(
     rows = embedding_rows(model)
     check_vocabulary(model.config, tokenizer, num_tokens, rows)
     if existing is not None:
+        if words:
+            raise ValueError("The model has thinking tokens, which cannot start anew as copies of words (think_init_words): leave these out, or take its base.")
         return existing
-    _make_writable(model.generation_config)
     num_tokens = 16 if num_tokens is None else num_tokens
+    copied = _ids_of_words(words, tokenizer, num_tokens)
+    _make_writable(model.generation_config)
 
     pieces = tokenizer(GUARD, add_special_tokens=False)["input_ids"]
     tokenizer.add_tokens([AddedToken(TEMPLATE.format(i), special=True, normalized=True) for i in range(num_tokens)], special_tokens=True)
@@ -172,7 +182,7 @@ def add_thinking_tokens(
         except AttributeError as error:  # xLSTM's own way to fill new rows
             raise ValueError(f"transformers cannot add rows to the embedding of {model.config.model_type}, and thinking tokens need them: {error}.") from error
     with whole(model, written_by=0):
-        _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed)
+        _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed, copied)
 
     model.config.thinktok = asdict(vocabulary)
     # Rows that belong to no token stay out of plain sampling; the guard is only ever read.
@@ -214,6 +224,17 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
             )
     if largest >= num_rows:
         raise ValueError(f"The tokenizer has ids up to {largest} and the model {num_rows} embedding rows: they do not belong together.")
+
+
+def _ids_of_words(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
+    """The token that each thinking token is to start as a copy of; none without words."""
+    if len(words) > num_tokens:
+        raise ValueError(f"{num_tokens} thinking tokens cannot be copies of {len(words)} words (think_init_words): give fewer, or raise num_think_tokens.")
+    pieces = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    for word, piece in zip(words, pieces, strict=True):
+        if len(piece) != 1:
+            raise ValueError(f"The word {word!r} (think_init_words) is {len(piece)} tokens of this tokenizer, and a thinking token is a copy of one.")
+    return [pieces[i % len(words)][0] for i in range(num_tokens)] if words else []
 
 
 def _make_writable(config: GenerationConfig) -> None:
@@ -259,7 +280,7 @@ def _refuse_injection(tokenizer, vocabulary) -> None:
 
 
 @torch.no_grad()
-def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_mass, logit_spread, seed) -> None:
+def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_mass, logit_spread, seed, copied) -> None:
     """Fills the thinking rows, the guard's and the padding rows of the input and the output embedding."""
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = inputs is outputs or inputs.data_ptr() == outputs.data_ptr()
@@ -268,7 +289,9 @@ def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_m
         bias[first:] = 0.0
     output_norm = _typical_norm(outputs[:num_real])
     directions_ND = torch.randn(vocabulary.num_tokens, inputs.shape[1], generator=torch.Generator().manual_seed(seed))
-    if not tied:
+    if copied:
+        inputs[first:last] = _noisy(inputs[copied], directions_ND).to(inputs)
+    elif not tied:
         inputs[first:last] = (directions_ND * (_typical_norm(inputs[:num_real]).cpu() / directions_ND.norm(dim=-1, keepdim=True))).to(inputs)
     inputs[last] = inputs[guard_pieces].float().mean(0).to(inputs.dtype)
     # Calibrated on text first, then also on contexts that end in a thought: those decide whether thinking goes on, and depend on the rows themselves.
@@ -283,14 +306,28 @@ def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_m
             norm=output_norm if tied else None,
             think_mass=think_mass,
             logit_spread=logit_spread,
+            copied_ND=_noisy(outputs[copied], directions_ND) if copied else None,
         ).to(outputs.dtype)
     # Output rows that nothing may choose point away from what hidden states have in common; a tied guard is read and keeps its input row.
     mean_D = hidden_MD.mean(0)
     outputs[last + tied :] = (-output_norm * mean_D / mean_D.norm().clamp_min(1e-12)).to(outputs.dtype)
 
 
+def _noisy(rows_ND: Tensor, directions_ND: Tensor) -> Tensor:
+    rows_ND = rows_ND.float()
+    return rows_ND + COPY_NOISE * rows_ND.std(-1, keepdim=True) * directions_ND.to(rows_ND)
+
+
 def initial_rows(
-    hidden_MD: Tensor, real_VD: Tensor, bias_R: Tensor | None, transform, noise_ND: Tensor, norm, think_mass: float, logit_spread: float
+    hidden_MD: Tensor,
+    real_VD: Tensor,
+    bias_R: Tensor | None,
+    transform,
+    noise_ND: Tensor,
+    norm,
+    think_mass: float,
+    logit_spread: float,
+    copied_ND: Tensor | None = None,
 ) -> Tensor:
     """Output rows for thinking tokens: distinct directions, and about the same think mass in every context.
 
@@ -305,6 +342,7 @@ def initial_rows(
         real_VD: real output rows.
         noise_ND: a random direction for each row.
         norm: the norm that the rows get (tied embeddings: the rows are inputs too), or `None` for whatever the logits ask for.
+        copied_ND: copies of real rows, which take the place of both parts: their logits rise and fall with the real ones.
 
     Returns:
         `[N, D]` rows in fp32.
@@ -329,7 +367,9 @@ def initial_rows(
     def spread(rows: Tensor) -> float:
         return (hidden_MD @ rows.T * transform.scale).std(-1, correction=min(1, len(rows) - 1)).mean().item()
 
-    if norm is None:
+    if copied_ND is not None:
+        own_ND, shared_D = copied_ND, torch.zeros_like(shared_D)
+    elif norm is None:
         own_ND = own_part(8.0)
         # A thought of one token has no others to differ from.
         own_ND = own_ND * (logit_spread / max(spread(own_ND), 1e-6) if len(noise_ND) > 1 else 0.0)
@@ -345,7 +385,7 @@ def initial_rows(
 
     common_D = shared_D + _bisect(lambda height: mass(height) - think_mass, -60.0, 60.0) * step_D
     if norm is not None:  # an untrained model may ask for rows of any size; as inputs they keep to an ordinary one
-        room = math.sqrt(max((1.2 * norm) ** 2 - own_ND.norm(dim=-1).mean().item() ** 2, 0.0))
+        room = math.sqrt(max((1.2 * norm) ** 2 - own_ND.norm(dim=-1).mean().item() ** 2, (0.5 * norm) ** 2))
         common_D = common_D * min(1.0, room / max(common_D.norm().item(), 1e-12))
     return own_ND + common_D
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
@@ -29,7 +29,7 @@ from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_num
 from .distributed import check_launcher, computes_in, for_rollout, is_partitioned, keep_types, prepare_frozen, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, has_room, marker_ids
+from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, given_lengths, has_room, marker_ids
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
 from .models import evaluating, unwrapped
@@ -112,12 +112,13 @@ class ThinkTokTrainer(CheckpointingTrainer):
 
         self.plain = args.num_think_tokens == 0
         if not self.plain:
-            text = sample_text(train_dataset, args.dataset_text_field, tokenizer)
+            how = {"num_tokens": args.num_think_tokens, "seed": args.seed, "words": args.think_init_words or ()}
+            how["sample_text"] = sample_text(train_dataset, args.dataset_text_field, tokenizer)
             if (speaker := find_speaker(speaker, model, args, two_adapters)) is not None:  # each gets its own rows; the tokenizer learns the tokens once
                 with where_it_is_fast(speaker, args.device):
-                    add_thinking_tokens(speaker, copy.deepcopy(tokenizer), args.num_think_tokens, text, seed=args.seed)
+                    add_thinking_tokens(speaker, copy.deepcopy(tokenizer), **how)
             with where_it_is_fast(model, args.device):
-                self.vocabulary = add_thinking_tokens(model, tokenizer, args.num_think_tokens, text, seed=args.seed)
+                self.vocabulary = add_thinking_tokens(model, tokenizer, **how)
             if args.supply_thoughts and args.num_think_tokens is None:  # else it was looked at before the model was loaded
                 check_thinking_numbers(column_of(train_dataset, "thoughts"), "train", self.vocabulary.num_tokens)
             if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
@@ -259,6 +260,8 @@ class ThinkTokTrainer(CheckpointingTrainer):
             loss = loss + thinking / accumulated
             if self.revival is not None:
                 self.revival.observe(rollout, scores)
+        elif self.curriculum is not None:  # an easy level may have no place to think at
+            metrics["accuracy"] = masked_mean(scores.trunk_correct_BT, scores.trunk_mask_BT, None)
         self._record(loss, metrics, tree, inputs, rollout, scores)
         return loss
 
@@ -282,7 +285,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
         if self.state.global_step % self.args.num_iterations == 0 or turn >= len(self._rollouts):
             del self._rollouts[turn:]
             generator = self._generator(0, turn, self.state.global_step)
-            forks_BK = self._forks(model, inputs["input_ids"], inputs["documents"], labels_BT, generator, self.args.fork_positions)
+            forks_BK = self._forks(model, inputs, labels_BT, generator, self.args.fork_positions)
             sampling = self.args.sampling(step)
             rollout = self._sample(model, inputs, forks_BK, generator, sampling, markovian=self.args.num_markovian)
             self._rollouts.append(self.explore(model, inputs, labels_BT, rollout, generator, sampling, step))
@@ -298,14 +301,20 @@ class ThinkTokTrainer(CheckpointingTrainer):
         num_generations: int | None = None,
         markovian: int = 0,
     ) -> Rollout:
-        given_B = inputs.get("think_length") if self.args.stop == "fixed" else None
-        length = None if given_B is None else max(self._largest_of_ranks(given_B.max()), 1)
+        given_BK = self._given_lengths(inputs, forks_BK)
+        length = None if given_BK is None else max(self._largest_of_ranks(given_BK), 1)
         branching = self.args.branching(inputs["input_ids"].shape[1], length, num_generations, markovian)
         # Around all passes, so that weights are cast, and gathered, once and not at every token.
         with self.accelerator.autocast(), for_rollout(model, self.accelerator, self.args.gather_for_rollout) as whole_model:
             return sample_thoughts(
-                self.engine, whole_model, inputs["input_ids"], inputs["documents"], forks_BK, branching, sampling, self.vocabulary, generator, given_B
+                self.engine, whole_model, inputs["input_ids"], inputs["documents"], forks_BK, branching, sampling, self.vocabulary, generator, given_BK
             )
+
+    def _given_lengths(self, inputs: dict[str, Tensor], forks_BK: Tensor) -> Tensor | None:
+        """Thinking tokens of each fork, where the data says so."""
+        if "think_length" not in inputs:
+            return None
+        return given_lengths(inputs["think_length"], ends_of(self.markers, inputs["input_ids"])).gather(1, forks_BK.clamp(min=0))
 
     def _think(self, model, inputs: dict[str, Tensor], rollout: Rollout) -> Rollout:
         """The rollout with what its thought nodes read, where that is no id."""
@@ -318,20 +327,23 @@ class ThinkTokTrainer(CheckpointingTrainer):
         branching = self.args.branching(inputs["input_ids"].shape[1], length, num_generations, rollout.markovian)
         return ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
 
-    def _forks(self, model, tokens_BT: Tensor, documents_BT: Tensor, labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
-        args, entropy_BT = self.args, None
+    def _forks(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
+        args, tokens_BT, documents_BT, entropy_BT = self.args, inputs["input_ids"], inputs["documents"], None
         if not args.thinks or (self.model.training and self.state.global_step < args.think_start):
             return tokens_BT.new_zeros(len(tokens_BT), 0)
-        eligible_BT = eligible_forks(labels_BT, documents_BT)
+        eligible_BT = eligible_forks(labels_BT, documents_BT, unlabelled=args.reads_thinking)
         eligible_BT &= has_room(args, unwrapped(model), documents_BT)
-        if how == "markers":
-            eligible_BT &= ends_of(self.markers, tokens_BT)
-        elif how == "entropy":
+        if args.fork_positions == "markers":
+            marked_BT = ends_of(self.markers, tokens_BT)
+            eligible_BT &= marked_BT
+            if "think_length" in inputs and inputs["think_length"].ndim > 1:  # a number for each marked place, and none where it is 0
+                eligible_BT &= given_lengths(inputs["think_length"], marked_BT) > 0
+        if how == "entropy":
             entropy_BT = self._entropy(model, tokens_BT, documents_BT)
         forks_BK = choose_forks(eligible_BT, args.num_forks, how, generator, entropy_BT)
-        if args.memory == "persistent":  # a pass for each
-            most = self._largest_of_ranks(torch.tensor(forks_BK.shape[1], device=forks_BK.device))
-            forks_BK = torch.nn.functional.pad(forks_BK, (0, most - forks_BK.shape[1]), value=-1)
+        if args.memory == "persistent":  # a pass for each, and none for those that no row has
+            most = self._largest_of_ranks((forks_BK >= 0).sum(1))
+            forks_BK = nn.functional.pad(forks_BK, (0, max(most - forks_BK.shape[1], 0)), value=-1)[:, :most]
         return forks_BK
 
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:
@@ -356,7 +368,7 @@ class ThinkTokTrainer(CheckpointingTrainer):
             return loss
         generator = self._generator(1, turn)
         how = "random" if args.fork_positions == "entropy" else args.fork_positions
-        forks_BK = self._forks(model, tokens_BT, documents_BT, labels_BT, generator, how)
+        forks_BK = self._forks(model, inputs, labels_BT, generator, how)
         rollout = self._think(model, inputs, self._sample(model, inputs, forks_BK, generator, dataclasses.replace(args.sampling(), epsilon=0.0)))
         both = rollout.beside(control_thoughts(rollout, self.vocabulary, generator))
         tree = self._tree(inputs, both)
@@ -427,16 +439,17 @@ class ThinkTokTrainer(CheckpointingTrainer):
     def _ranks_to_average(self, num_items_in_batch) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
 
-    def _largest_of_ranks(self, number: Tensor) -> int:
-        """For what takes a pass each: where layers are gathered in every pass, all ranks have to make as many."""
-        return int(self.accelerator.gather(number[None]).max())
+    def _largest_of_ranks(self, counts: Tensor) -> int:
+        """The largest of all ranks' counts, 0 of none, for what takes a pass each: where layers are gathered in every pass, all have to make as many."""
+        return int(self.accelerator.gather(nn.functional.pad(counts.flatten(), (1, 0)).max()[None]).max())
 
     def _global_mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.detach(), reduction="mean")
 
     def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], rollout: Rollout, scores: TreeScores) -> None:
-        """Averages the metrics over the forks of all ranks and flags a step that is not finite: one synchronisation for all."""
-        counts = torch.stack([(tree.documents_BT >= 0).sum(), scores.valid_BK.sum()]).float()
+        """Averages the metrics over the forks of all ranks, or the labels of a text without any, and flags a step that is not finite: one synchronisation for
+        all."""
+        counts = torch.stack([(tree.documents_BT >= 0).sum(), (scores.valid_BK if tree.num_forks else scores.trunk_mask_BT).sum()]).float()
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
         gathered = self.accelerator.gather(torch.cat([counts, values])[None]).cpu()
         if not torch.isfinite(gathered).all():

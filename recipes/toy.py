@@ -9,6 +9,7 @@ last line of the output is JSON with `seeds` and `accuracy`, a list over them.
 
 import copy
 import functools
+import itertools
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,12 +92,14 @@ class Progress(TrainerCallback):
 
 
 def tokenized(rows: Dataset, tokenizer) -> Dataset:
-    """Prompt and completion as ids, tokenised apart so that their border is a border of tokens."""
-    prompts, completions = (tokenizer(list(rows[name]), add_special_tokens=False)["input_ids"] for name in ("prompt", "completion"))
-    columns = {
-        "input_ids": [p + c for p, c in zip(prompts, completions, strict=True)],
-        "labels": [[-100] * len(p) + c for p, c in zip(prompts, completions, strict=True)],
-    }
+    """Prompts and completions as ids, tokenised apart so that their borders are borders of tokens. A row may have several of each, one after the other."""
+    texts = [[text if isinstance(text, list) else [text] for text in rows[name]] for name in ("prompt", "completion")]
+    ids = [iter(tokenizer(list(itertools.chain.from_iterable(column)), add_special_tokens=False)["input_ids"]) for column in texts]
+    columns: dict[str, list] = {"input_ids": [], "labels": []}
+    for turns in texts[0]:
+        parts = [part for prompt, completion in zip(*(itertools.islice(one, len(turns)) for one in ids), strict=True) for part in (prompt, completion)]
+        columns["input_ids"].append([token for part in parts for token in part])
+        columns["labels"].append([token if place % 2 else -100 for place, part in enumerate(parts) for token in part])
     about = [name for name in ("level", "think_length", "thoughts", "answer", "inputs") if name in rows.column_names]
     return Dataset.from_dict(columns | {name: list(rows[name]) for name in about})
 

@@ -208,6 +208,9 @@ BAD_FITS = [
         ["information_gain", "memory=persistent", "lookahead=1, or log_prob"],
     ),
     ({"fork_positions": "markers", "fork_markers": "A: "}, ["fork_markers='A: '", "a list"]),
+    ({"think_init_words": "no"}, ["think_init_words='no'", "a list"]),
+    ({"think_init_words": [0, 1]}, ["think_init_words=.0, 1.", "put numbers in quotes"]),
+    ({"think_init_words": ["no"], "num_think_tokens": 0}, ["think_init_words", "num_think_tokens=0", "leave it out"]),
 ]
 NO_EFFECT = [
     ({"prompt_length": 5}, ["prompt_length=5", "rollout=free"]),

@@ -15,8 +15,8 @@ def forks_of(make_trainer, monkeypatch):
         seen = []
         original = ThinkTokTrainer._forks
 
-        def watched(self, model, tokens_BT, documents_BT, *args):
-            forks_BK = original(self, model, tokens_BT, documents_BT, *args)
+        def watched(self, model, inputs, *args):
+            forks_BK, documents_BT = original(self, model, inputs, *args), inputs["documents"]
             for row, fork in (forks_BK >= 0).nonzero().tolist():
                 place = int(forks_BK[row, fork])
                 document = documents_BT[row, place]

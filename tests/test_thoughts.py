@@ -297,7 +297,7 @@ def test_evaluation_compares_with_thoughts_from_elsewhere(make):
     result = trainer.evaluate()
     loop, generator = Loop(trainer), trainer._generator(1, 0)
     inputs = trainer.data_collator(list(rows))
-    forks = trainer._forks(trainer.model, inputs["input_ids"], inputs["documents"], trainer._labels(inputs), generator, "random")[:, 0].tolist()
+    forks = trainer._forks(trainer.model, inputs, trainer._labels(inputs), generator, "random")[:, 0].tolist()
     contexts = [row["input_ids"][: fork + 1] for row, fork in zip(rows, forks, strict=True)]
     thoughts, next_ones = [loop.think(ids) for ids in contexts], [row["input_ids"][fork + 1] for row, fork in zip(rows, forks, strict=True)]
 

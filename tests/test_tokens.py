@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -266,6 +267,54 @@ def test_rows_of_an_untrained_tied_model_are_distinct_and_of_ordinary_size():
     rows_RD = model.get_input_embeddings().weight.detach()
     assert norm_ratio(rows_RD, vocabulary).max() < 3.0
     assert cosine(rows_RD[list(vocabulary.ids)]) < 0.9
+
+
+WORDS = ["a", "e", "i"]
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_tokens_that_start_as_words_are_read_and_chosen_as_those_are(tie):
+    model, tokenizer = lifelike(tie=tie), tiny_tokenizer()
+    copied = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
+    vocabulary = add_thinking_tokens(model, tokenizer, 8, words=WORDS)
+    meant = torch.tensor([copied[i % 3] for i in range(8)])
+    real, thoughts = torch.arange(vocabulary.first_id), list(vocabulary.ids)
+    for rows_RD in (model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()):
+        # What all rows have in common is no part of what one means.
+        centred_RD = rows_RD - rows_RD[real].mean(0)
+        nearest = torch.nn.functional.cosine_similarity(centred_RD[thoughts][:, None], centred_RD[real], dim=-1).argmax(-1)
+        assert torch.equal(nearest, meant)
+        assert cosine(rows_RD[thoughts]) < 0.995  # two copies of one word are two thoughts
+    log_z_M, think_MN = scores(model, tokenizer, vocabulary)
+    windows_BT = torch.tensor([i for text in SAMPLE_TEXT for i in tokenizer(text)["input_ids"]][:256]).view(-1, 64)
+    words_MN = model(input_ids=windows_BT).logits[:, 1:, meant].flatten(0, 1).float()
+    centred = [logits_MN - logits_MN.mean(-1, keepdim=True) for logits_MN in (think_MN, words_MN)]
+    assert torch.corrcoef(torch.stack([logits_MN.flatten() for logits_MN in centred]))[0, 1] > 0.8
+    assert THINK_MASS / 3 < think_mass_of(log_z_M, think_MN).mean() < THINK_MASS * 3
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "words", "message"),
+    [
+        (2, WORDS, "2 thinking tokens cannot be copies of 3 words (think_init_words): give fewer, or raise num_think_tokens."),
+        (8, ["a", "harbour"], "The word 'harbour' (think_init_words) is 6 tokens of this tokenizer, and a thinking token is a copy of one."),
+        (8, [""], "The word '' (think_init_words) is 0 tokens of this tokenizer"),
+    ],
+)
+def test_words_that_cannot_be_copied_are_refused_untouched(num_tokens, words, message):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    before, known = state(model), len(tokenizer)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        add_thinking_tokens(model, tokenizer, num_tokens, words=words)
+    assert same(state(model), before)
+    assert len(tokenizer) == known
+
+
+def test_tokens_that_have_a_meaning_do_not_start_anew():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    add_thinking_tokens(model, tokenizer, 8)
+    with pytest.raises(ValueError, match="The model has thinking tokens, which cannot start anew as copies of words"):
+        add_thinking_tokens(model, tokenizer, 8, words=WORDS)
 
 
 def test_a_bias_of_free_rows_does_not_spoil_the_think_mass():

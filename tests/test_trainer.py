@@ -899,7 +899,7 @@ def test_thoughts_are_kept_near_the_adapter_s_base(make_trainer):
 def test_it_thinks_where_the_next_token_is_hardest(make_trainer):
     trainer = make_trainer(fork_positions="entropy", num_forks=3)
     inputs = next(iter(trainer.get_train_dataloader()))
-    forks = trainer._forks(trainer.model, inputs["input_ids"], inputs["documents"], trainer._labels(inputs), torch.Generator(), "entropy")
+    forks = trainer._forks(trainer.model, inputs, trainer._labels(inputs), torch.Generator(), "entropy")
     for ids, found, documents in zip(inputs["input_ids"], forks, inputs["documents"], strict=True):
         ids = ids[documents >= 0]
         logps = trainer.model(input_ids=ids[None]).logits[0, :-1, : trainer.vocabulary.num_real].log_softmax(-1)

@@ -4,6 +4,7 @@ The same rows serve tiny transformers with a tokenizer of whole words (`word_tok
 
 - `prompt`, `completion`: the latter begins with a space, except in `pointer_chasing`, where it goes on inside a word (`4>` then `6`). Make the tokens
   of prompt and completion separately: a tokenizer of whole words does not know `4>6`.
+  In `walk` both are lists, as a row may ask several questions, and a thought's tokens stand in the prompt: `think_length` has a list of their places.
 - `level`: the difficulty. `inputs`: the question as integers. `answer`: the number of the answer.
 - `think_length`, `thoughts`: a thought that is enough, as ids 0..N-1: the states on the way, so that the last one and a single step give the answer.
   It is empty at level 1, except in `mod_add`; `three_sat` begins at level 4.
@@ -30,14 +31,14 @@ from datasets.table import InMemoryTable
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .questions import TASKS, Questions, Recipe, check_whole, joined, span
+from .questions import TASKS, Questions, Recipe, check_whole, held_back, joined, span
 
 FEATURES = Features(
     {"prompt": Value("string"), "completion": Value("string"), "level": Value("int64"), "think_length": Value("int64")}
     | {"thoughts": List(Value("int64")), "answer": Value("int64"), "inputs": List(Value("int64"))}
 )
-# One question in so many is for tests only.
-TEST_SHARE = 4
+# Where rows may ask several questions prompts and completions are lists, and each place of a prompt has a length of its own.
+SEVERAL = Features(FEATURES | {"prompt": List(Value("string")), "completion": List(Value("string")), "think_length": List(Value("int64"))})
 # A level with fewer questions has none to spare: all are trained on, and it is not tested.
 MIN_QUESTIONS = 64
 # How often questions are drawn before a level is given up.
@@ -56,15 +57,6 @@ class Task:
     stepwise: bool  # a thought's tokens are what is known after each step, and not a code of the answer
     words: tuple[str, ...]  # all that may stand between whitespace in prompts and completions, sorted, also of levels only tested
     asked_by_length: bool = False  # how many thoughts there are is part of the question, which is none without them
-
-
-def held_back(keys_RC: np.ndarray) -> np.ndarray:
-    """Which questions are for tests only: a hash of their integers."""
-    hash_R = np.full(len(keys_RC), keys_RC.shape[1], dtype=np.uint64)
-    for column_R in keys_RC.astype(np.uint64).T:
-        hash_R = (hash_R ^ column_R) * np.uint64(0x9E3779B97F4A7C15)
-        hash_R ^= hash_R >> np.uint64(29)
-    return (hash_R * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(40)) % np.uint64(TEST_SHARE) == 0
 
 
 def matched(rng: np.random.Generator, asked: Questions, hints_R: np.ndarray) -> Questions:
@@ -86,7 +78,7 @@ def questions(recipe: Recipe, seeds: list[int], level: int, rows: int, test: boo
     rng, both = np.random.default_rng([*seeds, level, test]), len(recipe.answers) == 2
     wanted, kept = [rows - rows // 2, rows // 2] if both else [rows], []
     for _ in range(MAX_BATCHES):
-        drawn = recipe.draw(rng, level)
+        drawn = (recipe.draw_tests or recipe.draw if test else recipe.draw)(rng, level)
         if recipe.count(level) >= MIN_QUESTIONS:
             drawn = drawn.at(held_back(recipe.key(drawn.inputs_RC)) == test)
         if recipe.hint and len(drawn.answers_R):
@@ -108,9 +100,16 @@ def dataset(recipe: Recipe, seeds: list[int], levels: list[int], rows: int, test
         completions = recipe.completions(asked) if recipe.completions else joined(recipe.answers, asked.answers_R[:, None])
         count, length = asked.thoughts_RL.shape
         integers = [part.tolist() for part in (asked.thoughts_RL, asked.answers_R, asked.inputs_RC)]
-        tables.append([prompts, completions, [level] * count, [length] * count, *integers])
-    columns = {name: [row for turn in zip(*parts) for row in turn] for name, parts in zip(FEATURES, zip(*tables))}
-    return Dataset(InMemoryTable.from_pydict(columns, schema=FEATURES.arrow_schema))  # Dataset.from_dict is slow with lists
+        columns = [prompts, completions, [level] * count, [length] * count]
+        if recipe.again:
+            turns = 1 if test else max(recipe.together // level, 1)
+            more = [recipe.again(np.random.default_rng([*seeds, level, 4 + turn]), level, asked.inputs_RC) for turn in range(turns - 1)]
+            columns[:2] = ([list(row) for row in zip(*texts)] for texts in zip((prompts, completions), *more))
+            columns[3] = [([1] * length + [0]) * turns] * count
+        tables.append([*columns, *integers])
+    rows_of = {name: [row for turn in zip(*parts) for row in turn] for name, parts in zip(FEATURES, zip(*tables))}
+    features = SEVERAL if recipe.again else FEATURES
+    return Dataset(InMemoryTable.from_pydict(rows_of, schema=features.arrow_schema))  # Dataset.from_dict is slow with lists
 
 
 def check_levels(name: str, option: str, levels, low: int, high: float) -> list[int]:

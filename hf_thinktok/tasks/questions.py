@@ -11,6 +11,8 @@ import numpy as np
 
 # Questions drawn at once.
 BATCH = 8192
+# One question in so many is for tests only.
+TEST_SHARE = 4
 
 
 class Questions(NamedTuple):
@@ -33,6 +35,7 @@ class Recipe:
     count: Callable[[int], int]  # how many different questions a level has
     draw: Callable[[np.random.Generator, int], Questions]  # random questions of a level, as many of BATCH as will do
     prompts: Callable[[np.random.Generator, int, np.ndarray], list[str]]
+    draw_tests: Callable[[np.random.Generator, int], Questions] | None = None  # where tests ask otherwise
     key: Callable[[np.ndarray], np.ndarray] = lambda inputs_RC: inputs_RC  # the integers that make a question a new one
     shortcut: Callable[[int], float] = lambda level: 1.0
     hint: Callable[[np.ndarray], np.ndarray] | None = None  # a whole number; as many of each answer for each of its values
@@ -43,6 +46,19 @@ class Recipe:
     held_out: float = 0.0  # the part of them that is only tested
     stepwise: bool = True  # a thought's tokens are what is known after each step
     asked_by_length: bool = False  # how many thoughts there are is part of the question
+    # Where each token of a thought has its place in the prompt: prompts and completions of other questions about the facts of each, as which training rows go
+    # on, up to so many steps in all.
+    again: Callable[[np.random.Generator, int, np.ndarray], tuple[list[str], list[str]]] | None = None
+    together: int = 1
+
+
+def held_back(keys_RC: np.ndarray) -> np.ndarray:
+    """Which questions are for tests only: a hash of their integers."""
+    hash_R = np.full(len(keys_RC), keys_RC.shape[1], dtype=np.uint64)
+    for column_R in keys_RC.astype(np.uint64).T:
+        hash_R = (hash_R ^ column_R) * np.uint64(0x9E3779B97F4A7C15)
+        hash_R ^= hash_R >> np.uint64(29)
+    return (hash_R * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(40)) % np.uint64(TEST_SHARE) == 0
 
 
 def joined(words: Sequence[str], ids_RC: np.ndarray, sep: str = " ") -> list[str]:
@@ -275,6 +291,65 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
     )
 
 
+def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
+    """`4 +3 = > > = +9 =` -> `1`: where do level steps lead that are told one after another? The thought is the nodes on the way.
+
+    One line `a>b` for each node of a random permutation f in random order, then the start and its steps, in turn a number to add modulo `nodes` and an arrow
+    to follow, written `> >`; either may be the first. Each ends in `=`, and each but the last is a place for a thinking token: `think_length` has a list of
+    1 for each of these places and 0 for the last. `inputs` are the start, f(0), f(1) and so on, then the numbers, -1 for an arrow. As another number comes in
+    at every other step, no two steps can be made one before they are told. The shortcut is that of who does a single step: chance from two on.
+
+    Args:
+        together: a training row asks again about the same facts, as long as there are no more steps than this in all.
+        mixed: in training rows each step is a number or an arrow, whatever was before it.
+    """
+    check_whole(2, nodes=nodes)
+    check_whole(1, together=together)
+    check_flag(mixed=mixed)
+    edges = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)]
+
+    def asked(rng, level, map_RM, start_R, mixed=mixed) -> Questions:
+        rows = len(start_R)
+        arrow_RK = rng.integers(2, size=(rows, level)) if mixed else (rng.integers(2, size=(rows, 1)) + np.arange(level)) % 2
+        numbers_RK = np.where(arrow_RK, -1, rng.integers(nodes, size=(rows, level)))
+        path = [start_R]
+        for number_R in numbers_RK.T:
+            path.append(np.where(number_R < 0, map_RM[np.arange(rows), path[-1]], (path[-1] + number_R) % nodes))
+        return Questions(np.concatenate([start_R[:, None], map_RM, numbers_RK], 1), np.stack(path[1:], 1)[:, :-1], path[-1])
+
+    def draw(rng, level, mixed=mixed):
+        map_RM = rng.permuted(np.tile(np.arange(nodes), (BATCH, 1)), axis=1)
+        return asked(rng, level, map_RM, rng.integers(nodes, size=BATCH), mixed)
+
+    def told(inputs_RC):
+        steps = [" ".join("> > =" if number < 0 else f"+{number} =" for number in row) for row in inputs_RC[:, 1 + nodes :].tolist()]
+        return [f"{start} {row}" for start, row in zip(inputs_RC[:, 0].tolist(), steps)]
+
+    def prompts(rng, level, inputs_RC):
+        facts = joined(edges, shuffled(rng, np.arange(nodes) * nodes + inputs_RC[:, 1 : 1 + nodes]), "\n")
+        return [f"{fact}\n{question}" for fact, question in zip(facts, told(inputs_RC))]
+
+    def again(rng, level, inputs_RC):
+        map_RM = inputs_RC[:, 1 : 1 + nodes]
+        starts_RM = rng.permuted(np.tile(np.arange(nodes), (len(map_RM), 1)), axis=1)
+        tested_RM = np.stack([held_back(np.concatenate([starts_RM[:, [i]], map_RM], 1)) for i in range(nodes)], 1)
+        more = asked(rng, level, map_RM, starts_RM[np.arange(len(map_RM)), tested_RM.argmin(1)])  # one that is not
+        return [f"\n{question}" for question in told(more.inputs_RC)], [str(node) for node in more.answers_R]
+
+    return Recipe(
+        answers=decimals(nodes),
+        words=lambda levels: [*edges, *decimals(nodes), *decimals(nodes, "+"), ">", "="],
+        count=lambda level: math.factorial(nodes) * nodes,
+        draw=draw,
+        draw_tests=lambda rng, level: draw(rng, level, mixed=False),
+        prompts=prompts,
+        key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
+        shortcut=lambda level: 1.0 if level == 1 else 1 / nodes,
+        again=again,
+        together=together,
+    )
+
+
 def one_hop_accuracy(nodes: int, hops: int, offsets: bool = False) -> float:
     """How often the best answer is right, for who can look up one hop from the start s and nothing else.
 
@@ -388,5 +463,5 @@ def three_sat(clauses: int | None = None) -> Recipe:
     )
 
 
-FUNCTIONS = (mod_add, mod_add_many, permutations, parity, pointer_chasing, reachability, sorting, three_sat)
+FUNCTIONS = (mod_add, mod_add_many, permutations, parity, pointer_chasing, walk, reachability, sorting, three_sat)
 TASKS: dict[str, Callable[..., Recipe]] = {function.__name__: function for function in FUNCTIONS}
