@@ -1,0 +1,102 @@
+"""What a run measures of itself: averages over forks and processes, its speed, samples of its thoughts, held-out gains, and steps that are not finite."""
+
+import dataclasses
+import math
+import time
+
+import torch
+from accelerate import DistributedType
+from torch import Tensor
+
+from .callbacks import NonFiniteGuard, Spent, print_thoughts, sample_thoughts_to_print
+from .checkpoints import CheckpointingTrainer
+from .curriculum import Curriculum
+from .evaluation import GainByDocument
+from .revival import Revival
+from .rewards import masked_mean
+from .rollout import Rollout
+from .scores import TreeScores
+from .tree import ThoughtTree
+
+
+class MeasuringTrainer(CheckpointingTrainer):
+    """A trainer that says how its run goes."""
+
+    curriculum: Curriculum | None = None
+    revival: Revival | None = None
+
+    def _begin_to_measure(self) -> None:
+        self.spent, self.guard = Spent(), NonFiniteGuard(self.args.max_nonfinite_steps)
+        self.add_callback(self.spent)
+        self.add_callback(self.guard)
+        self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
+        self._gains, self._prefix = GainByDocument(), "eval"
+        self._micro_step = (-1, -1)  # optimizer step, and forward within it
+        self._printable: tuple[Tensor, Rollout, Tensor, Tensor] | None = None  # of the latest micro-step
+
+    def _global_mean(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value.detach(), reduction="mean")
+
+    def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], rollout: Rollout, scores: TreeScores) -> None:
+        """Averages the metrics over the forks of all ranks, or the labels of a text without any, and flags a step that is not finite: one synchronisation for
+        all."""
+        counts = torch.stack([(tree.documents_BT >= 0).sum(), (scores.valid_BK if tree.num_forks else scores.trunk_mask_BT).sum()]).float()
+        values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
+        gathered = self.accelerator.gather(torch.cat([counts, values])[None]).cpu()
+        if not torch.isfinite(gathered).all():
+            self.guard.flag()
+        tokens, num_forks = gathered[:, :2].sum(0).tolist()
+        means = (gathered[:, 3:] * gathered[:, 1:2]).sum(0) / max(num_forks, 1)
+        found = dict(zip(metrics, means.tolist(), strict=True)) if num_forks else {}  # a batch without forks has nothing to say
+        for name, value in found.items():
+            if math.isfinite(value):  # one skipped step must not blank the average of a log
+                self._metrics["train"][name].append(value)
+        if self.curriculum is not None and math.isfinite(found.get("accuracy", math.nan)):
+            self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
+            self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
+        self.spent.tokens += int(tokens)
+        self._tokens_since += tokens
+        self._nodes_since += tree.valid_BS.numel() * len(gathered)
+        self._metrics["train"]["num_tokens"] = [self.spent.tokens]
+        if self.args.log_completions and tree.num_forks:
+            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / math.log(2)
+            self._printable = (inputs["input_ids"], dataclasses.replace(rollout, soft_BKGLX=None), scores.labels_BKH, gains_BKG)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["skipped_steps"] = self.guard.total
+        if not self.plain and self.model.training and self._tokens_since:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = self._tokens_since / (now - self._clock)
+            logs["nodes_per_second"] = self._nodes_since / (now - self._clock)
+            if self.revival is not None:
+                logs["revived_tokens"] = self.revival.revived
+            self._clock, self._nodes_since, self._tokens_since = now, 0, 0
+            if self._printable and self.is_world_process_zero():
+                samples = sample_thoughts_to_print(*self._printable, self.args.num_completions_to_print)
+                print_thoughts(self._tokenizer, samples, self.vocabulary.first_id, self.state.global_step)
+        if not self.plain and not self.model.training and self._gains.rows:
+            logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
+            self._gains = GainByDocument()
+        if "train_runtime" in logs:
+            logs |= {"train_step_seconds": self.spent.seconds, "train_steps_per_second": self.state.global_step / max(self.spent.seconds, 1e-9)}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Held-out text: `eval_loss` without thoughts, bits per token without thinking, with it and with a random thought, and the gain with its
+        standard error over documents."""
+        if not self.plain:
+            self._gains, self._micro_step, self._prefix = GainByDocument(), (-1, -1), metric_key_prefix
+        start = time.perf_counter()
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._clock += time.perf_counter() - start  # no part of the training that tokens per second are of
+        return metrics
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """A finite loss can have a gradient that is not, on all ranks alike. DeepSpeed has its own scale for fp16, and skips what overflows by itself."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 has a part of it on each rank
+            if not math.isfinite(norm):
+                self.guard.flag()
+        return norm
