@@ -119,6 +119,25 @@ def test_a_control_cannot_think(control, tmp_path):
     assert list(results["runs"][0]["accuracy"]) == (["none"] if control == "no_think" else ["think"])
 
 
+@pytest.mark.parametrize(("control", "hows"), [("none", ["think", "random", "none"]), ("no_think", ["none"]), ("filler", ["think"])])
+def test_a_pretrained_model_thinks_while_it_reads_and_its_controls_do_not(control, hows, tmp_path):
+    save_tiny(tmp_path / "model")
+    done = run_toy(
+        ROOT / "recipes" / "toy" / "serial_smollm2_walk.yaml", "--model_name_or_path", tmp_path / "model", "--control", control, "--output_dir",
+        tmp_path / "out", "--max_steps", 2, "--per_device_train_batch_size", 4, "--test_rows", 8, "--check_every", 1, "--check_rows", 8, "--task_options",
+        json.dumps({"nodes": 5, "together": 4, "levels": [2, 4], "test_levels": [1, 2, 5], "train_rows": 32, "test_rows": 16}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {how: list(levels) for how, levels in results["runs"][0]["accuracy"].items()} == dict.fromkeys(hows, ["1", "2", "5"])
+    assert len({levels["1"] for levels in results["runs"][0]["accuracy"].values()}) == 1  # a single step has no place to think at
+    if control == "none":
+        language = json.loads((tmp_path / "out" / "seed-0" / "language.json").read_text())
+        assert language["length"] == 1  # of two steps, the hardest that are both trained and tested
+        assert language["states"]  # what a word should mean, by the task
+    load_whole(str(tmp_path / "out" / "seed-0"))
+
+
 @pytest.mark.parametrize("config", PEERS, ids=lambda path: path.stem)
 def test_a_peer_s_config_runs_a_few_steps(config, tmp_path):
     known = {field.name for field in dataclasses.fields(ThinkTokConfig)}
