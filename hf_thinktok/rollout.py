@@ -9,7 +9,7 @@ Shape suffixes as in tree.py.
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .engine import Engine
@@ -182,7 +182,7 @@ def sample_thoughts(
     """Thinks G thoughts after each fork.
 
     With `memory: none` all forks are thought at once: one pass over the trunk, then L - 1 of `[B, K*G]`. With `persistent` a thought may depend on the
-    thoughts that stayed in the text before it, so forks are thought in order, each on the cache of what came before: K*(L + 1) smaller passes.
+    thoughts that stayed in the text before it, so forks are thought in order, each on the cache of what came before: K*L smaller passes.
 
     Args:
         generator: on the tokens' device; its state decides the draw entirely.
@@ -212,6 +212,9 @@ def sample_thoughts(
             tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
             forks_BF = forks_BK[:, turn]
             nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF)
+            if turn.start > 0:  # with the text goes what it sees and was not run yet, the last token of the thought that stays in it
+                kept_B1 = tree.branch_nodes(length).view(num_forks, groups)[turn.start - 1, :1].expand(batch, 1)
+                nodes_BQ, real_BQ, scored_BF = torch.cat([kept_B1, nodes_BQ], 1), nn.functional.pad(real_BQ, (1, 0), value=True), scored_BF + 1
             done_B1 = torch.maximum(done_B1, forks_BF.amax(1, keepdim=True))
             out = decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BF, think_only=not sampling.draw_stops)
             think_BFGN = out.think_logits_MN.view(batch, -1, 1, vocabulary.num_tokens).expand(-1, -1, groups, -1)
@@ -233,8 +236,7 @@ def sample_thoughts(
                     chosen_BFG = vocabulary.first_id + sampling.choose(think_BFGN, generator, noise_BFGN)
                     logps_BFG = thought_logps(think_BFGN, chosen_BFG, vocabulary, sampling.temperature)
                 thoughts_BKGL[:, turn, :, depth - 1], logps_BKGL[:, turn, :, depth - 1] = chosen_BFG, logps_BFG
-                # The last token is run only where later text will see it.
-                if depth == length and turn is turns[-1]:
+                if depth == length:
                     break
                 tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
                 tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
