@@ -5,12 +5,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
-    from .generation import ThinkingBudget, ThinkingStreamer
+    from .generation import ThinkingBudget, ThinkingStreamer, think_while_reading
     from .tokens import ThinkingVocabulary, add_thinking_tokens
     from .trainer import ThinkTokTrainer
 
 __version__ = "0.1.0"
-__all__ = ["ThinkTokConfig", "ThinkTokTrainer", "ThinkingBudget", "ThinkingStreamer", "ThinkingVocabulary", "__version__", "add_thinking_tokens"]
+__all__ = [
+    "ThinkTokConfig",
+    "ThinkTokTrainer",
+    "ThinkingBudget",
+    "ThinkingStreamer",
+    "ThinkingVocabulary",
+    "__version__",
+    "add_thinking_tokens",
+    "think_while_reading",
+]
 
 _HOMES = {
     "ThinkTokConfig": "config",
@@ -19,6 +28,7 @@ _HOMES = {
     "ThinkingStreamer": "generation",
     "ThinkingVocabulary": "tokens",
     "add_thinking_tokens": "tokens",
+    "think_while_reading": "generation",
 }
 
 

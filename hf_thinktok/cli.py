@@ -19,7 +19,8 @@ from . import __version__
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
 from .commands import LARGEST_SEED, add_loading, add_source, load, loading, naming_trust, number, read_prompt, read_recipe, read_vocabulary, source, whole
 from .errors import UsageError, usage
-from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer
+from .forks import ends_of, marker_ids
+from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer, think_while_reading
 from .models import longest_row
 from .peft import adapters_in, merge
 from .results import NOT_PUSHED
@@ -53,6 +54,12 @@ def add_generate(subparsers) -> None:
     thinking.add_argument("--min_think_length", type=whole(0), default=0, metavar="N", help="thinking tokens before every real token at least (0)")
     thinking.add_argument("--max_think_length", type=whole(0), metavar="N", help="thinking tokens in a row at most; 0: never think (no bound)")
     thinking.add_argument("--max_total_think", type=whole(0), metavar="N", help="thinking tokens in all at most (no bound)")
+    thinking.add_argument(
+        "--think_after",
+        nargs="+",
+        metavar="TEXT",
+        help="think in the prompt as well, after each of these texts, a thought of as many tokens as in training (where the model was trained so, its own)",
+    )
     thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
 
     add_loading(parser)
@@ -72,25 +79,30 @@ def run_generate(args: argparse.Namespace) -> None:
     if model.config.thinktok.get("thoughts") == "continuous":
         raise UsageError(f"{args.model} was trained with thoughts=continuous, hidden states that generation does not make: train with thoughts=discrete.")
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
-    length = inputs.shape[1]
+    # Without these options the model's own distribution, whatever values for them its generation config has.
+    sampling = {"do_sample": not args.greedy, "num_beams": 1, **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen)}
+    sampling["tokenizer"] = tokenizer  # for stop_strings that the model's generation config may have
+    if args.seed is not None:
+        set_seed(args.seed)
+    markers = marker_ids(args.think_after or model.config.thinktok.get("fork_markers", ()), tokenizer)
+    thoughts, each = int(ends_of(markers, inputs)[0, :-1].sum()), model.config.thinktok.get("max_think_length", 1)
+    if args.think_after and not thoughts:
+        raise UsageError(f"None of --think_after {' '.join(map(repr, args.think_after))} ends within the prompt: look at how they are written.")
+    length = inputs.shape[1] + thoughts * each
     room = longest_row(model) - length
     if room < 1:
         raise UsageError(f"The prompt has {length} tokens, which leaves no room in the model's context of {length + room}.")
-    if args.seed is not None:
-        set_seed(args.seed)
+    if thoughts:
+        inputs = think_while_reading(model, inputs, vocabulary, markers, each, **sampling)
 
     start = time.perf_counter()
     output = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=min(args.max_new_tokens, room),
-        do_sample=not args.greedy,
-        num_beams=1,
-        # Without these options the model's own distribution, whatever values for them its generation config has.
-        **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen),
+        **sampling,
         logits_processor=[budget],
-        streamer=ThinkingStreamer(tokenizer, vocabulary, args.thoughts),
-        tokenizer=tokenizer,  # for stop_strings that the model's generation config may have
+        streamer=ThinkingStreamer(tokenizer, vocabulary, args.thoughts, skip_prompt=not thoughts),
         return_dict_in_generate=False,
     )
     seconds = time.perf_counter() - start

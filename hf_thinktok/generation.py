@@ -1,7 +1,7 @@
 """Watching and steering a model that thinks, in plain `model.generate`.
 
 Neither is needed to think: thinking tokens are ordinary ids of an ordinary softmax, and vanilla `generate` draws them. `ThinkingStreamer` prints
-them as they come, `ThinkingBudget` bounds how many there are.
+them as they come, `ThinkingBudget` bounds how many there are, and `think_while_reading` puts them into a prompt.
 
     budget = ThinkingBudget(vocabulary, max_think_length=4)
     model.generate(**inputs, do_sample=True, logits_processor=[budget], streamer=ThinkingStreamer(tokenizer))
@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .callbacks import TEXT_STYLE, THOUGHT_STYLE
+from .forks import ends_of
 from .tokens import GUARD, TEMPLATE, ThinkingVocabulary
 
 THOUGHTS = ("show", "hide")
@@ -218,3 +219,32 @@ class ThinkingBudget(LogitsProcessor):
             self._prompts = input_ids.clone()
         self._length = input_ids.shape[1]
         return self._prompts.shape[1]
+
+
+def think_while_reading(model, input_ids: Tensor, vocabulary: ThinkingVocabulary, markers: list[list[int]], think_length: int, **options) -> Tensor:
+    """A prompt with a thought after each of its markers, as a model reads that was trained with `fork_positions: markers` and `memory: persistent`.
+
+    At the prompt's own end there is none: `model.generate` goes on from there.
+
+    Args:
+        input_ids: the prompt, `[1, T]`.
+        markers: the ids of each marker (`forks.marker_ids`).
+        think_length: thinking tokens of each thought.
+        options: for `model.generate`, such as `do_sample`.
+
+    Returns:
+        `[1, T + thoughts]`.
+
+    Raises:
+        ValueError: there is more than one prompt.
+    """
+    if len(input_ids) != 1:
+        raise ValueError(f"think_while_reading reads one prompt at a time and got a batch of {len(input_ids)}.")
+    budget = ThinkingBudget(vocabulary, think_length, think_length)
+    read, begin = input_ids[:, :0], 0
+    for end in (1 + ends_of(markers, input_ids)[0, :-1].nonzero().flatten()).tolist():
+        read, begin = torch.cat([read, input_ids[:, begin:end]], 1), end
+        budget.reset()
+        plain = {"attention_mask": torch.ones_like(read), "max_new_tokens": think_length, "return_dict_in_generate": False}
+        read = model.generate(read, logits_processor=[budget], **plain, **options)
+    return torch.cat([read, input_ids[:, begin:]], 1)

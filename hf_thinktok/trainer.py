@@ -129,6 +129,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             model.config.thinktok |= {name: getattr(args, name) for name in stored}
             if args.thoughts == "continuous":
                 model.config.thinktok["continuous_layer"] = args.continuous_layer
+            if args.reads_thinking:
+                model.config.thinktok["fork_markers"] = args.fork_markers
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary, (args.model_init_kwargs or {}).get("revision"))
         loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
         super().__init__(

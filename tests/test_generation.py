@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
-from hf_thinktok.generation import ThinkingBudget, ThinkingStreamer
+from hf_thinktok.forks import marker_ids
+from hf_thinktok.generation import ThinkingBudget, ThinkingStreamer, think_while_reading
 from hf_thinktok.peft import save_adapter
 from hf_thinktok.tokens import ThinkingVocabulary
 
@@ -356,6 +358,39 @@ def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
     assert "‹" in sample("--think_bias", 50, "--thoughts", "show")[1]
     counts = sample("--max_new_tokens", 1000)[2]
     assert sum(map(int, re.findall(r"(\d+) (?:tokens|thought)", counts))) == 256 - 3, "it ends where the model's context ends"
+
+
+def test_thoughts_while_reading_are_the_likeliest_where_they_stand(parts):
+    model, tokenizer, vocabulary = parts
+    ids = tokenizer("3 + 4 = 7, 2 + 5 = 7, 1 + 1 =", return_tensors="pt")["input_ids"]
+    read = think_while_reading(model, ids, vocabulary, marker_ids([" ="], tokenizer), 2, do_sample=False)
+    assert read[0][~vocabulary.is_thought(read[0])].tolist() == ids[0].tolist()
+    before, behind = runs(read[0].tolist(), vocabulary)
+    assert [length for length in before if length] == [2, 2]
+    assert behind == 0, "none where the prompt ends"
+    marker = tokenizer(" =", add_special_tokens=False)["input_ids"][-1]
+    for place in vocabulary.is_thought(read[0]).nonzero().flatten().tolist():
+        assert read[0, place - 1] == marker or vocabulary.is_thought(read[0, place - 1])
+        logits = model(input_ids=read[:, :place]).logits[0, -1]
+        assert logits[list(vocabulary.ids)].argmax() == read[0, place] - vocabulary.first_id
+    with pytest.raises(ValueError, match="one prompt at a time and got a batch of 2"):
+        think_while_reading(model, ids.expand(2, -1), vocabulary, [[marker]], 2)
+
+
+def test_the_command_thinks_while_it_reads_where_it_is_told_or_was_trained_to(folder, run, tmp_path):
+    greedy, prompt = ("--device", "cpu", "--max_new_tokens", 1, "--max_think_length", 0, "--greedy"), "3 + 4 = 7, 2 + 5 = 7, 1 + 1 ="
+    code, told, error = run("generate", folder, *greedy, prompt, "--think_after", " =")
+    assert code == 0, error
+    assert re.match(r"3 \+ 4 =‹\d( \d)*› 7, 2 \+ 5 =‹\d( \d)*› 7, 1 \+ 1 =", told)
+    shutil.copytree(folder, trained := tmp_path / "trained")
+    config = json.loads((folder / "config.json").read_text())
+    config["thinktok"]["fork_markers"] = [" ="]
+    (trained / "config.json").write_text(json.dumps(config))
+    assert run("generate", trained, *greedy, prompt)[:2] == (0, told)
+    assert "‹" not in run("generate", folder, *greedy, prompt)[1]
+    code, _, error = run("generate", folder, *greedy, prompt, "--think_after", "zebra")
+    assert code == 2
+    assert "None of --think_after 'zebra' ends within the prompt" in error
 
 
 def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatch):
