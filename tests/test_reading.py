@@ -69,6 +69,11 @@ def test_several_answers_of_a_row_each_have_their_steps(reading, marker):
     assert forks == [[3, 7, 16, 20]] * 4
 
 
+def test_a_checkpoint_says_after_what_it_thinks_while_it_reads(reading):
+    assert reading().model.config.thinktok["fork_markers"] == [MARKER]
+    assert "fork_markers" not in reading(memory="none", num_generations=2, rows=None, lookahead=1).model.config.thinktok
+
+
 def test_where_thoughts_are_forgotten_prompts_have_none(reading, marker):
     rows = steps(marker, (3, 3)).remove_columns("think_length")
     trainer = reading(rows=rows, memory="none", per_device_train_batch_size=2)
