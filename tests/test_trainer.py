@@ -832,7 +832,7 @@ def test_tokens_per_second_are_of_training_whenever_evaluations_fall(make_traine
 
     def speeds(eval_steps):
         clock = Clock()
-        monkeypatch.setattr("hf_thinktok.trainer.time", SimpleNamespace(perf_counter=lambda: clock.now))
+        monkeypatch.setattr("hf_thinktok.measuring.time", SimpleNamespace(perf_counter=lambda: clock.now))
         options = {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {}
         trainer = make_trainer(max_steps=12, logging_steps=4, eval_dataset=corpus.select(range(4)), save_strategy="no", **options)
         trainer.add_callback(clock)
