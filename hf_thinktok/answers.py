@@ -92,7 +92,8 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
                 rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_BK, generator, sampling, num_generations=1))
             elif how == "random":
                 given_BK = torch.full_like(forks_BK, longest) if given_BK is None else given_BK
-                rollout = dataclasses.replace(rollout, lengths_BKG=given_BK[:, :, None].clone())
+                rollout = dataclasses.replace(rollout, lengths_BKG=given_BK[:, :, None])
+            rollout = dataclasses.replace(rollout, lengths_BKG=rollout.lengths_BKG * (forks_BK >= 0)[:, :, None])  # a row may have fewer places than others
             if how == "random":
                 rollout = control_thoughts(rollout, vocabulary, generator)
             branching = dataclasses.replace(args.branching(tokens_BT.shape[1], rollout.thoughts_BKGL.shape[-1], num_generations=1), lookahead=judged)
@@ -112,6 +113,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
                 likeliest_B = stopping_logps(scores.gate_logits_BKGL, args.blind)[:, 0, 0].argmax(-1).cpu().numpy()
                 there_BL &= np.arange(there_BL.shape[1]) < likeliest_B[:, None]
             behind_BL = np.argsort(~there_BL, axis=1, kind="stable")  # one thought after the other, then nothing
-            said_BL = np.take_along_axis(np.where(there_BL, said_BL, -1), behind_BL, 1)[:, : thoughts_DL.shape[1]]
+            said_BL = np.take_along_axis(np.where(there_BL, said_BL, -1), behind_BL, 1)[:, : there_BL.sum(1).max(initial=0)]
+            thoughts_DL = np.pad(thoughts_DL, ((0, 0), (0, max(said_BL.shape[1] - thoughts_DL.shape[1], 0))), constant_values=-1)
             thoughts_DL[index, : said_BL.shape[1]] = said_BL
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)

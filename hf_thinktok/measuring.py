@@ -31,7 +31,6 @@ class MeasuringTrainer(CheckpointingTrainer):
         self.add_callback(self.guard)
         self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
         self._gains, self._prefix = GainByDocument(), "eval"
-        self._micro_step = (-1, -1)  # optimizer step, and forward within it
         self._printable: tuple[Tensor, Rollout, Tensor, Tensor] | None = None  # of the latest micro-step
 
     def _global_mean(self, value: Tensor) -> Tensor:

@@ -104,6 +104,17 @@ def test_answers_are_those_of_plain_rows_with_the_thoughts_written_in(reading, m
         assert correct == (logits.argmax().item() == row["input_ids"][-1])
 
 
+@pytest.mark.parametrize("how", ["think", "random"])
+@pytest.mark.parametrize("given", [None, 1])
+def test_thoughts_are_counted_where_a_row_has_a_place_for_one(reading, marker, how, given):
+    """Rows with fewer markers than the longest of the batch, and all of as many tokens, as the options or the data say."""
+    rows = steps(marker, (3, 1, 2, 4)).remove_columns("think_length")
+    rows = rows if given is None else rows.add_column("think_length", [given] * 4)
+    said, each = answer(reading(rows=rows, max_think_length=2), rows, how), given or 2
+    assert said.lengths_D.tolist() == [3 * each, each, 2 * each, 4 * each]
+    assert (said.thoughts_DL >= 0).sum(1).tolist() == said.lengths_D.tolist()
+
+
 def test_what_is_thought_before_a_step_is_judged_by_the_answer_after_it(reading, marker):
     """The last thought's branches reach the answer; earlier ones have nothing to be judged by, and are read by it."""
     trainer = reading()
