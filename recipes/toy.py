@@ -171,6 +171,12 @@ def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: 
     return report
 
 
+def figures_of(report: dict[str, Any]) -> dict[str, float]:
+    """The single figures of a language's report, and how pure the dictionary of its tokens is, where a task has steps for them to name."""
+    figures = {name: value for name, value in report.items() if isinstance(value, (int, float))}
+    return figures if report["states"] is None else figures | {"purity": report["states"]["pooled"]["purity"]}
+
+
 def run(
     toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, task: Task, tokenizer: PreTrainedTokenizerBase, train: Dataset, test: Dataset
 ) -> dict[str, Any]:
@@ -191,11 +197,13 @@ def run(
     accuracy, lengths = by_level(trainer, test, toy.test_rows)
     if toy.save_models:
         trainer.save_model(args.output_dir)
+    language = {}
     if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
-        report_language(trainer, test, task, toy.test_rows)
-    curve = [entry["check"] for entry in trainer.state.log_history if "check" in entry]
-    seconds, steps = trainer.spent.seconds, trainer.state.global_step
-    return {"seed": args.seed, "accuracy": accuracy, "think_length": lengths, "seconds": seconds, "steps": steps, "curve": curve}
+        language = figures_of(report_language(trainer, test, task, toy.test_rows))
+    return {
+        "seed": args.seed, "accuracy": accuracy, "think_length": lengths, "language": language, "seconds": trainer.spent.seconds,
+        "steps": trainer.state.global_step, "curve": [entry["check"] for entry in trainer.state.log_history if "check" in entry],
+    }  # fmt: skip
 
 
 def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:

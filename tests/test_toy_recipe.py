@@ -210,6 +210,9 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
     report = toy.report_language(trainer, task.test, task, 50)
     assert (report["states"] is not None) == stepwise
     assert report["distinct_answers"] == len(set(task.test["answer"]))
+    figures = toy.figures_of(report)
+    assert figures["information"] == report["information"]
+    assert figures.get("purity") == (1.0 if stepwise else None), "thoughts that are the task's own steps name them"
 
 
 @pytest.mark.parametrize(

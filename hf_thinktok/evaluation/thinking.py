@@ -134,7 +134,6 @@ class Evaluation:
         return bits_per_token(nats_F[there_F], self.documents_F[there_F], self.tokens_F[there_F])
 
 
-@torch.no_grad()
 def own_arm(settings: dict[str, Any]) -> str:
     """The arm that has a model's own thoughts: where their length is given they are always thought."""
     return "always" if settings.get("stop") == "fixed" else "think"
