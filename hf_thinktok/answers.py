@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
+from .config import ThinkTokConfig
 from .losses import stopping_logps
 from .models import evaluating
-from .objective import speak
+from .objective import Speech, speak
 from .rewards import masked_sum
 from .rollout import Rollout
+from .scores import TreeScores
 from .thoughts import control_thoughts
 from .tree import ThoughtTree
 
@@ -57,10 +60,9 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         batch_size: rows at once, fewer where they are long.
         seed: of the random thoughts.
     """
-    args, model, vocabulary = trainer.args, trainer.model, trainer.vocabulary
+    args, model = trainer.args, trainer.model
     device = trainer.accelerator.device
     generator = torch.Generator(device).manual_seed(seed)
-    sampling = dataclasses.replace(args.sampling(), top_k=1, epsilon=0.0, gumbel=False)  # the most likely token, whatever the rest
     if "labels" not in dataset.column_names:
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
@@ -79,41 +81,56 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         for index in np.array_split(order_D, max(1, min(math.ceil(len(rows) / batch_size), len(rows) // 2))):
             inputs = {name: value.to(device) for name, value in trainer.data_collator(list(rows.select(index))).items()}
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]
-            if args.reads_thinking:
-                forks_BK = trainer._forks(model, inputs, labels_BT, generator, "all")
-            else:
-                forks_BK = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
-            given_BK = trainer._given_lengths(inputs, forks_BK)
-            longest = args.max_think_length if given_BK is None or not given_BK.numel() else max(int(given_BK.max()), 1)
-            rollout = Rollout.empty(forks_BK, args.branching(tokens_BT.shape[1], longest, num_generations=1))
-            rollout.text = args.thoughts == "text"
-            # Without thoughts, and with random ids of given lengths, there is nothing to sample.
-            if how == "think" or (how == "random" and (args.stop == "sampled" or args.thoughts == "continuous")):
-                rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_BK, generator, sampling, num_generations=1))
-            elif how == "random":
-                given_BK = torch.full_like(forks_BK, longest) if given_BK is None else given_BK
-                rollout = dataclasses.replace(rollout, lengths_BKG=given_BK[:, :, None])
-            rollout = dataclasses.replace(rollout, lengths_BKG=rollout.lengths_BKG * (forks_BK >= 0)[:, :, None])  # a row may have fewer places than others
-            if how == "random":
-                rollout = control_thoughts(rollout, vocabulary, generator)
+            rollout = _thoughts(trainer, inputs, labels_BT, how, generator)
             branching = dataclasses.replace(args.branching(tokens_BT.shape[1], rollout.thoughts_BKGL.shape[-1], num_generations=1), lookahead=judged)
-            tree = ThoughtTree(inputs["documents"], forks_BK, branching, rollout.lengths_BKG)
+            tree = ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
             scores = trainer._score(model, tree, tokens_BT, labels_BT, rollout)
             speech = speak(scores, rollout, args.stop if how != "none" else "fixed", 0.0, args.blind)
-            if args.reads_thinking:
-                logps_BH, right_BH, mask_BH = scores.trunk_logps_BT, scores.trunk_correct_BT > 0.5, scores.trunk_mask_BT
-            else:
-                logps_BH, right_BH, mask_BH = speech.logps_BKGH[:, 0, 0], speech.correct_BKGH[:, 0, 0] > 0.5, scores.mask_BKH[:, 0]
+            logps_BH, right_BH, mask_BH = _judged(args, scores, speech)
             correct_D[index] = ((right_BH | ~mask_BH).all(-1) & mask_BH.any(-1)).cpu().numpy()
             logps_D[index] = masked_sum(logps_BH, mask_BH).float().cpu().numpy()
             spent_D[index] = speech.lengths_BKG[:, :, 0].sum(1).float().cpu().numpy()
-            said_BL = (rollout.thoughts_BKGL[:, :, 0].flatten(1) - (0 if rollout.text else vocabulary.first_id)).cpu().numpy()
-            there_BL = rollout.said_BKGL[:, :, 0].flatten(1).cpu().numpy() & (args.thoughts != "continuous")
-            if args.stop == "learned" and how != "none":  # what the gate would not take was drawn, and is not said
-                likeliest_B = stopping_logps(scores.gate_logits_BKGL, args.blind)[:, 0, 0].argmax(-1).cpu().numpy()
-                there_BL &= np.arange(there_BL.shape[1]) < likeliest_B[:, None]
-            behind_BL = np.argsort(~there_BL, axis=1, kind="stable")  # one thought after the other, then nothing
-            said_BL = np.take_along_axis(np.where(there_BL, said_BL, -1), behind_BL, 1)[:, : there_BL.sum(1).max(initial=0)]
+            said_BL = _said(args, rollout, scores, how, trainer.vocabulary.first_id)
             thoughts_DL = np.pad(thoughts_DL, ((0, 0), (0, max(said_BL.shape[1] - thoughts_DL.shape[1], 0))), constant_values=-1)
             thoughts_DL[index, : said_BL.shape[1]] = said_BL
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)
+
+
+def _thoughts(trainer, inputs: dict[str, Tensor], labels_BT: Tensor, how: str, generator: torch.Generator) -> Rollout:
+    """One thought at each place: before the completion, or wherever the text has them."""
+    args, model, tokens_BT = trainer.args, trainer.model, inputs["input_ids"]
+    if args.reads_thinking:
+        forks_BK = trainer._forks(model, inputs, labels_BT, generator, "all")
+    else:
+        forks_BK = (labels_BT >= 0).int().argmax(1, keepdim=True) - 1
+    given_BK = trainer._given_lengths(inputs, forks_BK)
+    longest = args.max_think_length if given_BK is None or not given_BK.numel() else max(int(given_BK.max()), 1)
+    rollout = Rollout.empty(forks_BK, args.branching(tokens_BT.shape[1], longest, num_generations=1))
+    rollout.text = args.thoughts == "text"
+    # Without thoughts, and with random ids of given lengths, there is nothing to sample.
+    if how == "think" or (how == "random" and (args.stop == "sampled" or args.thoughts == "continuous")):
+        likeliest = dataclasses.replace(args.sampling(), top_k=1, epsilon=0.0, gumbel=False)  # whatever the rest
+        rollout = trainer._think(model, inputs, trainer._sample(model, inputs, forks_BK, generator, likeliest, num_generations=1))
+    elif how == "random":
+        given_BK = torch.full_like(forks_BK, longest) if given_BK is None else given_BK
+        rollout = dataclasses.replace(rollout, lengths_BKG=given_BK[:, :, None])
+    rollout = dataclasses.replace(rollout, lengths_BKG=rollout.lengths_BKG * (forks_BK >= 0)[:, :, None])  # a row may have fewer places than others
+    return control_thoughts(rollout, trainer.vocabulary, generator) if how == "random" else rollout
+
+
+def _judged(args: ThinkTokConfig, scores: TreeScores, speech: Speech) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the completion's tokens, which of them are right, and where there is one: behind the one fork, or in the text that has thoughts."""
+    if args.reads_thinking:
+        return scores.trunk_logps_BT, scores.trunk_correct_BT > 0.5, scores.trunk_mask_BT
+    return speech.logps_BKGH[:, 0, 0], speech.correct_BKGH[:, 0, 0] > 0.5, scores.mask_BKH[:, 0]
+
+
+def _said(args: ThinkTokConfig, rollout: Rollout, scores: TreeScores, how: str, first_id: int) -> np.ndarray:
+    """A row's thoughts one after the other, `[B, L]`, -1 behind them."""
+    said_BL = (rollout.thoughts_BKGL[:, :, 0].flatten(1) - (0 if rollout.text else first_id)).cpu().numpy()
+    there_BL = rollout.said_BKGL[:, :, 0].flatten(1).cpu().numpy() & (args.thoughts != "continuous")
+    if args.stop == "learned" and how != "none":  # what the gate would not take was drawn, and is not said
+        likeliest_B = stopping_logps(scores.gate_logits_BKGL, args.blind)[:, 0, 0].argmax(-1).cpu().numpy()
+        there_BL &= np.arange(there_BL.shape[1]) < likeliest_B[:, None]
+    behind_BL = np.argsort(~there_BL, axis=1, kind="stable")
+    return np.take_along_axis(np.where(there_BL, said_BL, -1), behind_BL, 1)[:, : there_BL.sum(1).max(initial=0)]

@@ -57,7 +57,7 @@ class Spent(TrainerCallback):
         return {"tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.tokens, self.seconds = int(state.get("tokens", 0)), state["seconds"]  # older checkpoints have the seconds alone
+        self.tokens, self.seconds = int(state["tokens"]), state["seconds"]
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from .results import as_text, machine, minutes_of, read_json, whole_results
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
+from .tokens import ThinkingVocabulary
 
 # Where text comes from, and under which licence.
 TEXTS = {
@@ -184,6 +185,15 @@ def _task(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "command": "python recipes/toy.py --config config.yaml",
         "options": yaml.safe_dump(options, sort_keys=True),
     }
+
+
+def thinking_tokens_of(run: Path) -> int | None:
+    """How many the model of a run has, by its checkpoint; `None` where none is kept."""
+    folder = run if run.is_dir() else run.parent
+    for model in (folder, *sorted(folder.glob("think-seed*")), *sorted(folder.glob("seed-*"))):
+        if (model / "config.json").is_file() and (vocabulary := ThinkingVocabulary.stored_in(model)) is not None:
+            return vocabulary.num_tokens
+    return None
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -241,21 +241,19 @@ class CheckpointingTrainer(SFTTrainer):
                 f"The checkpoint {folder} has the thinking vocabulary {found} and this run {self.vocabulary}: set num_think_tokens as it was."
             )
         if not os.path.exists(os.path.join(folder, STATE_FILE)):
-            if self.plain:  # older ones of this kind have no such file
-                return {}
             raise CheckpointError(
                 f"The checkpoint {folder} holds the model alone (save_only_model), and no run goes on from that: start one from it as its model."
             )
         device = self.accelerator.device  # among several processes it is `cpu:0`, which `torch.load` does not know
         state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu" if device.type == "cpu" else device)
-        made, have, parts = state.get(MADE_WITH, self._made_with), self._made_with, self._stateful()  # older ones do not say what they were made with
+        made, have, parts = state[MADE_WITH], self._made_with, self._stateful()
         for name in have | made:
             if made.get(name) != have.get(name):
                 raise CheckpointError(
                     f"The checkpoint {folder} was made with {name}={made.get(name)}, and this run has {name}={have.get(name)}: "
                     "resume with the model and the options it was made with."
                 )
-        if missing := set(parts) - set(state) - {"step_time", "guard"}:  # which older ones do not have
+        if missing := set(parts) - set(state):
             raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
         return {name: state[name] for name in set(parts) & set(state)}
 

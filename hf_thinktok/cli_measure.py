@@ -123,12 +123,12 @@ def add_card(subparsers) -> None:
 
 
 def run_card(args: argparse.Namespace) -> None:
-    from .card import read_results, render_card
+    from .card import read_results, render_card, thinking_tokens_of
     from .results import written_whole
 
     with usage():
         validate_repo_id(args.repository)
-        card = render_card(read_results(args.results), args.repository, args.title)
+        card = render_card(read_results(args.results), args.repository, args.title, thinking_tokens_of(args.results))
     if args.output is None:
         print(card)
     else:

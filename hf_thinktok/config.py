@@ -291,6 +291,8 @@ class ThinkTokConfig(SFTConfig):
     max_nonfinite_steps: int = option(10, "Steps in a row that are not finite before training stops.")
 
     def __post_init__(self):
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [self.reward_funcs]
         for name in (*SCHEDULES, "curriculum_threshold"):
             if isinstance(getattr(self, name), int | float):
                 setattr(self, name, [float(getattr(self, name))])
@@ -325,6 +327,12 @@ class ThinkTokConfig(SFTConfig):
     def reads_thinking(self) -> bool:
         """Whether thoughts after markers stay in the text: then prompts have them as well."""
         return self.fork_positions == "markers" and self.memory == "persistent"
+
+    def stored(self) -> dict[str, Any]:
+        """What a checkpoint says of how its model thinks."""
+        names = ["max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts"]
+        names += ["continuous_layer"] * (self.thoughts == "continuous") + ["fork_markers"] * self.reads_thinking
+        return {name: getattr(self, name) for name in names}
 
     def branching(self, trunk_length: int, length: int | None = None, num_generations: int | None = None, markovian: int = 0) -> Branching:
         """The shape of a row's thoughts for rows of `trunk_length` tokens, with thoughts of up to `length` tokens, and so many of them, where that is known."""

@@ -145,9 +145,8 @@ def check_fit(config: "ThinkTokConfig") -> None:
     """What cannot be done."""
     soft, text, searches = config.thoughts in SOFT, config.thoughts == "text", ever(config.search)
     compared = config.advantage != "value" or config.objective == "marginal"
-    least = (
-        1 + compared + config.supply_thoughts + (searches and not compared)
-    )  # one that is supplied is no part of it, and one that was searched is not the policy's
+    # A thought that is supplied is no part of the comparison, and one that was searched is not the policy's.
+    least = 1 + compared + config.supply_thoughts + (searches and not compared)
     refusals = {
         f"num_generations={config.num_generations} leaves nothing to compare a thought with: set num_generations to {least} or more.": (
             config.num_generations < least and config.rewards_draws

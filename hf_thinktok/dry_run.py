@@ -179,7 +179,7 @@ class DryRun:
         tree = ThoughtTree(rows.tree.documents_BT, rows.tree.forks_BK[:, :0], rows.tree.branching)
         nodes_M = torch.arange(tree.documents_BT.numel())
         with self.live, self._autocast(), evaluating(self.model):
-            self.engine(self.model, tree, torch.zeros_like(tree.documents_BT), HeadInputs(nodes_M, torch.full_like(nodes_M, -100), entropy=True))
+            self.engine(self.model, tree, torch.zeros_like(tree.documents_BT), HeadInputs(nodes_M, entropy=True))
 
     def rollout(self, rows: Rows) -> dict[str, dict[str, int]]:
         """The pass over the text, and the last one over all thoughts, on the largest cache.
@@ -230,10 +230,10 @@ class DryRun:
             self.optimizer.zero_grad()
             self.kept = self.kept if self.live.gradient_share < 1 else []  # sharded ones stay
             self.live.since()
-            self._score(rows)
+            self._score(rows, training=False)
             return self.live.since()
 
-    def _score(self, rows: Rows) -> TreeScores:
+    def _score(self, rows: Rows, training: bool = True) -> TreeScores:
         """The trainer's scores. The tree and its masks are real, and whatever a model makes is fake."""
         args, tree = self.args, rows.tree
         self.live.square = (tree.num_nodes, tree.num_nodes)
@@ -242,7 +242,7 @@ class DryRun:
             with self._autocast():
                 return self.engine.run(self.model, tree, torch.zeros_like(tree.position_ids_BS), passes)
 
-        return score_tree(run, tree, rows.labels_BT, rows.rollout, self.vocabulary, **args.scoring())
+        return score_tree(run, tree, rows.labels_BT, rows.rollout, self.vocabulary, **args.scoring(training))
 
     def _autocast(self):
         return torch.autocast("cpu", self.autocast_type, enabled=self.autocast_type is not None)

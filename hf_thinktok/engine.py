@@ -203,7 +203,7 @@ Engine = TreeEngine | ReplicatedEngine
 
 def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool, draw: Draw | None) -> HeadInputs:
     nodes_M = (nodes_BM + torch.arange(len(nodes_BM), device=nodes_BM.device)[:, None] * row_length).flatten()
-    return HeadInputs(nodes_M, torch.full_like(nodes_M, -100), spoken=0 if think_only else None, draw=draw)
+    return HeadInputs(nodes_M, spoken=0 if think_only else None, draw=draw)
 
 
 def _config(model, speaks: bool = False):

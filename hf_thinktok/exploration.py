@@ -1,4 +1,4 @@
-r"""What makes a language form where there is none yet: schedules, coverage, balance, an entropy servo, and search.
+"""What makes a language form where there is none yet: schedules, coverage, balance, an entropy servo, and search.
 
 At the start thoughts say nothing, so the speaker learns nothing from them, so no reward tells them apart: uniform is a saddle. A frozen choice of a
 few thoughts is the other trap. The parts here keep a run out of both; `docs/lab_notebook.md` has what each is worth.

@@ -44,7 +44,7 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     """Picks up to K forks a row.
 
     Args:
-        how: `random`: uniform, without repetition. `entropy`: where `entropy_BT` is largest. `stride`: evenly spaced. `all`: every one.
+        how: `random` and `markers`: uniform, without repetition. `entropy`: where `entropy_BT` is largest. `stride`: evenly spaced. `all`: every one.
 
     Returns:
         forks_BK: ascending positions, then -1 for those that a row has no place for.

@@ -1,6 +1,6 @@
 """Watching and steering a model that thinks, in plain `model.generate`.
 
-Neither is needed to think: thinking tokens are ordinary ids of an ordinary softmax, and vanilla `generate` draws them. `ThinkingStreamer` prints
+None of them is needed to think: thinking tokens are ordinary ids of an ordinary softmax, and vanilla `generate` draws them. `ThinkingStreamer` prints
 them as they come, `ThinkingBudget` bounds how many there are, and `think_while_reading` puts them into a prompt.
 
     budget = ThinkingBudget(vocabulary, max_think_length=4)

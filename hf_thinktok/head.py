@@ -43,14 +43,14 @@ class HeadInputs:
 
     Args:
         nodes_M: flat indices into the `batch * nodes` hidden states.
-        targets_M: the true next token of each, or -100 where only the gate or the thought is read.
+        targets_M: the true next token of each, or -100 where only the gate or the thought is read; `None` where that is all that any is read for.
         entropy: also give the entropy of the real prediction (fork positions by difficulty).
         spoken: only the first so many meet the real vocabulary. Of the others the thinking logits are given, the rest is 0, and the gate is not known.
         draw: draw each target from the real prediction instead: at temperature 1 with this generator, or the most likely one with `"greedy"`.
     """
 
     nodes_M: Tensor
-    targets_M: Tensor
+    targets_M: Tensor | None = None
     entropy: bool = False
     spoken: int | None = None
     draw: Draw | None = None
@@ -276,10 +276,9 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
     """
     weight_RD, trained_rows = trainable_token_rows(lm_head)
     think_weight_ND = None if trained_rows is None else trained_rows[: vocabulary.num_tokens]  # without the guard
-    targets_M, bias_R = head.targets_M, getattr(lm_head, "bias", None)
+    bias_R = getattr(lm_head, "bias", None)
+    targets_M = torch.full_like(head.nodes_M, -100) if head.targets_M is None or head.draw is not None else head.targets_M  # what is drawn fills them
     spoken = len(hidden_MD) if head.spoken is None else head.spoken
-    if head.draw is not None:
-        targets_M = torch.zeros_like(targets_M)  # filled by the pass
     target_logits, log_z_real, think_logits, correct, entropy = _VocabularyPass.apply(
         hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, spoken, head.entropy, head.draw
     )

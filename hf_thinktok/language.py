@@ -455,9 +455,14 @@ def _draw_similarity(axes, report: dict[str, Any]) -> None:
     axes.set(title="Topographic similarity: do like meanings have like thoughts?", xlabel="Spearman correlation of distances")
 
 
+def single_figures(report: dict[str, Any]) -> dict[str, float]:
+    """What of a report is one number, and no setting."""
+    return {name: value for name, value in report.items() if isinstance(value, int | float) and name != "seed"}
+
+
 def print_language(report: dict[str, Any], console: Console | None = None, max_rows: int = 15) -> None:
     """Tables of a report: its figures (in bits, where they are of information), the positions, the dictionary, and the most frequent thoughts."""
-    rows = [(key.replace("_", " "), _shown(value)) for key, value in report.items() if isinstance(value, int | float) and key != "seed"]
+    rows = [(name.replace("_", " "), _shown(value)) for name, value in single_figures(report).items()]
     if report["positional_disentanglement"] is not None:
         rows.append(("positional disentanglement", _with_chance(report["positional_disentanglement"], "value")))
     for row in report["topographic_similarity"]:

@@ -185,7 +185,7 @@ def thinking_loss(
         mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
         loss = loss + thinks * config.gate_loss_weight * (gate_loss + scheduled(config.think_cost, step) * mean_length)
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
-    if config.thoughts in ("filler", "continuous") and config.stop != "sampled":  # nothing was drawn
+    if not config.rewards_draws and config.thoughts != "gumbel":  # nothing was drawn
         return loss, metrics
 
     logps_BKGA, mask_BKGA = actions(scores, rollout, config)

@@ -110,7 +110,7 @@ def step_flops(config: PretrainedConfig, args: ThinkTokConfig, attn_implementati
     """
     _check(args, attn_implementation, zero=0, fsdp2=False, num_processes=1)
     check_supported(config)
-    rows = Rows(args, args.per_device_train_batch_size, args.num_generations)
+    rows = Rows(args, args.per_device_train_batch_size, args.num_generations, args.num_markovian)
     with warnings.catch_warnings(action="ignore"):
         model, vocabulary = model_without_data(config, args, torch.float32, attn_implementation, peft_config)
         with _one_sentence(config):
@@ -174,7 +174,14 @@ class _Sharding:
 
 
 # What a plan does not count, with the values that it does.
-NOT_COUNTED = {"policies": ("shared",), "teacher": (None,), "beta": (0.0,), "search": ([0.0],), "thoughts": ("discrete", "text", "filler")}
+NOT_COUNTED = {
+    "policies": ("shared",),
+    "teacher": (None,),
+    "beta": (0.0,),
+    "search": ([0.0],),
+    "thoughts": ("discrete", "text", "filler"),
+    "rollout": ("fork",),
+}
 
 
 def _check(args: ThinkTokConfig, attn_implementation: str | None, zero: int, fsdp2: bool, num_processes: int) -> None:

@@ -28,10 +28,10 @@ def real_tokens_only(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> 
     """The teacher, frozen, able to draw tokens of the student's real vocabulary.
 
     Raises:
-        ValueError: it has fewer rows than the student has real tokens, or is an adapter.
+        ValueError: it has fewer rows than the student has real tokens, or is no model of transformers.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"The teacher is a {type(model).__name__}; it must be a plain transformers model: merge an adapter into its base first.")
+        raise ValueError(f"The teacher is a {type(model).__name__}; it must be a plain transformers model.")
     if (rows := embedding_rows(model)) < vocabulary.num_real:
         raise ValueError(
             f"The teacher has {rows} tokens and the model {vocabulary.num_real} real ones: it must be a model of the same family, with the same tokenizer."
@@ -51,7 +51,7 @@ def taught(teacher, inputs: dict[str, Any], generator: torch.Generator) -> dict[
     tokens_RP = tokens_BT.new_zeros(sizes.tolist()).index_put((rows_M, places_M), tokens_BT[there_BT])
     nodes_M = rows_M * tokens_RP.shape[1] + places_M
     with evaluating(teacher):
-        drawn_M = teacher(input_ids=tokens_RP, use_cache=False, head=HeadInputs(nodes_M, torch.full_like(nodes_M, -100), draw=generator)).drawn_M
+        drawn_M = teacher(input_ids=tokens_RP, use_cache=False, head=HeadInputs(nodes_M, draw=generator)).drawn_M
     drawn_BT = torch.zeros_like(tokens_BT).masked_scatter(there_BT, drawn_M)
     return inputs | {"labels": torch.where((inputs["labels"] >= 0) & (place_BT > 0), drawn_BT.roll(1, 1), -100)}
 

@@ -49,7 +49,7 @@ def think_softly(
     read_BKGX: list[Tensor] = []
     for depth in range(length):
         nodes_M = nodes_BKGP[..., depth].flatten()
-        head = HiddenInputs(nodes_M, layer) if kind == "continuous" else HeadInputs(nodes_M, torch.full_like(nodes_M, -100), spoken=0)
+        head = HiddenInputs(nodes_M, layer) if kind == "continuous" else HeadInputs(nodes_M, spoken=0)
         known = thought_inputs(tree, torch.stack(read_BKGX, 3), kind) if read_BKGX else None
         out = engine(model, tree, tokens_BS, head, tree.nodes_up_to(depth), thoughts=known)
         if kind == "continuous":

@@ -125,12 +125,7 @@ class ThinkTokTrainer(MeasuringTrainer):
                 if is_partitioned(model):
                     raise ValueError("policies=split trains two whole models, which ZeRO-3 cannot: take ZeRO-2, or two adapters of one model (peft_config).")
                 model.speaker = copy.deepcopy(model) if speaker is None else speaker
-            stored = ("max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts")
-            model.config.thinktok |= {name: getattr(args, name) for name in stored}
-            if args.thoughts == "continuous":
-                model.config.thinktok["continuous_layer"] = args.continuous_layer
-            if args.reads_thinking:
-                model.config.thinktok["fork_markers"] = args.fork_markers
+            model.config.thinktok = dataclasses.asdict(self.vocabulary) | args.stored()  # and nothing of an earlier run's
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary, (args.model_init_kwargs or {}).get("revision"))
         loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
         super().__init__(
@@ -409,7 +404,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         tree = ThoughtTree(documents_BT, tokens_BT.new_zeros(len(tokens_BT), 0), self.args.branching(tokens_BT.shape[1]))
         nodes_M = torch.arange(tokens_BT.numel(), device=tokens_BT.device)
         with evaluating(model):
-            out = self.engine(model, tree, tokens_BT, HeadInputs(nodes_M, torch.full_like(nodes_M, -100), entropy=True))
+            out = self.engine(model, tree, tokens_BT, HeadInputs(nodes_M, entropy=True))
         assert out.entropy_M is not None
         return out.entropy_M.view_as(tokens_BT)
 

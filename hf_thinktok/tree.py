@@ -131,11 +131,8 @@ class ThoughtTree:
         looks_ahead_W = ~thinking_W & ~rereads_W
         alive_BKGW = alive_BKGW & (~looks_ahead_W | (in_row_BKW & same_BKW))[:, :, None] & self.fork_valid_BK[:, :, None, None]
 
-        def spread(branch_BKGW: Tensor) -> Tensor:
-            return branch_BKGW.expand(batch, num_forks, groups, width).flatten(1)
-
         def nodes(trunk_BT: Tensor, branch_BKGW: Tensor) -> Tensor:
-            return torch.cat([trunk_BT.expand(batch, trunk_length), spread(branch_BKGW)], 1)
+            return torch.cat([trunk_BT.expand(batch, trunk_length), branch_BKGW.expand(batch, num_forks, groups, width).flatten(1)], 1)
 
         none = torch.zeros((), dtype=torch.long, device=device)
         branch_KG = torch.arange(num_forks * groups, device=device).view(1, num_forks, groups, 1)

@@ -151,7 +151,7 @@ class Bench:
 
     def __init__(self, name: str, cell: Cell, bench: BenchArguments, options: dict[str, Any], loading: dict[str, Any], folder: str):
         self.name, self.cell, self.bench, self.options, self.loading, self.folder = name, cell, bench, options, loading, folder
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=loading.get("revision"))
         text = "\n".join(standard_library()["text"][:60])
         self.ids = self.tokenizer(text[: 16 * cell.nodes])["input_ids"]
         if len(self.ids) < cell.nodes:
@@ -240,6 +240,7 @@ class Bench:
                 del last
                 gc.collect()
             progress.advance(task)
+        progress.remove_task(task)
         timed = slice(turns - rounds, turns)
         seconds = {name: watch.steps[timed] for name, watch in watches.items()}
         found: dict[str, Any] = {**cell._asdict(), "nodes": cell.nodes, "seconds": seconds, "peak_bytes": peaks}
@@ -260,7 +261,6 @@ class Bench:
                 found[f"gradient_vs_{other}"] = statistics.median(b / a for a, b in zip(pass_only, seconds[other], strict=True))
         if {"ours", "sft"} <= peaks.keys():
             found["peak_memory_vs_sft"] = peaks["ours"] / peaks["sft"]
-        progress.remove_task(task)
         return found
 
     @staticmethod
@@ -280,8 +280,8 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
             raise ValueError("There is no model: give model_name_or_path.")
         check_unquantized(model)
         name = resolve_model(model.model_name_or_path)
-        AutoConfig.from_pretrained(name)
-    loading = {"attn_implementation": "sdpa"} | init_kwargs(model)
+        AutoConfig.from_pretrained(name, revision=model.model_revision)
+    loading = {"attn_implementation": "sdpa"} | init_kwargs(model, args.model_init_kwargs)
     args = fit_to_cpu(args)
     options = {key: value for key, value in changed_options(args).items() if key not in ("output_dir", "model_init_kwargs")}
     options |= {name: getattr(args, name) for name in SHARED}

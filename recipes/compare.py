@@ -48,7 +48,7 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import ARMS, Comparison
 from hf_thinktok.evaluation.tables import print_comparison
-from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings, sample_text
+from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
@@ -164,15 +164,15 @@ def run(command: list[str], log: Path, label: str) -> int:
         return process.returncode
 
 
-def load(name: str, args: ThinkTokConfig, text) -> tuple[Any, Any]:
-    """A trained arm, an adapter merged into its base; or the model that all arms start from, with thinking tokens."""
-    model, tokenizer = load_whole(resolve_model(name), "float32", trust_remote_code=args.trust_remote_code)
+def load(name: str, revision: str | None, args: ThinkTokConfig) -> tuple[Any, Any]:
+    """A trained arm, an adapter merged into its base; or the model that all arms start from, with thinking tokens, which it never uses."""
+    model, tokenizer = load_whole(resolve_model(name), "float32", revision=revision, trust_remote_code=args.trust_remote_code)
     if not hasattr(model.config, "thinktok"):
-        add_thinking_tokens(model, tokenizer, args.num_think_tokens, sample_text(text, args.dataset_text_field, tokenizer), seed=args.seed)
+        add_thinking_tokens(model, tokenizer, args.num_think_tokens)
     return model, tokenizer
 
 
-def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset) -> Evaluation:
+def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset, revision: str | None = None) -> Evaluation:
     """What an arm does on the test part: measured, or from its file where that has the same settings."""
     args, arms = grid.options["think"][1], grid.options
     asked = {
@@ -180,12 +180,13 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
         "num_samples": chosen.num_samples if arm in arms and arms[arm][1].thinks else 0, "max_think_length": args.max_think_length,
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
     }  # fmt: skip
-    measured = hashlib.sha256(source.encode()).hexdigest()[:12]  # a name may be a path of this machine's, and settings are published
+    named = source if revision is None else f"{source}@{revision}"
+    measured = hashlib.sha256(named.encode()).hexdigest()[:12]  # a name may be a path of this machine's, and settings are published
     if path.exists():
         found = Evaluation.load(path)
         if (asked | {"model": measured, "text_bytes": sum(len(row["text"].encode()) for row in test)}).items() <= found.settings.items():
             return found
-    model, tokenizer = load(source, args, test)
+    model, tokenizer = load(source, revision, args)
     if not args.use_cpu and (device := torch.accelerator.current_accelerator(check_available=True)):
         model.to(device)
     show = functools.partial(track, description=f"evaluating {arm}", console=console, transient=True)
@@ -205,7 +206,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     if not (chosen.test_files or script.test_documents):
         raise ValueError("There is no text to report on: set test_documents, or test_files.")
     test = unseen_text(script, chosen.test_files)
-    base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test)
+    base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test, model.model_revision)
     evaluations: dict[str, dict[int, Evaluation]] = {"base": dict.fromkeys(chosen.seeds, base)} | {arm: {} for arm in grid.configs}
     logs: dict[str, dict[str, Any]] = {arm: {} for arm in grid.configs}
     bf16, where = fit_to_cpu(args).bf16, environment()

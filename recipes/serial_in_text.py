@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from toy import by_level, control_of, tokenized
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
@@ -80,23 +80,26 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
     with one_sentence():
         checkpoints = dict(zip(outputs, resume_points(args.resume_from_checkpoint, [*outputs.values()]), strict=True))
     with one_sentence(), there("model", folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
-    before = on_text(*load_whole(folder, "float32"), held_out, mixed, args, thinks=False)
+    before = on_text(
+        *load_whole(folder, "float32", revision=model.model_revision, trust_remote_code=args.trust_remote_code), held_out, mixed, args, thinks=False
+    )
     results: dict[str, Any] = {
         "task": task.name, "mixture": [], "levels": sorted(task.shortcut), "shortcut": {str(level): best for level, best in task.shortcut.items()},
         "config": changed_options(mixed, text, args, model), **environment(),
     }  # fmt: skip
+    args = replace(args, model_init_kwargs=init_kwargs(model, args.model_init_kwargs))
     for done, seed in enumerate(mixed.seeds, 1):
         evaluations["base"][seed] = before
         for arm in ("cpt", "think"):
             set_seed(seed)
             output = outputs[seed, arm]
             trainer = ThinkTokTrainer(
-                AutoModelForCausalLM.from_pretrained(folder, **init_kwargs(model, args.model_init_kwargs)),
-                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output, model_init_kwargs=None),
+                folder,
+                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
                 train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
                 processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
                 peft_config=get_peft_config(model),

@@ -29,7 +29,7 @@ from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
 from hf_thinktok.errors import one_sentence
-from hf_thinktok.language import describe_language, draw_language, print_language
+from hf_thinktok.language import describe_language, draw_language, print_language, single_figures
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
@@ -104,18 +104,16 @@ def tokenized(rows: Dataset, tokenizer) -> Dataset:
     return Dataset.from_dict(columns | {name: list(rows[name]) for name in about})
 
 
-def make_tokenizer(model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
+def make_tokenizer(args: ThinkTokConfig, model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
     """A pretrained model's own, or one with a word for each word of the task."""
     if model.model_name_or_path:
         with there("model", name := resolve_model(model.model_name_or_path)):
-            return AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+            return AutoTokenizer.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     return word_tokenizer(task.words)
 
 
-def make_model(toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A pretrained model, or one made from scratch."""
-    if model.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(resolve_model(model.model_name_or_path), **init_kwargs(model, args.model_init_kwargs))
+def new_model(toy: ToyArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model from scratch."""
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
 
@@ -173,7 +171,7 @@ def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: 
 
 def figures_of(report: dict[str, Any]) -> dict[str, float]:
     """The single figures of a language's report, and how pure the dictionary of its tokens is, where a task has steps for them to name."""
-    figures = {name: value for name, value in report.items() if isinstance(value, (int, float))}
+    figures = single_figures(report)
     return figures if report["states"] is None else figures | {"purity": report["states"]["pooled"]["purity"]}
 
 
@@ -185,11 +183,11 @@ def run(
     args = control_of(args, toy.control)
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
     with one_sentence():
-        thinker = make_model(toy, args, model, tokenizer)
-        # A pretrained one's speaker is its own, a copy, or a second adapter.
-        speaker = make_model(toy, args, model, tokenizer) if args.policies == "split" and not model.model_name_or_path else None
-        if args.teacher is None:  # who is loaded with them as well
-            args = replace(args, model_init_kwargs=None)
+        thinker, speaker = resolve_model(model.model_name_or_path) if model.model_name_or_path else new_model(toy, tokenizer), None
+        if model.model_name_or_path:
+            args = replace(args, model_init_kwargs=init_kwargs(model, args.model_init_kwargs))
+        elif args.policies == "split":  # a pretrained one's speaker is its own, a copy, or a second adapter
+            speaker = new_model(toy, tokenizer)
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
     with one_sentence(CheckpointError):
@@ -215,7 +213,7 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
     folders = [str(Path(args.output_dir) / f"seed-{seed}") for seed in toy.seeds]
     with one_sentence():
         checkpoints = resume_points(args.resume_from_checkpoint, folders)
-        tokenizer = make_tokenizer(model, task)
+        tokenizer = make_tokenizer(args, model, task)
     train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     for seed, folder, checkpoint in zip(toy.seeds, folders, checkpoints, strict=True):
         own = replace(args, seed=seed, output_dir=folder, resume_from_checkpoint=checkpoint)
@@ -236,6 +234,8 @@ if __name__ == "__main__":
         check_not_pushed(think_args)
         if not model_args.model_name_or_path and "model_type" not in (toy_args.model_shape or {}):
             raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
+        if model_args.model_name_or_path and toy_args.model_shape:
+            raise ValueError("model_shape has no effect with model_name_or_path: leave one of the two out.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)
         the_task = make(**toy_args.task_options or {})
         if toy_args.control == "no_think" and the_task.asked_by_length:

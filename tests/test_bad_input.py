@@ -143,6 +143,7 @@ BAD_VALUES = [
     ),
     ({"reward_funcs": ["log_prob", "acuracy"]}, ["'acuracy'", "did you mean 'accuracy'", "information_gain"]),
     ({"reward_funcs": ["log_prob", "prob"], "reward_weights": [1.0]}, ["reward_weights has 1", "reward_funcs 2"]),
+    ({"reward_funcs": "prob", "reward_weights": [1.0, 2.0]}, ["reward_weights has 2", "reward_funcs 1"]),
 ]
 # What cannot be done together.
 BAD_FITS = [
@@ -898,6 +899,12 @@ def test_files_take_the_place_of_a_recipe_s_own_text(tmp_path):
     (tmp_path / "mine.txt").write_text("one line\nand another\n")
     rows = load_text(TextArguments(dataset_name=STANDARD_LIBRARY, data_files=[str(tmp_path / "mine.txt")]))
     assert rows["text"][:] == ["one line", "and another"]
+
+
+@pytest.mark.parametrize("option", [{"dataset_streaming": True}, {"dataset_config": "v1"}, {"dataset_train_split": "test"}, {"text_template": "{text}!"}])
+def test_the_standard_library_is_one_text(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} has no effect with dataset_name={STANDARD_LIBRARY}"):
+        TextArguments(dataset_name=STANDARD_LIBRARY, **option)
 
 
 # ---------------------------------------------------------------- adapters

@@ -65,6 +65,18 @@ def test_the_command_writes_a_card_or_says_why_not(tmp_path, capsys):
     assert "is a folder: name a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("folder", [".", "think-seed0", "seed-3"])
+def test_a_card_counts_the_tokens_that_the_model_has(tmp_path, capsys, folder):
+    """The options may leave them to the model; of a comparison the card is of its arm `think`."""
+    results = json.loads((RESULTS / "quickstart.json").read_text())
+    results["config"].pop("num_think_tokens", None)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "config.json").write_text(json.dumps({"thinktok": {"first_id": 100, "num_tokens": 5, "guard_id": 105}}))
+    assert main(["card", str(tmp_path), "me/model"]) == 0
+    assert "<|think_4|>" in capsys.readouterr().out
+
+
 QUICKSTART = json.loads((RESULTS / "quickstart.json").read_text())
 
 

@@ -74,6 +74,14 @@ def test_a_checkpoint_says_after_what_it_thinks_while_it_reads(reading):
     assert "fork_markers" not in reading(memory="none", num_generations=2, rows=None, lookahead=1).model.config.thinktok
 
 
+def test_a_checkpoint_says_how_it_thinks_now_and_nothing_of_the_run_before(reading, make_trainer):
+    before = reading()
+    assert before.model.config.thinktok["fork_markers"] == [MARKER]
+    said = make_trainer(model=before.model, tokenizer=before.processing_class).model.config.thinktok
+    assert "fork_markers" not in said
+    assert (said["memory"], said["num_tokens"]) == ("none", before.vocabulary.num_tokens)
+
+
 def test_where_thoughts_are_forgotten_prompts_have_none(reading, marker):
     rows = steps(marker, (3, 3)).remove_columns("think_length")
     trainer = reading(rows=rows, memory="none", per_device_train_batch_size=2)

@@ -168,6 +168,8 @@ def test_what_thinking_costs_is_drawn_of_every_evaluation(tmp_path, monkeypatch)
     assert {"compare_gsm8k: think, seed 0", "compare_wikitext: think, seed 0"} < set(drawn)
     page = (tmp_path / "report.html").read_text()
     assert all(f"<h2>{name}</h2>" in page for name in ("a/found", "b/found", "compare_gsm8k"))
+    assert "a/found: where it wants to, by how uncertain" in page
+    assert "b/found: a thought everywhere, by how uncertain" in page
 
 
 def test_text_that_cannot_be_read_is_said_and_the_rest_is_shown(folder, tmp_path):

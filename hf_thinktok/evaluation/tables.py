@@ -96,7 +96,7 @@ def print_mixture(results: dict[str, Any], console: Console | None = None) -> No
 
 def comparison_says(found: dict[str, Any]) -> str:
     """How much is thought, and the verdict."""
-    lengths = [own_length(run, run.get("settings", {})) for run in found["runs"]["think"].values()]
+    lengths = [own_length(run, run["settings"]) for run in found["runs"]["think"].values()]
     return f"It thinks {sum(lengths) / len(lengths):.3f} tokens at a place. {comparison_verdict(found)}"
 
 

@@ -14,7 +14,7 @@ from ..card import read_results
 from ..errors import first_line
 from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
-from ..evaluation.thinking import own_arm, own_length, pieces
+from ..evaluation.thinking import PLACED, own_arm, own_length, pieces
 from ..peft import load_whole
 from ..results import run_table, verdict, where, whole_results, write_json, written_whole
 from ..text import TextArguments, unseen_text
@@ -107,11 +107,12 @@ class Run:
         pictures.append(("Training", draw_curves(self.logs)))
         more: list[tuple[str, str | None]] = []
         for name, one in self.evaluations.items():
-            buckets = {f"{bucket['mean_entropy_bits']:.1f} bits of entropy": bucket["think over no_think"] for bucket in one["by_entropy"]}
+            how = own_arm(one["settings"])
+            buckets = {f"{bucket['mean_entropy_bits']:.1f} bits of entropy": bucket[f"{how} over no_think"] for bucket in one["by_entropy"]}
             more.append(
                 (f"{name}: thoughts and what is put in their place", draw_intervals({placed(gain): one["gains"][gain] for gain in one["gains"]}, GAINS))
             )
-            more.append((f"{name}: where it wants to think, by how uncertain it is without a thought", draw_intervals(buckets, GAINS)))
+            more.append((f"{name}: {PLACED[how]}, by how uncertain it is without a thought", draw_intervals(buckets, GAINS)))
         told = {name: results[name] for name in ("model", "config", "arms", "settings", "seeds", "versions", "hardware", "commit") if name in results}
         shown = {name: [(title, data) for title, data in group if data] for name, group in (("pictures", pictures), ("more", more))}
         return {
@@ -167,7 +168,7 @@ def write_report(runs: list[Run], path: Path) -> None:
         with whole_results(run.name):
             pages.append(run.page(number))
             for name, one in run.evaluations.items():
-                settings, named = one.get("settings", {}), name if len(runs) == 1 or name == run.name else f"{run.name}: {name}"
+                settings, named = one["settings"], name if len(runs) == 1 or name == run.name else f"{run.name}: {name}"
                 points.append((named, own_length(one, settings), one["gains"][f"{own_arm(settings)} over no_think"]))
     write_page(path, pages, draw_costs(points))
 
