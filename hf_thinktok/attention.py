@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 # Nodes in a run. On a CPU a short run wastes fewer pairs and costs no more; elsewhere each run is several kernels to launch.
@@ -21,6 +22,9 @@ RUN_LENGTH_ELSEWHERE = 2048
 
 # Nodes of a row up to which a CPU is quicker with two products than with PyTorch's kernel, whose backward takes ten times its forward there.
 SHORT_ROW = 200
+
+# Of those that take a mask; flash takes none, and cuDNN's plans anew for every shape of mask, of which each step has others.
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 See = Callable[[slice], Tensor]
 
@@ -122,19 +126,20 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: TreeMask, drop
     length, masks = attn_mask.run_length, attn_mask.masks
     if len(masks) == 1:
         short = query.shape[2] * key.shape[2] <= SHORT_ROW**2 and not dropout_p and not kwargs.get("enable_gqa")
-        attend = _attend_by_products if short and device == "cpu" and query.requires_grad else scaled_dot_product_attention
-        return attend(query, key, value, masks[0], dropout_p, **kwargs)
+        if short and device == "cpu" and query.requires_grad:
+            return _attend_by_products(query, key, value, masks[0], **kwargs)
     keys, values = key.split(length, 2), value.split(length, 2)
-    out = [
-        scaled_dot_product_attention(queries, _gather(keys, stretches), _gather(values, stretches), mask, dropout_p, **kwargs)
-        for queries, stretches, mask in zip(query.split(length, 2), attn_mask.stretches, masks, strict=True)
-    ]
-    return torch.cat(out, 2)
+    with sdpa_kernel(KERNELS) if device == "cuda" else contextlib.nullcontext():
+        if len(masks) == 1:
+            return scaled_dot_product_attention(query, key, value, masks[0], dropout_p, **kwargs)
+        out = [
+            scaled_dot_product_attention(queries, _gather(keys, stretches), _gather(values, stretches), mask, dropout_p, **kwargs)
+            for queries, stretches, mask in zip(query.split(length, 2), attn_mask.stretches, masks, strict=True)
+        ]
+        return torch.cat(out, 2)
 
 
-def _attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float = 0.0, scale: float | None = None, enable_gqa: bool = False
-) -> Tensor:
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     """`scaled_dot_product_attention` without dropout, written out. Scores are fp32, as in its kernels."""
     with torch.autocast(query.device.type, enabled=False):
         scores = torch.matmul(query.float() * (query.shape[-1] ** -0.5 if scale is None else scale), key.float().transpose(-1, -2)) + mask

@@ -254,6 +254,8 @@ def choose_engine(
         for length in (None,) if whole_masks else (run_length(model.device), None):
             reason = probe.why_not(TreeEngine(length and probe.run_length))
             if reason is None:
+                if length is None and model.device.type == "cuda":
+                    torch.backends.cuda.enable_cudnn_sdp(False)  # as `attention.KERNELS`, where the model itself attends under the mask
                 return TreeEngine(length)
     if wanted == "tree":
         raise ValueError(

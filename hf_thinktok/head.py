@@ -93,7 +93,9 @@ class ThoughtInputs:
                 f"A thought's hidden state of {vectors_MD.shape[-1]} numbers cannot be read as an input embedding of {embeds_BSD.shape[-1]}: set "
                 "another continuous_layer, or thoughts=gumbel."
             )
-        read_BSD = vectors_MD.to(embeds_BSD.dtype)[self.index_BS.clamp(min=0)]
+        # As an embedding, whose padding row has no gradient: that of an index adds up, one by one on a GPU, whatever reads the same row.
+        rows_MD = torch.nn.functional.pad(vectors_MD.to(embeds_BSD.dtype), (0, 0, 1, 0))
+        read_BSD = torch.nn.functional.embedding(self.index_BS + 1, rows_MD, padding_idx=0)
         return torch.where((self.index_BS >= 0)[..., None], embeds_BSD + read_BSD if self.mixes else read_BSD, embeds_BSD)
 
 

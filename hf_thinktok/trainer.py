@@ -173,8 +173,6 @@ class ThinkTokTrainer(MeasuringTrainer):
         longest = args.max_length or 1024
         branching = args.branching(min(longest, 1024))
         check_positions(args, base)
-        if self.accelerator.device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of mask, and each step has others
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
         if args.revive_every and self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise ValueError("revive_every writes rows of the embeddings, of which DeepSpeed and FSDP2 keep copies or parts: leave it out, or take DDP.")
@@ -265,7 +263,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         generator = self._generator(2, turn, self.state.global_step)
         if self.args.rollout == "free":
             gather, checkpointing = self.args.gather_for_rollout, self.args.gradient_checkpointing_kwargs
-            with unwrap_model_for_generation(model, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing) as writer:
+            writing = unwrap_model_for_generation(model, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing)
+            with self.accelerator.autocast(), writing as writer:  # as in `_sample`: weights are cast once
                 inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
         return taught(self.teacher, inputs, generator)
 

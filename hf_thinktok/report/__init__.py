@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table
 from safetensors import SafetensorError
@@ -141,6 +142,8 @@ def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
 def inspect_texts(folder: Path, texts: list[str], max_length: int, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Texts as a model reads them, for the page."""
     model, tokenizer = load_whole(str(folder), trust_remote_code=trust_remote_code)
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * model.get_memory_footprint():  # a run that has just ended still holds its own
+        model.to("cuda")
     return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
 
 
