@@ -154,7 +154,7 @@ def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     of_comparison = ("seeds", "num_samples", "rows_per_document", "arms", "test_files", "report_documents")
     asked = {name: results["settings"][name] for name in of_comparison if results["settings"].get(name) not in (None, {})}
     rows = config.get("per_device_train_batch_size", 8) * config.get("gradient_accumulation_steps", 1)
-    unseen = "of files of their own" if asked.get("test_files") else "of a test part that training did not see and no hyperparameter was tuned on"
+    unseen = "of files of their own" if asked.get("test_files") else "of a test part that training did not see"
     return {
         "how": REWARDED,
         "minutes": round(minutes_of(log for arm in training.values() for log in arm["seeds"].values()), 1),
@@ -171,6 +171,7 @@ def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, An
 
 
 def _task(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    rows = f", {config['test_rows']} a level at most" if config.get("test_rows") else ""
     options = config | {"task": results["task"], "task_options": results["task_options"], "seeds": [run["seed"] for run in results["runs"]]}
     return {
         "how": {
@@ -181,7 +182,10 @@ def _task(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "text": f"made by hf-thinktok: the task {results['task']}",
         "minutes": round(sum(run["seconds"] for run in results["runs"]) / 60, 1),
         "runs": f", {len(results['runs'])} seed{'s' * (len(results['runs']) > 1)}",
-        "limits": ["Trained for this task alone: whatever else the base model could do was not kept, nor measured.", "Test rows are of the task's own making."],
+        "limits": [
+            "Trained for this task alone: whatever else the base model could do was not kept, nor measured.",
+            f"Test rows are of the task's own making{rows}.",
+        ],
         "command": "python recipes/toy.py --config config.yaml",
         "options": yaml.safe_dump(options, sort_keys=True),
     }

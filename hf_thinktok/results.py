@@ -195,7 +195,7 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     """Accuracy of runs on a task in per cent: levels across; for each seed a row with its own thoughts, one with random thoughts and one without any."""
     levels = levels_of_runs(results["runs"])
     control = "" if results["control"] == "none" else f", {results['control']} control"
-    table = level_table(f"{results['task']}: accuracy on test rows, %{control}", "thoughts", levels, results["levels"])
+    table = level_table(f"{results['task']}: accuracy on test rows, %{control}", "thoughts", levels, trained_levels(results))
     for how in _hows(results["runs"]):
         for run in results["runs"]:
             table.add_row(THOUGHTS[how], str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels))
@@ -338,10 +338,16 @@ def levels_of_runs(runs: list[dict[str, Any]]) -> list[str]:
     return sorted(next(iter(runs[0]["accuracy"].values())), key=int)
 
 
+def trained_levels(results: dict[str, Any]) -> list[int]:
+    """Those that any of the runs was trained on: with a curriculum no further than it came."""
+    reached: list[Any] = [run["curve"][-1].get("level") if run.get("curve") else None for run in results["runs"]]
+    return [level for level in results["levels"] if None in reached or level <= max(reached)]
+
+
 def level_table(title: str, what: str, levels: list[str], trained: list[int]) -> Table:
-    """A table with a column for each level, of which those that were not trained have a star."""
+    """A table with a column for each level, of which those that nothing was trained on have a star."""
     starred = [level + ("" if int(level) in trained else "*") for level in levels]
-    table = Table(padding=0, title=title, caption=None if starred == levels else "* harder than any trained", caption_justify="left")
+    table = Table(padding=0, title=title, caption=None if starred == levels else "* never trained on", caption_justify="left")
     table.add_column(what)
     for column in ("seed", *starred):
         table.add_column(column, justify="right")
@@ -369,7 +375,7 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
         for i, run in enumerate(results["runs"]):
             axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {THOUGHTS[how]}")
     axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")
-    if max(places) > (longest := max(results["levels"])):
+    if max(places) > (longest := max(trained_levels(results))):
         axes.axvspan(longest + 0.5, max(places) + 0.5, color="tab:green", alpha=0.12, label="harder than any trained")
     axes.set(
         xlabel="level",

@@ -5,9 +5,10 @@ import math
 import subprocess
 
 import pytest
+from rich.console import Console
 
 from hf_thinktok import results
-from hf_thinktok.results import read_json, write_json, written_whole
+from hf_thinktok.results import print_task, read_json, write_json, written_whole
 
 
 def test_figures_that_are_no_numbers_are_null_and_come_back(tmp_path):
@@ -56,3 +57,17 @@ def test_a_file_that_was_not_finished_leaves_what_was_there(tmp_path):
         half()
     assert (tmp_path / "r.json").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_star_is_at_levels_that_no_run_came_to():
+    run = {"seed": 0, "seconds": 1.0, "steps": 10, "accuracy": {"think": dict.fromkeys("1234", 1.0)}}
+    results = {"task": "walk", "control": "none", "chance": 0.1, "config": {}, "levels": [1, 2, 3], "shortcut": dict.fromkeys("1234", 0.1)}
+
+    def stars(*levels):
+        console = Console(record=True, width=100)
+        print_task(results | {"runs": [run | {"curve": [{"step": 5, "accuracy": 1.0, "level": level}]} for level in levels]}, console)
+        header = next(line for line in console.export_text().splitlines() if "thoughts" in line)
+        return [cell.strip() for cell in header.split("┃")[3:-1]]
+
+    assert stars(1, 2) == ["1", "2", "3*", "4*"]
+    assert stars(2, 3) == stars(None) == ["1", "2", "3", "4*"], "without a curriculum all levels of the data are trained on"
