@@ -40,7 +40,7 @@ from .scores import TreeScores, score_tree
 from .search import Explorer
 from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
-from .tokens import ThinkingVocabulary, add_thinking_tokens, check_vocabulary
+from .tokens import add_thinking_tokens, check_vocabulary
 from .tree import ThoughtTree, before
 
 
@@ -79,7 +79,6 @@ class ThinkTokTrainer(MeasuringTrainer):
 
     _tag_names = ["trl", "thinktok"]
     _name = "ThinkTok"
-    vocabulary: ThinkingVocabulary  # where num_think_tokens is not 0
 
     def __init__(
         self,
@@ -110,22 +109,7 @@ class ThinkTokTrainer(MeasuringTrainer):
 
         self.plain = args.num_think_tokens == 0
         if not self.plain:
-            how = {"num_tokens": args.num_think_tokens, "seed": args.seed, "words": args.think_init_words or ()}
-            how["sample_text"] = sample_text(train_dataset, args.dataset_text_field, tokenizer)
-            if (speaker := find_speaker(speaker, model, args, two_adapters)) is not None:  # each gets its own rows; the tokenizer learns the tokens once
-                with where_it_is_fast(speaker, args.device):
-                    add_thinking_tokens(speaker, copy.deepcopy(tokenizer), **how)
-            with where_it_is_fast(model, args.device):
-                self.vocabulary = add_thinking_tokens(model, tokenizer, **how)
-            if args.supply_thoughts and args.num_think_tokens is None:  # else it was looked at before the model was loaded
-                check_thinking_numbers(column_of(train_dataset, "thoughts"), "train", self.vocabulary.num_tokens)
-            if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
-                raise ValueError("thoughts=text needs a start and an end token, and the model has one thinking token: start from its base model.")
-            if args.policies == "split" and not two_adapters:
-                if is_partitioned(model):
-                    raise ValueError("policies=split trains two whole models, which ZeRO-3 cannot: take ZeRO-2, or two adapters of one model (peft_config).")
-                model.speaker = copy.deepcopy(model) if speaker is None else speaker
-            model.config.thinktok = dataclasses.asdict(self.vocabulary) | args.stored()  # and nothing of an earlier run's
+            self._give_thinking_tokens(model, tokenizer, args, train_dataset, find_speaker(speaker, model, args, two_adapters), two_adapters)
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary, (args.model_init_kwargs or {}).get("revision"))
         loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
         super().__init__(
@@ -157,6 +141,33 @@ class ThinkTokTrainer(MeasuringTrainer):
         if not self.plain:
             self._prepare_to_think(teacher)
         self._fresh = self._snapshot()
+
+    def _give_thinking_tokens(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: ThinkTokConfig,
+        train_dataset: Dataset | IterableDataset,
+        speaker: PreTrainedModel | None,
+        two_adapters: bool,
+    ) -> None:
+        """Rows for the model, and for the speaker its own; the tokenizer learns the tokens once."""
+        how = {"num_tokens": args.num_think_tokens, "seed": args.seed, "words": args.think_init_words or ()}
+        how["sample_text"] = sample_text(train_dataset, args.dataset_text_field, tokenizer)
+        if speaker is not None:
+            with where_it_is_fast(speaker, args.device):
+                add_thinking_tokens(speaker, copy.deepcopy(tokenizer), **how)
+        with where_it_is_fast(model, args.device):
+            self.vocabulary = add_thinking_tokens(model, tokenizer, **how)
+        if args.supply_thoughts and args.num_think_tokens is None:  # else it was looked at before the model was loaded
+            check_thinking_numbers(column_of(train_dataset, "thoughts"), "train", self.vocabulary.num_tokens)
+        if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
+            raise ValueError("thoughts=text needs a start and an end token, and the model has one thinking token: start from its base model.")
+        if args.policies == "split" and not two_adapters:
+            if is_partitioned(model):
+                raise ValueError("policies=split trains two whole models, which ZeRO-3 cannot: take ZeRO-2, or two adapters of one model (peft_config).")
+            model.speaker = copy.deepcopy(model) if speaker is None else speaker
+        model.config.thinktok = dataclasses.asdict(self.vocabulary) | args.stored()  # and nothing of an earlier run's
 
     def _prepare_to_think(self, teacher: PreTrainedModel | None) -> None:
         args, base = self.args, unwrapped(self.model)

@@ -80,6 +80,21 @@ def shuffled(rng: np.random.Generator, table_RC: np.ndarray) -> np.ndarray:
     return np.take_along_axis(table_RC, rng.random(table_RC.shape).argsort(1), 1)
 
 
+def orders(rng: np.random.Generator, nodes: int, rows: int = BATCH) -> np.ndarray:
+    """The nodes in a random order for each row."""
+    return rng.permuted(np.tile(np.arange(nodes), (rows, 1)), axis=1)
+
+
+def edges_of(nodes: int) -> list[str]:
+    return [f"{a}>{b}" for a in range(nodes) for b in range(nodes)]
+
+
+def facts_of(rng: np.random.Generator, map_RM: np.ndarray) -> list[str]:
+    """A line `a>b` for each node of a map, in random order."""
+    nodes = map_RM.shape[1]
+    return joined(edges_of(nodes), shuffled(rng, np.arange(nodes) * nodes + map_RM), "\n")
+
+
 def span(least: float, most: float) -> str:
     return f"of {least} or more" if most == math.inf else f"from {least} to {most}"
 
@@ -257,13 +272,13 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
     if (pad_to or sum_steps) and not offsets:
         option = f"pad_to={pad_to} fills up the line of offsets" if pad_to else "sum_steps=True adds offsets"
         raise ValueError(f"{option}, and there are none: set offsets={nodes}, or leave it out.")
-    edges, shifts = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)], decimals(offsets, "+")
+    edges, shifts = edges_of(nodes), decimals(offsets, "+")
 
     def hops(level: int) -> int:
         return (level + 1) // 2 if sum_steps else level
 
     def draw(rng, level):
-        map_RM = rng.permuted(np.tile(np.arange(nodes), (BATCH, 1)), axis=1)
+        map_RM = orders(rng, nodes)
         offsets_RK = rng.integers(offsets or 1, size=(BATCH, hops(level)))
         path = [rng.integers(nodes, size=BATCH)]  # then a sum and the node that it leads to, in turn
         for offset_R in offsets_RK.T:
@@ -274,7 +289,7 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
         return Questions(inputs_RC, steps_RL[:, :-1], steps_RL[:, -1])
 
     def prompts(rng, level, inputs_RC):
-        facts = joined(edges, shuffled(rng, np.arange(nodes) * nodes + inputs_RC[:, 1 : 1 + nodes]), "\n")
+        facts = facts_of(rng, inputs_RC[:, 1 : 1 + nodes])
         missing = " ." * (hops(pad_to) - hops(level))
         lines = [f"{line}{missing}\n" for line in joined(shifts, inputs_RC[:, 1 + nodes :])] if offsets else [""] * len(facts)
         return [f"k{level}\n{fact}\n{line}{start}>" for fact, line, start in zip(facts, lines, inputs_RC[:, 0].tolist())]
@@ -306,7 +321,6 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
     check_whole(2, nodes=nodes)
     check_whole(1, together=together)
     check_flag(mixed=mixed)
-    edges = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)]
 
     def asked(rng, level, map_RM, start_R, mixed=mixed) -> Questions:
         rows = len(start_R)
@@ -318,7 +332,7 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
         return Questions(np.concatenate([start_R[:, None], map_RM, numbers_RK], 1), np.stack(path[1:], 1)[:, :-1], path[-1])
 
     def draw(rng, level, mixed=mixed):
-        map_RM = rng.permuted(np.tile(np.arange(nodes), (BATCH, 1)), axis=1)
+        map_RM = orders(rng, nodes)
         return asked(rng, level, map_RM, rng.integers(nodes, size=BATCH), mixed)
 
     def told(inputs_RC):
@@ -326,19 +340,19 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
         return [f"{start} {row}" for start, row in zip(inputs_RC[:, 0].tolist(), steps)]
 
     def prompts(rng, level, inputs_RC):
-        facts = joined(edges, shuffled(rng, np.arange(nodes) * nodes + inputs_RC[:, 1 : 1 + nodes]), "\n")
+        facts = facts_of(rng, inputs_RC[:, 1 : 1 + nodes])
         return [f"{fact}\n{question}" for fact, question in zip(facts, told(inputs_RC))]
 
     def again(rng, level, inputs_RC):
         map_RM = inputs_RC[:, 1 : 1 + nodes]
-        starts_RM = rng.permuted(np.tile(np.arange(nodes), (len(map_RM), 1)), axis=1)
+        starts_RM = orders(rng, nodes, len(map_RM))
         tested_RM = np.stack([held_back(np.concatenate([starts_RM[:, [i]], map_RM], 1)) for i in range(nodes)], 1)
         more = asked(rng, level, map_RM, starts_RM[np.arange(len(map_RM)), tested_RM.argmin(1)])  # one that is not
         return [f"\n{question}" for question in told(more.inputs_RC)], [str(node) for node in more.answers_R]
 
     return Recipe(
         answers=decimals(nodes),
-        words=lambda levels: [*edges, *decimals(nodes), *decimals(nodes, "+"), ">", "="],
+        words=lambda levels: [*edges_of(nodes), *decimals(nodes), *decimals(nodes, "+"), ">", "="],
         count=lambda level: math.factorial(nodes) * nodes,
         draw=draw,
         draw_tests=lambda rng, level: draw(rng, level, mixed=False),
@@ -379,7 +393,7 @@ def reachability(nodes: int = 8, edges: int = 12) -> Recipe:
     check_whole(3, 16, nodes=nodes)
     check_whole(1, nodes * (nodes - 1), edges=edges)
     pairs, one_MM = np.array(list(itertools.permutations(range(nodes), 2))), np.eye(nodes, dtype=bool)
-    names = [f"{a}>{b}" for a in range(nodes) for b in range(nodes)]
+    names = edges_of(nodes)
 
     def draw(rng, level):
         edges_RE2, starts_R = pairs[choose(rng, len(pairs), edges)], rng.integers(nodes, size=BATCH)
