@@ -67,7 +67,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
     rows = dataset.select_columns(columns)
-    given_D = list(rows["think_length"]) if "think_length" in columns else [args.max_think_length] * len(rows)
+    given_D = rows["think_length"][:] if "think_length" in columns else [args.max_think_length] * len(rows)
     lengths_D = np.array([np.sum(given) for given in given_D])
     order_D = np.argsort(lengths_D, kind="stable")
     correct_D, logps_D, spent_D = np.zeros(len(rows), bool), np.zeros(len(rows)), np.zeros(len(rows))

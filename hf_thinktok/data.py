@@ -187,7 +187,7 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
 def column_of(dataset: Dataset | IterableDataset, column: str, head: Iterable[dict[str, Any]] | None = None) -> list[Any]:
     """The values of a column; of a stream those of its first rows, which are read where `head` does not have them."""
     if isinstance(dataset, Dataset):
-        return list(dataset[column])
+        return dataset[column][:]
     return [row[column] for row in (dataset.take(STREAMED_ROWS) if head is None else head)]
 
 
@@ -211,4 +211,4 @@ def levels_of(dataset) -> list[int]:
         raise ValueError(
             "curriculum_threshold needs a map-style data set with a column `level` (whole numbers, harder rows higher): add it, or leave the option out."
         )
-    return sorted(set(dataset["level"]))
+    return sorted(set(dataset["level"][:]))

@@ -471,7 +471,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         batch = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.curriculum is not None:
-            return LevelSampler(np.asarray(dataset["level"]), self.curriculum, batch, self.args.curriculum_replay, self.args.max_steps, seed)
+            return LevelSampler(np.asarray(dataset["level"][:]), self.curriculum, batch, self.args.curriculum_replay, self.args.max_steps, seed)
         if len(dataset) < batch:
             raise ValueError(
                 f"num_iterations={self.args.num_iterations} repeats whole batches, and {len(dataset)} rows are fewer than one of {batch}: lower it."

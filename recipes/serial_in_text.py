@@ -62,7 +62,7 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
     """Training rows in random order: every row of text once, and as many of the task's as make up their share."""
     count = round(len(text_rows) * share / (1 - share))
     chosen = task_rows.select(np.random.default_rng(seed).choice(len(task_rows), count, replace=count > len(task_rows)))
-    text = Dataset.from_dict({"input_ids": list(text_rows["input_ids"]), "labels": list(text_rows["input_ids"])})
+    text = Dataset.from_dict({"input_ids": text_rows["input_ids"][:], "labels": text_rows["input_ids"][:]})
     return concatenate_datasets([chosen.select_columns(["input_ids", "labels"]), text]).shuffle(seed=seed)
 
 

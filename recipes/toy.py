@@ -93,15 +93,16 @@ class Progress(TrainerCallback):
 
 def tokenized(rows: Dataset, tokenizer) -> Dataset:
     """Prompts and completions as ids, tokenised apart so that their borders are borders of tokens. A row may have several of each, one after the other."""
-    texts = [[text if isinstance(text, list) else [text] for text in rows[name]] for name in ("prompt", "completion")]
-    ids = [iter(tokenizer(list(itertools.chain.from_iterable(column)), add_special_tokens=False)["input_ids"]) for column in texts]
+    texts = [[text if isinstance(text, list) else [text] for text in rows[name][:]] for name in ("prompt", "completion")]
+    how = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False)
+    ids = [iter(tokenizer(list(itertools.chain.from_iterable(column)), **how)["input_ids"]) for column in texts]
     columns: dict[str, list] = {"input_ids": [], "labels": []}
     for turns in texts[0]:
         parts = [part for prompt, completion in zip(*(itertools.islice(one, len(turns)) for one in ids), strict=True) for part in (prompt, completion)]
         columns["input_ids"].append([token for part in parts for token in part])
         columns["labels"].append([token if place % 2 else -100 for place, part in enumerate(parts) for token in part])
     about = [name for name in ("level", "think_length", "thoughts", "answer", "inputs") if name in rows.column_names]
-    return Dataset.from_dict(columns | {name: list(rows[name]) for name in about})
+    return Dataset.from_dict(columns | {name: rows[name][:] for name in about})
 
 
 def make_tokenizer(args: ThinkTokConfig, model: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
@@ -128,7 +129,7 @@ def control_of(args: ThinkTokConfig, kind: str) -> ThinkTokConfig:
 
 def of_level(rows: Dataset, level: int, limit: int) -> Dataset:
     """The rows of one level, no more than `limit`; 0 for all."""
-    return rows.select(np.flatnonzero(np.asarray(rows["level"]) == level)[: limit or None])
+    return rows.select(np.flatnonzero(np.asarray(rows["level"][:]) == level)[: limit or None])
 
 
 def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -154,13 +155,13 @@ def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: 
     tested = levels_of(test)
     rows = of_level(test, max(set(tested) & set(levels_of(task.train)), default=max(tested)), limit)
     said = answer(trainer, rows)
-    states = np.asarray(rows["thoughts"]) if task.stepwise and set(map(len, rows["thoughts"])) == {said.thoughts_DL.shape[1]} else None
-    answers, names = np.asarray(rows["answer"]), None
+    states = np.asarray(rows["thoughts"][:]) if task.stepwise and set(map(len, rows["thoughts"])) == {said.thoughts_DL.shape[1]} else None
+    answers, names = np.asarray(rows["answer"][:]), None
     if not task.name.startswith("mod_add"):  # only sums are numbers; a node or a group element is a name
         values, answers = np.unique(answers, return_inverse=True)
         names = [f"no. {value}" for value in values]
     report = describe_language(
-        np.maximum(said.thoughts_DL, 0), answers, np.asarray(rows["inputs"]), trainer.vocabulary.num_tokens,
+        np.maximum(said.thoughts_DL, 0), answers, np.asarray(rows["inputs"][:]), trainer.vocabulary.num_tokens,
         lengths_Q=(said.thoughts_DL >= 0).sum(1), states_QL=states, answer_names=names,
     )  # fmt: skip
     print_language(report)
