@@ -50,8 +50,8 @@ class StopsInText(StoppingCriteria):
         self.vocabulary, self.start = vocabulary, start
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        made = zip(self.rows, input_ids[:, self.start :], strict=True)
-        return torch.cat([stops(row_T[~self.vocabulary.is_thought(row_T)][None], scores) for stops, row_T in made])
+        made = zip(self.rows, input_ids[:, self.start :].cpu(), strict=True)  # once, and not for each row and each of its stop strings
+        return torch.cat([stops(row_T[~self.vocabulary.is_thought(row_T)][None], scores) for stops, row_T in made]).to(input_ids.device)
 
 
 @register_model("thinktok")
