@@ -317,9 +317,11 @@ def test_another_base_is_measured_again(grid, monkeypatch):
     grid_of_arms = script.Grid(config, own["arms"])
     test = split(load_text(grid_of_arms.options["think"][0]), grid_of_arms.options["think"][0]).test
     chosen = script.CompareArguments(num_samples=own["num_samples"])
-    script.measure("base", config["model_name_or_path"], path, grid_of_arms, chosen, test)
-    with pytest.raises(LookupError, match="/some/other/model"):
-        script.measure("base", "/some/other/model", path, grid_of_arms, chosen, test)
+    name, revision = config["model_name_or_path"], grid_of_arms.options["think"][2].model_revision
+    script.measure("base", name, path, grid_of_arms, chosen, test, revision)
+    for other in (("/some/other/model", revision), (name, "another")):
+        with pytest.raises(LookupError, match=other[0]):
+            script.measure("base", other[0], path, grid_of_arms, chosen, test, other[1])
 
 
 @pytest.mark.parametrize(
