@@ -29,8 +29,9 @@ from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
 from hf_thinktok.errors import one_sentence
-from hf_thinktok.language import describe_language, draw_language, print_language, single_figures
+from hf_thinktok.language import describe_language, single_figures
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
+from hf_thinktok.report.language import draw_language, print_language
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
@@ -184,11 +185,12 @@ def run(
     args = control_of(args, toy.control)
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
     with one_sentence():
-        thinker, speaker = resolve_model(model.model_name_or_path) if model.model_name_or_path else new_model(toy, tokenizer), None
-        if model.model_name_or_path:
+        if model.model_name_or_path:  # whose speaker is its own, a copy, or a second adapter
+            thinker, speaker = resolve_model(model.model_name_or_path), None
             args = replace(args, model_init_kwargs=init_kwargs(model, args.model_init_kwargs))
-        elif args.policies == "split":  # a pretrained one's speaker is its own, a copy, or a second adapter
-            speaker = new_model(toy, tokenizer)
+        else:
+            thinker = new_model(toy, tokenizer)
+            speaker = new_model(toy, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
     with one_sentence(CheckpointError):

@@ -10,7 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from hf_thinktok.language import MAX_SIDE, _draw_joint, describe_language, draw_language, print_language
+from hf_thinktok.language import MAX_SIDE, describe_language
+from hf_thinktok.report.language import _draw_joint, draw_language, print_language
 
 CIRCULAR, DIFFER, DIFFERENCE, INPUT = "circular mod", "digits that differ", "|difference|", "input ids"
 
