@@ -128,10 +128,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: TreeMask, drop
         short = query.shape[2] * key.shape[2] <= SHORT_ROW**2 and not dropout_p and not kwargs.get("enable_gqa")
         if short and device == "cpu" and query.requires_grad:
             return _attend_by_products(query, key, value, masks[0], **kwargs)
-    keys, values = key.split(length, 2), value.split(length, 2)
     with sdpa_kernel(KERNELS) if device == "cuda" else contextlib.nullcontext():
         if len(masks) == 1:
             return scaled_dot_product_attention(query, key, value, masks[0], dropout_p, **kwargs)
+        keys, values = key.split(length, 2), value.split(length, 2)
         out = [
             scaled_dot_product_attention(queries, _gather(keys, stretches), _gather(values, stretches), mask, dropout_p, **kwargs)
             for queries, stretches, mask in zip(query.split(length, 2), attn_mask.stretches, masks, strict=True)

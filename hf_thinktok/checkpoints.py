@@ -246,7 +246,7 @@ class CheckpointingTrainer(SFTTrainer):
             )
         device = self.accelerator.device  # among several processes it is `cpu:0`, which `torch.load` does not know
         state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu" if device.type == "cpu" else device)
-        made, have, parts = state[MADE_WITH], self._made_with, self._stateful()
+        made, have, parts = state.get(MADE_WITH, {}), self._made_with, self._stateful()
         for name in have | made:
             if made.get(name) != have.get(name):
                 raise CheckpointError(
@@ -255,7 +255,7 @@ class CheckpointingTrainer(SFTTrainer):
                 )
         if missing := set(parts) - set(state):
             raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")
-        return {name: state[name] for name in set(parts) & set(state)}
+        return {name: state[name] for name in parts}
 
     def _save_checkpoint(self, model, trial) -> None:
         """Wherever this is killed, a checkpoint that counts is whole, and there is one if there was one."""

@@ -1,6 +1,6 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from glob import escape, has_magic
 from pathlib import Path
 from string import Formatter
@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .config_checks import default_of
 from .data import READABLE_COLUMNS
 from .sources import STANDARD_LIBRARY, standard_library
 
 # Builders of `datasets` by the ends of files' names.
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 # What says how a data set is read, of which the standard library's text is none.
 OF_DATA_SETS = ("dataset_config", "dataset_train_split", "dataset_streaming", "text_template")
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
 @dataclass
@@ -49,10 +50,9 @@ class TextArguments:
             raise ValueError(f"data_files has no text: {', '.join(self.data_files)} is empty.")
         if len(kinds := {kind_of(name) for name in self.data_files or []}) > 1:
             raise ValueError(f"data_files has files of several kinds ({', '.join(sorted(kinds))}): give files of one.")
-        if self.dataset_name == STANDARD_LIBRARY and not self.data_files:
-            given = [entry.name for entry in fields(TextArguments) if entry.name in OF_DATA_SETS and getattr(self, entry.name) != entry.default]
-            if given:
-                raise ValueError(f"{given[0]} has no effect with dataset_name={STANDARD_LIBRARY}, which is one text: leave it out.")
+        given = [name for name in OF_DATA_SETS if getattr(self, name) != default_of(TextArguments, name)]
+        if given and self.dataset_name == STANDARD_LIBRARY and not self.data_files:
+            raise ValueError(f"{given[0]} has no effect with dataset_name={STANDARD_LIBRARY}, which is one text: leave it out.")
         if self.text_template:  # from a shell they come as two characters each
             self.text_template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
 

@@ -151,7 +151,7 @@ class Bench:
 
     def __init__(self, name: str, cell: Cell, bench: BenchArguments, options: dict[str, Any], loading: dict[str, Any], folder: str):
         self.name, self.cell, self.bench, self.options, self.loading, self.folder = name, cell, bench, options, loading, folder
-        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=loading.get("revision"))
+        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=loading.get("revision"), trust_remote_code=options.get("trust_remote_code", False))
         text = "\n".join(standard_library()["text"][:60])
         self.ids = self.tokenizer(text[: 16 * cell.nodes])["input_ids"]
         if len(self.ids) < cell.nodes:
@@ -280,7 +280,7 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
             raise ValueError("There is no model: give model_name_or_path.")
         check_unquantized(model)
         name = resolve_model(model.model_name_or_path)
-        AutoConfig.from_pretrained(name, revision=model.model_revision)
+        AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     loading = {"attn_implementation": "sdpa"} | init_kwargs(model, args.model_init_kwargs)
     args = fit_to_cpu(args)
     options = {key: value for key, value in changed_options(args).items() if key not in ("output_dir", "model_init_kwargs")}

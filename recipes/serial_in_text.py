@@ -12,6 +12,7 @@ with intervals over its documents.
 """
 
 import copy
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,8 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
-    before = on_text(
-        *load_whole(folder, "float32", revision=model.model_revision, trust_remote_code=args.trust_remote_code), held_out, mixed, args, thinks=False
-    )
+    load = functools.partial(load_whole, dtype="float32", trust_remote_code=args.trust_remote_code)
+    before = on_text(*load(folder, revision=model.model_revision), held_out, mixed, args, thinks=False)
     results: dict[str, Any] = {
         "task": task.name, "mixture": [], "levels": sorted(task.shortcut), "shortcut": {str(level): best for level, best in task.shortcut.items()},
         "config": changed_options(mixed, text, args, model), **environment(),
@@ -108,7 +108,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
                 trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             trainer.save_model(output)
-            evaluations[arm][seed] = on_text(*load_whole(output, "float32"), held_out, mixed, args, thinks=arm == "think")
+            evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": trainer.state.global_step})
         results |= {"text": Comparison(evaluations).summary(), "seeds": mixed.seeds[:done]}
         write_json(Path(args.output_dir) / "results.json", results)

@@ -18,7 +18,7 @@ from tiny_run import KilledAtStep, main
 from transformers import TrainerCallback
 
 from hf_thinktok import ThinkTokTrainer
-from hf_thinktok.checkpoints import CheckpointError, newest_checkpoint
+from hf_thinktok.checkpoints import STATE_FILE, CheckpointError, newest_checkpoint
 
 HERE = Path(__file__).parent
 # Checkpoints after two and four of six steps, each with several files: a kill hits between them, in the first of them, or in a later file.
@@ -208,6 +208,18 @@ def test_what_does_not_fit_a_checkpoint_is_told(make_trainer, tmp_path, made, no
         other.train(resume_from_checkpoint=True)
     assert str(error.value).count("\n") == 0
     assert other.state.global_step == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_think_tokens": 0}, lora()], ids=["whole", "plain", "adapter"])
+def test_what_says_nothing_of_how_it_was_made_is_told(make_trainer, tmp_path, options):
+    make_trainer(**EACH_STEP, **options).train()
+    state_file = tmp_path / "out" / "checkpoint-1" / STATE_FILE
+    state = torch.load(state_file)
+    del state["made_with"]
+    torch.save(state, state_file)
+    with pytest.raises(CheckpointError, match="was made with .*=None, and this run has") as error:
+        make_trainer(**EACH_STEP, **options).train(resume_from_checkpoint=str(state_file.parent))
+    assert str(error.value).count("\n") == 0
 
 
 @pytest.mark.parametrize("max_steps", [1, 2])

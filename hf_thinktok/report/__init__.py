@@ -12,6 +12,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..card import read_results
+from ..distributed import where_it_is_fast
 from ..errors import first_line
 from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
@@ -142,9 +143,8 @@ def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
 def inspect_texts(folder: Path, texts: list[str], max_length: int, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Texts as a model reads them, for the page."""
     model, tokenizer = load_whole(str(folder), trust_remote_code=trust_remote_code)
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * model.get_memory_footprint():  # a run that has just ended still holds its own
-        model.to("cuda")
-    return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
+    with where_it_is_fast(model, torch.accelerator.current_accelerator(check_available=True) or model.device):
+        return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
 
 
 def for_page(inspected: list[InspectedToken], tokenizer, text: str) -> dict[str, Any]:
