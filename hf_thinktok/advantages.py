@@ -79,7 +79,7 @@ class ValueBaseline:
         row_MC = torch.cat([torch.ones_like(y_M)[:, None], x_MD, y_M[:, None]], 1).where(valid_BK.flatten()[:, None], 0.0)
         new_CC = self.reduce(row_MC.T @ row_MC)
         first = self.moments is None
-        old_CC = new_CC if self.moments is None else self.moments
+        old_CC = new_CC if self.moments is None else self.moments.to(new_CC)  # a checkpoint's are in main memory
         count = old_CC[0, 0].clamp(min=1)
         mean_C = old_CC[0] / count
         covariance_CC = old_CC / count - mean_C.outer(mean_C)

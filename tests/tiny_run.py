@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import LoraConfig
+from questions import questions
 from transformers import TrainerCallback
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, revival
@@ -77,6 +78,7 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
         options.pop(name, None) for name in ("kill_step", "kill_write", "terminate_step", "resume", "model_folder")
     )
     tie, streaming, constants = options.pop("tie", True), options.pop("streaming", False), options.pop("revival", {})
+    text = questions() if options.pop("questions", False) else Dataset.from_dict({"text": CORPUS})
     if options.pop("fsdp2_on_cpu", False):
         bring_up_fsdp2_on_cpu()
     defaults = {
@@ -86,7 +88,6 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
     }  # fmt: skip
     args = ThinkTokConfig(folder, **defaults | options)
     partition_small_parameters(args)
-    text = Dataset.from_dict({"text": CORPUS})
     trainer = ThinkTokTrainer(
         model_folder or tiny_model(vocab_size=len(tokenizer), tie=tie),
         args,
