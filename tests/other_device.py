@@ -3,11 +3,14 @@
 A tensor on it wraps one of the CPU, on which the operations run. Whoever imports this has the device for the whole process.
 """
 
+import contextlib
 import os
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -110,6 +113,12 @@ class OtherTensor(torch.Tensor):
         return f"OtherTensor({self.host})"
 
 
+def _on_host(leaf):
+    if isinstance(leaf, OtherTensor):
+        return leaf.host
+    return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == NAME else leaf
+
+
 def _run(func, args, kwargs):
     """An operation on the CPU, and what it gives where it belongs."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -127,7 +136,7 @@ def _run(func, args, kwargs):
     if there and (func in READS or by_mask or (func in COPIES and to.type == "cpu")):
         _count()
 
-    hosts = [leaf.host if isinstance(leaf, OtherTensor) else torch.device("cpu") if isinstance(leaf, torch.device) else leaf for leaf in leaves]
+    hosts = [_on_host(leaf) for leaf in leaves]
     host_args, host_kwargs = pytree.tree_unflatten(hosts, spec)
     given = {id(host): leaf for host, leaf in zip(hosts, leaves, strict=True) if isinstance(host, torch.Tensor)}
 
@@ -141,14 +150,30 @@ def _run(func, args, kwargs):
     return pytree.tree_map(placed, func(*host_args, **host_kwargs))
 
 
-class OtherDevice(TorchDispatchMode):
-    """While it is entered tensors come to the device and go from it."""
-
+class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
 
-# What does not pass through a mode: tensors that are made of values, and those made while modes are off.
+class _OfValues(TorchFunctionMode):
+    """Tensors that are made of values there: PyTorch itself does so while modes are off."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func not in (torch.tensor, torch.as_tensor) or torch.device(kwargs.get("device") or "cpu").type != NAME:
+            return func(*args, **kwargs)
+        device, requires_grad = kwargs.pop("device"), kwargs.pop("requires_grad", False)
+        return func(*args, **kwargs).to(device).requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def present() -> Iterator[None]:
+    """There is the device, and tensors come to it and go from it."""
+    with _OfValues(), _Operations():
+        yield
+
+
+# What passes through no mode.
 _library = torch.library.Library("aten", "IMPL")
 for _make in (aten.empty.memory_format, aten.empty_strided.default):
     _library.impl(_make, lambda *args, make=_make, **kwargs: _run(make, args, {"device": DEVICE} | kwargs), "PrivateUse1")
@@ -162,15 +187,6 @@ def _copy_from(source, target, non_blocking=False):
 _library.impl("_copy_from", _copy_from, "PrivateUse1")
 
 
-def _of_values(make):
-    def made(*args, device=None, requires_grad=False, **kwargs):
-        tensor = make(*args, **kwargs)
-        return (tensor if device is None else tensor.to(device)).requires_grad_(requires_grad)
-
-    return made
-
-
-torch.tensor = _of_values(torch.tensor)
 _load = torch.load
 torch.load = lambda *args, map_location=None, **kwargs: _load(*args, map_location=map_location if callable(map_location) else "cpu", **kwargs)
 

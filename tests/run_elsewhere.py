@@ -65,7 +65,7 @@ if __name__ == "__main__":
     told = {}
     for run_folder, run_options in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         try:
-            with other_device.OtherDevice():
+            with other_device.present():
                 told[run_folder] = run(run_folder, json.loads(run_options))
         except Exception:
             told[run_folder] = traceback.format_exc()

@@ -29,7 +29,8 @@ RUNS = {
     "hidden states": {"thoughts": "continuous", "num_generations": 1, "policies": "split"} | ANSWERED,
     "adapter": {"adapter": True, "tie": False, "beta": 0.1, "then": ["use"]},
     "two adapters": {"adapter": True, "policies": "split", "blind": True},
-    "teacher": {"rollout": "free", "prompt_length": 4},
+    "teacher": {"rollout": "free", "prompt_length": 4},  # it and the model of the next one are named in the fixture
+    "by its name": {"stop": "fixed", "advantage": "token"},
     "supplied": {"supply_thoughts": True, "thought_ce_weight": 1.0, "reward_funcs": ["exact", "information_gain"], "num_generations": 3} | ANSWERED,
     "a language": {
         "objective": "marginal", "search": 8, "search_changes": 1, "coverage_coef": 0.3, "balance_coef": 0.3, "balance_given": "token", "revive_every": 1,
@@ -43,7 +44,7 @@ RUNS = {
 def told(tmp_path_factory) -> dict[str, str | dict[str, int]]:
     """What became of each run."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    RUNS["teacher"]["teacher"] = str(save_tiny(folder / "a teacher"))
+    RUNS["teacher"]["teacher"] = RUNS["by its name"]["model_folder"] = save_tiny(folder / "a model")
     words: list[str | Path] = []
     for name, options in RUNS.items():
         (folder / name).mkdir()
