@@ -1,4 +1,4 @@
-"""Every import of a private or semi-public name of TRL, PEFT or transformers, and nothing else of them elsewhere."""
+"""Every import of a private or semi-public name of TRL, PEFT or transformers, and nothing else of them elsewhere; and PyTorch's fake tensors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,6 +9,9 @@ from huggingface_hub import HfApi
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._subclasses.fake_impls import register_op_impl
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trl.models.utils import add_hooks, prepare_deepspeed, prepare_fsdp, remove_hooks
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model
@@ -16,6 +19,7 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dro
 __all__ = [
     "BaseTunerLayer",
     "DataCollatorForLanguageModeling",
+    "FakeTensorMode",
     "RepeatSampler",
     "add_hooks",
     "check_target_module_exists",
@@ -28,6 +32,15 @@ __all__ = [
     "trainable_token_rows",
     "uploads_without",
 ]
+
+_addmm = torch.ops.aten.addmm
+if decomposition_table.get(_addmm.dtype_out) is decomposition_table[_addmm.default]:  # torch 2.11 takes the type of the sums for a factor
+    for _overload in (_addmm.dtype, _addmm.dtype_out):
+        del decomposition_table[_overload]
+
+    @register_op_impl([_addmm.dtype_out])
+    def _sums_in_place(mode, func, *args, out, **kwargs):
+        return out
 
 
 @contextlib.contextmanager

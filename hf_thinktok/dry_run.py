@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
 
+from ._compat import FakeTensorMode
 from .attention import TreeMask, by_kernels, run_length
 from .config import ThinkTokConfig
 from .engine import ReplicatedEngine, TreeEngine

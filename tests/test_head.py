@@ -8,9 +8,9 @@ import torch
 from models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens, head
+from hf_thinktok._compat import FakeTensorMode
 from hf_thinktok.architectures import LogitTransform
 from hf_thinktok.head import HeadInputs, HeadOutputs, attach_head, score
 from hf_thinktok.peft import add_thinking_rows
