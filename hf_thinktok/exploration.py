@@ -96,31 +96,25 @@ def coverage_share(where: str, logps: Tensor) -> Tensor:
     return torch.ones_like(best) if where == "everywhere" else failing(best)
 
 
-def choice_entropy(think_logits_BKGLN: Tensor) -> Tensor:
-    """Entropy of each next thinking token, nats, `[B, K, G, L]`."""
-    logps = think_logits_BKGLN.log_softmax(-1)
-    return -(logps.exp() * logps).sum(-1)
+def thought_entropy(think_logps_BKGLN: Tensor, mask_BKGL: Tensor) -> Tensor:
+    """Mean entropy of the next thinking token, nats, of its log-probabilities."""
+    return masked_mean(-(think_logps_BKGLN.exp() * think_logps_BKGLN).sum(-1), mask_BKGL, None)
 
 
-def thought_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor) -> Tensor:
-    """Mean entropy of the next thinking token, nats."""
-    return masked_mean(choice_entropy(think_logits_BKGLN), mask_BKGL, None)
-
-
-def marginal_entropy(think_logits_BKGLN: Tensor, mask_BKGL: Tensor, choices_BKGL: Tensor | None = None) -> Tensor:
+def marginal_entropy(think_logps_BKGLN: Tensor, mask_BKGL: Tensor, choices_BKGL: Tensor | None = None) -> Tensor:
     """Entropy of the batch's mean choice at each position, nats, averaged over positions by how often they are reached.
 
     Args:
         choices_BKGL: with the thoughts (from 0), the mean is taken given the token before, so that copying one varied token L times earns nothing.
     """
-    num_positions, num_tokens = think_logits_BKGLN.shape[-2:]
+    num_positions, num_tokens = think_logps_BKGLN.shape[-2:]
     context_BKGL = torch.arange(num_positions, device=mask_BKGL.device).expand(mask_BKGL.shape)
     if choices_BKGL is not None:
         before_BKGL = torch.cat([torch.zeros_like(choices_BKGL[..., :1]), choices_BKGL[..., :-1]], -1)
         context_BKGL = context_BKGL * num_tokens + before_BKGL
     num_contexts = num_positions * (1 if choices_BKGL is None else num_tokens)
     mask_M = mask_BKGL.flatten()
-    probabilities_MN = think_logits_BKGLN.softmax(-1).flatten(0, -2) * mask_M[:, None]
+    probabilities_MN = think_logps_BKGLN.exp().flatten(0, -2) * mask_M[:, None]
     sums_CN = probabilities_MN.new_zeros(num_contexts, num_tokens).index_add(0, context_BKGL.flatten(), probabilities_MN)
     counts_C = sums_CN.detach().sum(-1)
     mean_CN = sums_CN / counts_C.clamp(min=1e-6)[:, None]

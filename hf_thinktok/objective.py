@@ -227,12 +227,14 @@ def _diversity(scores: TreeScores, rollout: Rollout, mask_BKGL: Tensor, config: 
     loss, metrics = scores.trunk_logps_BT.new_zeros(()), {}
     if ever(config.balance_coef):
         choices_BKGL = (rollout.thoughts_BKGL - first_id).clamp(min=0) if config.balance_given == "token" else None
-        entropy = marginal_entropy(scores.think_logits_BKGLN, mask_BKGL, choices_BKGL)
-        loss = loss - scheduled(config.balance_coef, step) * entropy
+        coefficient = scheduled(config.balance_coef, step)
+        with torch.set_grad_enabled(coefficient != 0 and torch.is_grad_enabled()):  # at 0 it is only logged
+            entropy = marginal_entropy(scores.think_logps_BKGLN, mask_BKGL, choices_BKGL)
+        loss = loss - coefficient * entropy
         metrics["mean_choice_entropy"] = entropy.detach()
     if config.thought_entropy_target is not None:
-        entropy = thought_entropy(scores.think_logits_BKGLN, mask_BKGL)
-        weight = entropy_servo(entropy, scheduled(config.thought_entropy_target, step) * math.log(scores.think_logits_BKGLN.shape[-1]))
+        entropy = thought_entropy(scores.think_logps_BKGLN, mask_BKGL)
+        weight = entropy_servo(entropy, scheduled(config.thought_entropy_target, step) * math.log(scores.think_logps_BKGLN.shape[-1]))
         loss = loss - weight * entropy
         metrics["entropy_weight"] = weight
     return loss, metrics
@@ -270,7 +272,7 @@ def _metrics(
         "think_gain": masked_mean(gained_BKG[..., own], valid, None) / math.log(2),
     }
     if not rollout.text:  # of the thinking vocabulary, which does not write text
-        metrics["thought_entropy"] = thought_entropy(scores.think_logits_BKGLN, rollout.said_BKGL & valid[..., None])
+        metrics["thought_entropy"] = thought_entropy(scores.think_logps_BKGLN, rollout.said_BKGL & valid[..., None])
     if config.needs_gate:
         metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None)
     for name, values_BKG in zip(names_of(rewards), each_FBKG, strict=True):

@@ -77,7 +77,7 @@ class Revival(TrainerCallback):
         said_BKGL, lengths_BKG = rollout.said_BKGL & scores.valid_BK[:, :, None, None], rollout.lengths_BKG
         said_BKGL[:, :, : rollout.num_chosen] = False
         # What the policy would say and not what was said: by exploration every token is said now and then.
-        say_MN = self.sampling.probabilities(scores.think_logits_BKGLN.detach()[said_BKGL].float()).nan_to_num(0.0)
+        say_MN = self.sampling.probabilities(scores.think_logps_BKGLN.detach()[said_BKGL].float()).nan_to_num(0.0)
         choices_BKGL = (rollout.thoughts_BKGL - self.vocabulary.first_id).clamp(min=0)
         last_BKG = choices_BKGL.gather(-1, (lengths_BKG - 1).clamp(min=0)[..., None])[..., 0]
         ended_BKG = said_BKGL.any(-1) & told_BKG.isfinite() & hidden_BKGD.isfinite().all(-1)  # a step that is skipped must not be remembered

@@ -152,8 +152,13 @@ class Sampling:
 
 def thought_logps(think_logits: Tensor, thoughts: Tensor, vocabulary: ThinkingVocabulary, temperature: float) -> Tensor:
     """log p(z | c, think) of given thinking ids, from thinking logits `[..., N]`."""
+    return of_thoughts((think_logits / temperature).log_softmax(-1), thoughts, vocabulary)
+
+
+def of_thoughts(values: Tensor, thoughts: Tensor, vocabulary: ThinkingVocabulary) -> Tensor:
+    """Those of given thinking ids, from values of each thinking token `[..., N]`."""
     choice = (thoughts - vocabulary.first_id).clamp(0, vocabulary.num_tokens - 1)
-    return (think_logits / temperature).log_softmax(-1).gather(-1, choice[..., None])[..., 0]
+    return values.gather(-1, choice[..., None])[..., 0]
 
 
 def random_thoughts(thoughts_BKGL: Tensor, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .engine import Pass
 from .head import HeadInputs, HiddenInputs
-from .rollout import Rollout, thought_logps
+from .rollout import Rollout, of_thoughts
 from .tokens import ThinkingVocabulary
 from .tree import ThoughtTree, before
 
@@ -34,7 +34,7 @@ class TreeScores:
         compared_BKH: of these, which the text without the thought predicts as well. A thought that stays is part of that text after the next token.
         prefix_logps_BKGP, prefix_correct_BKGP: the first judged token if the thought ended after l tokens; read only where every prefix was judged.
         gate_logits_BKGL: log p(think) - log p(speak) before each thinking token; 0 where nobody asked for the gate.
-        think_logits_BKGLN: the thinking logits there.
+        think_logps_BKGLN: log p(each thinking token | think) there.
         thought_logps_BKGL: log p(z_l | prefix, think) at the sampling temperature.
         fork_hidden_BKD: hidden states at the forks where they were asked for (no gradient).
         last_hidden_BKGD: those that each thought's last token was chosen from, likewise.
@@ -51,7 +51,7 @@ class TreeScores:
     prefix_logps_BKGP: Tensor
     prefix_correct_BKGP: Tensor
     gate_logits_BKGL: Tensor
-    think_logits_BKGLN: Tensor
+    think_logps_BKGLN: Tensor
     thought_logps_BKGL: Tensor
     fork_hidden_BKD: Tensor | None = None
     last_hidden_BKGD: Tensor | None = None
@@ -97,7 +97,6 @@ def score_tree(
     judged_BS = targets_BS >= 0
     thinks_BS = torch.zeros_like(judged_BS).scatter_(1, thinkers.flatten(1), True)
     logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
-    think = torch.zeros(targets_BS.numel(), vocabulary.num_tokens, device=targets_BS.device)
 
     speaker_nodes = tree.speaker_nodes if split else targets_BS.new_zeros(0)
     speaks_S = torch.zeros(tree.num_nodes, dtype=torch.bool, device=judged_BS.device).index_fill(0, speaker_nodes, True)
@@ -120,7 +119,6 @@ def score_tree(
         speaking.append(HeadInputs(spoken_M, targets_BS.flatten()[spoken_M]))
         passes.append(Pass([*speaking], speaker_nodes, speaks=True))
     (out, *states), *spoken = run(passes)
-    think = think.index_put((scored_M,), out.think_logits_MN)
     if gate:
         gates = gates.index_put((full_M,), out.gate_logit_M)
     for inputs, one in zip([head, *speaking], [out, *(one for (one,) in spoken)], strict=True):
@@ -132,10 +130,10 @@ def score_tree(
     predictors, speakers = tree.predictors(), tree.speakers()
     places_BKH, labels_BKH = tree.judged(labels_BT)
     mask_BKH = labels_BKH >= 0
-    num_tokens = vocabulary.num_tokens
-    think_BKGLN = think.view(*targets_BS.shape, num_tokens).gather(1, thinkers.flatten(1)[..., None].expand(-1, -1, num_tokens))
-    think_BKGLN = think_BKGLN.view(*thinkers.shape, num_tokens)
-    thought_logps_BKGL = thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature) if not rollout.text else at(logps, thinkers)
+    scored_at_BS = torch.zeros_like(targets_BS).flatten().index_copy(0, scored_M, torch.arange(len(scored_M), device=scored_M.device))
+    think_BKGLN = out.think_logits_MN.index_select(0, at(scored_at_BS, thinkers).flatten()).view(*thinkers.shape, vocabulary.num_tokens).log_softmax(-1)
+    drawn_BKGLN = think_BKGLN if temperature == 1.0 else (think_BKGLN / temperature).log_softmax(-1)
+    thought_logps_BKGL = at(logps, thinkers) if rollout.text else of_thoughts(drawn_BKGLN, rollout.thoughts_BKGL, vocabulary)
     return TreeScores(
         trunk_logps_BT=logps.view(targets_BS.shape)[:, : tree.trunk_length],
         trunk_mask_BT=judged_BS[:, : tree.trunk_length],
@@ -148,7 +146,7 @@ def score_tree(
         prefix_logps_BKGP=at(logps, speakers),
         prefix_correct_BKGP=at(correct, speakers),
         gate_logits_BKGL=at(gates, thinkers),
-        think_logits_BKGLN=think_BKGLN,
+        think_logps_BKGLN=think_BKGLN,
         thought_logps_BKGL=thought_logps_BKGL,
         **{name: state.detach().float().unflatten(0, nodes.shape) for (name, nodes), state in zip(hidden.items(), states, strict=True)},
     )

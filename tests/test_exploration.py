@@ -124,8 +124,8 @@ def test_a_batch_in_parts_is_remembered_as_long_as_a_whole_one():
 
 
 def certain(thoughts, num_tokens):
-    """Logits of a policy that is certain of the given thoughts `[M, L]`, as `[M, 1, 1, L, N]`."""
-    return torch.nn.functional.one_hot(thoughts, num_tokens).float()[:, None, None] * 60
+    """Log-probabilities of a policy that is certain of the given thoughts `[M, L]`, as `[M, 1, 1, L, N]`."""
+    return (torch.nn.functional.one_hot(thoughts, num_tokens).float()[:, None, None] * 60).log_softmax(-1)
 
 
 def test_the_bonus_is_paid_everywhere_or_as_far_as_the_best_thought_fails():
@@ -154,7 +154,7 @@ def test_thoughts_that_ended_are_not_counted():
     thoughts = torch.tensor([[0, 1], [1, 1], [2, 1], [3, 1]])
     ended = torch.tensor([[True, False]] * 4)[:, None, None]
     assert marginal_entropy(certain(thoughts, 4), ended).item() == pytest.approx(math.log(4), abs=1e-4)
-    undecided = torch.zeros(4, 1, 1, 2, 4)
+    undecided = torch.zeros(4, 1, 1, 2, 4).log_softmax(-1)
     undecided[..., 1, :] = certain(thoughts, 4)[..., 1, :]
     assert thought_entropy(undecided, ended).item() == pytest.approx(math.log(4), abs=1e-4)
 
@@ -164,13 +164,13 @@ def test_the_servo_drives_the_entropy_to_its_target_from_both_sides(start):
     logits = (start * torch.randn(8, 1, 1, 2, 6, generator=torch.Generator().manual_seed(0))).requires_grad_()
     mask, target = torch.ones(8, 1, 1, 2, dtype=torch.bool), 1.0
     optimizer = torch.optim.Adam([logits], lr=0.05)
-    before = thought_entropy(logits, mask).item()
+    before = thought_entropy(logits.log_softmax(-1), mask).item()
     for _ in range(300):
-        entropy = thought_entropy(logits, mask)
+        entropy = thought_entropy(logits.log_softmax(-1), mask)
         (-entropy_servo(entropy, target) * entropy).backward()
         optimizer.step(), optimizer.zero_grad()
     assert abs(before - target) > 0.3
-    assert thought_entropy(logits, mask).item() == pytest.approx(target, abs=0.05)
+    assert thought_entropy(logits.log_softmax(-1), mask).item() == pytest.approx(target, abs=0.05)
 
 
 def test_all_thoughts_are_all():

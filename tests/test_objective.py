@@ -482,8 +482,8 @@ def test_what_keeps_thoughts_varied_waits_for_the_thinkers_turn(model, make_conf
     config = copy.copy(make_config("fixed", balance_coef=1.0, advantage="loo"))
     config.alternate = [1, 1]
     scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
-    logits = scores.think_logits_BKGLN.detach().requires_grad_()
-    scores = dataclasses.replace(scores, think_logits_BKGLN=logits)
+    logits = scores.think_logps_BKGLN.detach().requires_grad_()
+    scores = dataclasses.replace(scores, think_logps_BKGLN=logits)
     for step, learns in ((0, False), (1, True)):
         loss, _ = thinking_loss(scores, rollout, config, resolve_rewards("log_prob"), [1.0], 1.0, step=step)
         assert torch.autograd.grad(loss, logits)[0].any() == learns

@@ -114,7 +114,7 @@ def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, fa
     assert rollout.chosen is ("search" in explore)
     said[:, :, : int(rollout.chosen)] = False  # it was not the policy that said it
     ended = said.any(-1)
-    torch.testing.assert_close(since["said_N"], scores.think_logits_BKGLN.detach()[said].softmax(-1).sum(0))
+    torch.testing.assert_close(since["said_N"], scores.think_logps_BKGLN.detach()[said].exp().sum(0))
     told = (scores.logps_BKGH * scores.mask_BKH[:, :, None]).sum(-1).detach()
     count = int(ended.sum())
     assert (since["choice_R"] >= 0).tolist() == [False] * (len(since["choice_R"]) - count) + [True] * count, "the latest come last"
@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(make_trainer):
     rollout, scores = observed(trainer)
     before = {name: values.clone() for name, values in trainer.revival.since.items()}
     scores.logps_BKGH = scores.logps_BKGH * float("nan")
-    scores.think_logits_BKGLN = scores.think_logits_BKGLN * float("nan")
+    scores.think_logps_BKGLN = scores.think_logps_BKGLN * float("nan")
     trainer.revival.observe(rollout, scores)
     for name, values in trainer.revival.since.items():
         assert torch.equal(values, before[name]), name

@@ -214,7 +214,7 @@ def test_the_forward_is_that_of_the_tokens(make, engine):
     tree = trainer._tree(inputs, drawn)
     a, b = (trainer._score(trainer.model, tree, inputs["input_ids"], labels, rollout) for rollout in (soft, drawn))
     assert torch.equal(a.logps_BKGH, b.logps_BKGH)
-    assert torch.equal(a.think_logits_BKGLN, b.think_logits_BKGLN)
+    assert torch.equal(a.think_logps_BKGLN, b.think_logps_BKGLN)
     with torch.no_grad():
         assert trainer._think(trainer.model, inputs, drawn).soft_BKGLX is None, "without a gradient the passes would be for nothing"
 
