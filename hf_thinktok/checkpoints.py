@@ -311,14 +311,14 @@ class CheckpointingTrainer(SFTTrainer):
     def create_model_card(self, model_name: str | None = None, *args, **kwargs) -> None:
         """TRL's card; with thinking tokens what they are, and after training what the results say that the run wrote beside the model."""
         card = Path(self.args.output_dir, "README.md")
-        name = self.args.hub_model_id or card.parent.name
+        name = getattr(self, "hub_model_id", None) or self.args.hub_model_id or card.parent.name  # the first has the user's name before it
         super().create_model_card(model_name or name, *args, **kwargs)
         if self.plain or not self.is_world_process_zero():
             return
         tokens = self.vocabulary.tokens
         adapter = name if is_peft_model(self.model) else None
         text = CARD.format(
-            num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.thoughts, adapter), snippet=snippet(name, adapter is not None)
+            num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.stored(), adapter), snippet=snippet(name, adapter is not None)
         )
         if not self.is_in_train:  # what lies there before is an earlier run's
             with contextlib.suppress(ValueError):  # there are none, or none of ours

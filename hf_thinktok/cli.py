@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
+from jinja2 import TemplateError
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
 from . import __version__
+from .card import why_not_generated
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
 from .commands import LARGEST_SEED, add_loading, add_source, load, loading, naming_trust, number, read_prompt, read_recipe, read_vocabulary, source, whole
 from .errors import UsageError, usage
@@ -23,7 +26,7 @@ from .forks import ends_of, marker_ids
 from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer, think_while_reading
 from .models import longest_row
 from .peft import adapters_in, merge
-from .results import NOT_PUSHED
+from .results import NOT_PUSHED, TRAINING_STATE
 from .sources import resolve_model
 
 
@@ -58,7 +61,8 @@ def add_generate(subparsers) -> None:
         "--think_after",
         nargs="+",
         metavar="TEXT",
-        help="think in the prompt as well, after each of these texts, a thought of as many tokens as in training (where the model was trained so, its own)",
+        help="think in the prompt as well, after each of these texts, a thought of as many tokens as in training, or as its gate wants "
+        "(where the model was trained so, after its own texts)",
     )
     thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
 
@@ -76,16 +80,17 @@ def run_generate(args: argparse.Namespace) -> None:
     with usage():
         budget = ThinkingBudget(vocabulary, args.min_think_length, args.max_think_length, args.max_total_think, args.think_bias)
     model, tokenizer = load(args)
-    if model.config.thinktok.get("thoughts") == "continuous":
-        raise UsageError(f"{args.model} was trained with thoughts=continuous, hidden states that generation does not make: train with thoughts=discrete.")
+    trained = model.config.thinktok
+    if why := why_not_generated(trained):
+        raise UsageError(f"{args.model} cannot generate as it was trained to: {why}.")
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     # Without these options the model's own distribution, whatever values for them its generation config has.
     sampling = {"do_sample": not args.greedy, "num_beams": 1, **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen)}
     sampling["tokenizer"] = tokenizer  # for stop_strings that the model's generation config may have
     if args.seed is not None:
         set_seed(args.seed)
-    markers = marker_ids(args.think_after or model.config.thinktok.get("fork_markers", ()), tokenizer)
-    thoughts, each = int(ends_of(markers, inputs)[0, :-1].sum()), model.config.thinktok.get("max_think_length", 1)
+    markers = marker_ids(args.think_after or trained.get("fork_markers", ()), tokenizer)
+    thoughts, each = int(ends_of(markers, inputs)[0, :-1].sum()), trained.get("max_think_length", 1)
     if args.think_after and not thoughts:
         raise UsageError(f"None of --think_after {' '.join(map(repr, args.think_after))} ends within the prompt: look at how they are written.")
     length = inputs.shape[1] + thoughts * each
@@ -93,7 +98,9 @@ def run_generate(args: argparse.Namespace) -> None:
     if room < 1:
         raise UsageError(f"The prompt has {length} tokens, which leaves no room in the model's context of {length + room}.")
     if thoughts:
-        inputs = think_while_reading(model, inputs, vocabulary, markers, each, **sampling)
+        least = 0 if trained.get("stop") == "sampled" else None
+        inputs = think_while_reading(model, inputs, vocabulary, markers, each, least, **sampling)
+        length = inputs.shape[1]
 
     start = time.perf_counter()
     output = model.generate(
@@ -159,7 +166,8 @@ def run_push(args: argparse.Namespace) -> None:
     read_vocabulary(str(args.folder))
     adapter, console = args.folder / "adapter_config.json", Console(stderr=True, highlight=False)
     if adapter.exists():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        with usage(AttributeError, before=f"{adapter} cannot be read: "):
+            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
         if base is None:
             console.print("The adapter's config names no base, and without one nobody can load it: write base_model_name_or_path into it.", style="yellow")
         elif Path(base).is_dir():
@@ -168,13 +176,21 @@ def run_push(args: argparse.Namespace) -> None:
                 "`thinktok merge` makes a model that stands alone.",
                 style="yellow",
             )
+    card = args.folder / "README.md"
+    named = re.search(r'from_pretrained\("([^"]+)"\)', card.read_text(errors="replace")) if card.is_file() else None
+    if named and named[1].split("/")[-1] != args.repository.split("/")[-1]:
+        console.print(f"README.md loads {named[1]!r} and not {args.repository!r}: write its name there.", style="yellow")
     api = HfApi()
     with usage(Exception, before=f"{args.folder} is whole, but its upload to {args.repository} failed: ", after=" Run the command again."):
         repository = api.create_repo(args.repository, private=args.private or None, exist_ok=True).repo_id  # a bare name gets the user's before it
         if args.revision:
             api.create_branch(repository, branch=args.revision, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repository, folder_path=args.folder, revision=args.revision, ignore_patterns=[*NOT_PUSHED], commit_message="Upload by thinktok"
+            repo_id=repository,
+            folder_path=args.folder,
+            revision=args.revision,
+            ignore_patterns=[*NOT_PUSHED, *TRAINING_STATE],
+            commit_message="Upload by thinktok",
         )
     console.print(done.commit_url, style="dim")
 
@@ -202,7 +218,7 @@ def run_plan(args: argparse.Namespace) -> None:
     from trl import ModelConfig, get_peft_config
 
     from .config import ThinkTokConfig
-    from .loading import check_no_adapter, init_kwargs
+    from .loading import check_no_adapter, init_kwargs, there
     from .plan import plan, print_plan
     from .text import UnreadText
 
@@ -215,7 +231,8 @@ def run_plan(args: argparse.Namespace) -> None:
     options = init_kwargs(model, config.model_init_kwargs)
     with usage():
         name = resolve_model(name)
-        check_no_adapter(name, revision=model.model_revision)
+        with there("model", name):
+            check_no_adapter(name, revision=model.model_revision)
         with loading(name):
             shape = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=config.trust_remote_code)
         dtype = (shape.dtype or torch.float32) if options["dtype"] == "auto" else getattr(torch, str(options["dtype"]).removeprefix("torch."))
@@ -236,7 +253,8 @@ def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> torc
     if tokenizer.chat_template is None:
         raise UsageError("The model has no chat template: leave out --chat.")
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    with usage(TemplateError, before="The model's chat template does not take the prompt: "):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
 
 
 COMMANDS = (add_generate, add_inspect, add_eval, add_lm_eval, add_report, add_card, add_merge, add_push, add_plan)

@@ -70,12 +70,14 @@ def read_prompt(args: argparse.Namespace) -> str:
     try:
         if args.prompt is not None:
             prompt = args.prompt
+            prompt.encode()  # bytes of a command line that are no UTF-8 come as surrogates
         else:
             prompt = (sys.stdin.read() if args.file is None else Path(args.file).read_text(encoding="utf-8")).removesuffix("\n")
     except OSError as error:
         raise UsageError(f"The prompt file {args.file} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"The prompt in {args.file or 'standard input'} is not text in UTF-8.") from error
+    except UnicodeError as error:
+        place = "on the command line" if args.prompt is not None else f"in {args.file or 'standard input'}"
+        raise UsageError(f"The prompt {place} is not text in UTF-8.") from error
     if not prompt.strip():
         raise UsageError("The prompt is empty.")
     return prompt
@@ -104,7 +106,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
     """Makes one sentence of what `from_pretrained` raises."""
-    with usage(SafetensorError, LookupError, RuntimeError, before=f"{path} cannot be loaded: "), naming_trust():
+    with usage(SafetensorError, LookupError, RuntimeError, TypeError, before=f"{path} cannot be loaded: "), naming_trust():
         try:
             yield
         except OSError as error:

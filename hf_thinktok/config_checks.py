@@ -116,6 +116,7 @@ def check_text(config: "ThinkTokConfig") -> None:
     free, taught = config.rollout == "free", config.rollout == "free" or config.teacher is not None
     refusals = {
         "loss_type=dft is not supported with thinking tokens: leave loss_type=nll.": config.loss_type == "dft",
+        "neftune_noise_alpha would blur each thought's own copy of the text by another noise: leave it out.": config.neftune_noise_alpha is not None,
         "label_smoothing_factor is not supported with thinking tokens: set it to 0.": config.label_smoothing_factor > 0,
         "A teacher says something new at every step, and num_iterations > 1 repeats a step: choose one.": taught and config.num_iterations > 1,
         "rollout=free would go on behind several documents at once: set packing=False.": free and config.packing,
@@ -186,6 +187,12 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "supply_thoughts has thoughts of given lengths: set stop=fixed.": config.supply_thoughts and config.stop != "fixed",
         "supply_thoughts gives one thought for each row: set num_forks=1.": config.supply_thoughts and config.num_forks != 1,
         "supply_thoughts and search both fill the first thought of a group: choose one.": config.supply_thoughts and searches,
+        f"think_start={config.think_start} is not reached in max_steps={config.max_steps}, so nothing would be thought: lower it, or set num_forks=0.": (
+            0 < config.max_steps <= config.think_start
+        ),
+        "curriculum_threshold counts the rows that were drawn, and ignore_data_skip=True begins to count anew: leave it out.": (
+            config.curriculum_threshold is not None and config.ignore_data_skip
+        ),
         "curriculum_threshold draws rows step by step: set max_steps.": config.curriculum_threshold is not None and config.max_steps <= 0,
         "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
             config.curriculum_threshold is not None and config.num_iterations > 1

@@ -1,7 +1,7 @@
 """Rows of text with their documents, and what a data set must have."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ STREAMED_ROWS = 64
 LOOKED_AT_ROWS = 1_000
 # Columns that TRL can make a row from, beside the text column; the first that are there.
 READABLE_COLUMNS = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",))
+# What each message of a chat has there.
+MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 # What a data set may say about thinking: how hard a row is, how many thinking tokens it gets, and a thought of its own (numbers from 0).
 TASK_COLUMNS = ("level", "think_length", "thoughts")
 
@@ -42,6 +44,8 @@ class TreeCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
+        if batch["labels"].shape != batch["input_ids"].shape:
+            raise ValueError("A row has labels of another number than its input_ids: give each token one (-100 for none), or drop the column 'labels'.")
         for column in self.columns:
             if column in examples[0] and column != "thoughts":
                 values = [torch.tensor(example[column]) for example in examples]
@@ -84,7 +88,10 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
     if not head:
         raise ValueError(f"The {name} data set is empty.")
     _check_task_columns(dataset, name, head, args)
+    if formatter is not None and "input_ids" in head[0]:
+        raise ValueError(f"The {name} data set has input_ids, and formatting_func makes texts: leave one of the two out.")
     if formatter is not None:
+        _check_loss_columns(name, [args.dataset_text_field], args)
         for row in head:
             if not isinstance(text := formatter(row), str) or not text.strip():
                 raise ValueError(f"formatting_func made {text!r} of a row of the {name} data set: it must return a text.")
@@ -95,13 +102,24 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
         )
-    some = dataset.with_format(None).take(LOOKED_AT_ROWS) if isinstance(dataset, Dataset) else head
+    _check_loss_columns(name, columns, args)
+    stored = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"  # a transform makes its columns as rows are read
+    some = dataset.with_format(None).take(LOOKED_AT_ROWS) if stored else head
+    if "labels" in columns and (used != ("input_ids",) or any(_differ(row["labels"], row["input_ids"]) for row in some)):
+        raise ValueError(
+            f"The {name} data set has a column 'labels' that is not one for each of its input_ids, and would be trained towards: drop it, or rename it."
+        )
+    if keys := MESSAGE_KEYS.get(used[0]):
+        for message in itertools.chain.from_iterable(row[used[0]] or () for row in head):
+            if not isinstance(message, dict) or not set(keys) <= set(message):
+                there = list(message) if isinstance(message, dict) else type(message).__name__
+                raise ValueError(f"The {name} data set has a message with {there} in {used[0]!r}, where {keys[0]} and {keys[1]} are due: rename its parts.")
     if "attention_mask" in columns and used == ("input_ids",) and any(0 in row["attention_mask"] for row in some):
         raise ValueError(f"The {name} data set has padded rows (0 in attention_mask), and padding would be trained on: tokenize without padding.")
     if "prompt" in columns and used not in READABLE_COLUMNS[:2]:
         raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     for column in used:
-        values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if isinstance(dataset, Dataset) else (row[column] for row in head)
+        values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if stored else (row[column] for row in head)
         for number, value in enumerate(values):
             if _says_something(value, column == text):
                 continue
@@ -111,6 +129,26 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             raise ValueError(
                 f"Row {number} of the {name} data set has no text in {column!r}: drop empty rows, for example with dataset.filter(lambda row: {said})."
             )
+
+
+def _check_loss_columns(name: str, columns: Collection[str], args) -> None:
+    """Options about what of a row is learned need columns that say so."""
+    if args.completion_only_loss and not ({"prompt", "completion"} <= set(columns) or {"completion_mask", "labels"} & set(columns)):
+        raise ValueError(
+            f"completion_only_loss=True has no effect on the {name} data set, which has the columns {list(columns)}: it needs prompt and completion, or "
+            "completion_mask beside input_ids. For chats set assistant_only_loss=True."
+        )
+
+
+def _differ(labels: Any, ids: Any) -> bool:
+    return not hasattr(labels, "__len__") or len(labels) != len(ids)
+
+
+def formatted(dataset, formatter: Callable[[dict], str], args):
+    """The texts that a `formatting_func` makes of rows, and what these say about thinking; TRL would look for a chat or a prompt first."""
+    dropped = [column for column in next(iter(dataset)) if column not in (*task_columns(args), args.dataset_text_field)]
+    with args.main_process_first(desc="formatting"):
+        return dataset.map(lambda row: {args.dataset_text_field: formatter(row)}, remove_columns=dropped)
 
 
 def _says_something(value: Any, is_text: bool) -> bool:
@@ -129,15 +167,25 @@ def check_prepared(train_dataset, eval_dataset, model, args) -> None:
             continue
         if len(dataset) == 0:
             raise ValueError(f"No row of the {name} data set has a token to predict within max_length={args.max_length}: raise max_length.")
+        if dataset.format["type"] == "custom":
+            continue
         largest = max(max(ids, default=0) for ids in dataset.with_format(None)[:LOOKED_AT_ROWS].get("input_ids", [[]]))
         if largest >= (rows := embedding_rows(model)):
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
-        if args.max_length is None and has_position_table(model):
-            longest, positions = max(map(len, dataset.with_format(None)["input_ids"])), longest_row(model)
-            if longest > positions:
-                raise ValueError(
-                    f"The {name} data set has a row of {longest} tokens, and the model has learned {positions} positions: set max_length={positions}."
-                )
+        if args.max_length is not None and not skips_preparing(args):
+            continue  # rows were cut
+        longest, positions = max(map(len, dataset.with_format(None)["input_ids"])), longest_row(model)
+        if args.max_length is not None and longest > args.max_length:
+            raise ValueError(
+                f"The {name} data set has a row of {longest} tokens, and with skip_prepare_dataset rows are not cut to max_length={args.max_length}: cut them."
+            )
+        if args.max_length is None and has_position_table(model) and longest > positions:
+            raise ValueError(f"The {name} data set has a row of {longest} tokens, and the model has learned {positions} positions: set max_length={positions}.")
+
+
+def skips_preparing(args) -> bool:
+    """Whether TRL is told to leave rows as they are."""
+    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
 
 def named_sets(train_dataset, eval_dataset) -> dict[str, Dataset | IterableDataset]:

@@ -70,11 +70,15 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
 
 
 def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tensor) -> Tensor:
-    """Places where a thought and what judges it have positions, `[B, T]` bool: to the end of their document, or as far as `lookahead` goes."""
-    room = longest_row(model) - args.max_think_length
-    positions_BT = document_positions(documents_BT)
-    fits_BT = document_lengths(documents_BT) <= room
-    return fits_BT if args.lookahead is None else fits_BT | (positions_BT + args.lookahead <= room)
+    """Places where a thought and what judges it have positions, `[B, T]` bool: to the end of their document, or as far as `lookahead` goes. Where thoughts stay
+    in the text it is the document with all of them."""
+    lengths_BT, positions = document_lengths(documents_BT), longest_row(model)
+    if args.memory == "persistent":
+        thoughts = lengths_BT if args.fork_positions == "all" else args.num_forks
+        return lengths_BT + thoughts * args.max_think_length <= positions
+    room = positions - args.max_think_length
+    fits_BT = lengths_BT <= room
+    return fits_BT if args.lookahead is None else fits_BT | (document_positions(documents_BT) + args.lookahead <= room)
 
 
 def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:

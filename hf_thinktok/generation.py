@@ -221,7 +221,9 @@ class ThinkingBudget(LogitsProcessor):
         return self._prompts.shape[1]
 
 
-def think_while_reading(model, input_ids: Tensor, vocabulary: ThinkingVocabulary, markers: list[list[int]], think_length: int, **options) -> Tensor:
+def think_while_reading(
+    model, input_ids: Tensor, vocabulary: ThinkingVocabulary, markers: list[list[int]], think_length: int, least: int | None = None, **options
+) -> Tensor:
     """A prompt with a thought after each of its markers, as a model reads that was trained with `fork_positions: markers` and `memory: persistent`.
 
     At the prompt's own end there is none: `model.generate` goes on from there.
@@ -229,7 +231,8 @@ def think_while_reading(model, input_ids: Tensor, vocabulary: ThinkingVocabulary
     Args:
         input_ids: the prompt, `[1, T]`.
         markers: the ids of each marker (`forks.marker_ids`).
-        think_length: thinking tokens of each thought.
+        think_length: thinking tokens of each thought, or at most.
+        least: at least so many, and then as the model's gate wants; `think_length` where not given.
         options: for `model.generate`, such as `do_sample`.
 
     Returns:
@@ -240,11 +243,14 @@ def think_while_reading(model, input_ids: Tensor, vocabulary: ThinkingVocabulary
     """
     if len(input_ids) != 1:
         raise ValueError(f"think_while_reading reads one prompt at a time and got a batch of {len(input_ids)}.")
-    budget = ThinkingBudget(vocabulary, think_length, think_length)
+    budget = ThinkingBudget(vocabulary, think_length if least is None else least, think_length)
     read, begin = input_ids[:, :0], 0
     for end in (1 + ends_of(markers, input_ids)[0, :-1].nonzero().flatten()).tolist():
         read, begin = torch.cat([read, input_ids[:, begin:end]], 1), end
+        end_of_text = read.shape[1]
         budget.reset()
         plain = {"attention_mask": torch.ones_like(read), "max_new_tokens": think_length, "return_dict_in_generate": False}
         read = model.generate(read, logits_processor=[budget], **plain, **options)
+        thought_T = vocabulary.is_thought(read[0, end_of_text:]).long().cumprod(0)
+        read = read[:, : end_of_text + int(thought_T.sum())]  # a word that the gate would rather say is not the prompt's
     return torch.cat([read, input_ids[:, begin:]], 1)

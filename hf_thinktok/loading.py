@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
 from .config_checks import REWARDED_BY_FUNCTIONS
-from .data import STREAMED_ROWS, check_dataset, named_sets
+from .data import STREAMED_ROWS, check_dataset, named_sets, skips_preparing
 from .distributed import embedding_rows
 from .errors import first_line
 from .peft import SPEAKER, has_adapter
@@ -44,6 +44,9 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("train_dataset is missing: pass a datasets.Dataset or IterableDataset of text.")
     for name, dataset in named_sets(train_dataset, eval_dataset).items():
         check_dataset(dataset, name, args, formatting_func)
+    given = {"formatting_func": formatting_func, "packing": args.packing, "eval_packing": args.eval_packing, "shuffle_dataset": args.shuffle_dataset}
+    if skips_preparing(args) and (useless := [name for name, value in (given | {"completion_only_loss": args.completion_only_loss}).items() if value]):
+        raise ValueError(f"{useless[0]} has no effect on rows that skip_prepare_dataset leaves as they are: leave one of the two out.")
     if args.thinks and args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
         raise ValueError("num_iterations > 1 needs batches that can come again: use a map-style data set, or num_iterations=1.")
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
@@ -219,7 +222,8 @@ def load_model(
         tokenizer = load_tokenizer(model if isinstance(model, str) else config._name_or_path, **where)
     else:
         _warn_of_another(tokenizer, config, args.trust_remote_code)
-    _check_ending(dataset, tokenizer)
+    if args.eos_token is None:
+        _check_ending(dataset, tokenizer)
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
     attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
@@ -332,7 +336,7 @@ def _check_ending(dataset: Dataset | IterableDataset, tokenizer: PreTrainedToken
         return
     row = next(iter(dataset.take(1)))
     if not {"input_ids", "messages", "conversations"} & set(row) and not isinstance(row.get("prompt"), list):
-        raise ValueError("The tokenizer has no end token (eos_token), and each text is to end with it: set tokenizer.eos_token.")
+        raise ValueError("The tokenizer has no end token (eos_token), and each text is to end with it: set eos_token.")
 
 
 def placement(args: ThinkTokConfig) -> dict[str, torch.device] | None:
@@ -380,9 +384,9 @@ def there(what: str, name: Any) -> Iterator[None]:
         raise ValueError(f"There is no {what} at {name!r}: give a folder with a config.json, or a name on the Hub that this machine can reach.") from error
 
 
-def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase):
+def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, formatter: Callable[[dict], str] | None = None):
     """Rows of the training text to calibrate thinking rows on, or the built-in sample where rows are no plain text."""
-    rows = list(dataset.take(STREAMED_ROWS))
+    rows = [row if formatter is None else {column: formatter(row)} for row in dataset.take(STREAMED_ROWS)]
     if isinstance(rows[0].get(column), str):
         return [row[column][:4096] for row in rows]
     return tokenizer.batch_decode([row["input_ids"][:1024] for row in rows]) if "input_ids" in rows[0] else SAMPLE_TEXT

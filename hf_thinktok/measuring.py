@@ -11,6 +11,7 @@ from torch import Tensor
 from .callbacks import NonFiniteGuard, Spent, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .curriculum import Curriculum
+from .data import check_dataset, formatted, named_sets
 from .evaluation import GainByDocument
 from .revival import Revival
 from .rewards import masked_mean
@@ -64,6 +65,8 @@ class MeasuringTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs["skipped_steps"] = self.guard.total
+        if not self.plain:
+            logs.pop("total_flos", None)  # of the text alone; `plan.step_flops` counts a step's
         if not self.plain and self.model.training and self._tokens_since:
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens_since / (now - self._clock)
@@ -81,9 +84,22 @@ class MeasuringTrainer(CheckpointingTrainer):
             logs |= {"train_step_seconds": self.spent.seconds, "train_steps_per_second": self.state.global_step / max(self.spent.seconds, 1e-9)}
         super().log(logs, start_time)
 
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """TRL prepares whatever `evaluate` is given, also what is prepared, and would pack once more what is packed."""
+        columns = dataset.column_names or ()
+        if {"seq_lengths", "labels"} <= set(columns):
+            return dataset
+        if formatting_func is not None and "input_ids" not in columns:
+            dataset = formatted(dataset, formatting_func, args)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Held-out text: `eval_loss` without thoughts, bits per token without thinking, with it and with a random thought, and the gain with its
         standard error over documents."""
+        for name, dataset in named_sets(None, eval_dataset).items():
+            if not isinstance(dataset, str):  # the name of one that was looked at
+                raw = "input_ids" not in (getattr(dataset, "column_names", None) or ())
+                check_dataset(dataset, name, self.args, self._formatting_func if raw else None)
         if not self.plain:
             self._gains, self._micro_step, self._prefix = GainByDocument(), (-1, -1), metric_key_prefix
         start = time.perf_counter()

@@ -18,8 +18,22 @@ from rich.console import Console
 from rich.table import Table
 
 THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
-# What pushes leave here: checkpoints, and the reports, which hold whole held-out documents word for word.
-NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html")
+# What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; and all options, with the token for the Hub.
+NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin")
+# What of a checkpoint is there to go on with it, and is larger than its model.
+TRAINING_STATE = (
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    "thinktok_state.pt",
+    "complete",
+    "global_step*",
+    "latest",
+    "pytorch_model_fsdp*",
+    "zero_to_fp32.py",
+)
 LIBRARIES = ("hf-thinktok", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
 
 
@@ -440,8 +454,8 @@ def run_table(results: dict[str, Any]) -> Table:
     for arm, label in labels.items():
         table.add_row(label, f"{results['bits_per_token'][arm]:.4f}")
     table.add_section()
-    table.add_row("gain from thinking", f"{results['gain']:+.4f} ± {results['gain_stderr']:.4f}")
-    table.add_row("gain over a random thought", f"{results['gain_over_random']:+.4f} ± {results['gain_over_random_stderr']:.4f}")
+    table.add_row("gain from thinking, ± standard error", f"{results['gain']:+.4f} ± {results['gain_stderr']:.4f}")
+    table.add_row("gain over a random thought, ± standard error", f"{results['gain_over_random']:+.4f} ± {results['gain_over_random_stderr']:.4f}")
     table.add_row("mean thought length, tokens", f"{results['mean_think_length']:.3f}")
     table.add_row("steps per second", f"{results['steps_per_second']:.3f}")
     return table

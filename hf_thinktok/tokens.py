@@ -7,7 +7,8 @@ The tokens are ordinary special tokens of an ordinary checkpoint. Two things are
 - **Injection.** Special tokens match literal text by default, so a user who types `<|think_0|>` would write into the model's thoughts. Here
   the thinking tokens are matched on normalized text, after a *guard* token that matches their common beginning on raw text: whatever
   a user types, the guard takes the beginning away before a thinking token can match. This is stored in `tokenizer.json` and so
-  holds in plain transformers, in chat templates and in inference servers.
+  holds wherever `tokenizer.json` is what text is read with: plain transformers, chat templates, servers built on it. Formats that know no such tokens, as GGUF,
+  do not keep it.
 """
 
 import contextlib

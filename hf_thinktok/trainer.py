@@ -109,7 +109,8 @@ class ThinkTokTrainer(MeasuringTrainer):
 
         self.plain = args.num_think_tokens == 0
         if not self.plain:
-            self._give_thinking_tokens(model, tokenizer, args, train_dataset, find_speaker(speaker, model, args, two_adapters), two_adapters)
+            speaker = find_speaker(speaker, model, args, two_adapters)
+            self._give_thinking_tokens(model, tokenizer, args, train_dataset, formatting_func, speaker, two_adapters)
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary, (args.model_init_kwargs or {}).get("revision"))
         loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
         super().__init__(
@@ -148,12 +149,13 @@ class ThinkTokTrainer(MeasuringTrainer):
         tokenizer: PreTrainedTokenizerBase,
         args: ThinkTokConfig,
         train_dataset: Dataset | IterableDataset,
+        formatting_func: Callable[[dict], str] | None,
         speaker: PreTrainedModel | None,
         two_adapters: bool,
     ) -> None:
         """Rows for the model, and for the speaker its own; the tokenizer learns the tokens once."""
         how = {"num_tokens": args.num_think_tokens, "seed": args.seed, "words": args.think_init_words or ()}
-        how["sample_text"] = sample_text(train_dataset, args.dataset_text_field, tokenizer)
+        how["sample_text"] = sample_text(train_dataset, args.dataset_text_field, tokenizer, formatting_func)
         if speaker is not None:
             with where_it_is_fast(speaker, args.device):
                 add_thinking_tokens(speaker, copy.deepcopy(tokenizer), **how)
@@ -356,8 +358,8 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _evaluate_batch(self, model, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
         """Adds this batch to the held-out gains; returns the loss of the text without thoughts.
 
-        Half of the branches hold the model's thoughts and half random ones of the same lengths, in one tree. The places and draws depend on the
-        batch alone, so that evaluations of different models can be compared text by text.
+        Half of the branches hold the model's thoughts and half random ones of the same lengths, in one tree; where thoughts stay in the text, each kind has
+        a tree of its own. The places and draws depend on the batch alone, so that evaluations of different models can be compared text by text.
         """
         args, turn, tokens_BT, documents_BT = self.args, self._next_micro_step(), inputs["input_ids"], inputs["documents"]
         nothing = Rollout.empty(tokens_BT.new_zeros(len(tokens_BT), 0), args.branching(tokens_BT.shape[1]))
@@ -369,18 +371,21 @@ class ThinkTokTrainer(MeasuringTrainer):
         how = "random" if args.fork_positions == "entropy" else args.fork_positions
         forks_BK = self._forks(model, inputs, labels_BT, generator, how)
         rollout = self._think(model, inputs, self._sample(model, inputs, forks_BK, generator, dataclasses.replace(args.sampling(), epsilon=0.0)))
-        both = rollout.beside(control_thoughts(rollout, self.vocabulary, generator))
-        tree = self._tree(inputs, both)
-        scores = self._score(model, tree, tokens_BT, labels_BT, both)
-        speech = speak(scores, both, args.stop, 0.0, args.blind)
+        control = control_thoughts(rollout, self.vocabulary, generator)
+        summed, lengths = [], []
+        for thoughts in (rollout, control) if args.memory == "persistent" else (rollout.beside(control),):
+            tree = self._tree(inputs, thoughts)
+            scores = self._score(model, tree, tokens_BT, labels_BT, thoughts)
+            speech = speak(scores, thoughts, args.stop, 0.0, args.blind)
+            summed.append(masked_sum(speech.logps_BKGH, scores.mask_BKH[:, :, None]))
+            lengths.append(speech.lengths_BKG)
 
         mask_BKH = scores.mask_BKH
         without_BKH = before(plain.trunk_logps_BT, tree.judged(labels_BT)[0])
-        summed_BKG = masked_sum(speech.logps_BKGH, mask_BKH[:, :, None])
-        think_BKG, random_BKG = summed_BKG.chunk(2, dim=2)
+        think_BKG, random_BKG = torch.cat(summed, 2).chunk(2, dim=2)
         logps = {"no_think": masked_sum(without_BKH, mask_BKH), "think": think_BKG.mean(-1), "random_thought": random_BKG.mean(-1)}
         document_BK = documents_BT.gather(1, forks_BK.clamp(min=0))
-        collected = GainByDocument.collect(document_BK, mask_BKH.sum(-1), logps, speech.lengths_BKG[:, :, : args.num_generations].mean(-1))
+        collected = GainByDocument.collect(document_BK, mask_BKH.sum(-1), logps, lengths[0][:, :, : args.num_generations].mean(-1))
         for row in self.accelerator.gather_for_metrics(collected, use_gather_object=True):
             self._gains.rows += row
         return loss

@@ -75,6 +75,7 @@ def make_trainer(tmp_path, corpus):
         trainer_class=ThinkTokTrainer,
         peft_config=None,
         reward_funcs=None,
+        formatting_func=None,
         **options,
     ):
         tokenizer = tokenizer or tiny_tokenizer()
@@ -104,6 +105,7 @@ def make_trainer(tmp_path, corpus):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
+            formatting_func=formatting_func,
             **extra,
         )
 

@@ -202,6 +202,9 @@ BAD_FITS = [
     ({"thoughts": "filler", "stop": "sampled", "top_k": 4}, ["top_k=4", "thoughts=discrete or"]),
     ({"think_start": 5, "text_ce_weight": 0.0}, ["think_start", "text_ce_weight above 0"]),
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
+    ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha", "leave it out"]),
+    ({"think_start": 2, "max_steps": 2}, ["think_start=2 is not reached in max_steps=2"]),
+    ({"curriculum_threshold": 0.9, "max_steps": 9, "ignore_data_skip": True}, ["ignore_data_skip=True begins to count anew"]),
     ({"memory": "persistent"}, ["stop=learned", "memory=persistent", "stop=sampled or stop=fixed"]),
     ({"memory": "persistent", "stop": "fixed", "search": 4}, ["search", "memory=none"]),
     (
@@ -468,6 +471,19 @@ BAD_DATA = {
     "prompts alone": (lambda: Dataset.from_dict({"prompt": CORPUS}), {}, ["columns", "'prompt'", "no 'text'"]),
     "prompts and text": (lambda: Dataset.from_dict({"prompt": CORPUS, "text": CORPUS}), {}, ["prompts and no column 'completion'", "drop the column"]),
     "no completion": (lambda: Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]}), {}, ["Row 1 ", "no text in 'completion'"]),
+    "labels beside a text": (lambda: Dataset.from_dict({"text": CORPUS, "labels": [[3]] * 32}), {}, ["column 'labels' that is not one for each", "drop it"]),
+    "too few labels": (lambda: Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5]]}), {}, ["column 'labels' that is not one for each"]),
+    "no completion to learn": (lambda: Dataset.from_dict({"text": CORPUS}), {"completion_only_loss": True}, ["completion_only_loss=True has no effect"]),
+    "a chat of another kind": (
+        lambda: Dataset.from_dict({"messages": [[{"from": "user", "value": "a"}]]}),
+        {},
+        ["a message with .'from', 'value'. in 'messages', where role and content are due"],
+    ),
+    "packed and left as it is": (
+        lambda: Dataset.from_dict({"input_ids": [[5, 6, 7]]}),
+        {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        ["packing has no effect on rows that skip_prepare_dataset leaves"],
+    ),
     "no messages": (lambda: Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}], []]}), {}, ["Row 1 ", "no text in 'messages'"]),
     "no ids": (lambda: Dataset.from_dict({"input_ids": [[5, 6], []]}), {}, ["Row 1 ", "no text in 'input_ids'"]),
     "endless stream": (lambda: Dataset.from_dict({"text": CORPUS}).to_iterable_dataset(), {"max_steps": -1}, ["streaming", "set max_steps"]),
@@ -488,6 +504,30 @@ def test_data_that_cannot_be_trained_on(train, case):
     with pytest.raises((ValueError, TypeError), match=re.compile(words[0], re.IGNORECASE)) as error:
         train(train_dataset=make(), options=options)
     one_sentence(error, *(f"(?i){word}" for word in words))
+
+
+def test_rows_that_are_left_as_they_are_must_fit(make_trainer):
+    with pytest.raises(ValueError, match="has a row of 60 tokens, and with skip_prepare_dataset rows are not cut to max_length=48") as error:
+        make_trainer(train_dataset=Dataset.from_dict({"input_ids": [list(range(60))]}), dataset_kwargs={"skip_prepare_dataset": True})
+    one_sentence(error)
+
+
+def test_a_formatting_function_beside_ids(train):
+    with pytest.raises(ValueError, match="has input_ids, and formatting_func makes texts") as error:
+        train(train_dataset=Dataset.from_dict({"input_ids": [[5, 6]]}), formatting_func=str)
+    one_sentence(error, "leave one of the two out")
+
+
+def test_what_is_given_to_evaluate_is_looked_at(make_trainer):
+    trainer = make_trainer()
+    for dataset, words in (
+        (Dataset.from_dict({"body": ["a b"]}), "The eval data set has the columns .'body'. and no 'text'"),
+        ({"far": Dataset.from_dict({"text": ["a b", None]})}, "Row 1 of the far data set has no text"),
+        (Dataset.from_dict({"text": []}), "The eval data set is empty"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            trainer.evaluate(dataset)
+        one_sentence(error)
 
 
 @pytest.mark.parametrize("made", ["", None, ["a"]], ids=str)

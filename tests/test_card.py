@@ -121,13 +121,44 @@ def test_a_card_is_for_a_name_that_the_hub_takes(name, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_model_of_continuous_thoughts_promises_none(make_trainer, tmp_path, capsys):
-    trainer = make_trainer(thoughts="continuous", stop="fixed", num_generations=1)
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"thoughts": "continuous", "stop": "fixed", "num_generations": 1}, "its thoughts are hidden states (thoughts=continuous)"),
+        ({"thoughts": "text", "stop": "fixed", "max_think_length": 4}, "between the first and the last thinking token (thoughts=text)"),
+        ({"policies": "split"}, "said by a second model or adapter (policies=split)"),
+        ({"blind": True}, "said without the text (blind=True)"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_generate_as_it_was_trained_promises_nothing(make_trainer, tmp_path, capsys, options, why):
+    trainer = make_trainer(**options)
     trainer.save_model()
     trainer.create_model_card()
-    assert "cannot make its thoughts" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Plain `generate` does not do what it was trained to: " in card
+    assert why in card
+    assert "hides that" not in card
     assert main(["generate", str(tmp_path / "out"), "the cat"]) == 2
-    assert "was trained with thoughts=continuous" in capsys.readouterr().err
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "can"), [({}, True), ({"memory": "persistent", "stop": "sampled"}, False), ({"thoughts": "gumbel", "stop": "fixed"}, False)]
+)
+def test_a_card_names_commands_that_take_the_model(make_trainer, tmp_path, options, can):
+    trainer = make_trainer(**options)
+    trainer.save_model()
+    trainer.create_model_card()
+    assert ("thinktok inspect" in (tmp_path / "out" / "README.md").read_text()) == can
+    assert (main(["inspect", str(tmp_path / "out"), "the cat sat", "--device", "cpu"]) == 0) == can
+
+
+def test_a_card_has_the_repository_s_whole_name(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.hub_model_id = "me/mine"  # as transformers makes it of the user and a bare name
+    trainer.create_model_card()
+    assert 'from_pretrained("me/mine")' in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["card", "report"])

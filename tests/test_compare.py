@@ -116,17 +116,29 @@ def test_other_places_are_refused():
         Comparison({"cpt": {0: evaluation(0, 0.0)}, "think": {0: evaluation(0, 0.0, documents=29)}})
 
 
+CONTROL_ARMS = ("cpt", "cpt_flops", "filler", f"think{SILENT}")
+
+
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        ({"cpt": (0.1, 0.2), "cpt_flops": (0.1, 0.2), "filler": (0.1, 0.2)}, "Thinking helps: it beats every control."),
-        ({"cpt": (0.1, 0.2), "cpt_flops": (-0.1, 0.2)}, "cannot be told apart from cpt_flops; it beats cpt"),
-        ({"cpt": (-0.2, -0.1), "filler": (0.1, 0.2)}, "No gain from thinking is shown: it loses to cpt; it beats filler"),
-        ({"cpt": (0.1, 0.2), "base": (-0.2, -0.1)}, "Thinking helps"),
+        (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)), "Thinking helps: it beats every control."),
+        (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"base": (-0.2, -0.1)}, "Thinking helps"),
+        (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"cpt_flops": (-0.1, 0.2)}, "cannot be told apart from cpt_flops; it beats cpt, filler"),
+        (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"cpt": (-0.2, -0.1)}, "No gain from thinking is shown: it loses to cpt; it beats cpt_flops"),
+        (dict.fromkeys(CONTROL_ARMS[:3], (0.1, 0.2)), f"it beats cpt, cpt_flops, filler; it was not compared with think{SILENT}"),
     ],
 )
 def test_verdict_needs_every_control(gains, words):
-    assert words in comparison_verdict({"gains": {f"think over {arm}": {"low": low, "high": high} for arm, (low, high) in gains.items()}})
+    found = {arm: {"low": low, "high": high, "seeds": {"0": {"bits_per_token": low + high}}} for arm, (low, high) in gains.items()}
+    assert words in comparison_verdict({"gains": {f"think over {arm}": gain for arm, gain in found.items()}})
+
+
+def test_an_arm_is_beaten_by_all_seeds_or_not_at_all():
+    """Intervals are over documents, and leave seeds out."""
+    gains = {arm: {"low": 0.1, "high": 0.2, "seeds": {str(seed): {"bits_per_token": 0.15} for seed in range(2)}} for arm in CONTROL_ARMS}
+    gains["filler"]["seeds"] = {"0": {"bits_per_token": 0.4}, "1": {"bits_per_token": -0.1}}
+    assert "seeds differ about filler; it beats cpt" in comparison_verdict({"gains": {f"think over {arm}": gain for arm, gain in gains.items()}})
 
 
 @pytest.mark.parametrize(("stop", "words"), [("learned", "No gain from thinking"), ("fixed", "Thinking helps")])
@@ -247,9 +259,10 @@ def test_think_start_leaves_steps_that_cost_less(tmp_path, monkeypatch):
     recipe = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "wikitext.yaml").read_text())
     recipe |= {"max_steps": 8, "bf16": False, "use_cpu": True, "model_name_or_path": str(tmp_path)}
     save_tiny(tmp_path)
-    never, half, whole = (importlib.import_module("compare").Grid(recipe | {"think_start": start}, {}) for start in (8, 4, 0))
-    assert never.flops["think"] == never.flops["cpt"] == whole.flops["cpt"]
-    assert half.flops["think"] == pytest.approx((never.flops["think"] + whole.flops["think"]) / 2)
+    late, half, whole = (importlib.import_module("compare").Grid(recipe | {"think_start": start}, {}) for start in (7, 4, 0))
+    assert late.flops["cpt"] == whole.flops["cpt"]
+    assert late.flops["think"] == pytest.approx((7 * late.flops["cpt"] + whole.flops["think"]) / 8)
+    assert half.flops["think"] == pytest.approx((late.flops["cpt"] + whole.flops["think"]) / 2)
     assert half.options["cpt_flops"][1].max_steps < whole.options["cpt_flops"][1].max_steps
 
 

@@ -393,6 +393,19 @@ def test_the_command_thinks_while_it_reads_where_it_is_told_or_was_trained_to(fo
     assert "None of --think_after 'zebra' ends within the prompt" in error
 
 
+def test_thoughts_while_reading_end_where_the_gate_would(parts):
+    """A real token that it would rather say is no part of the prompt."""
+    model, tokenizer, vocabulary = parts
+    ids = tokenizer("3 + 4 = 7, 2 + 5 =", return_tensors="pt")["input_ids"]
+    read = think_while_reading(model, ids, vocabulary, marker_ids([" ="], tokenizer), 6, 0, do_sample=True)
+    assert torch.equal(read[:, ~vocabulary.is_thought(read[0])], ids)
+    lengths = [
+        int(vocabulary.is_thought(think_while_reading(model, ids, vocabulary, marker_ids([" ="], tokenizer), 6, 0, do_sample=True)).sum()) for _ in range(12)
+    ]
+    assert len(set(lengths)) > 1
+    assert max(lengths) <= 6
+
+
 def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatch):
     thoughtless = tmp_path / "thoughtless"
     thoughtless.mkdir()
@@ -400,6 +413,8 @@ def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatc
     config.pop("thinktok")
     (thoughtless / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
+    shutil.copytree(folder, broken := tmp_path / "broken")
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     for argv, message in (
@@ -411,6 +426,8 @@ def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatc
         ([folder, "hi", "--file", "x"], "not both"),
         ([folder, "--file", tmp_path / "missing"], "cannot be read"),
         ([folder, "--file", tmp_path / "latin"], "not text in UTF-8"),
+        ([folder, "caf\udce9 hi"], "The prompt on the command line is not text in UTF-8"),
+        ([broken, "hi", "--chat"], "The model's chat template does not take the prompt: no users here"),
         ([folder, "hi", "--greedy", "--top_k", 5], "leave out --top_k"),
         ([folder, "hi", "--min_think_length", 2, "--max_think_length", 1], "at least 2 and at most 1"),
         ([folder, "hi", "--device", "abacus"], "abacus is not available"),

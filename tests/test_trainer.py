@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
+from hf_thinktok import trainer as trainer_module
 from hf_thinktok.cli import main
 from hf_thinktok.config_checks import LESS_IS_BETTER
 from hf_thinktok.curriculum import Curriculum
@@ -906,6 +907,74 @@ def test_it_thinks_where_the_next_token_is_hardest(make_trainer):
         assert found.tolist() == (-(logps.exp() * logps).sum(-1)).topk(3).indices.sort().values.tolist()
 
 
+FORMATTED = {
+    "a chat": (lambda text: {"messages": [{"role": "user", "content": text}]}, lambda row: "so: " + row["messages"][0]["content"], {}),
+    "a text column of its own": (lambda text: {"content": text}, lambda row: "so: " + row["content"], {"dataset_text_field": "content"}),
+    "a prompt and an answer": (lambda text: {"prompt": "so:", "answer": text}, lambda row: f"{row['prompt']} {row['answer']}", {}),
+    "no text in some": (lambda text: {"text": text if "cat" in text else None}, lambda row: f"so: {row['text']}", {}),
+}
+
+
+@pytest.mark.parametrize("case", FORMATTED)
+def test_what_a_formatting_function_makes_is_what_is_trained_on(make_trainer, corpus, case):
+    make, formatter, options = FORMATTED[case]
+    rows = Dataset.from_list([make(text) for text in corpus["text"]])
+    trainer = make_trainer(train_dataset=rows, formatting_func=formatter, **options)
+    texts = trainer.processing_class.batch_decode(trainer.train_dataset["input_ids"][:])
+    assert all(text.startswith("so: ") for text in texts)
+    assert math.isfinite(trainer.evaluate(rows.select(range(4)))["eval_loss"])
+
+
+def test_packed_rows_are_packed_once(make_trainer, corpus):
+    trainer = make_trainer(eval_dataset=corpus.select(range(9)), packing=True, eval_packing=True, max_length=64)
+    found, again, of_dict = trainer.evaluate(), trainer.evaluate(trainer.eval_dataset), trainer.evaluate({"x": corpus.select(range(9))})
+    assert found["eval_documents"] == again["eval_documents"] == of_dict["eval_x_documents"] > 4
+    assert found["eval_bits_no_think"] == again["eval_bits_no_think"] == of_dict["eval_x_bits_no_think"]
+
+
+def test_rows_that_are_made_as_they_are_read(make_trainer, corpus, tokenizer):
+    made = corpus.with_transform(lambda rows: {"input_ids": tokenizer(rows["text"])["input_ids"], "labels": tokenizer(rows["text"])["input_ids"]})
+    trainer = make_trainer(train_dataset=made, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+def test_all_thoughts_that_stay_have_room(make_trainer):
+    """Rows as long as they are, with positions for one thought and not for all."""
+    rows = Dataset.from_dict({"input_ids": [list(range(10, 256))] * 4})
+    trainer = make_trainer("gpt2", train_dataset=rows, max_length=None, memory="persistent", stop="fixed", num_forks=8)
+    trainer.train()
+    assert "reward" not in trainer.state.log_history[0], "there is no place where all of them fit"
+
+
+def test_what_a_step_costs_is_not_told_of_the_text_alone(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    assert not any("total_flos" in entry for entry in trainer.state.log_history)
+
+
+def test_an_end_token_may_be_an_option(make_trainer, tokenizer):
+    tokenizer.eos_token = None
+    assert make_trainer(tokenizer=tokenizer, eos_token="<|endoftext|>").processing_class.eos_token == "<|endoftext|>"
+
+
+def test_random_thoughts_that_stay_are_random_everywhere(make_trainer, corpus, monkeypatch):
+    """The control reads random thoughts at the places before as well, not the model's own."""
+    trees = []
+    trainer = make_trainer(memory="persistent", stop="fixed", lookahead=3, eval_dataset=corpus.select(range(2)))
+    make = trainer._tree
+    monkeypatch.setattr(trainer, "_tree", lambda inputs, rollout: trees.append(rollout.thoughts_BKGL) or make(inputs, rollout))
+    monkeypatch.setattr(
+        trainer_module,
+        "control_thoughts",
+        lambda rollout, vocabulary, generator: dataclasses.replace(rollout, thoughts_BKGL=0 * rollout.thoughts_BKGL + vocabulary.first_id),
+    )
+    trainer.evaluate()
+    control = trees[-1]
+    assert control.shape[2] == trainer.args.num_generations
+    assert (control == trainer.vocabulary.first_id).all(), "the first of a group is what stays in the text"
+
+
 def test_what_has_not_begun_to_think_is_evaluated_as_well(make_trainer, corpus):
-    result = make_trainer(think_start=5, eval_dataset=corpus.select(range(4))).evaluate()
+    result = make_trainer(think_start=5, max_steps=6, eval_dataset=corpus.select(range(4))).evaluate()
     assert {"eval_bits_no_think", "eval_bits_think", "eval_gain"} <= set(result)

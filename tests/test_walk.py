@@ -107,9 +107,18 @@ def test_every_word_is_one_token(walk):
     assert all(tokenizer.unk_token_id not in ids for ids in tokenizer(texts)["input_ids"])
 
 
-def test_who_does_a_single_step_is_at_chance_from_two_on(walk):
+def test_who_does_a_single_step_is_at_chance_from_three_on(walk):
     task, options = walk
-    assert task.shortcut == {level: 1.0 if level == 1 else 1 / options["nodes"] for level in {*options["levels"], *options["test_levels"]}}
+    nodes = options["nodes"]
+    assert task.shortcut == {level: {1: 1.0, 2: 2 / nodes}.get(level, 1 / nodes) for level in {*options["levels"], *options["test_levels"]}}
+    told = nothing = 0
+    for row in task.test.filter(lambda row: row["level"] == 2):
+        start, *rest = row["inputs"]
+        (number,) = (step for step in rest[nodes:] if step >= 0)
+        follows = rest[start] == row["answer"]
+        assert follows == (number == 0), "where 0 is added the arrow alone tells, and elsewhere it leads to another node"
+        told, nothing = told + follows, nothing + 1
+    assert 0 < told < nothing or 2 not in options["test_levels"]
     assert task.chance == 1 / options["nodes"]
     assert task.stepwise
 

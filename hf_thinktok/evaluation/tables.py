@@ -159,12 +159,25 @@ def _seeds(seeds: list[int]) -> str:
 def comparison_verdict(found: dict[str, Any]) -> str:
     """Whether thinking beats every control, and if not, which ones it does not beat."""
     against = {name.removeprefix("think over "): gain for name, gain in found["gains"].items() if name.startswith("think over ")}
-    controls = {arm: gain for arm, gain in against.items() if arm in ("cpt", "cpt_flops", "filler", f"think{SILENT}")}
-    worse = [arm for arm, gain in controls.items() if gain["high"] < 0]
-    alike = [arm for arm, gain in controls.items() if not (gain["high"] < 0 or gain["low"] > 0)]
-    if not worse and not alike:
+    needed = ("cpt", "cpt_flops", "filler", f"think{SILENT}")
+    controls = {arm: gain for arm, gain in against.items() if arm in needed}
+    told: dict[str, list[str]] = {
+        "it loses to": [],
+        "it cannot be told apart from": [],
+        "seeds differ about": [],
+        "it beats": [],
+        "it was not compared with": [],
+    }
+    for arm, gain in controls.items():
+        signs = {one["bits_per_token"] > 0 for one in gain["seeds"].values()}
+        if gain["low"] <= 0 <= gain["high"] or math.isnan(gain["low"]):
+            told["it cannot be told apart from"].append(arm)
+        elif len(signs) > 1:  # an interval over documents says nothing of seeds
+            told["seeds differ about"].append(arm)
+        else:
+            told["it beats" if gain["low"] > 0 else "it loses to"].append(arm)
+    told["it was not compared with"] = [arm for arm in needed if arm not in controls]
+    if len(told["it beats"]) == len(needed):
         return "Thinking helps: it beats every control."
-    parts = [f"it loses to {', '.join(worse)}"] * bool(worse) + [f"it cannot be told apart from {', '.join(alike)}"] * bool(alike)
-    beaten = [arm for arm in controls if arm not in worse + alike]
-    parts += [f"it beats {', '.join(beaten)}"] * bool(beaten)
+    parts = [f"{what} {', '.join(arms)}" for what, arms in told.items() if arms]
     return f"No gain from thinking is shown: {'; '.join(parts)}."

@@ -279,7 +279,7 @@ def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
 
 
 def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], int, int]:
-    """Each row's document and ids, the longest first, and the whole text's bytes and tokens."""
+    """Each row's document and ids, the longest first, and the bytes and tokens of what is in rows."""
     rows, num_bytes, num_tokens = [], 0, 0
     for document, one in enumerate([dataset] if isinstance(dataset, str) else dataset):
         text = one.get(text_field) if isinstance(one, dict) else one
@@ -288,7 +288,9 @@ def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_documen
             raise ValueError(f"Document {document} has no text in {text_field!r}{there}: name the column of the text with text_field, or give texts.")
         encoded = tokenizer(text, return_special_tokens_mask=True)
         ids = encoded["input_ids"]
-        num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + encoded["special_tokens_mask"].count(0)  # an added BOS has no bytes
+        kept = ids if rows_per_document is None else ids[: max_length * rows_per_document]
+        text = text if len(kept) == len(ids) else tokenizer.decode(kept, skip_special_tokens=True)
+        num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + encoded["special_tokens_mask"][: len(kept)].count(0)  # a BOS has no bytes
         rows += [(document, ids[start : start + max_length]) for start in range(0, len(ids), max_length)][:rows_per_document]
     rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
     if not rows:

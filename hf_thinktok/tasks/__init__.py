@@ -72,9 +72,11 @@ def matched(rng: np.random.Generator, asked: Questions, hints_R: np.ndarray) -> 
 def questions(recipe: Recipe, seeds: list[int], level: int, rows: int, test: bool) -> Questions:
     """Random questions of a level, of the test side or of the training side. Of two answers, both are equally frequent."""
     if recipe.every:
-        order_R = np.random.default_rng(seeds).permutation(recipe.count(level))
-        spare = round(recipe.held_out * len(order_R))
-        return recipe.every.at((order_R[: spare or None] if test else order_R[spare:])[:rows])
+        rng = np.random.default_rng(seeds)
+        order_R = rng.permutation(recipe.count(level))
+        if recipe.held_out:
+            order_R = order_R[_spare(recipe, rng)[order_R] == test]
+        return recipe.every.at(order_R[:rows])
     rng, both = np.random.default_rng([*seeds, level, test]), len(recipe.answers) == 2
     wanted, kept = [rows - rows // 2, rows // 2] if both else [rows], []
     for _ in range(MAX_BATCHES):
@@ -89,6 +91,17 @@ def questions(recipe: Recipe, seeds: list[int], level: int, rows: int, test: boo
         if not any(wanted):
             return Questions(*map(np.concatenate, zip(*kept))).at(rng.permutation(rows))
     raise ValueError(f"Level {level} has too few questions with the answer{recipe.answers[wanted.index(max(wanted))]} for these options.")
+
+
+def _spare(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """Which of all questions are only tested: about as many as are to be held out, those that are the same question together."""
+    assert recipe.every is not None
+    _, same_R, sizes_K = np.unique(recipe.key(recipe.every.inputs_RC), axis=0, return_inverse=True, return_counts=True)
+    order_K = rng.permutation(len(sizes_K))
+    before_K = sizes_K[order_K].cumsum() - sizes_K[order_K]
+    spare_K = np.zeros(len(sizes_K), dtype=bool)
+    spare_K[order_K[before_K < round(recipe.held_out * len(same_R))]] = True
+    return spare_K[same_R.reshape(-1)]
 
 
 def dataset(recipe: Recipe, seeds: list[int], levels: list[int], rows: int, test: bool) -> Dataset:

@@ -130,9 +130,15 @@ def letters_in_a_row(letters: list[str], answers: list[str], states: Callable, s
     )
 
 
+def ascending(inputs_RC: np.ndarray) -> np.ndarray:
+    """What is the same question in whatever order its numbers stand."""
+    return np.sort(inputs_RC, 1)
+
+
 def sums(numbers: list[str], **more) -> Recipe:
     """Level additions modulo how many `numbers` there are, each as it is written."""
-    return letters_in_a_row(numbers, [f" {n}" for n in numbers], lambda inputs_RC: inputs_RC.cumsum(1) % len(numbers), " + ", extra=1, **more)
+    states = lambda inputs_RC: inputs_RC.cumsum(1) % len(numbers)
+    return letters_in_a_row(numbers, [f" {n}" for n in numbers], states, " + ", extra=1, key=ascending, **more)
 
 
 def mod_add_many(modulus: int = 10) -> Recipe:
@@ -248,7 +254,7 @@ def sorting(values: int = 10) -> Recipe:
 
     completions = lambda asked: joined(decimals(values, " "), np.sort(asked.inputs_RC, 1), "")
     chance = lambda levels: sum(1 / math.comb(values + level - 1, level) for level in levels) / len(levels)
-    return letters_in_a_row(decimals(values), decimals(values), np.sort, " ", " :", draw=draw, completions=completions, chance=chance)
+    return letters_in_a_row(decimals(values), decimals(values), np.sort, " ", " :", draw=draw, completions=completions, chance=chance, key=ascending)
 
 
 def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_steps: bool = False) -> Recipe:
@@ -312,7 +318,8 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
     One line `a>b` for each node of a random permutation f in random order, then the start and its steps, in turn a number to add modulo `nodes` and an arrow
     to follow, written `> >`; either may be the first. Each ends in `=`, and each but the last is a place for a thinking token: `think_length` has a list of
     1 for each of these places and 0 for the last. `inputs` are the start, f(0), f(1) and so on, then the numbers, -1 for an arrow. As another number comes in
-    at every other step, no two steps can be made one before they are told. The shortcut is that of who does a single step: chance from two on.
+    at every other step, no two steps can be made one before they are told. The shortcut is that of who does a single step: of two,
+    following the arrow alone is right where the number is 0, and else the answer is one of the other nodes; from three on it is chance.
 
     Args:
         together: a training row asks again about the same facts, as long as there are no more steps than this in all.
@@ -358,7 +365,7 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
         draw_tests=lambda rng, level: draw(rng, level, mixed=False),
         prompts=prompts,
         key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
-        shortcut=lambda level: 1.0 if level == 1 else 1 / nodes,
+        shortcut=lambda level: {1: 1.0, 2: 2 / nodes}.get(level, 1 / nodes),
         again=again,
         together=together,
     )
