@@ -113,7 +113,7 @@ def test_without_thoughts_nothing_depends_on_batches_or_samples(model):
     assert "other_document" not in one.logps  # a batch of one row has none
     first = evaluate_thinking(model, tokenizer, TEXT, max_length=16, rows_per_document=1, num_forks=4, num_samples=1)
     assert len(first.documents_F) == 4 * len(TEXT) < len(one.documents_F)
-    rows = [tokenizer(text)["input_ids"][:16] for text in TEXT]
+    rows = [tokenizer(row["text"])["input_ids"][:16] for row in TEXT]
     assert first.bytes_per_token == pytest.approx(sum(len(tokenizer.decode(ids).encode()) for ids in rows) / sum(map(len, rows)))
     assert np.isfinite(two.logps["other_document"]).any()
 
