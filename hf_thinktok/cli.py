@@ -151,8 +151,8 @@ def add_push(subparsers) -> None:
         "push",
         help="upload a trained folder to the Hub",
         description="Uploads a checkpoint or adapter folder to a Hub repository, which is made where there is none. Training checkpoints stay here, as does "
-        "what of a checkpoint is there to go on with it, inspection.json and report.html, which hold held-out text, and training_args.bin, which holds the token "
-        "for the Hub. A push that was interrupted is completed by the same command.",
+        "what of a checkpoint is there to go on with it, inspection.json and report.html, which hold held-out text, and training_args.bin, which holds the "
+        "token for the Hub. A push that was interrupted is completed by the same command.",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="checkpoint or adapter folder")
     parser.add_argument("repository", metavar="REPOSITORY", help="its name on the Hub, as in me/my-model; my-model alone is one of yours")
