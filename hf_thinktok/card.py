@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader
 
+from .models import EVALUABLE
 from .results import as_text, machine, minutes_of, read_json, whole_results
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
 from .tokens import ThinkingVocabulary
@@ -111,7 +112,7 @@ def use(trained: dict[str, Any], adapter: str | None) -> str:
             "Plain `generate` thinks where the model samples a thought, and `skip_special_tokens=True` hides that. `thinktok generate` of hf-thinktok "
             "shows text and thoughts apart"
         )
-        inspected = trained.get("memory", "none") == "none" and trained.get("thoughts", "discrete") in ("discrete", "filler")
+        inspected = all(trained.get(name, usual[0]) in usual for name, usual in EVALUABLE.items())
         said += ", `thinktok inspect` what each thought does." if inspected else "."
     if adapter:
         said += (

@@ -44,9 +44,11 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("train_dataset is missing: pass a datasets.Dataset or IterableDataset of text.")
     for name, dataset in named_sets(train_dataset, eval_dataset).items():
         check_dataset(dataset, name, args, formatting_func)
-    given = {"formatting_func": formatting_func, "packing": args.packing, "eval_packing": args.eval_packing, "shuffle_dataset": args.shuffle_dataset}
-    if skips_preparing(args) and (useless := [name for name, value in (given | {"completion_only_loss": args.completion_only_loss}).items() if value]):
-        raise ValueError(f"{useless[0]} has no effect on rows that skip_prepare_dataset leaves as they are: leave one of the two out.")
+    if skips_preparing(args):
+        given = {name: getattr(args, name) for name in ("packing", "eval_packing", "shuffle_dataset", "completion_only_loss")}
+        for name, value in ({"formatting_func": formatting_func} | given).items():
+            if value:
+                raise ValueError(f"{name} has no effect on rows that skip_prepare_dataset leaves as they are: leave one of the two out.")
     if args.thinks and args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
         raise ValueError("num_iterations > 1 needs batches that can come again: use a map-style data set, or num_iterations=1.")
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):

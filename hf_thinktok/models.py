@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+# How a model must have been trained for its thoughts to be judged one by one.
+EVALUABLE = {"thoughts": ("discrete", "filler"), "memory": ("none",), "policies": ("shared",)}
+
 
 def unwrapped(model):
     """The model itself, without a launcher's wrapping and without an adapter's."""

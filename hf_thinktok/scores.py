@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .engine import Pass
 from .head import HeadInputs, HiddenInputs
-from .rollout import Rollout, of_thoughts
+from .rollout import Rollout, of_thoughts, thought_logps
 from .tokens import ThinkingVocabulary
 from .tree import ThoughtTree, before
 
@@ -132,8 +132,12 @@ def score_tree(
     mask_BKH = labels_BKH >= 0
     scored_at_BS = torch.zeros_like(targets_BS).flatten().index_copy(0, scored_M, torch.arange(len(scored_M), device=scored_M.device))
     think_BKGLN = out.think_logits_MN.index_select(0, at(scored_at_BS, thinkers).flatten()).view(*thinkers.shape, vocabulary.num_tokens).log_softmax(-1)
-    drawn_BKGLN = think_BKGLN if temperature == 1.0 else (think_BKGLN / temperature).log_softmax(-1)
-    thought_logps_BKGL = at(logps, thinkers) if rollout.text else of_thoughts(drawn_BKGLN, rollout.thoughts_BKGL, vocabulary)
+    if rollout.text:
+        thought_logps_BKGL = at(logps, thinkers)
+    elif temperature == 1.0:
+        thought_logps_BKGL = of_thoughts(think_BKGLN, rollout.thoughts_BKGL, vocabulary)
+    else:
+        thought_logps_BKGL = thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature)
     return TreeScores(
         trunk_logps_BT=logps.view(targets_BS.shape)[:, : tree.trunk_length],
         trunk_mask_BT=judged_BS[:, : tree.trunk_length],

@@ -20,7 +20,7 @@ from ..engine import Engine, choose_engine
 from ..forks import choose_forks, eligible_forks
 from ..generation import PieceDecoder
 from ..head import HeadInputs, attach_head
-from ..models import evaluating, longest_row, unwrapped
+from ..models import EVALUABLE, evaluating, longest_row, unwrapped
 from ..objective import speak
 from ..results import written_whole
 from ..rewards import masked_sum
@@ -258,7 +258,7 @@ def check_evaluable(model: PreTrainedModel, max_think_length: int | None = None)
             )
         raise ValueError("The model has no thinking tokens: its config lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
     trained = base.config.thinktok
-    for name, usual in {"thoughts": ("discrete", "filler"), "memory": ("none",), "policies": ("shared",)}.items():
+    for name, usual in EVALUABLE.items():
         if (value := trained.get(name, usual[0])) not in usual:
             raise ValueError(
                 f"The model was trained with {name}={value}, and only {name}={' or '.join(usual)} can be evaluated so: look at its run's own evaluation."
