@@ -1,10 +1,11 @@
-"""Every import of a private or semi-public name of TRL, PEFT or transformers, and nothing else of them elsewhere; and PyTorch's fake tensors."""
+"""Every import of a private or semi-public name of TRL, PEFT, accelerate or transformers, and nothing else of them elsewhere; and PyTorch's fake tensors."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from huggingface_hub import HfApi
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._subclasses.fake_impls import register_op_impl
 from torch._subclasses.fake_tensor import FakeTensorMode
-from trl.models.utils import add_hooks, prepare_deepspeed, prepare_fsdp, remove_hooks
+from trl.models.utils import add_hooks, prepare_deepspeed, remove_hooks
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model
 
@@ -25,8 +26,8 @@ __all__ = [
     "check_target_module_exists",
     "create_model_from_path",
     "disable_dropout_in_model",
+    "fsdp2_prepare_model",
     "prepare_deepspeed",
-    "prepare_fsdp",
     "remove_hooks",
     "running_adapter",
     "trainable_token_rows",

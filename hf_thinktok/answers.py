@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from .config import ThinkTokConfig
+from .distributed import autocast
 from .losses import stopping_logps
 from .models import evaluating
 from .objective import Speech, speak
@@ -77,7 +78,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         raise ValueError(f"Answers have up to {judged} tokens, and stop=learned sums its lengths out for one: set stop=sampled, or make answers of one token.")
     batch_size = max(2, min(batch_size, BATCH_TOKENS // max(map(len, rows["input_ids"]))))  # `random` may need another row
     thoughts_DL = np.full((len(rows), max(int(lengths_D.max()), 1) if args.stop == "fixed" else args.max_think_length), -1)
-    with evaluating(model), trainer.accelerator.autocast():
+    with evaluating(model), autocast(trainer.accelerator):
         for index in np.array_split(order_D, max(1, min(math.ceil(len(rows) / batch_size), len(rows) // 2))):
             inputs = {name: value.to(device) for name, value in trainer.data_collator(list(rows.select(index))).items()}
             labels_BT, tokens_BT = trainer._labels(inputs), inputs["input_ids"]

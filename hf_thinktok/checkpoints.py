@@ -26,15 +26,12 @@ from ._compat import uploads_without
 from .card import read_results, render_card, snippet, use
 from .errors import first_line
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
-from .results import NOT_PUSHED, changed_options, environment, write_json
+from .results import COMPLETE_FILE, NOT_PUSHED, STATE_FILE, changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "thinktok_state.pt"
-MADE_WITH = "made_with"  # in it, beside the parts of a trainer
-# Written when all ranks have written everything else. A rename would say the same, but pushes to the Hub read from the folder meanwhile.
-COMPLETE_FILE = "complete"
+MADE_WITH = "made_with"  # in the file of a trainer's state, beside its parts
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:

@@ -28,6 +28,7 @@ from .models import longest_row
 from .peft import adapters_in, merge
 from .results import NOT_PUSHED, TRAINING_STATE
 from .sources import resolve_model
+from .tokens import stored_options
 
 
 def add_generate(subparsers) -> None:
@@ -77,12 +78,12 @@ def run_generate(args: argparse.Namespace) -> None:
     # What can be wrong is looked at before the weights are read.
     prompt = read_prompt(args)
     vocabulary = read_vocabulary(args.model, args.revision)
+    trained = stored_options(args.model, revision=args.revision)
+    if why := why_not_generated(trained):
+        raise UsageError(f"{args.model} cannot generate as it was trained to: {why}.")
     with usage():
         budget = ThinkingBudget(vocabulary, args.min_think_length, args.max_think_length, args.max_total_think, args.think_bias)
     model, tokenizer = load(args)
-    trained = model.config.thinktok
-    if why := why_not_generated(trained):
-        raise UsageError(f"{args.model} cannot generate as it was trained to: {why}.")
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     # Without these options the model's own distribution, whatever values for them its generation config has.
     sampling = {"do_sample": not args.greedy, "num_beams": 1, **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen)}

@@ -63,7 +63,7 @@ class ThinkTokConfig(SFTConfig):
             `fork_positions="markers"` a list with one for each marker of the row.
             `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from
             the gate.
-        stop_smoothing (`float`, defaults to `0.5`):
+        stop_smoothing (schedule, defaults to `[0.5]`):
             With `stop="learned"`: part of the weight that content and speaker give to all lengths alike, so that thoughts are learned while the gate
             is still nearly closed. The gate itself is always trained exactly. 0: everything exact.
         memory (`str`, defaults to `"none"`):
@@ -221,7 +221,7 @@ class ThinkTokConfig(SFTConfig):
     max_think_length: int = option(4, "Thinking tokens of a thought at most.")
     lookahead: int | None = option(1, "Following real tokens that judge a thought; null in a config file means all that follow in the row.")
     stop: str = option("learned", "How thoughts end.", ("fixed", "learned", "sampled"))
-    stop_smoothing: float = option(0.5, "With stop=learned: part of the weight that content and speaker give to all lengths alike (0 to 1).")
+    stop_smoothing: list[float] = option([0.5], f"With stop=learned: part of the weight that content and speaker give to all lengths alike: {A_SCHEDULE}.")
     memory: str = option("none", "Whether a thought stays in the text.", ("none", "persistent"))
     blind: bool = option(False, "Hide the text from whoever predicts; all it knows is the thought.")
     gather_for_rollout: bool = option(True, "ZeRO-3, FSDP2: gather all parameters once for a rollout, not layer by layer at every token.")

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .config import ThinkTokConfig
 
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
-SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost")
-FRACTIONS = ("stop_smoothing", "top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
+SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost", "stop_smoothing")
+SCHEDULED_FRACTIONS = ("epsilon_greedy", "thought_entropy_target", "stop_smoothing")
+FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report (`GainByDocument`), that of which the best model has least.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
@@ -75,6 +76,9 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
             raise ValueError(
                 f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them (and the step it begins at), none negative."
             )
+    for name in SCHEDULED_FRACTIONS:
+        if max((schedule := getattr(config, name) or [0])[:2]) > 1:
+            raise ValueError(f"{name}={schedule} must stay between 0 and 1.")
     thresholds = config.curriculum_threshold
     if thresholds is not None and (not thresholds or min(thresholds) < 0 or max(thresholds) > 1):
         raise ValueError(f"curriculum_threshold={thresholds} must be between 0 and 1: one number, or one for each level of the data but the last.")

@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model, str_to_bool
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from ._compat import add_hooks, prepare_deepspeed, prepare_fsdp, remove_hooks
+from ._compat import add_hooks, fsdp2_prepare_model, prepare_deepspeed, remove_hooks
 
 # What a launcher tells its processes, and what must have come of it.
 ASKED_FOR = {"ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED, "ACCELERATE_USE_FSDP": DistributedType.FSDP}
@@ -38,11 +38,22 @@ def check_launcher(accelerator: Accelerator, model: PreTrainedModel, environment
         raise ValueError("With FSDP2 an adapter needs an LM head of its own, and this model's is tied to its input rows: take DDP or ZeRO-2.")
 
 
-def keep_types(accelerator: Accelerator) -> None:
-    """Has FSDP2 leave inputs and results of modules as they are. accelerate casts both to the low precision of the weights: a tree's mask cannot be cast, and
-    scores have to stay fp32."""
-    if accelerator.distributed_type == DistributedType.FSDP and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
-        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
+def set_up_fsdp2(accelerator: Accelerator) -> None:
+    """What accelerate would have otherwise, before it divides a model.
+
+    Inputs and results of modules stay as they are: cast to the low precision of the weights a tree's mask would be refused, and scores would lose what they
+    are compared by. Gradients are summed over ranks in fp32, as DDP's are, and after every pass: whoever waits for the last one of a step keeps them whole.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
+
+
+def autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager:
+    """The precision of the trained model's own pass, for several passes together: weights are cast once. FSDP2 has cast them where it gathers them."""
+    return contextlib.nullcontext() if accelerator.distributed_type == DistributedType.FSDP else accelerator.autocast()
 
 
 def computes_in(accelerator: Accelerator) -> torch.dtype | None:
@@ -136,5 +147,5 @@ def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
-        return prepare_fsdp(model, accelerator)
+        return fsdp2_prepare_model(accelerator, model).eval()
     return accelerator.prepare_model(model, evaluation_mode=True)

@@ -74,7 +74,7 @@ def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tenso
     in the text it is the document with all of them."""
     lengths_BT, positions = document_lengths(documents_BT), longest_row(model)
     if args.memory == "persistent":
-        thoughts = lengths_BT if args.fork_positions == "all" else args.num_forks
+        thoughts = lengths_BT - 1 if args.fork_positions == "all" and args.num_forks else args.num_forks  # none after the last token
         return lengths_BT + thoughts * args.max_think_length <= positions
     room = positions - args.max_think_length
     fits_BT = lengths_BT <= room
@@ -92,18 +92,18 @@ def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:
     positions = longest_row(model)
     if longest > positions and has_position_table(model):
         raise ValueError(f"max_length={longest} exceeds the {positions} positions that the model has learned: lower max_length.")
-    num_forks = longest - 1 if args.fork_positions == "all" and args.num_forks else args.num_forks
-    if args.memory == "persistent" and longest + num_forks * args.max_think_length > positions:
+    if has_room(args, model, torch.zeros(1, longest, dtype=torch.long)).any():
+        return
+    if args.memory == "persistent":
         fewer = "" if args.fork_positions == "all" else " or num_forks"
         raise ValueError(
             f"With memory=persistent a row of max_length={longest} and its thoughts exceeds the model's {positions} positions: lower max_length{fewer}."
         )
-    if not has_room(args, model, torch.zeros(1, longest, dtype=torch.long)).any():
-        lower = "max_think_length" if positions - args.max_think_length < 2 else "max_length or lookahead"
-        raise ValueError(
-            f"max_length={longest} and a thought of max_think_length={args.max_think_length} with its lookahead exceed the model's {positions} positions: "
-            f"lower {lower}."
-        )
+    lower = "max_think_length" if positions - args.max_think_length < 2 else "max_length or lookahead"
+    raise ValueError(
+        f"max_length={longest} and a thought of max_think_length={args.max_think_length} with its lookahead exceed the model's {positions} positions: "
+        f"lower {lower}."
+    )
 
 
 def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:

@@ -353,7 +353,7 @@ def _uses_fsdp(args: ThinkTokConfig) -> bool:
 
 
 def check_attention(name: str | None) -> None:
-    if "flash" in (name or ""):
+    if (name or "sdpa") not in ("sdpa", "eager"):
         raise ValueError(f"attn_implementation={name} cannot take a tree's mask: use sdpa or eager.")
 
 

@@ -171,7 +171,7 @@ def thinking_loss(
         first_id: the first thinking id.
         value: as in `credit`.
     """
-    speech = speak(scores, rollout, config.stop, config.stop_smoothing, config.blind)
+    speech = speak(scores, rollout, config.stop, scheduled(config.stop_smoothing, step), config.blind)
     speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, config, rewards, weights, step, value)
     across = global_mean or (lambda count: count)
     num_forks = across(scores.valid_BK.sum().float())

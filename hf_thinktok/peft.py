@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import find_adapter_config_file
 
 from ._compat import BaseTunerLayer, check_target_module_exists
-from .tokens import ThinkingVocabulary
+from .tokens import ThinkingVocabulary, stored_options
 
 # The second model of `policies: split`, or the second adapter, and the folder it is saved in.
 SPEAKER = "speaker"
@@ -24,6 +24,13 @@ def add_speaker(model: PeftModel, peft_config: Any) -> None:
     for name, parameter in model.named_parameters():
         if is_speaker(name):
             parameter.requires_grad_(True)
+
+
+def rows_in_fp32(model: PeftModel) -> None:
+    """TRL makes all that is trained beside a quantized model bf16, in which most steps of a thinking row are too small to count."""
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data = parameter.data.float()
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
@@ -70,14 +77,14 @@ def merge(folder: str, dtype: str = "auto", revision: str | None = None, trust_r
         raise ValueError(f"the adapter's base {base!r} is neither a folder here nor a model on the Hub that can be read from here.") from error
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).merge_and_unload()
-    model.config.thinktok = PreTrainedConfig.get_config_dict(folder, revision=revision)[0]["thinktok"]
+    model.config.thinktok = stored_options(folder, revision=revision)
     model.generation_config = GenerationConfig.from_pretrained(folder, revision=revision)
     return model, AutoTokenizer.from_pretrained(folder, **where)
 
 
 def adapters_in(name: str, revision: str | None = None) -> dict[str, str]:
     """The adapters of thinking models that a folder or Hub repository has, by their places in it: the one itself, and of two policies first the speaker's."""
-    if PreTrainedConfig.get_config_dict(name, revision=revision)[0]["thinktok"].get("policies") != "split":
+    if stored_options(name, revision=revision).get("policies") != "split":
         return {"": name}
     folder = name if os.path.isdir(name) else snapshot_download(name, revision=revision)
     return {SPEAKER: os.path.join(folder, SPEAKER), "": folder}

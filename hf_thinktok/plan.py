@@ -146,8 +146,8 @@ class _Sharding:
         # FSDP2 gathers the next block while it runs one, and keeps what belongs to no block; DeepSpeed gathers up to a number.
         self.gathered = self.size * (total - sum(sizes) + 2 * max(sizes, default=0) if fsdp2 else min(total, ZERO_GATHERED))
         self.gathered_for_rollout = self.size * total if gathers else self.gathered
-        # What waits to be reduced: FSDP2's gradients of a block, DeepSpeed's bucket.
-        self.waiting = self.size * (max((sum(p.numel() for p in block if p.requires_grad) for block in blocks), default=0) if fsdp2 else ZERO_BUCKET)
+        # What waits to be reduced: FSDP2's gradients of a block, in fp32; DeepSpeed's bucket.
+        self.waiting = 4 * max((sum(p.numel() for p in block if p.requires_grad) for block in blocks), default=0) if fsdp2 else self.size * ZERO_BUCKET
         self.gradient_share = (4 / self.size if fsdp2 else 1) / num_processes if zero >= 2 or fsdp2 else 1.0
 
     def __call__(self, phase: str, alone: dict[str, int]) -> dict[str, int]:

@@ -20,6 +20,9 @@ from rich.table import Table
 THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
 # What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; and all options, with the token for the Hub.
 NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin")
+STATE_FILE = "thinktok_state.pt"
+# Written when all ranks have written everything else. A rename would say the same, but pushes to the Hub read from the folder meanwhile.
+COMPLETE_FILE = "complete"
 # What of a checkpoint is there to go on with it, and is larger than its model.
 TRAINING_STATE = (
     "optimizer*",
@@ -27,8 +30,8 @@ TRAINING_STATE = (
     "scaler.pt",
     "rng_state*",
     "trainer_state.json",
-    "thinktok_state.pt",
-    "complete",
+    STATE_FILE,
+    COMPLETE_FILE,
     "global_step*",
     "latest",
     "pytorch_model_fsdp*",

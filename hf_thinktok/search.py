@@ -1,8 +1,9 @@
 """Better candidates than the policy's own: one thought of each group is the best of many for the text that follows.
 
-Nobody supervises the thought: the candidates are the policy's own samples and random thoughts, and the speaker's likelihood chooses.
+Nobody supervises the thought: the candidates are the policy's own samples and random thoughts, and the speaker's likelihood chooses. Where the gate ends
+thoughts (`stop: learned`) a candidate is worth what its best beginning is, after the price of its tokens.
 
-Shape suffixes as in tree.py; P candidates.
+Shape suffixes as in tree.py; P candidates, E places where one may end.
 """
 
 from dataclasses import replace
@@ -11,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .distributed import autocast
 from .exploration import Coverage, candidate_thoughts, coverage_share, ever, scheduled
 from .models import evaluating
 from .rewards import masked_sum
@@ -53,9 +55,9 @@ class Explorer:
     def _search(
         self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, step: int
     ) -> Rollout:
-        args, trainer = self.args, self.trainer
-        num_candidates, coefficient = round(scheduled(args.search, step)), scheduled(args.coverage_coef, step)
-        if num_candidates == 0:
+        args, trainer, ends_early = self.args, self.trainer, self.args.stop == "learned"
+        num_candidates, coefficient, price = (scheduled(each, step) for each in (args.search, args.coverage_coef, args.think_cost))
+        if round(num_candidates) == 0:
             return rollout
 
         def bonus(choices_BKPL: Tensor, lengths_BKP: Tensor, logps_BKP: Tensor) -> Tensor:
@@ -66,30 +68,44 @@ class Explorer:
         def value(candidates: Rollout) -> Tensor:
             with evaluating(model):
                 scores = trainer._score(model, trainer._tree(inputs, candidates), inputs["input_ids"], labels_BT, candidates)
-            return masked_sum(scores.logps_BKGH, scores.mask_BKH[:, :, None])
+            return scores.prefix_logps_BKGP[..., 1:] if ends_early else masked_sum(scores.logps_BKGH, scores.mask_BKH[:, :, None])[..., None]
 
         def sample(count: int) -> Rollout:
             return trainer._sample(model, inputs, rollout.forks_BK, generator, sampling, count)
 
         among = partial(
             candidate_thoughts,
-            num_candidates=num_candidates,
+            num_candidates=round(num_candidates),
             random_part=args.search_random,
             changes=args.search_changes,
             num_tokens=self.vocabulary.num_tokens,
             length=rollout.thoughts_BKGL.shape[-1],
             generator=generator,
         )
-        with trainer.accelerator.autocast():
+        with autocast(trainer.accelerator):
             if args.blind and args.lookahead == 1:
                 targets_BK = trainer._tree(inputs, rollout).judged(labels_BT)[1][..., 0]
-                return best_shared_thoughts(model, args.policies == "split", rollout, targets_BK, among, self.vocabulary, bonus, generator)
-            return best_own_thoughts(sample, value, rollout, among, self.vocabulary, bonus)
+                split, vocabulary = args.policies == "split", self.vocabulary
+                return best_shared_thoughts(model, split, rollout, targets_BK, among, vocabulary, bonus, price, ends_early, generator)
+            return best_own_thoughts(sample, value, rollout, among, self.vocabulary, bonus, price)
+
+
+def best(told_BKPE: Tensor, price: float, bonus) -> Tensor:
+    """The best candidate of each fork, `[B, K]`.
+
+    Args:
+        told_BKPE: log-likelihood of the judged text where a candidate ends.
+        price: of each token, nats; of no effect where a candidate has one end.
+        bonus: gives more `[B, K, P]` for how well each tells the judged text.
+    """
+    price_E = price * torch.arange(1, told_BKPE.shape[-1] + 1, device=told_BKPE.device)
+    worth_BKP, ends_BKP = (told_BKPE - price_E).max(-1)
+    return (worth_BKP + bonus(told_BKPE.gather(-1, ends_BKP[..., None])[..., 0])).argmax(-1)
 
 
 @torch.no_grad()
 def best_shared_thoughts(
-    model, split: bool, rollout: Rollout, targets_BK: Tensor, among, vocabulary: ThinkingVocabulary, bonus, generator: torch.Generator
+    model, split: bool, rollout: Rollout, targets_BK: Tensor, among, vocabulary: ThinkingVocabulary, bonus, price: float, ends_early: bool, generator
 ) -> Rollout:
     """Under `blind` a thought is worth the same to every text that goes on alike, so all forks of the batch share their candidates.
 
@@ -99,6 +115,7 @@ def best_shared_thoughts(
         targets_BK: the judged token of each fork, negative where there is none.
         among: gives the candidates, as `candidate_thoughts` does from the policy's own.
         bonus: gives the coverage bonus `[B, K, P]` of choices `[B, K, P, L]` from 0, their lengths, and how well they tell the judged text.
+        price: of each thinking token, nats, where one `ends_early`: after any of its tokens.
     """
     there_BK = rollout.forks_BK >= 0
     there_BK = there_BK | ~there_BK.any()  # where no fork is there the speaker's pass is made all the same, as on other ranks
@@ -109,24 +126,27 @@ def best_shared_thoughts(
 
     candidates_PL = among(own)
     lengths_BK = rollout.lengths_BKG[:, :, 0].clamp(min=1).where(there_BK, candidates_PL.shape[1])
-    shortest = int(lengths_BK.min())  # where all are of full length, the last token's prediction is all that is needed
+    ends_BKE = lengths_BK[..., None]
+    if ends_early:
+        ends_BKE = torch.arange(1, candidates_PL.shape[1] + 1, device=lengths_BK.device).expand(*lengths_BK.shape, -1)
+    first = int(ends_BKE.min())  # where all are of full length, the last token's prediction is all that is needed
     with evaluating(model):
-        logits_PlV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, shortest - 1 :]
+        logits_PlV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, first - 1 :]
     logps_PlV = logits_PlV[..., : vocabulary.num_real].float().log_softmax(-1)
-    told_BKP = logps_PlV[:, lengths_BK - shortest, targets_BK.clamp(min=0)].permute(1, 2, 0)
+    told_BKPE = logps_PlV[:, ends_BKE - first, targets_BK.clamp(min=0)[..., None]].permute(1, 2, 0, 3)
     places = *targets_BK.shape, len(candidates_PL)
-    bonus_BKP = bonus(candidates_PL.expand(*places, -1), lengths_BK[..., None].expand(places), told_BKP)
-    return _with_first(rollout, vocabulary.first_id + candidates_PL[(told_BKP + bonus_BKP).argmax(-1)], targets_BK >= 0)
+    among_them = best(told_BKPE, price, partial(bonus, candidates_PL.expand(*places, -1), lengths_BK[..., None].expand(places)))
+    return _with_first(rollout, vocabulary.first_id + candidates_PL[among_them], targets_BK >= 0)
 
 
 @torch.no_grad()
-def best_own_thoughts(sample, value, rollout: Rollout, among, vocabulary: ThinkingVocabulary, bonus) -> Rollout:
+def best_own_thoughts(sample, value, rollout: Rollout, among, vocabulary: ThinkingVocabulary, bonus, price: float) -> Rollout:
     """Best of n at every fork by itself; every thought that exists where there are no more than n.
 
     Args:
         sample: gives a rollout with so many thoughts at each fork.
-        value: gives the log-likelihood `[B, K, P]` of the judged text after each thought of a rollout.
-        among, bonus: as in `best_shared_thoughts`, for `[B, K, P, L]`.
+        value: gives the log-likelihood `[B, K, P, E]` of the judged text after each thought of a rollout, wherever it may end.
+        among, bonus, price: as in `best_shared_thoughts`, for `[B, K, P, L]`.
     """
 
     def own(count: int) -> Tensor:
@@ -137,8 +157,8 @@ def best_own_thoughts(sample, value, rollout: Rollout, among, vocabulary: Thinki
     lengths_BKP = rollout.lengths_BKG[:, :, :1].expand(thoughts_BKPL.shape[:-1])
     logps_BKPL = torch.zeros(thoughts_BKPL.shape, device=lengths_BKP.device)
     candidates = replace(rollout, thoughts_BKGL=thoughts_BKPL, lengths_BKG=lengths_BKP, logps_BKGL=logps_BKPL, markovian=0)  # the best is to be seen whole
-    told_BKP = value(candidates)
-    best_BK1L = (told_BKP + bonus(choices_BKPL, lengths_BKP, told_BKP)).argmax(-1)[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
+    best_BK = best(value(candidates), price, partial(bonus, choices_BKPL, lengths_BKP))
+    best_BK1L = best_BK[..., None, None].expand(-1, -1, 1, choices_BKPL.shape[-1])
     return _with_first(rollout, thoughts_BKPL.gather(2, best_BK1L)[:, :, 0], rollout.forks_BK >= 0)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import AddedToken
@@ -117,6 +118,11 @@ class ThinkingVocabulary:
         if vocabulary is None:
             raise ValueError(f"{path} has no thinking tokens: its config.json lacks the entry `thinktok`. Make them with `add_thinking_tokens`.")
         return vocabulary
+
+
+def stored_options(path: str | Path, **kwargs) -> dict[str, Any]:
+    """What the `config.json` of a thinking model's folder or Hub repository says of its tokens and of its training."""
+    return PreTrainedConfig.get_config_dict(path, **kwargs)[0]["thinktok"]
 
 
 def add_thinking_tokens(

@@ -23,7 +23,7 @@ from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
 from .curriculum import Curriculum, LevelSampler
 from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
-from .distributed import check_launcher, computes_in, for_rollout, is_partitioned, keep_types, prepare_frozen, where_it_is_fast, whole
+from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, given_lengths, has_room, marker_ids
@@ -32,7 +32,7 @@ from .loading import check_arguments, check_optimizer, check_parts, find_speaker
 from .measuring import MeasuringTrainer
 from .models import evaluating, unwrapped
 from .objective import actions, speak, thinking_loss
-from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker
+from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker, rows_in_fp32
 from .revival import Revival
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
@@ -128,10 +128,11 @@ class ThinkTokTrainer(MeasuringTrainer):
         if not self.plain:
             check_vocabulary(model.config, self._tokenizer, None)  # chat_template_path adds tokens
         check_launcher(self.accelerator, self.model)
-        keep_types(self.accelerator)
+        set_up_fsdp2(self.accelerator)
         if two_adapters:
             add_speaker(self.model, peft_config)
         if is_peft_model(self.model):
+            rows_in_fp32(self.model)
             self.add_callback(SayWhatIsTrained())
         if args.disable_dropout:  # an adapter's as well
             disable_dropout_in_model(self.model)
@@ -277,7 +278,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         if self.args.rollout == "free":
             gather, checkpointing = self.args.gather_for_rollout, self.args.gradient_checkpointing_kwargs
             writing = unwrap_model_for_generation(model, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing)
-            with self.accelerator.autocast(), writing as writer:  # as in `_sample`: weights are cast once
+            with autocast(self.accelerator), writing as writer:  # as in `_sample`: weights are cast once
                 inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
         return taught(self.teacher, inputs, generator)
 
@@ -306,7 +307,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         length = None if given_BK is None else max(self._largest_of_ranks(given_BK), 1)
         branching = self.args.branching(inputs["input_ids"].shape[1], length, num_generations, markovian)
         # Around all passes, so that weights are cast, and gathered, once and not at every token.
-        with self.accelerator.autocast(), for_rollout(model, self.accelerator, self.args.gather_for_rollout) as whole_model:
+        with autocast(self.accelerator), for_rollout(model, self.accelerator, self.args.gather_for_rollout) as whole_model:
             return sample_thoughts(
                 self.engine, whole_model, inputs["input_ids"], inputs["documents"], forks_BK, branching, sampling, self.vocabulary, generator, given_BK
             )

@@ -17,8 +17,8 @@ from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
-from hf_thinktok.checkpoints import COMPLETE_FILE
 from hf_thinktok.cli import main
+from hf_thinktok.results import COMPLETE_FILE
 from hf_thinktok.sources import STANDARD_LIBRARY
 from hf_thinktok.text import TextArguments, load_text
 
@@ -107,7 +107,8 @@ BAD_VALUES = [
     ({"lookahead": 0}, ["lookahead=0", "at least 1", "null"]),
     ({"lookahead": 48, "stop": "sampled"}, ["lookahead=48", "longer than the row", "max_length=48"]),
     ({"temperature": 0.0}, ["temperature=0.0", "above 0"]),
-    ({"stop_smoothing": 1.5}, ["stop_smoothing=1.5", "between 0 and 1"]),
+    ({"stop_smoothing": 1.5}, ["stop_smoothing=.1.5.", "between 0 and 1"]),
+    ({"epsilon_greedy": [0.5, 2.0, 10]}, ["epsilon_greedy=.0.5, 2.0, 10.", "between 0 and 1"]),
     ({"top_p": -0.1}, ["top_p=-0.1", "between 0 and 1"]),
     ({"min_p": 1.5}, ["min_p=1.5", "between 0 and 1"]),
     *(({name: -0.5}, [f"{name}=-0.5", "negative"]) for name in ("think_loss_weight", "think_ce_weight", "beta")),
@@ -134,7 +135,7 @@ BAD_VALUES = [
     ({"alternate": [0, 3]}, ["alternate=.0, 3.", "at least 1"]),
     *(
         ({name: value}, [f"{name}=", "no schedule", "start, end and the steps"])
-        for name in ("search", "coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy", "think_cost")
+        for name in ("search", "coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy", "think_cost", "stop_smoothing")
         for value in ([], [0.1, 0.2], [-0.1], [0.3, 0.0, 0], [0.3, 0.0, 10, -1], [0.3, 0.0, 10, 1, 1])
     ),
     *(
@@ -220,8 +221,8 @@ NO_EFFECT = [
     ({"prompt_length": 5}, ["prompt_length=5", "rollout=free"]),
     ({"fork_markers": ["A:"]}, ["fork_markers", "fork_positions=markers"]),
     ({"fork_positions": "all", "num_forks": 3}, ["num_forks=3", "fork_positions other than all"]),
-    ({"stop": "fixed", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
-    ({"stop": "sampled", "stop_smoothing": 0.1}, ["stop_smoothing=0.1", "stop=learned"]),
+    ({"stop": "fixed", "stop_smoothing": 0.1}, ["stop_smoothing=.0.1.", "stop=learned"]),
+    ({"stop": "sampled", "stop_smoothing": 0.1}, ["stop_smoothing=.0.1.", "stop=learned"]),
     ({"stop": "fixed", "gate_loss_weight": 0.1}, ["gate_loss_weight=0.1", "stop=learned"]),
     ({"stop": "learned", "freeze": "thinker", "gate_loss_weight": 0.1}, ["gate_loss_weight=0.1", "frozen thinker"]),
     ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=.0.1.", "stop=learned or stop=sampled"]),
@@ -723,7 +724,7 @@ def test_flash_attention(make_trainer):
     one_sentence(error, "sdpa or eager")
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2", "flex_attention"])
 def test_flash_attention_by_name(train, config_folder, name):
     with pytest.raises(ValueError, match="cannot take a tree's mask") as error:
         train(config_folder(**LLAMA), options={"model_init_kwargs": {"attn_implementation": name}})

@@ -139,6 +139,7 @@ def test_a_model_that_cannot_generate_as_it_was_trained_promises_nothing(make_tr
     assert "Plain `generate` does not do what it was trained to: " in card
     assert why in card
     assert "hides that" not in card
+    (tmp_path / "out" / "model.safetensors").unlink()  # said before weights are read
     assert main(["generate", str(tmp_path / "out"), "the cat"]) == 2
     assert why in capsys.readouterr().err
 

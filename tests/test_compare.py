@@ -15,13 +15,12 @@ from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.checkpoints import COMPLETE_FILE
 from hf_thinktok.dry_run import count_flops
 from hf_thinktok.evaluation import Evaluation
 from hf_thinktok.evaluation.comparison import SILENT, Comparison
 from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict, print_evaluation
 from hf_thinktok.plan import step_flops
-from hf_thinktok.results import as_text
+from hf_thinktok.results import COMPLETE_FILE, as_text
 from hf_thinktok.text import TextArguments, load_text, split
 
 pytestmark = pytest.mark.timeout(900)  # the comparison that most tests look at is five trainings
@@ -170,6 +169,24 @@ def test_the_test_part_is_seen_by_nobody_else(tmp_path):
     assert len(set.union(*parts)) == 30
     script.held_out_documents = 12
     assert set(split(load_text(script), script).test["text"]) == parts[2]
+
+
+def test_parts_of_a_part_and_of_a_stream(tmp_path):
+    every = [f"document {i}" for i in range(30)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in every))
+
+    def parts(**options):
+        script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=5, test_documents=7, **options)
+        return [[row["text"] for row in part] for part in split(load_text(script), script)]
+
+    for options, count in (({"dataset_streaming": True}, 30), ({"max_documents": 20}, 20), ({"dataset_streaming": True, "max_documents": 20}, 20)):
+        found = parts(**options)
+        assert [len(part) for part in found] == [count - 12, 5, 7]
+        assert len(set(sum(found, []))) == count
+    drawn = set(sum(parts(max_documents=20), []))
+    assert drawn != set(every[:20])
+    assert parts(max_documents=20, data_split_seed=3) != parts(max_documents=20) == parts(max_documents=20)
+    assert parts(data_split_seed=3)[2] != parts()[2]
 
 
 # ---------------------------------------------------------------- the recipe

@@ -57,10 +57,13 @@ def test_fillers_are_as_many_as_the_gate_says(model):
     assert set(drawn.logps) == {"no_think", "think", "always", "random"}
 
 
+@pytest.mark.parametrize("blind", [False, True], ids=["", "blind"])
 @pytest.mark.parametrize("lookahead", [1, 3])
 @torch.no_grad()
-def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead):
+def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
+    """A blind model speaks from its thought alone, and always has one."""
     model, tokenizer = model
+    model.config.thinktok |= {"blind": blind}
     ids = tokenizer(TEXT[0]["text"])["input_ids"][:40]
     found = evaluate_thinking(model, tokenizer, [{"text": tokenizer.decode(ids)}], num_forks=3, num_samples=2, max_think_length=3, lookahead=lookahead, seed=5)
     ids = tokenizer(tokenizer.decode(ids))["input_ids"]
@@ -73,9 +76,13 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead):
         following = ids[fork + 1 : fork + 1 + lookahead]
 
         def score(thought: list[int], fork=fork, following=following) -> float:
-            row = ids[: fork + 1] + thought
-            logps = logps_of(model, row + following)
-            return sum(logps[len(row) - 1 + h, token].item() for h, token in enumerate(following))
+            return judged(thought, fork, following)[0]
+
+        def judged(thought: list[int], fork=fork, following=following) -> tuple[float, int]:
+            row = thought if blind and thought else ids[: fork + 1] + thought
+            logps = logps_of(model, row + following)[len(row) - 1 :]
+            said = [(logps[h, token].item(), int(logps[h].argmax() == token)) for h, token in enumerate(following)]
+            return tuple(map(sum, zip(*said)))
 
         thoughts = drawn.thoughts_BKGL[0, k].tolist()
         assert found.tokens_F[k] == len(following)
@@ -84,9 +91,20 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead):
         assert found.marginal["always"][k] == pytest.approx(np.logaddexp(*(score(thought) for thought in thoughts)) - math.log(2), abs=1e-4)
         other = drawn.thoughts_BKGL[0, (k + 1) % 3].tolist()
         assert found.logps["elsewhere"][k] == pytest.approx(np.mean([score(thought) for thought in other]), abs=1e-4)
+        for arm, put in (("no_think", [[]]), ("always", thoughts), ("elsewhere", other)):
+            assert found.correct[arm][k] == pytest.approx(np.mean([judged(thought)[1] for thought in put]))
         plain = logps_of(model, ids)[fork]
         assert found.entropy_F[k] == pytest.approx(-(plain.exp() * plain).sum().item(), abs=1e-4)
     assert found.bytes_per_token == pytest.approx(len(tokenizer.decode(ids).encode()) / len(ids))
+    assert (found.lengths_F >= 1).all() or not blind
+
+
+def test_a_model_is_evaluated_as_its_config_says_that_it_was_trained(model):
+    model, tokenizer = model
+    model.config.thinktok |= {"max_think_length": 3, "lookahead": 2, "stop": "fixed"}
+    found = evaluate_thinking(model, tokenizer, TEXT[:2], num_forks=2, num_samples=1)
+    assert {name: found.settings[name] for name in ("max_think_length", "lookahead", "stop")} == {"max_think_length": 3, "lookahead": 2, "stop": "fixed"}
+    assert found.tokens_F.max() == 2
 
 
 @pytest.mark.parametrize("lookahead", [1, 2])
@@ -317,7 +335,8 @@ def thinktok(*words) -> subprocess.CompletedProcess:
 
 
 def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
-    few = ("--num_forks", 4, "--num_samples", 2, "--max_think_length", 2, "--lookahead", 1)
+    asked = {"num_forks": 4, "num_samples": 3, "max_think_length": 2, "lookahead": 1, "seed": 7, "batch_size": 3, "rows_per_document": 1}
+    few = [word for name, value in asked.items() for word in (f"--{name}", value)]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, TEXT[:3])))
     (tmp_path / "compare.yaml").write_text((folder / "recipe.yaml").read_text() + f"test_files: [{tmp_path / 'test.jsonl'}]\nseeds: [0, 1]\n")
     for source, documents in (
@@ -329,6 +348,7 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         results = read_json(tmp_path / "found.json")
         assert results["evaluation"]["documents"] == documents
+        assert results["evaluation"]["settings"].items() >= asked.items()
         assert {"versions", "hardware", "commit"} <= set(results)
         for text in ("a thought everywhere", "95 % intervals", "Where it decides, it thinks"):
             assert text in done.stdout

@@ -354,6 +354,7 @@ def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
 
     assert sample()[1] == sample()[1] != sample("--think_bias", 4)[1]
     assert sample("--top_k", 1)[1] == sample("--top_p", 1e-6)[1] == plain
+    assert sample("--temperature", 1e-4)[1] == plain
     assert sample("--think_bias", 50, "--max_total_think", 5)[2].startswith("15 tokens spoken, 5 thought")
     assert "‹" in sample("--think_bias", 50, "--thoughts", "show")[1]
     counts = sample("--max_new_tokens", 1000)[2]

@@ -196,6 +196,17 @@ def test_wrong_options_are_told_in_a_sentence(options, sentence):
         harness(thinker()[0], **options)
 
 
+def test_a_blind_model_has_no_task_to_read():
+    model = thinker()[0]
+    model.config.thinktok |= {"blind": True}
+    with pytest.raises(ValueError, match="blind=True and cannot read a task's text"):
+        harness(model, batch_size=1)
+
+
+def test_thinking_is_pushed_as_asked():
+    assert harness(thinker()[0], batch_size=1, think_bias=2.0).budget.think_bias == 2.0
+
+
 def lm_eval(*words):
     return started("-m", "lm_eval", *words, env={"HF_HOME": "home", "HF_DATASETS_OFFLINE": "1"}, cwd=Path.cwd())
 

@@ -12,6 +12,7 @@ from models import tiny_model
 
 from hf_thinktok import ThinkTokConfig
 from hf_thinktok.engine import TreeEngine
+from hf_thinktok.exploration import entropy_servo
 from hf_thinktok.head import attach_head
 from hf_thinktok.losses import PolicyLoss, stopping_logps
 from hf_thinktok.objective import credit, speak, thinking_loss
@@ -375,7 +376,7 @@ def test_marginal_weights_are_the_posterior(model, make_config, stop, cost):
     config = make_config(stop, objective="marginal", think_cost=cost)
     outcomes = [((0,), 1), ((1, 1), 2), ((), 0)] if stop == "sampled" else [((0, 0), L), ((1, 1), L), ((2, 1), L)]
     scores, rollout = tree_scores(model, outcomes, config)
-    speech = speak(scores, rollout, stop, config.stop_smoothing, False)
+    speech = speak(scores, rollout, stop, config.stop_smoothing[0], False)
     weights, advantages, _, _ = credit(scores, speech, rollout, config, resolve_rewards("log_prob"), [1.0])
     tables, joint = explicit(model), []
     for thought, length in outcomes:
@@ -395,7 +396,7 @@ def test_a_rare_thought_is_paid_as_far_as_the_best_one_fails(model, make_config,
     scores, rollout = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
     rarity = torch.tensor([0.5, 2.0, 4.0])
     rollout = dataclasses.replace(rollout, rarity_BKG=rarity.expand(rollout.lengths_BKG.shape))
-    speech = speak(scores, rollout, "fixed", config.stop_smoothing, False)
+    speech = speak(scores, rollout, "fixed", config.stop_smoothing[0], False)
     rewards = credit(scores, speech, rollout, config, resolve_rewards("log_prob"), [1.0])[2]
     logps = speech.logps_BKGH[0, 0].detach()
     share = 1.0 if where == "everywhere" else 1 - logps.sum(-1).exp().max()
@@ -430,14 +431,16 @@ def test_absent_fork_adds_nothing(model, make_config, options):
     """A row with one place to think and one fork too many: the mean over the forks that are there, and no gradient from the absent one."""
     config = make_config(**options)
     scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 1 if config.stop == "sampled" else 2)], config)
-    alone, _ = loss_of(scores, rollout, config)
+    alone, metrics = loss_of(scores, rollout, config)
+    if config.needs_gate:
+        assert metrics["gate"].item() == pytest.approx(explicit(model)[()][1].item(), abs=1e-5)
 
     def double(values, fill):
         return torch.cat([values, torch.full_like(values, fill)], 1)
 
     absent, there = {"labels_BKH": -100}, [f.name for f in dataclasses.fields(scores) if "_BK" in f.name and getattr(scores, f.name) is not None]
     per_fork = {name: double(getattr(scores, name), absent.get(name, 0)) for name in there}
-    both, _ = loss_of(
+    both, as_told = loss_of(
         dataclasses.replace(scores, **per_fork),
         Rollout(
             double(rollout.forks_BK, -1),
@@ -449,6 +452,7 @@ def test_absent_fork_adds_nothing(model, make_config, options):
     )
     assert_same_gradient(model, both, -alone, tolerance=1e-6)
     assert both.item() == pytest.approx(alone.item(), abs=1e-6)
+    assert {name: value.item() for name, value in as_told.items()} == pytest.approx({name: value.item() for name, value in metrics.items()}, abs=1e-5)
 
 
 def test_thoughts_are_told_apart_by_what_was_thought(model, make_config):
@@ -480,11 +484,11 @@ def test_a_supplied_thought_is_no_part_of_the_comparison(model, make_config):
 
 def test_what_keeps_thoughts_varied_waits_for_the_thinkers_turn(model, make_config):
     config = copy.copy(make_config("fixed", balance_coef=1.0, advantage="loo"))
-    config.alternate = [1, 1]
+    config.alternate = [2, 1]
     scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
     logits = scores.think_logps_BKGLN.detach().requires_grad_()
     scores = dataclasses.replace(scores, think_logps_BKGLN=logits)
-    for step, learns in ((0, False), (1, True)):
+    for step, learns in enumerate([False, False, True] * 2):
         loss, _ = thinking_loss(scores, rollout, config, resolve_rewards("log_prob"), [1.0], 1.0, step=step)
         assert torch.autograd.grad(loss, logits)[0].any() == learns
 
@@ -520,6 +524,31 @@ def test_rewards_are_scaled_as_asked(model, make_config, scale):
     advantages, rewards = credit(scores, speak(scores, rollout, "fixed", 0.0, False), rollout, config, resolve_rewards("log_prob"), [1.0])[1:3]
     expected = (rewards[0, 0] - rewards[0, 0].mean()) / (rewards[0, 0].std() + 1e-4)
     torch.testing.assert_close(advantages[0, 0, :, 0], expected)
+
+
+def test_the_servo_holds_a_part_of_the_largest_entropy(model, make_config):
+    config = make_config("fixed", thought_entropy_target=0.5, advantage="loo")
+    metrics = loss_of(*tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config), config)[1]
+    assert metrics["entropy_weight"].item() == pytest.approx(0.5 * (0.5 * math.log(N) - metrics["thought_entropy"].item()), abs=1e-5)
+    assert [entropy_servo(torch.tensor(entropy), 2.0).item() for entropy in (4.0, 0.0)] == [-0.5, 0.5], "it has bounds"
+
+
+def test_balance_is_over_places_or_given_the_token_before(model, make_config):
+    group = [((0, 2), 2), ((1, 1), 2)]
+    scores, rollout = tree_scores(model, group, make_config("fixed", balance_coef=1.0, advantage="loo"))
+    probabilities = scores.think_logps_BKGLN[0, 0].exp()
+    entropy = lambda p: -(p * p.log()).sum(-1)
+    second = {"position": entropy(probabilities[:, 1].mean(0)), "token": entropy(probabilities[:, 1]).mean()}  # after two different tokens
+    for given, expected in second.items():
+        config = make_config("fixed", balance_coef=1.0, balance_given=given, advantage="loo")
+        told = thinking_loss(scores, rollout, config, resolve_rewards("log_prob"), [1.0], 1.0, first_id=REAL)[1]["mean_choice_entropy"]
+        torch.testing.assert_close(told, ((entropy(probabilities[:, 0].mean(0)) + expected) / 2).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_ratio_is_clipped_alike_on_both_sides_where_nothing_else_is_said(make_config):
+    assert make_config(num_iterations=2, epsilon=0.1).policy_loss().epsilon_high == 0.1
+    assert make_config(num_iterations=2, epsilon=0.1, epsilon_high=0.3).policy_loss().epsilon_high == 0.3
+    assert make_config(num_iterations=2, think_loss_type="cispo").policy_loss().epsilon_high == 5.0
 
 
 SCHEDULED = [("sampled", "think_cost"), ("learned", "think_cost"), ("fixed", "coverage_coef"), ("fixed", "balance_coef"), ("fixed", "thought_entropy_target")]

@@ -41,6 +41,18 @@ def folder(tmp_path_factory):
     return path
 
 
+@torch.no_grad()
+def test_an_inspected_blind_model_speaks_from_its_thought_alone():
+    model, vocabulary = thinker(scale=1.0)
+    model.config.thinktok |= {"blind": True}
+    ids = tiny_tokenizer()(CORPUS[1])["input_ids"][:12]
+    found = inspect_text(model, tiny_tokenizer(), CORPUS[1], max_length=12, max_think_length=2)
+    for place in (0, 5, 10):
+        thought = [vocabulary.first_id + z for z in found[place].thought]
+        logits = type(model).forward(model, input_ids=torch.tensor([thought]), use_cache=False).logits[0, -1, : vocabulary.first_id].float()
+        assert found[place].after == pytest.approx(logits.log_softmax(-1)[ids[place + 1]].item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("length", [1, 3])
 @torch.no_grad()
 def test_an_inspected_text_is_scored_as_ordinary_rows(length):

@@ -42,6 +42,18 @@ def test_blind_thoughts_have_a_token_however_shut_the_gate(on_questions):
     assert (one_rollout(open_, inputs, labels).lengths_BKG == 0).any(), "the gate must be nearly shut to be a test"
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.6}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_a_trainer_draws_as_it_was_told_and_scores_as_it_drew(on_questions, options):
+    rows = questions(levels=(3,))
+    trainer = on_questions(rows, num_generations=6, **options)
+    inputs, labels = batch_of(trainer, rows.select(range(6)))
+    rollout = one_rollout(trainer, inputs, labels)
+    scores = trainer._score(trainer.model, trainer._tree(inputs, rollout), inputs["input_ids"], labels, rollout)
+    torch.testing.assert_close(scores.thought_logps_BKGL, rollout.logps_BKGL, atol=1e-5, rtol=0)
+    alike = (rollout.thoughts_BKGL == rollout.thoughts_BKGL[:, :, :1]).all()
+    assert alike == ("temperature" not in options), "the likeliest alone, or several"
+
+
 def test_a_rollout_that_is_learned_from_again_remembers_who_drew_it(make_trainer):
     trainer = make_trainer(num_iterations=2, stop="fixed", max_steps=2, learning_rate=0.1, epsilon=1e-3, lr_scheduler_type="constant")
     trainer.train()

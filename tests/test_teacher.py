@@ -102,6 +102,13 @@ def test_a_row_of_one_token_is_not_written_on(make):
     assert own_text(trainer.model, inputs, 4, trainer.vocabulary, None, torch.Generator())["input_ids"].tolist() == [[5]]
 
 
+def test_a_student_is_given_as_much_of_the_text_as_asked(make, monkeypatch):
+    given = []
+    monkeypatch.setattr("hf_thinktok.trainer.own_text", lambda model, inputs, length, *others: given.append(length) or own_text(model, inputs, length, *others))
+    make(max_steps=1)[0].train()
+    assert set(given) == {4}
+
+
 def test_a_student_learns_what_its_teacher_says_about_its_own_text(make):
     """On text of its own the student's prediction moves towards the teacher's, and thoughts are rewarded meanwhile."""
     trainer, teacher = make(repeats=True, max_steps=80, learning_rate=1e-2, per_device_train_batch_size=8)

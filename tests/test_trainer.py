@@ -16,7 +16,7 @@ from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
 from hf_thinktok import trainer as trainer_module
@@ -307,12 +307,13 @@ def test_schedules_count_from_the_first_thought_with_a_curriculum_too(make_train
 
     class Clocked(ThinkTokTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            clocks.append(self._schedule_step(inputs))
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            clocks.append((self._schedule_step(inputs), self._rollouts[-1].forks_BK.shape[1] > 0))
+            return loss
 
     rows = levels(corpus, 1, 2)
     make_trainer(trainer_class=Clocked, think_start=3, max_steps=6, curriculum_threshold=0.9, save_strategy="no", train_dataset=rows).train()
-    assert clocks == [0, 0, 0, 0, 1, 2]
+    assert clocks == [*[(0, False)] * 3, (0, True), (1, True), (2, True)]
 
 
 def test_the_reference_is_asked_once_about_each_rollout(make_trainer, monkeypatch):
@@ -464,23 +465,53 @@ def test_evaluation_at_every_position_is_the_loss(make_trainer, corpus):
     assert result["eval_documents"] == 6
 
 
-def test_evaluation_repeats_and_compares_the_same_places(make_trainer, corpus):
+def test_evaluation_repeats_and_compares_the_same_places(make_trainer, corpus, monkeypatch):
     trainer = make_trainer(eval_dataset=corpus.select(range(6)), max_steps=3, fork_positions="entropy")
     first, second = trainer.evaluate(), trainer.evaluate()
     names = ["eval_bits_no_think", "eval_bits_think", "eval_bits_random_thought", "eval_gain", "eval_gain_stderr", "eval_mean_think_length"]
     assert [first[name] for name in names] == [second[name] for name in names]
     assert first["eval_gain"] == pytest.approx(first["eval_bits_no_think"] - first["eval_bits_think"], abs=1e-9)
+    places, forks = [], trainer._forks
+
+    def noted(*args):
+        found = forks(*args)
+        if not trainer.model.training:
+            places.append(found)
+        return found
+
+    monkeypatch.setattr(trainer, "_forks", noted)
+    trainer.evaluate(), trainer.train(), trainer.evaluate()
+    half = len(places) // 2
+    assert half
+    assert all(map(torch.equal, places[:half], places[half:])), "whatever was learned in between"
+    assert trainer.evaluate()["eval_bits_no_think"] != first["eval_bits_no_think"]
+    trainer = make_trainer(eval_dataset=corpus.select(range(6)), max_steps=2, learning_rate=0.0)
+    first = trainer.evaluate()
     trainer.train()
-    assert trainer.evaluate()["eval_judged_tokens"] == first["eval_judged_tokens"]
+    assert [trainer.evaluate()[name] for name in names] == [first[name] for name in names], "whatever the step"
+
+
+def test_the_length_that_is_told_is_that_of_the_models_own_thoughts(make_trainer, corpus, monkeypatch):
+    trainer = make_trainer(eval_dataset=corpus.select(range(6)))
+    first = trainer.evaluate()
+
+    def others(rollout, vocabulary, generator):
+        return dataclasses.replace(rollout, thoughts_BKGL=torch.full_like(rollout.thoughts_BKGL, vocabulary.first_id))
+
+    monkeypatch.setattr(trainer_module, "control_thoughts", others)
+    second = trainer.evaluate()
+    assert second["eval_mean_think_length"] == first["eval_mean_think_length"]
+    assert second["eval_bits_random_thought"] != first["eval_bits_random_thought"]
 
 
 def test_a_thought_that_tells_the_answer_shows_up_as_gain(make_trainer, corpus):
     """A model that is trained on the thinking path alone must end with think < no_think: evaluation measures what thoughts do."""
-    trainer = make_trainer(eval_dataset=corpus.select(range(6)), max_steps=60, stop="fixed", learning_rate=3e-3, max_think_length=1)
+    options = {"max_steps": 60, "stop": "fixed", "learning_rate": 3e-3, "max_think_length": 1, "text_ce_weight": 0.0}
+    trainer = make_trainer(eval_dataset=corpus.select(range(6)), **options)
     trainer.train()
     result = trainer.evaluate()
     assert result["eval_mean_think_length"] == 1.0
-    assert result["eval_bits_think"] < 0.9 * math.log2(320)
+    assert result["eval_bits_think"] < result["eval_bits_no_think"] - 0.1
 
 
 def test_logs_what_a_user_needs(make_trainer, capsys):
@@ -701,8 +732,12 @@ def test_the_engines_train_alike(make_trainer):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=name)
 
 
-def test_calibrated_on_the_training_text(make_trainer, tokenizer):
+def test_calibrated_on_the_training_text(make_trainer, monkeypatch):
+    calibrate, given = trainer_module.add_thinking_tokens, []
+    monkeypatch.setattr(trainer_module, "add_thinking_tokens", lambda *args, **how: given.append(how["sample_text"]) or calibrate(*args, **how))
     trainer = make_trainer(max_steps=1)
+    (texts,) = given
+    assert set(texts) <= set(CORPUS)
     trainer.train()
     assert 0.005 < losses(trainer, "gate")[0] < 0.2
 
@@ -766,15 +801,18 @@ def test_four_bits_and_an_adapter(tmp_path, corpus):
     tokenizer = tiny_tokenizer()
     tiny_model(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    args = ThinkTokConfig(str(tmp_path / "out"), max_length=48, max_steps=2, num_think_tokens=4, num_forks=3, bf16=False, use_cpu=True, report_to="none")
+    options = {"max_length": 48, "max_steps": 2, "num_think_tokens": 4, "num_forks": 3, "learning_rate": 1e-5, "bf16": False, "use_cpu": True}
+    args = ThinkTokConfig(str(tmp_path / "out"), report_to="none", **options)
     adapter, quantized = LoraConfig(r=4, target_modules="all-linear"), BitsAndBytesConfig(load_in_4bit=True)
     trainer = ThinkTokTrainer(str(tmp_path), args, train_dataset=corpus, peft_config=adapter, quantization_config=quantized)
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
     assert isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit)
-    before = layer.base_layer.weight.clone(), layer.lora_B["default"].weight.clone()
+    rows = next(one for name, one in trainer.model.named_parameters() if "trainable_tokens_delta" in name)
+    before = layer.base_layer.weight.clone(), layer.lora_B["default"].weight.clone(), rows.clone()
     trainer.train()
     assert torch.equal(layer.base_layer.weight, before[0])
     assert not torch.equal(layer.lora_B["default"].weight, before[1])
+    assert (rows != before[2])[:4].float().mean() > 0.9, "in bf16 steps this small round away"
     with pytest.raises(ValueError, match="quantization_config would do nothing: give its name"):
         ThinkTokTrainer(tiny_model(vocab_size=len(tokenizer)), args, train_dataset=corpus, processing_class=tokenizer, quantization_config=quantized)
 
@@ -793,6 +831,17 @@ def test_models_are_loaded_where_they_are_trained(monkeypatch, device, zero3, fs
     monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: bool(zero3))
     args = SimpleNamespace(device=torch.device(device), fsdp=["full_shard"] if fsdp else [])
     assert loading.placement(args) == (there and {"": torch.device(there)})
+
+
+def test_what_a_recipe_says_of_its_model_is_told_where_it_is_loaded():
+    model = ModelConfig("a", model_revision="b", attn_implementation="eager", dtype="bfloat16")
+    assert loading.init_kwargs(model, {"dtype": "float16"}) == {"revision": "b", "attn_implementation": "eager", "dtype": "float16"}
+
+
+@pytest.mark.parametrize(("slower", "stays"), [(1.5, True), (22.0, False)])
+def test_bf16_is_for_cpus_that_have_it(tmp_path, monkeypatch, slower, stays):
+    monkeypatch.setattr(loading, "_seconds_of_product", lambda dtype: slower if dtype == torch.bfloat16 else 1.0)
+    assert loading.fit_to_cpu(ThinkTokConfig(str(tmp_path), use_cpu=True, bf16=True)).bf16 is stays
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [0, 2]])

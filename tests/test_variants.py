@@ -18,6 +18,7 @@ from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
 from hf_thinktok.cli import main
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
+from hf_thinktok.exploration import candidate_thoughts
 from hf_thinktok.objective import actions, credit, speak
 from hf_thinktok.peft import is_speaker
 from hf_thinktok.scores import score_tree
@@ -123,6 +124,7 @@ def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_b
     folder = tmp_path / "whole" / "checkpoint-4"
     assert not any(name.startswith("speaker") for name in load_file(folder / "model.safetensors"))
     for path, trained in ((folder, whole.model), (folder / "speaker", whole.model.speaker)):
+        assert AutoTokenizer.from_pretrained(path).get_vocab() == whole.processing_class.get_vocab()
         plain = AutoModelForCausalLM.from_pretrained(path)
         row = torch.arange(20)[None]
         assert torch.equal(plain(input_ids=row).logits, trained.eval()(input_ids=row).logits)
@@ -382,6 +384,48 @@ def test_search_is_paid_for_rare_thoughts_where_asked(make, blind, where):
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == thoughts[int(np.argmax(logps + 0.2 * share * rarity))]
 
 
+@pytest.mark.parametrize("price", [0.0, 0.2])
+@pytest.mark.parametrize("blind", [False, True])
+def test_search_where_thoughts_may_end_early_looks_at_every_end_and_its_price(make, blind, price):
+    rows = questions(levels=(3,)).remove_columns(["think_length", "thoughts"])
+    trainer = make(rows, stop="learned", think_cost=price, search=N**3, blind=blind, max_think_length=3)
+    inputs, labels = batch_of(trainer, rows.select(range(8)))
+    with torch.no_grad():  # a speaker to whom thoughts say much
+        trainer.model.get_output_embeddings().weight.mul_(20)
+    rollout = one_rollout(trainer, inputs, labels)
+    short = 0
+    for row in range(8):
+        ids, worth = rows[row]["input_ids"], {}
+        for end in (1, 2, 3):
+            for z in itertools.product(range(N), repeat=end):
+                thought = [trainer.vocabulary.first_id + one for one in z]
+                worth[z] = plain_logps(trainer.model, trainer.vocabulary, [] if blind else ids[:5], thought, ids[5]).item() - price * end
+        best = max(worth, key=worth.get)
+        short += len(best) < 3
+        found = tuple((rollout.thoughts_BKGL[row, 0, 0] - trainer.vocabulary.first_id).tolist())
+        assert max(worth[found[:end]] for end in (1, 2, 3)) == pytest.approx(worth[best], abs=1e-4)
+    assert short, "or the last place alone would do"
+
+
+def test_search_and_coverage_are_told_what_was_asked(make, monkeypatch):
+    rows, asked, summed = questions(levels=(3,)), {}, []
+    options = {"search_random": 0.25, "search_changes": 1, "coverage_coef": [0.1], "coverage_decay": 0.5, "coverage_of": "token"}
+    trainer = make(rows, search=8, **options)
+    monkeypatch.setattr("hf_thinktok.search.candidate_thoughts", lambda *args, **kwargs: asked.update(kwargs) or candidate_thoughts(*args, **kwargs))
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda counts: summed.append(counts) or 3 * counts)
+    inputs, labels = batch_of(trainer, rows.select(range(4)))
+    coverage = trainer.explore.coverage
+    before = coverage.frequency_C.clone()
+    rollout = one_rollout(trainer, inputs, labels)
+    assert (asked["num_candidates"], asked["random_part"], asked["changes"]) == (8, 0.25, 1)
+    said = rollout.thoughts_BKGL.flatten(0, 2) - trainer.vocabulary.first_id
+    for place in range(2):  # by place, each a distribution, of which half is new; however many ranks there are
+        share = torch.bincount(said[:, place], minlength=N) / len(said)
+        begin = place * (N + 1)
+        torch.testing.assert_close(coverage.frequency_C[begin : begin + N], 0.5 * before[begin : begin + N] + 0.5 * share)
+    assert len(summed) == 1
+
+
 def test_search_among_samples_is_no_worse_than_they_are(make):
     rows = questions(levels=(3,))
     trainer = make(rows, search=8, search_random=0.25, num_generations=4)
@@ -485,11 +529,17 @@ def test_how_many_fillers_is_drawn_and_rewarded(make, tokenizer):
 
 @pytest.mark.parametrize(
     ("options", "speaks", "thinks"),
-    [({"freeze": "speaker"}, False, True), ({"freeze": "thinker"}, True, False), ({"alternate": [1, 1]}, True, False)],
-    ids=["freeze speaker", "freeze thinker", "alternate"],
+    [
+        ({"freeze": "speaker"}, False, True),
+        ({"freeze": "thinker"}, True, False),
+        ({"alternate": [1, 1]}, True, False),
+        ({"alternate": [1, 1], "stop": "learned"}, True, False),
+        ({"alternate": [1, 1], "supply_thoughts": True, "thought_ce_weight": 1.0}, True, False),
+    ],
+    ids=["freeze speaker", "freeze thinker", "alternate", "alternate, gate", "alternate, supplied"],
 )
 def test_who_is_frozen_gets_no_gradient(make, options, speaks, thinks):
-    rows = questions(levels=(3,))
+    rows = questions(levels=(3,)).remove_columns(["think_length"] if "stop" in options else [])
     trainer = make(rows, policies="split", blind=True, text_ce_weight=0.0, num_generations=4, **options)
     inputs, _ = batch_of(trainer, rows.select(range(8)))
     trainer.model.train()
@@ -563,8 +613,9 @@ def test_long_answers_and_a_learned_stop_do_not_go_together(make):
     assert len(answer(trainer, rows, "none").correct_D) == len(rows)
 
 
-@pytest.mark.parametrize(("gate", "length"), [(-30.0, 0), (30.0, 2)])
-def test_what_a_learned_stop_leaves_unsaid_is_no_thought(make_trainer, gate, length):
+@pytest.mark.parametrize(("gate", "length"), [(-30.0, 0), (4.0, None), (30.0, 2)])
+def test_a_learned_stop_answers_as_the_mixture_of_its_lengths(make_trainer, gate, length):
+    """And what it leaves unsaid is no thought."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer), tie=False)
     vocabulary = add_thinking_tokens(model, tokenizer, N)
@@ -573,7 +624,28 @@ def test_what_a_learned_stop_leaves_unsaid_is_no_thought(make_trainer, gate, len
     head.bias.data[list(vocabulary.ids)] = gate
     rows = questions().remove_columns("think_length")
     trainer = make_trainer(model=model, tokenizer=tokenizer, train_dataset=rows, stop="learned", num_forks=1, max_think_length=2)
-    assert ((answer(trainer, rows).thoughts_DL >= 0).sum(1) == length).all()
+    said = answer(trainer, rows)
+    assert length is None or ((said.thoughts_DL >= 0).sum(1) == length).all()
+    first, guard = vocabulary.first_id, vocabulary.guard_id
+    for i, row in enumerate(rows.select(range(8))):
+        ids, likelihood, right, stay = row["input_ids"][:5], 0.0, 0.0, 1.0
+        for end in range(3):
+            logits = trainer.model(input_ids=torch.tensor([ids])).logits[0, -1]
+            thinks = (logits[first:guard].logsumexp(0) - logits[:first].logsumexp(0)).sigmoid().item() if end < 2 else 0.0
+            likelihood += stay * (1 - thinks) * logits[:first].softmax(0)[row["input_ids"][5]].item()
+            right += stay * (1 - thinks) * (logits[:first].argmax().item() == row["input_ids"][5])
+            stay *= thinks
+            ids = [*ids, first + int(logits[first:guard].argmax())]
+        assert said.logps_D[i] == pytest.approx(math.log(likelihood), abs=1e-4)
+        assert said.correct_D[i] == (right > 0.5)
+
+
+def test_random_thoughts_are_as_long_as_the_gate_has_them(make):
+    rows = questions().remove_columns("think_length")
+    trainer = make(rows, stop="sampled", max_think_length=2)
+    random = answer(trainer, rows, "random")
+    assert (random.lengths_D < 2).any()
+    assert random.lengths_D.tolist() == (random.thoughts_DL >= 0).sum(1).tolist()
 
 
 def test_answers_need_labels(make):

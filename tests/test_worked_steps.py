@@ -22,6 +22,7 @@ def test_one_more_step_is_taken_away_at_each_level(file):
     task = worked_steps(str(file), tokens_per_step=3, test_questions=4)
     assert len(task.train) == 16 * 3
     assert len(task.test) == 4 * 3
+    assert task.test["level"][:] == [0, 1, 2] * 4
     every = [*task.train, *task.test]
     of_five = [row for row in every if "What is 5 +" in row["prompt"]]
     assert [row["prompt"].split("Answer:")[1] for row in of_five] == ["\n5 + 1 = 6\n6 + 1 = 7\n####", "\n5 + 1 = 6\n####", "\n####"]
