@@ -195,18 +195,25 @@ class CheckpointingTrainer(SFTTrainer):
         self._start = self._fresh | (self._read_checkpoint(str(resume_from_checkpoint)) if resume_from_checkpoint else {})
         self._preemption = Preemption(self.accelerator)
         if self.args.save_strategy == "no":
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._check_steps()
+            return done
         self.add_callback(self._preemption)
         try:
             with self._preemption.listening():
                 done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.remove_callback(self._preemption)
+        self._check_steps()
         if self._preemption.agree():  # maybe after the last step, when there was nothing left to stop
             if self.is_world_process_zero():
                 print(f"SIGTERM: {self._what_is_saved()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
         return done
+
+    def _check_steps(self) -> None:
+        if self.state.global_step == 0:
+            raise ValueError("No step was taken: with dataloader_drop_last the rows have to fill a batch. Lower per_device_train_batch_size, or leave it out.")
 
     def _what_is_saved(self) -> str:
         folder = self.args.output_dir
@@ -335,7 +342,9 @@ class CheckpointingTrainer(SFTTrainer):
                 return super().push_to_hub(*args, **kwargs)
         except Exception as error:
             folder = self.args.output_dir
-            raise PushError(f"{folder} is whole, but its upload failed: {first_line(error)} Go on with `thinktok push {folder} REPOSITORY`.") from error
+            raise PushError(
+                f"{folder} is whole, but its upload failed: {first_line(error.__cause__ or error)} Go on with `thinktok push {folder} REPOSITORY`."
+            ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
-from .commands import LARGEST_SEED, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
+from .commands import LARGEST_SEED, TextHelp, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
 from .errors import UsageError, usage
 
 
@@ -20,9 +20,11 @@ def add_eval(subparsers) -> None:
         description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from elsewhere, "
         "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out (its "
         "test_files or its test part if it has one). "
-        "The recipe's other options about text are taken as well, such as --text_template and --max_documents.",
+        "The recipe's other options about text are taken as well.",
         allow_abbrev=False,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=TextHelp, nargs=0, help="show this help message and exit")
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub repository")
     for name, default, lowest, what in (
         ("max_length", 512, 2, "tokens of a row; longer documents are cut into rows"),

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ def source(args: argparse.Namespace) -> dict[str, Any]:
 def add_loading(parser) -> None:
     loading = add_source(parser)
     loading.add_argument("--device", help="where to run, such as cpu or cuda:1 (an accelerator if there is one)")
+
+
+class TextHelp(argparse.Action):
+    """The help of a command that takes a recipe's options about text besides its own."""
+
+    def __call__(self, parser, *_) -> None:
+        from .text import ReportArguments, TextArguments
+
+        group = parser.add_argument_group("the text")
+        group.add_argument("--config", metavar="FILE", help="A recipe's YAML file, which may have all of these.")
+        for entry in (*fields(TextArguments), *fields(ReportArguments)):
+            group.add_argument(f"--{entry.name}", help=entry.metadata["help"].replace("%", "%%"))
+        parser.print_help()
+        parser.exit()
 
 
 def read_recipe(words: list[str], *kinds: type) -> tuple:

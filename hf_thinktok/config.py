@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_text, check_values
+from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_run, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -308,6 +308,8 @@ class ThinkTokConfig(SFTConfig):
         if self.thinks:
             check_fit(self)
             check_effect(self)
+            if self.max_steps > 0:  # else it is known when the data is
+                check_run(self, self.max_steps)
         # Where there is nothing but a CPU, or the launcher asks for it, bf16 and devices follow without another option.
         self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
         if self.policies == "split" and self.think_start and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]

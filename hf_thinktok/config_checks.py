@@ -191,9 +191,6 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "supply_thoughts has thoughts of given lengths: set stop=fixed.": config.supply_thoughts and config.stop != "fixed",
         "supply_thoughts gives one thought for each row: set num_forks=1.": config.supply_thoughts and config.num_forks != 1,
         "supply_thoughts and search both fill the first thought of a group: choose one.": config.supply_thoughts and searches,
-        f"think_start={config.think_start} is not reached in max_steps={config.max_steps}, so nothing would be thought: lower it, or set num_forks=0.": (
-            0 < config.max_steps <= config.think_start
-        ),
         "curriculum_threshold counts the rows that were drawn, and ignore_data_skip=True begins to count anew: leave it out.": (
             config.curriculum_threshold is not None and config.ignore_data_skip
         ),
@@ -259,6 +256,14 @@ def check_fit(config: "ThinkTokConfig") -> None:
         ),
     }
     _refuse(refusals)
+
+
+def check_run(config: "ThinkTokConfig", steps: int) -> None:
+    """What would begin after a run of so many steps, and so never."""
+    if config.think_start >= steps:
+        raise ValueError(
+            f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0."
+        )
 
 
 def check_effect(config: "ThinkTokConfig") -> None:

@@ -84,7 +84,9 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             raise ValueError(f"The {name} data set is empty.")
         head = list(dataset.select(range(min(8, len(dataset)))))
     else:
-        raise TypeError(f"The {name} data set is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`.")
+        raise TypeError(
+            f"The {name} data set is a {type(dataset).__name__}; it must be a `Dataset` or `IterableDataset`, as a `DatasetDict` has in its splits."
+        )
     if not head:
         raise ValueError(f"The {name} data set is empty.")
     _check_task_columns(dataset, name, head, args)

@@ -71,12 +71,15 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
 
 
-def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adapters: bool, speaker, teacher) -> None:
+def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adapters: bool, speaker, teacher, quantization_config=None) -> None:
     """What the trainer is given beside its options must have a use there."""
     if reward_funcs is not None and (args.objective == "marginal" or args.advantage == "token"):
         raise ValueError(f"reward_funcs has no effect here; it needs {REWARDED_BY_FUNCTIONS}.")
     if reward_funcs is not None and not args.rewards_draws:
         raise ValueError(f"reward_funcs has no effect here; it needs thoughts=discrete or text ({args.thoughts} has no rewards).")
+    quantized = quantization_config or (args.model_init_kwargs or {}).get("quantization_config") or getattr(model, "quantization_method", None)
+    if quantized and peft_config is None:
+        raise ValueError("A quantized model is trained by an adapter beside it: give peft_config (--use_peft).")
     if speaker is not None and args.policies != "split":
         raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
     if speaker is not None and peft_config is not None:
@@ -226,6 +229,10 @@ def load_model(
         _warn_of_another(tokenizer, config, args.trust_remote_code)
     if args.eos_token is None:
         _check_ending(dataset, tokenizer)
+    if not any((args.eos_token, args.pad_token, tokenizer.eos_token, tokenizer.pad_token)):
+        raise ValueError("The tokenizer has neither a padding nor an end token, and rows of a batch are made as long as each other: set pad_token.")
+    if tokenizer.chat_template is None and args.chat_template_path is None and isinstance(dataset, Dataset) and _is_chat(dataset[0]):
+        raise ValueError("The data has chats, and the tokenizer no chat template to make texts of them: set chat_template_path, or tokenizer.chat_template.")
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
     attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
@@ -339,6 +346,11 @@ def _check_ending(dataset: Dataset | IterableDataset, tokenizer: PreTrainedToken
     row = next(iter(dataset.take(1)))
     if not {"input_ids", "messages", "conversations"} & set(row) and not isinstance(row.get("prompt"), list):
         raise ValueError("The tokenizer has no end token (eos_token), and each text is to end with it: set eos_token.")
+
+
+def _is_chat(row: dict[str, Any]) -> bool:
+    said = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
+    return isinstance(said, list) and bool(said) and isinstance(said[0], dict)
 
 
 def placement(args: ThinkTokConfig) -> dict[str, torch.device] | None:

@@ -124,6 +124,8 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, which cannot train new rows of the vocabulary: use a LoraConfig.")
     if peft_config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"peft_config is for task_type={peft_config.task_type!s}, as which no thinking model can be loaded again: set task_type='CAUSAL_LM'.")
+    if getattr(peft_config, "lora_bias", False) and any(isinstance(layer, torch.nn.Linear) and layer.bias is None for layer in model.modules()):
+        raise ValueError("lora_bias=True gives layers a bias that the base's do not have, and no merge can put there: leave it out.")
     ids = [*vocabulary.ids, vocabulary.guard_id]
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if getattr(outputs, "bias", None) is not None and inputs.weight is not outputs.weight:

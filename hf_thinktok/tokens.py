@@ -315,6 +315,8 @@ def _write_rows(model, tokenizer, vocabulary, guard_pieces, sample_text, think_m
             logit_spread=logit_spread,
             copied_ND=_noisy(outputs[copied], directions_ND) if copied else None,
         ).to(outputs.dtype)
+    if not tied:
+        inputs[last + 1 :] = inputs[last]  # nobody reads them, and as they were made no two runs would save the same
     # Output rows that nothing may choose point away from what hidden states have in common; a tied guard is read and keeps its input row.
     mean_D = hidden_MD.mean(0)
     outputs[last + tied :] = (-output_norm * mean_D / mean_D.norm().clamp_min(1e-12)).to(outputs.dtype)

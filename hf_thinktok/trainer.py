@@ -21,6 +21,7 @@ from ._compat import disable_dropout_in_model
 from .advantages import ValueBaseline
 from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
+from .config_checks import check_run
 from .curriculum import Curriculum, LevelSampler
 from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
@@ -42,6 +43,8 @@ from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import add_thinking_tokens, check_vocabulary
 from .tree import ThoughtTree, before
+
+NO_LOGITS = "ThinkTokTrainer makes no logits, so there is nothing to predict: call evaluate."
 
 
 class ThinkTokTrainer(MeasuringTrainer):
@@ -102,7 +105,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
-        check_parts(args, model, reward_funcs, peft_config, two_adapters, speaker, teacher)
+        check_parts(args, model, reward_funcs, peft_config, two_adapters, speaker, teacher, quantization_config)
         model, tokenizer = load_model(model, processing_class, args, train_dataset, quantization_config)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
@@ -224,7 +227,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         if self.plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
-            raise ValueError("ThinkTokTrainer makes no logits, so there is nothing to predict: call evaluate.")
+            raise ValueError(NO_LOGITS)
         if not self.model.training:
             return self._evaluate_batch(model, inputs, self._labels(inputs))
         args, turn = self.args, self._next_micro_step()
@@ -391,6 +394,11 @@ class ThinkTokTrainer(MeasuringTrainer):
             self._gains.rows += row
         return loss
 
+    def predict(self, *args, **kwargs):
+        if self.plain:
+            return super().predict(*args, **kwargs)
+        raise ValueError(NO_LOGITS)
+
     # ---------------------------------------------------------------- around it
 
     def _labels(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -453,6 +461,11 @@ class ThinkTokTrainer(MeasuringTrainer):
         if not self.plain:
             parts |= {"curriculum": self.curriculum, "coverage": self.explore.coverage, "value": self.value, "revival": self.revival}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs):
+        if self.args.thinks:
+            check_run(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
         """The speaker's parameters in groups of their own where its learning rate differs."""

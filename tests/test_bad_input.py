@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
@@ -204,7 +204,7 @@ BAD_FITS = [
     ({"think_start": 5, "text_ce_weight": 0.0}, ["think_start", "text_ce_weight above 0"]),
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
     ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha", "leave it out"]),
-    ({"think_start": 2, "max_steps": 2}, ["think_start=2 is not reached in max_steps=2"]),
+    ({"think_start": 2, "max_steps": 2}, ["think_start=2 is not reached in a run of 2 steps"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "ignore_data_skip": True}, ["ignore_data_skip=True begins to count anew"]),
     ({"memory": "persistent"}, ["stop=learned", "memory=persistent", "stop=sampled or stop=fixed"]),
     ({"memory": "persistent", "stop": "fixed", "search": 4}, ["search", "memory=none"]),
@@ -594,7 +594,42 @@ def test_hooks_that_would_never_be_called(train, name):
 def test_nothing_to_predict(make_trainer, corpus):
     trainer = make_trainer()
     with pytest.raises(ValueError, match="nothing to predict: call evaluate") as error:
-        trainer.predict(trainer.train_dataset.select(range(2)))
+        trainer.predict(corpus)
+    one_sentence(error)
+
+
+def test_thinking_that_begins_after_the_last_epoch(make_trainer):
+    with pytest.raises(ValueError, match="think_start=1000 is not reached in a run of 16 steps") as error:
+        make_trainer(max_steps=-1, num_train_epochs=1, think_start=1000).train()
+    one_sentence(error, "lower it")
+
+
+def test_rows_that_fill_no_batch(make_trainer, corpus):
+    with pytest.raises(ValueError, match="No step was taken: with dataloader_drop_last") as error:
+        make_trainer(train_dataset=corpus.select(range(3)), per_device_train_batch_size=4, dataloader_drop_last=True).train()
+    one_sentence(error)
+
+
+def test_a_quantized_model_without_an_adapter(train):
+    with pytest.raises(ValueError, match="A quantized model is trained by an adapter") as error:
+        train("nowhere", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    one_sentence(error, "peft_config")
+
+
+def test_chats_without_a_template(make_trainer):
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template to make texts of them: set chat_template_path") as error:
+        make_trainer(tokenizer=tokenizer, train_dataset=rows)
+    one_sentence(error)
+
+
+def test_ids_beside_a_tokenizer_that_pads_with_nothing(make_trainer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="neither a padding nor an end token.*set pad_token") as error:
+        make_trainer(tokenizer=tokenizer, train_dataset=Dataset.from_list([{"input_ids": [5, 6, 7]}] * 4))
     one_sentence(error)
 
 

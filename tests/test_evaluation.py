@@ -375,6 +375,14 @@ def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):
     assert "Traceback" not in done.stderr
 
 
+def test_the_help_has_all_that_the_text_can_be_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    said = capsys.readouterr().out
+    for name in ("--data_files", "--text_template", "--max_documents", "--test_files", "--config", "--num_samples"):
+        assert name in said
+
+
 def test_each_place_is_of_the_kind_of_what_follows_it():
     model, tokenizer = thinker(scale=1.0)[0], tiny_tokenizer()
     text = "the cat sat on 12 mats, and 3 + 4 = 7"

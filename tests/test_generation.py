@@ -498,7 +498,7 @@ def test_what_cannot_be_merged(folder, run, tmp_path):
     for adapter, output, words in [
         (tmp_path / "missing", tmp_path / "new", "is neither a folder nor a Hub repository"),
         (folder, tmp_path / "full", "exists: name a new folder"),
-        (folder, tmp_path / "new", "cannot be merged into its base"),  # a whole model
+        (folder, tmp_path / "new", "is no adapter: it can be used as it is"),
     ]:
         code, output, error = run("merge", adapter, output)
         assert (code, output) == (2, "")

@@ -615,6 +615,18 @@ def test_adapters_that_cannot_carry_thoughts(make_trainer):
         make_trainer(model=tiny_model("phi", tie=False, vocab_size=len(tokenizer)), peft_config=LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="IA3Config, which cannot train new rows"):
         make_trainer(peft_config=IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="lora_bias=True gives layers a bias"):
+        make_trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+
+
+def test_two_models_with_the_same_seed_are_the_same_whatever_was_drawn_before():
+    made = []
+    for _ in range(2):
+        model, tokenizer = tiny_model("llama", vocab_size=320, tie=False), tiny_tokenizer()
+        torch.rand(7)
+        add_thinking_tokens(model, tokenizer, 4)
+        made.append(model.state_dict())
+    assert all(torch.equal(one, made[1][name]) for name, one in made[0].items())
 
 
 def test_the_value_baseline_waits_for_thoughts_and_is_missed_on_resume(make_trainer, tmp_path):
@@ -813,8 +825,9 @@ def test_four_bits_and_an_adapter(tmp_path, corpus):
     assert torch.equal(layer.base_layer.weight, before[0])
     assert not torch.equal(layer.lora_B["default"].weight, before[1])
     assert (rows != before[2])[:4].float().mean() > 0.9, "in bf16 steps this small round away"
+    model = tiny_model(vocab_size=len(tokenizer))
     with pytest.raises(ValueError, match="quantization_config would do nothing: give its name"):
-        ThinkTokTrainer(tiny_model(vocab_size=len(tokenizer)), args, train_dataset=corpus, processing_class=tokenizer, quantization_config=quantized)
+        ThinkTokTrainer(model, args, train_dataset=corpus, processing_class=tokenizer, peft_config=adapter, quantization_config=quantized)
 
 
 def test_a_model_in_parts_on_several_devices(make_trainer):
