@@ -85,7 +85,7 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
         head = list(dataset.select(range(min(8, len(dataset)))))
     else:
         raise TypeError(
-            f"The {name} data set is a {type(dataset).__name__}; it must be a `Dataset` or `IterableDataset`, as a `DatasetDict` has in its splits."
+            f"The {name} data set is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`, as in a `DatasetDict`."
         )
     if not head:
         raise ValueError(f"The {name} data set is empty.")
