@@ -131,7 +131,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: TreeMask, drop
     with sdpa_kernel(KERNELS) if device == "cuda" else contextlib.nullcontext():
         if len(masks) == 1:
             return scaled_dot_product_attention(query, key, value, masks[0], dropout_p, **kwargs)
-        query, key, value = (one.to(dtype) for one in (query, key, value))  # once, and not once for each run that sees them
         keys, values = key.split(length, 2), value.split(length, 2)
         out = [
             scaled_dot_product_attention(queries, _gather(keys, stretches), _gather(values, stretches), mask, dropout_p, **kwargs)
