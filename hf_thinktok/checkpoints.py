@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,26 +195,25 @@ class CheckpointingTrainer(SFTTrainer):
         self._made_with = self._what_it_trains()  # before launchers have wrapped it
         self._start = self._fresh | (self._read_checkpoint(str(resume_from_checkpoint)) if resume_from_checkpoint else {})
         self._preemption = Preemption(self.accelerator)
-        if self.args.save_strategy == "no":
-            done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            self._check_steps()
-            return done
+        train = functools.partial(super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        done = train() if self.args.save_strategy == "no" else self._until_asked(train)
+        if self.state.global_step == 0:
+            raise ValueError("No step was taken: with dataloader_drop_last the rows have to fill a batch. Lower per_device_train_batch_size, or leave it out.")
+        return done
+
+    def _until_asked(self, train: Callable[[], Any]) -> Any:
+        """Trains; on SIGTERM ends the process with what was saved."""
         self.add_callback(self._preemption)
         try:
             with self._preemption.listening():
-                done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                done = train()
         finally:
             self.remove_callback(self._preemption)
-        self._check_steps()
         if self._preemption.agree():  # maybe after the last step, when there was nothing left to stop
             if self.is_world_process_zero():
                 print(f"SIGTERM: {self._what_is_saved()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
         return done
-
-    def _check_steps(self) -> None:
-        if self.state.global_step == 0:
-            raise ValueError("No step was taken: with dataloader_drop_last the rows have to fill a batch. Lower per_device_train_batch_size, or leave it out.")
 
     def _what_is_saved(self) -> str:
         folder = self.args.output_dir
@@ -342,9 +342,7 @@ class CheckpointingTrainer(SFTTrainer):
                 return super().push_to_hub(*args, **kwargs)
         except Exception as error:
             folder = self.args.output_dir
-            raise PushError(
-                f"{folder} is whole, but its upload failed: {first_line(error.__cause__ or error)} Go on with `thinktok push {folder} REPOSITORY`."
-            ) from error
+            raise PushError(f"{folder} is whole, but its upload failed: {first_line(error)} Go on with `thinktok push {folder} REPOSITORY`.") from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():

@@ -15,7 +15,6 @@ from huggingface_hub import HfApi
 from jinja2 import TemplateError
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
-from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from . import __version__
@@ -137,9 +136,6 @@ def run_merge(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"{args.output} exists: name a new folder.")
     read_vocabulary(args.adapter, args.revision)
-    with loading(args.adapter):
-        if not find_adapter_config_file(args.adapter, revision=args.revision):
-            raise UsageError(f"{args.adapter} is no adapter: it can be used as it is.")
     for place, adapter in adapters_in(args.adapter, args.revision).items():
         with usage(RuntimeError, LookupError, before=f"{adapter} cannot be merged into its base: "), naming_trust():
             model, tokenizer = merge(adapter, **source(args))

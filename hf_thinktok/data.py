@@ -26,6 +26,11 @@ MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "valu
 TASK_COLUMNS = ("level", "think_length", "thoughts")
 
 
+def columns_of_text(columns: Iterable[str], text: str) -> tuple[str, ...]:
+    """Those that TRL makes a row's text from: the text column where there are no others."""
+    return next((names for names in READABLE_COLUMNS if set(names) <= set(columns)), (text,))
+
+
 def task_columns(args) -> list[str]:
     """Those that the options make use of; to others a data set's columns of the same names are no concern."""
     used = {"level": args.curriculum_threshold is not None, "think_length": args.stop == "fixed", "thoughts": args.supply_thoughts}
@@ -99,7 +104,7 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
                 raise ValueError(f"formatting_func made {text!r} of a row of the {name} data set: it must return a text.")
         return
     columns, text = list(head[0]), args.dataset_text_field
-    used = next((names for names in READABLE_COLUMNS if set(names) <= set(columns)), (text,))
+    used = columns_of_text(columns, text)
     if not set(used) <= set(columns):
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."

@@ -24,7 +24,7 @@ from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
 from .config_checks import REWARDED_BY_FUNCTIONS
-from .data import STREAMED_ROWS, check_dataset, named_sets, skips_preparing
+from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import embedding_rows
 from .errors import first_line
 from .peft import SPEAKER, has_adapter
@@ -204,8 +204,13 @@ def load_model(
     args: ThinkTokConfig,
     dataset: Dataset | IterableDataset,
     quantization_config: Any = None,
+    formatter: Callable[[dict], str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from what was given, refused before weights are loaded where they do not fit."""
+    """Model and tokenizer from what was given, refused before weights are loaded where they do not fit.
+
+    Args:
+        formatter: what makes texts of rows, whatever their columns.
+    """
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -231,7 +236,8 @@ def load_model(
         _check_ending(dataset, tokenizer)
     if not any((args.eos_token, args.pad_token, tokenizer.eos_token, tokenizer.pad_token)):
         raise ValueError("The tokenizer has neither a padding nor an end token, and rows of a batch are made as long as each other: set pad_token.")
-    if tokenizer.chat_template is None and args.chat_template_path is None and isinstance(dataset, Dataset) and _is_chat(dataset[0]):
+    templated = tokenizer.chat_template is not None or args.chat_template_path is not None or formatter is not None
+    if not templated and isinstance(dataset, Dataset) and _is_chat(dataset[0], args.dataset_text_field):
         raise ValueError("The data has chats, and the tokenizer no chat template to make texts of them: set chat_template_path, or tokenizer.chat_template.")
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
@@ -348,9 +354,10 @@ def _check_ending(dataset: Dataset | IterableDataset, tokenizer: PreTrainedToken
         raise ValueError("The tokenizer has no end token (eos_token), and each text is to end with it: set eos_token.")
 
 
-def _is_chat(row: dict[str, Any]) -> bool:
-    said = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
-    return isinstance(said, list) and bool(said) and isinstance(said[0], dict)
+def _is_chat(row: dict[str, Any], text: str) -> bool:
+    """Whether TRL makes the row's text from messages."""
+    first, *_ = columns_of_text(row, text)
+    return first in MESSAGE_KEYS or first == "prompt" and isinstance(row[first], list)
 
 
 def placement(args: ThinkTokConfig) -> dict[str, torch.device] | None:

@@ -26,6 +26,17 @@ def add_speaker(model: PeftModel, peft_config: Any) -> None:
             parameter.requires_grad_(True)
 
 
+def check_mergeable(model: PeftModel) -> None:
+    """Refuses an adapter that would be trained and never merged, as whoever uses it here does.
+
+    Raises:
+        ValueError: it gives a layer of the base a bias that this does not have.
+    """
+    for layer in model.modules():
+        if any(getattr(layer, "lora_bias", {}).values()) and layer.get_base_layer().bias is None:
+            raise ValueError("lora_bias=True gives layers a bias that the base's do not have, and no merge can put there: leave it out.")
+
+
 def rows_in_fp32(model: PeftModel) -> None:
     """TRL makes all that is trained beside a quantized model bf16, in which most steps of a thinking row are too small to count."""
     for name, parameter in model.named_parameters():
@@ -67,8 +78,10 @@ def merge(folder: str, dtype: str = "auto", revision: str | None = None, trust_r
         trust_remote_code: run code that comes with the base.
 
     Raises:
-        ValueError: the adapter is not of a thinking model, or its base is not there.
+        ValueError: it is no adapter, or not of a thinking model, or its base is not there.
     """
+    if find_adapter_config_file(folder, revision=revision) is None:
+        raise ValueError("it is no adapter: it can be used as it is.")
     ThinkingVocabulary.from_pretrained(folder, revision=revision)
     about = PeftConfig.from_pretrained(folder, revision=revision)
     try:
@@ -124,8 +137,6 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, which cannot train new rows of the vocabulary: use a LoraConfig.")
     if peft_config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"peft_config is for task_type={peft_config.task_type!s}, as which no thinking model can be loaded again: set task_type='CAUSAL_LM'.")
-    if getattr(peft_config, "lora_bias", False) and any(isinstance(layer, torch.nn.Linear) and layer.bias is None for layer in model.modules()):
-        raise ValueError("lora_bias=True gives layers a bias that the base's do not have, and no merge can put there: leave it out.")
     ids = [*vocabulary.ids, vocabulary.guard_id]
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if getattr(outputs, "bias", None) is not None and inputs.weight is not outputs.weight:

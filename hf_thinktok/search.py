@@ -56,8 +56,9 @@ class Explorer:
         self, model, inputs: dict[str, Tensor], labels_BT: Tensor, rollout: Rollout, generator: torch.Generator, sampling: Sampling, step: int
     ) -> Rollout:
         args, trainer, ends_early = self.args, self.trainer, self.args.stop == "learned"
-        num_candidates, coefficient, price = (scheduled(each, step) for each in (args.search, args.coverage_coef, args.think_cost))
-        if round(num_candidates) == 0:
+        num_candidates = round(scheduled(args.search, step))
+        coefficient, price = scheduled(args.coverage_coef, step), scheduled(args.think_cost, step)
+        if num_candidates == 0:
             return rollout
 
         def bonus(choices_BKPL: Tensor, lengths_BKP: Tensor, logps_BKP: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class Explorer:
 
         among = partial(
             candidate_thoughts,
-            num_candidates=round(num_candidates),
+            num_candidates=num_candidates,
             random_part=args.search_random,
             changes=args.search_changes,
             num_tokens=self.vocabulary.num_tokens,

@@ -33,7 +33,7 @@ from .loading import check_arguments, check_optimizer, check_parts, find_speaker
 from .measuring import MeasuringTrainer
 from .models import evaluating, unwrapped
 from .objective import actions, speak, thinking_loss
-from .peft import SPEAKER, add_speaker, add_thinking_rows, is_speaker, rows_in_fp32
+from .peft import SPEAKER, add_speaker, add_thinking_rows, check_mergeable, is_speaker, rows_in_fp32
 from .revival import Revival
 from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
@@ -106,7 +106,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
         check_parts(args, model, reward_funcs, peft_config, two_adapters, speaker, teacher, quantization_config)
-        model, tokenizer = load_model(model, processing_class, args, train_dataset, quantization_config)
+        model, tokenizer = load_model(model, processing_class, args, train_dataset, quantization_config, formatting_func)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
 
@@ -135,6 +135,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         if two_adapters:
             add_speaker(self.model, peft_config)
         if is_peft_model(self.model):
+            check_mergeable(self.model)
             rows_in_fp32(self.model)
             self.add_callback(SayWhatIsTrained())
         if args.disable_dropout:  # an adapter's as well

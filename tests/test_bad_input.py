@@ -618,11 +618,17 @@ def test_a_quantized_model_without_an_adapter(train):
 
 def test_chats_without_a_template(make_trainer):
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
+
+    def made(rows, **options):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = None
+        return make_trainer(tokenizer=tokenizer, train_dataset=rows, **options)
+
     with pytest.raises(ValueError, match="no chat template to make texts of them: set chat_template_path") as error:
-        make_trainer(tokenizer=tokenizer, train_dataset=rows)
+        made(rows)
     one_sentence(error)
+    made(rows, formatting_func=lambda row: row["messages"][0]["content"] * 9)  # then nothing is made of the chats
+    made(rows.add_column("input_ids", [[5, 6, 7, 8]] * 4))
 
 
 def test_ids_beside_a_tokenizer_that_pads_with_nothing(make_trainer):

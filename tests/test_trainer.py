@@ -617,6 +617,7 @@ def test_adapters_that_cannot_carry_thoughts(make_trainer):
         make_trainer(peft_config=IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="lora_bias=True gives layers a bias"):
         make_trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    make_trainer(family="gpt2", peft_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_bias=True))  # it has biases, but for its head
 
 
 def test_two_models_with_the_same_seed_are_the_same_whatever_was_drawn_before():
