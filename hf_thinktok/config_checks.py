@@ -259,7 +259,9 @@ def check_fit(config: "ThinkTokConfig") -> None:
 
 
 def check_run(config: "ThinkTokConfig", steps: int) -> None:
-    """What would begin after a run of so many steps, and so never."""
+    """A run of so many steps, and what would begin after it, and so never."""
+    if steps < 1:
+        raise ValueError(f"num_train_epochs={config.num_train_epochs} is a run of no step: set num_train_epochs above 0, or max_steps.")
     if config.think_start >= steps:
         raise ValueError(
             f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0."

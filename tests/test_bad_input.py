@@ -604,6 +604,12 @@ def test_thinking_that_begins_after_the_last_epoch(make_trainer):
     one_sentence(error, "lower it")
 
 
+def test_no_epoch_at_all(make_trainer):
+    with pytest.raises(ValueError, match="num_train_epochs=0 is a run of no step") as error:
+        make_trainer(max_steps=-1, num_train_epochs=0).train()
+    one_sentence(error, "or max_steps")
+
+
 def test_rows_that_fill_no_batch(make_trainer, corpus):
     with pytest.raises(ValueError, match="No step was taken: with dataloader_drop_last") as error:
         make_trainer(train_dataset=corpus.select(range(3)), per_device_train_batch_size=4, dataloader_drop_last=True).train()

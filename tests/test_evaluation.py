@@ -65,10 +65,13 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
     model, tokenizer = model
     model.config.thinktok |= {"blind": blind}
     ids = tokenizer(TEXT[0]["text"])["input_ids"][:40]
-    found = evaluate_thinking(model, tokenizer, [{"text": tokenizer.decode(ids)}], num_forks=3, num_samples=2, max_think_length=3, lookahead=lookahead, seed=5)
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    head.bias[torch.tensor(ids).bincount().topk(3).indices] = 4.0  # so that it is right now and then
+    found = evaluate_thinking(model, tokenizer, [{"text": tokenizer.decode(ids)}], num_forks=9, num_samples=2, max_think_length=3, lookahead=lookahead, seed=5)
     ids = tokenizer(tokenizer.decode(ids))["input_ids"]
     tokens_BT, documents_BT = torch.tensor([ids]), torch.zeros(1, len(ids), dtype=torch.long)
-    forks_BK = choose_forks(eligible_forks(tokens_BT, documents_BT), 3, "stride", torch.Generator())
+    forks_BK = choose_forks(eligible_forks(tokens_BT, documents_BT), 9, "stride", torch.Generator())
     branching, vocabulary = Branching(2, 3, lookahead), thinker(scale=1.0)[1]
     generator = torch.Generator().manual_seed(5)
     drawn = sample_thoughts(ReplicatedEngine(), model, tokens_BT, documents_BT, forks_BK, branching, Sampling(), vocabulary, generator)
@@ -89,12 +92,13 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
         assert found.logps["no_think"][k] == pytest.approx(score([]), abs=1e-4)
         assert found.logps["always"][k] == pytest.approx(np.mean([score(thought) for thought in thoughts]), abs=1e-4)
         assert found.marginal["always"][k] == pytest.approx(np.logaddexp(*(score(thought) for thought in thoughts)) - math.log(2), abs=1e-4)
-        other = drawn.thoughts_BKGL[0, (k + 1) % 3].tolist()
+        other = drawn.thoughts_BKGL[0, (k + 9 // 2) % 9].tolist()
         assert found.logps["elsewhere"][k] == pytest.approx(np.mean([score(thought) for thought in other]), abs=1e-4)
         for arm, put in (("no_think", [[]]), ("always", thoughts), ("elsewhere", other)):
             assert found.correct[arm][k] == pytest.approx(np.mean([judged(thought)[1] for thought in put]))
         plain = logps_of(model, ids)[fork]
         assert found.entropy_F[k] == pytest.approx(-(plain.exp() * plain).sum().item(), abs=1e-4)
+    assert 0 < found.correct["always"].sum() < found.tokens_F.sum()
     assert found.bytes_per_token == pytest.approx(len(tokenizer.decode(ids).encode()) / len(ids))
     assert (found.lengths_F >= 1).all() or not blind
 

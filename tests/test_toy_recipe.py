@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from commands import ROOT, in_process, started
+from commands import ROOT, in_process
 from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
@@ -249,7 +249,7 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     command = [ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--variants", variants]
     command += ["--seeds", 5, "--output_dir", tmp_path / "out", *small]
     assert re.fullmatch(r"error: [^\n]*nowhere\.yaml[^\n]*\n", in_process(*command, "--variants", "nowhere.yaml").stderr)
-    first = started(*command)
+    first = in_process(*command)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "without search" in first.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
