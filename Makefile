@@ -17,7 +17,7 @@ demo-lora: $(VENV)/demo  ## the main job with an adapter: LoRA and the new rows 
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain_think.py --config recipes/smollm2-135m/quickstart.yaml \
 		--use_peft --lora_target_modules all-linear --learning_rate 5e-4 --output_dir outputs/quickstart_lora
 
-# Seed 1, the quickest of four, needs no search and no bonus for rare words, and is there in less time without.
+# Seed 1, one of the quickest of six, needs no search and no bonus for rare words, and is there in less time without.
 demo-serial: $(VENV)/demo  ## SmolLM2-135M invents tokens to think step by step with, rewarded by the answer alone: two CPU cores, 15 minutes
 	$(BIN)/python recipes/toy.py --config recipes/toy/serial_smollm2.yaml --check_rows 32 --test_rows 32 \
 		--search 0 --coverage_coef 0 --coverage_of thought --coverage_where everywhere --seeds 1
