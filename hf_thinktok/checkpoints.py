@@ -25,7 +25,7 @@ from trl import SFTTrainer
 
 from ._compat import uploads_without
 from .card import read_results, render_card, snippet, use
-from .errors import first_line
+from .errors import RunError, first_line
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
 from .results import COMPLETE_FILE, NOT_PUSHED, STATE_FILE, changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
@@ -188,7 +188,7 @@ class CheckpointingTrainer(SFTTrainer):
                 `None`, `False`, `"false"` or nothing at all to start anew. A run that had ended takes no further step.
 
         Raises:
-            ValueError: there is no such checkpoint, or it is of another run.
+            ValueError: there is no such checkpoint, or it is of another run; or nothing would happen in this one, or did.
             SystemExit: with code 143, after SIGTERM.
         """
         (resume_from_checkpoint,) = resume_points(resume_from_checkpoint, [self.args.output_dir])
@@ -198,7 +198,7 @@ class CheckpointingTrainer(SFTTrainer):
         train = functools.partial(super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         done = train() if self.args.save_strategy == "no" else self._until_asked(train)
         if self.state.global_step == 0:
-            raise ValueError("No step was taken: with dataloader_drop_last the rows have to fill a batch. Lower per_device_train_batch_size, or leave it out.")
+            raise RunError("No step was taken: with dataloader_drop_last the rows have to fill a batch. Lower per_device_train_batch_size, or leave it out.")
         return done
 
     def _until_asked(self, train: Callable[[], Any]) -> Any:

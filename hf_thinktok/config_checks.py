@@ -5,6 +5,7 @@ from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+from .errors import RunError
 from .exploration import ever
 from .rewards import resolve_rewards
 from .thoughts import SOFT
@@ -259,13 +260,15 @@ def check_fit(config: "ThinkTokConfig") -> None:
 
 
 def check_run(config: "ThinkTokConfig", steps: int) -> None:
-    """A run of so many steps, and what would begin after it, and so never."""
+    """A run of so many steps, and what would begin after it, and so never.
+
+    Raises:
+        RunError: it has no step, or is over before thinking begins.
+    """
     if steps < 1:
-        raise ValueError(f"num_train_epochs={config.num_train_epochs} is a run of no step: set num_train_epochs above 0, or max_steps.")
+        raise RunError(f"num_train_epochs={config.num_train_epochs} is a run of no step: set num_train_epochs above 0, or max_steps.")
     if config.think_start >= steps:
-        raise ValueError(
-            f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0."
-        )
+        raise RunError(f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0.")
 
 
 def check_effect(config: "ThinkTokConfig") -> None:

@@ -14,6 +14,10 @@ class UsageError(Exception):
     """What the user of a command can put right: shown as it is, with exit code 2."""
 
 
+class RunError(ValueError):
+    """A run in which nothing happens that was asked for."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without what follows its first line; its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -28,7 +28,7 @@ from hf_thinktok.checkpoints import CheckpointError, check_not_pushed, resume_po
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
-from hf_thinktok.errors import one_sentence
+from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.language import describe_language, single_figures
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.report.language import draw_language, print_language
@@ -193,7 +193,7 @@ def run(
             speaker = new_model(toy, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
-    with one_sentence(CheckpointError):
+    with one_sentence(CheckpointError, RunError):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     accuracy, lengths = by_level(trainer, test, toy.test_rows)
     if toy.save_models:
