@@ -62,7 +62,7 @@ NO_BASE = "[None](https://huggingface.co/None)"
 ADAPTER_OPTIONS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RunError):
     """There is no such checkpoint, or it does not fit the run."""
 
 

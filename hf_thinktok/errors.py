@@ -15,7 +15,7 @@ class UsageError(Exception):
 
 
 class RunError(ValueError):
-    """A run in which nothing happens that was asked for."""
+    """A run that cannot be what was asked for, which shows when it begins or in that nothing happened."""
 
 
 def first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.checkpoints import CheckpointError, PushError
+from hf_thinktok.checkpoints import PushError
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.loading import fit_to_cpu, init_kwargs
 from hf_thinktok.results import changed_options, environment, print_results, training_results, write_json
@@ -53,7 +53,7 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
 
 def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> None:
     args, where, has_results = trainer.args, environment(), False
-    with one_sentence(CheckpointError, RunError):
+    with one_sentence(RunError):
         training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if trainer.is_world_process_zero():
         (Path(args.output_dir) / "results.json").unlink(missing_ok=True)  # of an earlier run, whose model is replaced here

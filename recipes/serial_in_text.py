@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
-from hf_thinktok.checkpoints import CheckpointError, check_not_pushed, resume_points
+from hf_thinktok.checkpoints import check_not_pushed, resume_points
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
@@ -104,7 +104,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
                 processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
                 peft_config=get_peft_config(model),
             )
-            with one_sentence(CheckpointError, RunError):
+            with one_sentence(RunError):
                 trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             trainer.save_model(output)

@@ -24,7 +24,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
-from hf_thinktok.checkpoints import CheckpointError, check_not_pushed, resume_points
+from hf_thinktok.checkpoints import check_not_pushed, resume_points
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.data import levels_of
@@ -193,7 +193,7 @@ def run(
             speaker = new_model(toy, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
-    with one_sentence(CheckpointError, RunError):
+    with one_sentence(RunError):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     accuracy, lengths = by_level(trainer, test, toy.test_rows)
     if toy.save_models:

@@ -98,17 +98,17 @@ class Made(dict):
 
     def __init__(self, launcher: str, folder: Path):
         save_tiny(folder / "model")
-        self.folder, self.options = folder, runs_of(launcher, folder)
+        self.launcher, self.folder, self.options = launcher, folder, runs_of(launcher, folder)
         self.said = launch_tiny(launcher, {folder / name: options for name, options in self.options.items()}).stderr
         super().__init__({name: torch.load(result) for name in self.options if (result := folder / name / "result.pt").exists()})
 
     def __missing__(self, name: str):
         pytest.fail(f"{name} left no result: {self.said[-3000:]}")
 
-    def assert_as_alone(self, name: str, launcher: str, folder: Path) -> dict:
+    def assert_as_alone(self, name: str, folder: Path) -> dict:
         """One process that accumulates as many batches makes the same; gives what it makes."""
         one = alone(folder, {option: value for option, value in self.options[name].items() if option != "gather_for_rollout"})
-        assert_same(one, self[name], launcher)
+        assert_same(one, self[name], self.launcher)
         return one
 
 
@@ -119,7 +119,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_under_ddp_are_one_that_accumulates(made, tmp_path, case):
-    one = made("ddp").assert_as_alone(case, "ddp", tmp_path)
+    one = made("ddp").assert_as_alone(case, tmp_path)
     assert one["revived"] == made("ddp")[case]["revived"]
     assert (one["revived"] > 0) is ("revive_every" in CASES[case])
 
@@ -135,7 +135,7 @@ def test_what_each_process_remembers_of_thoughts_is_resumed(made):
 def test_every_launcher_trains_what_one_process_trains_and_resumes(made, tmp_path, launcher):
     """Layers are gathered one by one in the resumed run, where that is a choice."""
     runs = made(launcher)
-    one = runs.assert_as_alone("whole", launcher, tmp_path)
+    one = runs.assert_as_alone("whole", tmp_path)
     assert_same(one, runs["whole, resumed"], launcher)
     assert weight_gap(runs["whole"], runs["whole, resumed"]) < 1e-6
 
@@ -156,7 +156,7 @@ def test_batches_that_do_not_divide_evenly(made, case, steps):
 @pytest.mark.parametrize("launcher", [ZERO["zero2"], "fsdp2"])
 def test_an_adapter_and_its_rows_are_trained_alike(made, tmp_path, launcher):
     """With tied embeddings, and with FSDP2 without."""
-    made(launcher).assert_as_alone("adapter", launcher, tmp_path)
+    made(launcher).assert_as_alone("adapter", tmp_path)
 
 
 @pytest.mark.parametrize("launcher", [ZERO["zero2"], ZERO["zero3"]])
@@ -181,7 +181,7 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
 
 
 def test_ranks_whose_rows_have_fewer_places_to_think_at_make_as_many_passes(made, tmp_path):
-    made("fsdp2").assert_as_alone("fewer places", "fsdp2", tmp_path)
+    made("fsdp2").assert_as_alone("fewer places", tmp_path)
 
 
 def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(tmp_path):
@@ -201,7 +201,7 @@ def test_ranks_that_write_texts_of_their_own_wait_for_each_other(made):
 @NO_COMPILER
 @pytest.mark.parametrize("case", ["teacher", "continuous"])
 def test_a_teacher_and_soft_thoughts_work_where_parameters_are_divided(made, tmp_path, case):
-    made("zero3").assert_as_alone(case, "zero3", tmp_path)
+    made("zero3").assert_as_alone(case, tmp_path)
 
 
 @pytest.mark.parametrize("case", SAVED)
@@ -218,6 +218,7 @@ def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
     one = alone(tmp_path / "one", options)
     assert_same(one, resumed, "ddp")
+    assert weight_gap(resumed, launched("ddp", tmp_path / "two", options | {"resume": True})) == 0  # it had ended
 
 
 @pytest.mark.parametrize("reshard", [True, False], ids=["given back", "kept"])

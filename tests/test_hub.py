@@ -28,7 +28,7 @@ import sys
 sys.modules["hf_thinktok"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained("me/thinker") for kind in (AutoModelForCausalLM, AutoTokenizer))
+model, tokenizer = (kind.from_pretrained("me/thinker", revision=sys.argv[2]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 torch.testing.assert_close(model(torch.arange(12)[None]).logits, torch.load(sys.argv[1]))
 assert model.config.thinktok["num_tokens"] == 4
 assert "<|think_3|>" in tokenizer.get_vocab()
@@ -87,16 +87,17 @@ def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
     training = json.loads(files["training.json"])
     assert (training["config"]["num_think_tokens"], training["metrics"]["step"]) == (4, 3)
     assert not [name for name, content in files.items() if b"hf_secret" in content]
-    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt")
+    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "main")
 
 
 def test_checkpoints_are_pushed_as_revisions(hub, tmp_path):
     options = json.dumps({"save_strategy": "steps", "save_steps": 1, "max_steps": 2})
     python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
-    python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out/checkpoint-1", "me/thinker", "--revision", "step-1")
-    first, last = (hub.repos[name][-1] for name in ("me/thinker@step-1", "me/thinker"))
-    assert first["model.safetensors"] == (tmp_path / "out/checkpoint-1/model.safetensors").read_bytes() != last["model.safetensors"]
-    assert not [name for name in first if re.search("optimizer|scheduler|rng_state|_state|complete|args", name)]
+    python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out/checkpoint-2", "me/thinker", "--revision", "step-2")
+    pushed, last = (hub.repos[name][-1] for name in ("me/thinker@step-2", "me/thinker"))
+    assert (tmp_path / "out/checkpoint-1/model.safetensors").read_bytes() != pushed["model.safetensors"] == last["model.safetensors"]
+    assert not [name for name in pushed if re.search("optimizer|scheduler|rng_state|_state|complete|args", name)]
+    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "step-2")
 
 
 def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
