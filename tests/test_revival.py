@@ -91,7 +91,8 @@ def observed(trainer):
 
 # Mamba runs ordinary rows.
 @pytest.mark.parametrize(
-    ("family", "stop", "explore"), [("llama", "fixed", {"search": 4}), ("mamba", "fixed", {"epsilon_greedy": 0.5}), ("mamba", "sampled", {})]
+    ("family", "stop", "explore"),
+    [("llama", "fixed", {"search": 4, "temperature": 2.0}), ("mamba", "fixed", {"epsilon_greedy": 0.5}), ("mamba", "sampled", {})],
 )
 def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, family, stop, explore):
     options = {"num_generations": 16, "learning_rate": 0.0, "max_steps": 1, "lookahead": 2} | explore
@@ -114,7 +115,8 @@ def test_a_token_is_judged_by_the_state_that_it_was_chosen_from(make_trainer, fa
     assert rollout.chosen is ("search" in explore)
     said[:, :, : int(rollout.chosen)] = False  # it was not the policy that said it
     ended = said.any(-1)
-    torch.testing.assert_close(since["said_N"], scores.think_logps_BKGLN.detach()[said].exp().sum(0))
+    drawn_from = (scores.think_logps_BKGLN.detach()[said] / explore.get("temperature", 1.0)).softmax(-1)
+    torch.testing.assert_close(since["said_N"], drawn_from.sum(0))
     told = (scores.logps_BKGH * scores.mask_BKH[:, :, None]).sum(-1).detach()
     count = int(ended.sum())
     assert (since["choice_R"] >= 0).tolist() == [False] * (len(since["choice_R"]) - count) + [True] * count, "the latest come last"

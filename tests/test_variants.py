@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
 from hf_thinktok.cli import main
+from hf_thinktok.curriculum import LAG, LEAST_STEPS
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
 from hf_thinktok.exploration import candidate_thoughts
 from hf_thinktok.objective import actions, credit, speak
@@ -249,6 +250,17 @@ def test_a_curriculum_resumes_bit_for_bit(make, resumed, monkeypatch):
     whole, again = resumed(make, max_steps=8, curriculum_threshold=0.0, curriculum_replay=0.5, learning_rate=1e-2)
     assert [entry["level"] for entry in whole.state.log_history if "level" in entry][-1] > 1, "the run must pass a level to be a test"
     assert again.curriculum.begins == whole.curriculum.begins
+
+
+@pytest.mark.parametrize("replay", [0.0, 1.0])
+def test_accumulated_batches_are_one_step_of_a_curriculum(make, replay):
+    trainer = make(max_steps=16, gradient_accumulation_steps=2, curriculum_threshold=0.0, curriculum_replay=replay, logging_steps=1)
+    trainer.train()
+    curriculum, first = trainer.curriculum, LEAST_STEPS - 1 + LAG
+    assert curriculum.begins[:2] == [0, first]
+    assert [entry["level"] for entry in trainer.state.log_history if "level" in entry][: first + 1] == [1] * first + [2]
+    assert sum(curriculum.counts.values()) == pytest.approx(16), "optimizer steps, of two batches each"
+    assert (curriculum.counts[1] > first) is (replay > 0), "with replay easier rows come back"
 
 
 # ---------------------------------------------------------------- candidates
