@@ -1,7 +1,7 @@
 """A model that thinks on a task goes on with ordinary text: does it keep its text, and does it think where that pays?
 
-    python recipes/toy.py --config recipes/toy/serial_smollm2.yaml
-    thinktok merge outputs/serial/seed-0 outputs/serial/merged
+    make demo-serial
+    thinktok merge outputs/serial/seed-1 outputs/serial/merged
     python recipes/toy.py --config recipes/toy/serial_smollm2_stop.yaml
     thinktok merge outputs/serial_stop/seed-1 outputs/serial_stop/merged
     python recipes/serial_in_text.py --config recipes/smollm2-135m/serial_in_text.yaml --data_files wikitext.txt
