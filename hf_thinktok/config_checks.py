@@ -5,8 +5,6 @@ from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
-from transformers.debug_utils import DebugOption
-
 from .errors import RunError
 from .exploration import ever
 from .rewards import resolve_rewards
@@ -195,7 +193,7 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "supply_thoughts gives one thought for each row: set num_forks=1.": config.supply_thoughts and config.num_forks != 1,
         "supply_thoughts and search both fill the first thought of a group: choose one.": config.supply_thoughts and searches,
         "debug=underflow_overflow reads numbers only, and the head gives more than these: leave debug out, `skipped_steps` counts what is not finite.": (
-            DebugOption.UNDERFLOW_OVERFLOW in config.debug
+            "underflow_overflow" in (config.debug or "")
         ),
         "curriculum_threshold counts the rows that were drawn, and ignore_data_skip=True begins to count anew: leave it out.": (
             config.curriculum_threshold is not None and config.ignore_data_skip

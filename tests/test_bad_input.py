@@ -207,6 +207,7 @@ BAD_FITS = [
     ({"think_start": 2, "max_steps": 2}, ["think_start=2 is not reached in a run of 2 steps"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "ignore_data_skip": True}, ["ignore_data_skip=True begins to count anew"]),
     ({"debug": "underflow_overflow"}, ["leave debug out"]),
+    ({"debug": ["underflow_overflow"]}, ["leave debug out"]),
     ({"memory": "persistent"}, ["stop=learned", "memory=persistent", "stop=sampled or stop=fixed"]),
     ({"memory": "persistent", "stop": "fixed", "search": 4}, ["search", "memory=none"]),
     (
