@@ -63,6 +63,7 @@ UNLIKE = {
     "fewer places": {"stop": "fixed", "memory": "persistent", "num_forks": 40, "gather_for_rollout": False, **BATCHES_OF_ONE},
     "texts of their own": {"rollout": "free", "prompt_length": 4, "optim": "adamw_torch", **BATCHES_OF_ONE},
 }
+RESUMED_ANEW = ("zero3", "fsdp2")  # where parameters are divided: by processes that did not write the checkpoint
 KINDS = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 
 
@@ -94,12 +95,14 @@ def runs_of(launcher: str, folder: Path) -> dict[str, dict]:
 
 
 class Made(dict):
-    """What two processes make under a launcher: all its runs one after another, as most of the time is that of bringing them up."""
+    """What two processes make under a launcher: its runs one after another, as most of the time is that of bringing them up. Two others resume, for some."""
 
     def __init__(self, launcher: str, folder: Path):
         save_tiny(folder / "model")
         self.launcher, self.folder, self.options = launcher, folder, runs_of(launcher, folder)
-        self.said = launch_tiny(launcher, {folder / name: options for name, options in self.options.items()}).stderr
+        anew = {name for name, options in self.options.items() if "resume" in options and launcher in RESUMED_ANEW}
+        parts = [name for name in self.options if name not in anew], sorted(anew)
+        self.said = "".join(launch_tiny(launcher, {folder / name: self.options[name] for name in part}).stderr for part in parts if part)
         super().__init__({name: torch.load(result) for name in self.options if (result := folder / name / "result.pt").exists()})
 
     def __missing__(self, name: str):
