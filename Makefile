@@ -34,7 +34,7 @@ bench-growth: $(VENV)/demo  ## how a step grows with each number of the tree; on
 		--per_device_train_batch_size 1 --use_cpu --bf16 true --gradient_checkpointing false
 
 test: $(VENV)/dev $(VENV)/browser  ## all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 20
 
 test-distributed: $(VENV)/dev  ## the tests among them that start several processes: DDP, ZeRO-1, 2, 3 and FSDP2, each against one process
 	$(BIN)/python -m pytest -vv tests/test_distributed.py
