@@ -182,6 +182,9 @@ class ThinkTokConfig(SFTConfig):
         gate_loss_weight (`float`, defaults to `1.0`):
             With `stop: learned`, weight of the gate's loss and of the price. At 1 a fork's decision weighs as a whole row of text does, or more: where
             the gate is right already and the text matters, less leaves more of each clipped step to the text.
+        detach_gate (`bool`, defaults to `False`):
+            With `stop: learned`, the gate trains the thinking rows alone, and where to think is read from hidden states that do not change for it: whatever
+            it gets wrong, the text has no part in mending it.
         think_ce_weight (`float`, defaults to `1.0`):
             Weight of the cross-entropy of real tokens after a thought. At 1 a fork's weigh as much, all together, as one token of the text.
         text_ce_weight (`float`, defaults to `1.0`):
@@ -274,6 +277,7 @@ class ThinkTokConfig(SFTConfig):
     think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
     think_loss_weight: float = option(1.0, "Weight of the policy loss.")
     gate_loss_weight: float = option(1.0, "With stop=learned: weight of the gate's loss, and of the price.")
+    detach_gate: bool = option(False, "With stop=learned: the gate trains the thinking rows alone, not the model below them.")
     think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought, a fork's as one token of the text.")
     text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
     speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")
@@ -383,6 +387,7 @@ class ThinkTokConfig(SFTConfig):
             "temperature": self.draw_temperature,
             "every_prefix": self.needs_every_prefix,
             "gate": self.needs_gate,
+            "detach_gate": self.detach_gate,
             "split": self.policies == "split",
             "fork_hidden": self.advantage == "value" and training,
             "last_hidden": self.revive_every > 0 and training,

@@ -33,7 +33,7 @@ OF_THINKING_VOCABULARY = (
 )  # fmt: skip
 OF_DRAWN_THOUGHTS = ("temperature", "balance_coef", "thought_entropy_target", "revive_every", "log_completions")
 # Without effect where the thinker gets no gradient, where its policy gets none, and there but for the marginal objective, whose posterior they change.
-OF_LEARNING_THINKERS = ("balance_coef", "thought_entropy_target", "think_loss_weight", "gate_loss_weight", "thought_ce_weight")
+OF_LEARNING_THINKERS = ("balance_coef", "thought_entropy_target", "think_loss_weight", "gate_loss_weight", "detach_gate", "thought_ce_weight")
 OF_POLICY_LOSS = ("think_loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level")
 OF_COMPARISON = ("reward_funcs", "reward_weights", "advantage", "scale_rewards")
 
@@ -284,6 +284,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "num_forks": (config.fork_positions != "all", "a fork_positions other than all"),
         "stop_smoothing": (config.stop == "learned", "stop=learned"),
         "gate_loss_weight": (config.stop == "learned", "stop=learned"),
+        "detach_gate": (config.stop == "learned" and config.gate_loss_weight > 0, "stop=learned and gate_loss_weight above 0"),
         "think_cost": (config.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
         "advantage": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
         "posterior_temperature": (config.objective == "marginal", "objective=marginal"),

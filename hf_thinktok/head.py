@@ -47,6 +47,7 @@ class HeadInputs:
         entropy: also give the entropy of the real prediction (fork positions by difficulty).
         spoken: only the first so many meet the real vocabulary. Of the others the thinking logits are given, the rest is 0, and the gate is not known.
         draw: draw each target from the real prediction instead: at temperature 1 with this generator, or the most likely one with `"greedy"`.
+        detach_gate: the gate's gradient ends at the thinking rows: neither the hidden states nor the real rows have a part in it.
     """
 
     nodes_M: Tensor
@@ -54,6 +55,7 @@ class HeadInputs:
     entropy: bool = False
     spoken: int | None = None
     draw: Draw | None = None
+    detach_gate: bool = False
 
 
 @dataclass
@@ -106,6 +108,7 @@ class HeadOutputs(NamedTuple):
         target_logps_M: log p(target | c, speak) in nats; 0 where the target is -100.
         log_z_real_M: logsumexp of the real logits.
         think_logits_MN: the thinking logits.
+        gate_logit_M: log p(think) - log p(speak): positive where the model would rather think.
         correct_M: whether the target is the real prediction's argmax (no gradient).
         entropy_M: entropy of the real prediction in nats where asked for (no gradient).
         drawn_M: the targets that were drawn.
@@ -114,14 +117,10 @@ class HeadOutputs(NamedTuple):
     target_logps_M: Tensor
     log_z_real_M: Tensor
     think_logits_MN: Tensor
+    gate_logit_M: Tensor
     correct_M: Tensor
     entropy_M: Tensor | None = None
     drawn_M: Tensor | None = None
-
-    @property
-    def gate_logit_M(self) -> Tensor:
-        """log p(think) - log p(speak): positive where the model would rather think."""
-        return self.think_logits_MN.logsumexp(-1) - self.log_z_real_M
 
 
 Head = HeadInputs | HiddenInputs | list[HeadInputs | HiddenInputs]
@@ -285,7 +284,15 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
         hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, spoken, head.entropy, head.draw
     )
     judged, drawn_M = targets_M >= 0, None if head.draw is None else targets_M
-    return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, correct & judged, entropy, drawn_M)
+    gate_logit = think_logits.logsumexp(-1) - log_z_real
+    if head.detach_gate:  # another small product, for its gradient
+        rows = slice(vocabulary.num_real, vocabulary.num_real + vocabulary.num_tokens)
+        rows_ND = weight_RD[rows] if think_weight_ND is None else think_weight_ND
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            logits_MN = torch.nn.functional.linear(hidden_MD.detach().float(), rows_ND.float(), None if bias_R is None else bias_R[rows].float())
+        of_rows = transform(logits_MN).logsumexp(-1)
+        gate_logit = of_rows + (gate_logit - of_rows).detach()
+    return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, gate_logit, correct & judged, entropy, drawn_M)
 
 
 def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:

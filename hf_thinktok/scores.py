@@ -76,6 +76,7 @@ def score_tree(
     temperature: float = 1.0,
     every_prefix: bool = False,
     gate: bool = True,
+    detach_gate: bool = False,
     split: bool = False,
     fork_hidden: bool = False,
     last_hidden: bool = False,
@@ -86,6 +87,7 @@ def score_tree(
 
     Args:
         every_prefix: also judge what would be said if the thought ended early.
+        detach_gate: its gradient reaches the thinking rows alone.
         fork_hidden, last_hidden: also give these hidden states.
         split: the speaker predicts wherever it sees what it needs: everywhere, or under `blind` in the rereading alone. The thinker does the rest.
     """
@@ -104,7 +106,7 @@ def score_tree(
     spoken_BS = own_BS | thinks_BS if gate else own_BS
     full_M, silent_M = (nodes_BS.flatten().nonzero()[:, 0] for nodes_BS in (spoken_BS, thinks_BS & ~spoken_BS))
     scored_M = torch.cat([full_M, silent_M])
-    head = HeadInputs(scored_M, targets_BS.flatten()[scored_M].where(own_BS.flatten()[scored_M], -100), spoken=len(full_M))
+    head = HeadInputs(scored_M, targets_BS.flatten()[scored_M].where(own_BS.flatten()[scored_M], -100), spoken=len(full_M), detach_gate=detach_gate)
     hidden: dict[str, Tensor] = {}  # whose states are asked for
     if fork_hidden:
         hidden["fork_hidden_BKD"] = thinkers[:, :, 0, 0]

@@ -1,6 +1,7 @@
 """The factorised head against full logits and autograd: what a context says about speaking, thinking and which thought."""
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -45,7 +46,9 @@ def naive(logits_MR: Tensor, targets_M: Tensor, vocabulary: ThinkingVocabulary) 
     real, think = logits_MR[:, : vocabulary.first_id], logits_MR[:, vocabulary.first_id : vocabulary.first_id + vocabulary.num_tokens]
     logps, judged = real.log_softmax(-1), targets_M >= 0
     target_logps_M = torch.where(judged, logps.gather(1, targets_M.clamp(min=0)[:, None])[:, 0], 0.0)
-    return HeadOutputs(target_logps_M, real.logsumexp(-1), think, judged & (logps.argmax(-1) == targets_M), -(logps.exp() * logps).sum(-1))
+    log_z_real_M = real.logsumexp(-1)
+    correct_M = judged & (logps.argmax(-1) == targets_M)
+    return HeadOutputs(target_logps_M, log_z_real_M, think, think.logsumexp(-1) - log_z_real_M, correct_M, -(logps.exp() * logps).sum(-1))
 
 
 def full_logits(hidden_MD: Tensor, linear: torch.nn.Linear, transform: LogitTransform) -> Tensor:
@@ -127,6 +130,28 @@ def test_gradients_of_one_output_alone(output):
         gradients.append([hidden.grad, linear.weight.grad, linear.bias.grad])
     for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_a_detached_gate_is_the_same_and_its_gradient_ends_at_the_thinking_rows(transform, bias):
+    hidden_MD, inputs = nodes()
+    inputs.spoken = NODES - 5  # the gate of the others is not known
+    gradients = []
+    for detach, hidden_grad in ((True, False), (False, True)):
+        hidden, linear = hidden_MD.clone().requires_grad_(), layer(bias)
+        out = score(hidden, linear, dataclasses.replace(inputs, detach_gate=detach), VOCABULARY, transform)
+        out.gate_logit_M[: inputs.spoken].sigmoid().sum().backward()
+        assert (hidden.grad is not None and hidden.grad.abs().max() > 1e-3) == hidden_grad
+        gradients.append((out.gate_logit_M[: inputs.spoken].detach(), [parameter.grad for parameter in linear.parameters()]))
+    (ours_M, ours), (expected_M, expected) = gradients
+    torch.testing.assert_close(ours_M, expected_M)
+    thinking = slice(VOCABULARY.first_id, VOCABULARY.guard_id)
+    for one, other in zip(ours, expected, strict=True):
+        assert other[thinking].abs().max() > 1e-2
+        torch.testing.assert_close(one[thinking], other[thinking], atol=1e-6, rtol=1e-4)
+        assert one[: thinking.start].abs().max() == 0
+        assert other[: thinking.start].abs().max() > 1e-3
 
 
 def test_frozen_parts_get_no_gradient_and_change_none():

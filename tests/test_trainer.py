@@ -195,6 +195,18 @@ def test_a_price_closes_the_gate(make_trainer, stop):
     assert mean_length(3.0) < 0.5 * mean_length(0.0)
 
 
+def test_a_detached_gate_trains_thinking_rows_alone(make_trainer):
+    silent = {"text_ce_weight": 0.0, "think_ce_weight": 0.0, "think_loss_weight": 0.0, "weight_decay": 0.0}
+    trainer = make_trainer(detach_gate=True, think_cost=1.0, max_steps=2, learning_rate=1e-2, **silent)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    after, thinking = trainer.model.state_dict(), slice(trainer.vocabulary.first_id, trainer.vocabulary.guard_id)
+    changed = {name: (value != before[name]).nonzero()[:, 0].unique().tolist() for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("embed" in name or "lm_head" in name for name in changed)
+    assert {row for rows in changed.values() for row in rows} == set(range(thinking.start, thinking.stop))
+
+
 @pytest.mark.parametrize(
     "options",
     [
