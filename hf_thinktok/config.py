@@ -387,7 +387,7 @@ class ThinkTokConfig(SFTConfig):
             "temperature": self.draw_temperature,
             "every_prefix": self.needs_every_prefix,
             "gate": self.needs_gate,
-            "detach_gate": self.detach_gate,
+            "detach_gate": self.detach_gate and training,
             "split": self.policies == "split",
             "fork_hidden": self.advantage == "value" and training,
             "last_hidden": self.revive_every > 0 and training,

@@ -108,19 +108,25 @@ class HeadOutputs(NamedTuple):
         target_logps_M: log p(target | c, speak) in nats; 0 where the target is -100.
         log_z_real_M: logsumexp of the real logits.
         think_logits_MN: the thinking logits.
-        gate_logit_M: log p(think) - log p(speak): positive where the model would rather think.
         correct_M: whether the target is the real prediction's argmax (no gradient).
         entropy_M: entropy of the real prediction in nats where asked for (no gradient).
         drawn_M: the targets that were drawn.
+        log_z_think_M: where the gate is detached, logsumexp of the thinking logits with the gradient of the thinking rows alone.
     """
 
     target_logps_M: Tensor
     log_z_real_M: Tensor
     think_logits_MN: Tensor
-    gate_logit_M: Tensor
     correct_M: Tensor
     entropy_M: Tensor | None = None
     drawn_M: Tensor | None = None
+    log_z_think_M: Tensor | None = None
+
+    @property
+    def gate_logit_M(self) -> Tensor:
+        """log p(think) - log p(speak): positive where the model would rather think."""
+        gate_logit_M = self.think_logits_MN.logsumexp(-1) - self.log_z_real_M
+        return gate_logit_M if self.log_z_think_M is None else self.log_z_think_M + (gate_logit_M - self.log_z_think_M).detach()
 
 
 Head = HeadInputs | HiddenInputs | list[HeadInputs | HiddenInputs]
@@ -284,15 +290,12 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
         hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, spoken, head.entropy, head.draw
     )
     judged, drawn_M = targets_M >= 0, None if head.draw is None else targets_M
-    gate_logit = think_logits.logsumexp(-1) - log_z_real
+    log_z_think = None
     if head.detach_gate:  # another small product, for its gradient
-        rows = slice(vocabulary.num_real, vocabulary.num_real + vocabulary.num_tokens)
-        rows_ND = weight_RD[rows] if think_weight_ND is None else think_weight_ND
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            logits_MN = torch.nn.functional.linear(hidden_MD.detach().float(), rows_ND.float(), None if bias_R is None else bias_R[rows].float())
-        of_rows = transform(logits_MN).logsumexp(-1)
-        gate_logit = of_rows + (gate_logit - of_rows).detach()
-    return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, gate_logit, correct & judged, entropy, drawn_M)
+            *_, rows_ND, bias_N = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, torch.float32, spoken=0)
+            log_z_think = _logits(hidden_MD.detach().float(), rows_ND, bias_N, transform).logsumexp(-1)
+    return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, correct & judged, entropy, drawn_M, log_z_think)
 
 
 def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:

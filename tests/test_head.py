@@ -46,9 +46,7 @@ def naive(logits_MR: Tensor, targets_M: Tensor, vocabulary: ThinkingVocabulary) 
     real, think = logits_MR[:, : vocabulary.first_id], logits_MR[:, vocabulary.first_id : vocabulary.first_id + vocabulary.num_tokens]
     logps, judged = real.log_softmax(-1), targets_M >= 0
     target_logps_M = torch.where(judged, logps.gather(1, targets_M.clamp(min=0)[:, None])[:, 0], 0.0)
-    log_z_real_M = real.logsumexp(-1)
-    correct_M = judged & (logps.argmax(-1) == targets_M)
-    return HeadOutputs(target_logps_M, log_z_real_M, think, think.logsumexp(-1) - log_z_real_M, correct_M, -(logps.exp() * logps).sum(-1))
+    return HeadOutputs(target_logps_M, real.logsumexp(-1), think, judged & (logps.argmax(-1) == targets_M), -(logps.exp() * logps).sum(-1))
 
 
 def full_logits(hidden_MD: Tensor, linear: torch.nn.Linear, transform: LogitTransform) -> Tensor:
