@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.dry_run import count_flops
 from hf_thinktok.evaluation import Evaluation
-from hf_thinktok.evaluation.comparison import SILENT, Comparison
+from hf_thinktok.evaluation.comparison import AT_RANDOM, SILENT, Comparison
 from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict, print_evaluation
 from hf_thinktok.plan import step_flops
 from hf_thinktok.results import COMPLETE_FILE, as_text
@@ -83,7 +83,9 @@ def evaluation(seed: int, gain: float, thinks: bool = True, stop: str = "learned
     draw = np.random.default_rng(seed)
     count = 8 * documents
     plain = -3 + np.random.default_rng(99).normal(0, 0.3, count)
-    arms = {"no_think": plain} | ({"think": plain + gain + draw.normal(0, 0.01, count), "always": plain - 1, "random": plain - 2} if thinks else {})
+    arms = {"no_think": plain}
+    if thinks:
+        arms |= {"think": plain + gain + draw.normal(0, 0.01, count), "think_random": plain - 0.5, "always": plain - 1, "random": plain - 2}
     return Evaluation(
         documents_F=np.arange(count) // 8, tokens_F=np.ones(count, int), logps=arms, marginal={}, correct={arm: np.zeros(count) for arm in arms},
         entropy_F=-plain, kinds_F=np.array(["word begins"] * count), lengths_F=np.ones(count), bytes_per_token=4.0,
@@ -101,6 +103,7 @@ def test_gains_are_paired_and_averaged_over_seeds():
     assert gain["high"] - gain["low"] < 0.01
     assert gain["low"] < gain["bits_per_token"] < gain["high"]
     assert found["gains"][f"think over think{SILENT}"]["bits_per_token"] == pytest.approx(gain["bits_per_token"])
+    assert found["gains"][f"think over think{AT_RANDOM}"]["bits_per_token"] == pytest.approx(gain["bits_per_token"] + 0.5 / np.log(2))
     assert found["arms"]["think"]["bits_per_token"] == pytest.approx(found["arms"]["cpt"]["bits_per_token"] - gain["bits_per_token"])
 
 
@@ -108,6 +111,7 @@ def test_a_model_trained_to_think_always_is_compared_so():
     one = evaluation(0, 0.5, stop="fixed")
     found = Comparison({"cpt": {0: evaluation(0, 0.0, thinks=False)}, "think": {0: one}}).summary()
     assert found["gains"]["think over cpt"]["bits_per_token"] == pytest.approx(-1 / np.log(2))
+    assert found["gains"][f"think over think{AT_RANDOM}"]["bits_per_token"] == pytest.approx(1 / np.log(2))
 
 
 def test_other_places_are_refused():
@@ -115,7 +119,7 @@ def test_other_places_are_refused():
         Comparison({"cpt": {0: evaluation(0, 0.0)}, "think": {0: evaluation(0, 0.0, documents=29)}})
 
 
-CONTROL_ARMS = ("cpt", "cpt_flops", "filler", f"think{SILENT}")
+CONTROL_ARMS = ("cpt", "cpt_flops", "filler", f"think{SILENT}", f"think{AT_RANDOM}")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ CONTROL_ARMS = ("cpt", "cpt_flops", "filler", f"think{SILENT}")
         (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"base": (-0.2, -0.1)}, "Thinking helps"),
         (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"cpt_flops": (-0.1, 0.2)}, "cannot be told apart from cpt_flops; it beats cpt, filler"),
         (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"cpt": (-0.2, -0.1)}, "No gain from thinking is shown: it loses to cpt; it beats cpt_flops"),
-        (dict.fromkeys(CONTROL_ARMS[:3], (0.1, 0.2)), f"it beats cpt, cpt_flops, filler; it was not compared with think{SILENT}"),
+        (dict.fromkeys(CONTROL_ARMS[:3], (0.1, 0.2)), f"it beats cpt, cpt_flops, filler; it was not compared with think{SILENT}, think{AT_RANDOM}."),
     ],
 )
 def test_verdict_needs_every_control(gains, words):

@@ -54,7 +54,7 @@ def test_fillers_are_as_many_as_the_gate_says(model):
     summed, drawn = (evaluate_thinking(model, tokenizer, TEXT, num_forks=8, num_samples=64, max_think_length=2, lookahead=lookahead) for lookahead in (1, 3))
     assert drawn.lengths_F.std() > 0
     assert drawn.lengths_F.mean() == pytest.approx(summed.lengths_F.mean(), abs=0.05)
-    assert set(drawn.logps) == {"no_think", "think", "always", "random"}
+    assert set(drawn.logps) == {"no_think", "think", "think_random", "always", "random"}
 
 
 @pytest.mark.parametrize("blind", [False, True], ids=["", "blind"])
@@ -75,6 +75,13 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
     branching, vocabulary = Branching(2, 3, lookahead), thinker(scale=1.0)[1]
     generator = torch.Generator().manual_seed(5)
     drawn = sample_thoughts(ReplicatedEngine(), model, tokens_BT, documents_BT, forks_BK, branching, Sampling(), vocabulary, generator)
+    random_BKSL = control_sources(drawn, documents_BT, vocabulary, generator)["random"][0]
+
+    def gate(row: list[int]) -> float:
+        """How likely it is that a thinking token follows."""
+        logits = type(model).forward(model, input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].float()
+        return logits[: vocabulary.guard_id].softmax(-1)[vocabulary.first_id :].sum().item()
+
     for k, fork in enumerate(forks_BK[0].tolist()):
         following = ids[fork + 1 : fork + 1 + lookahead]
 
@@ -87,6 +94,18 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
             said = [(logps[h, token].item(), int(logps[h].argmax() == token)) for h, token in enumerate(following)]
             return tuple(map(sum, zip(*said)))
 
+        def ended(own: list[list[int]], put: list[list[int]], fork=fork, score=score) -> float:
+            """What is put in the place of thoughts, ended where the model ends its own: a mean over thoughts of log sum_l p(l) p(following | l tokens)."""
+            sums = []
+            for thought, there in zip(own, put, strict=True):
+                goes_on, terms = 1.0, []
+                for length in range(4):
+                    stops = 1.0 if length == 3 else 0.0 if blind and not length else 1 - gate(ids[: fork + 1] + thought[:length])
+                    terms.append(math.log(goes_on * stops) + score(there[:length]) if goes_on * stops else -math.inf)
+                    goes_on *= 1 - stops
+                sums.append(np.logaddexp.reduce(terms))
+            return np.mean(sums)
+
         thoughts = drawn.thoughts_BKGL[0, k].tolist()
         assert found.tokens_F[k] == len(following)
         assert found.logps["no_think"][k] == pytest.approx(score([]), abs=1e-4)
@@ -94,6 +113,11 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
         assert found.marginal["always"][k] == pytest.approx(np.logaddexp(*(score(thought) for thought in thoughts)) - math.log(2), abs=1e-4)
         other = drawn.thoughts_BKGL[0, (k + 9 // 2) % 9].tolist()
         assert found.logps["elsewhere"][k] == pytest.approx(np.mean([score(thought) for thought in other]), abs=1e-4)
+        if lookahead == 1:  # lengths are summed out, and random tokens are as many as the model's own
+            assert found.logps["think"][k] == pytest.approx(ended(thoughts, thoughts), abs=1e-4)
+            at_random = random_BKSL[0, k].tolist()
+            assert found.logps["think_random"][k] == pytest.approx(ended(thoughts, at_random), abs=1e-4)
+            assert found.logps["random"][k] == pytest.approx(np.mean([score(thought) for thought in at_random]), abs=1e-4)
         for arm, put in (("no_think", [[]]), ("always", thoughts), ("elsewhere", other)):
             assert found.correct[arm][k] == pytest.approx(np.mean([judged(thought)[1] for thought in put]))
         plain = logps_of(model, ids)[fork]
@@ -121,7 +145,10 @@ def test_a_shut_gate_is_no_thought_and_an_open_one_is_always(model, lookahead):
         with torch.no_grad():
             head.bias[first:guard] = bias
         found = evaluate_thinking(model, tokenizer, TEXT, num_forks=4, num_samples=1, max_think_length=3, lookahead=lookahead)
-        np.testing.assert_allclose(found.logps["think"], found.logps[same], atol=1e-4 if lookahead == 1 or same == "no_think" else 5)
+        close = 1e-4 if lookahead == 1 or same == "no_think" else 5
+        np.testing.assert_allclose(found.logps["think"], found.logps[same], atol=close)
+        np.testing.assert_allclose(found.logps["think_random"], found.logps["random" if length else "no_think"], atol=close)
+        assert (np.abs(found.logps["think_random"] - found.logps["think"]).max() > 0.01) == (length > 0)
         np.testing.assert_allclose(found.lengths_F, length, atol=1e-6)
 
 
@@ -214,17 +241,18 @@ def test_summary_of_known_figures():
 
 
 @pytest.mark.parametrize(
-    ("gain", "over_random", "words"),
+    ("gain", "over_random", "always_over_random", "words"),
     [
-        ((0.1, 0.3), (0.1, 0.2), "what is thought matters."),
-        ((0.1, 0.3), (-0.1, 0.2), "not told apart from random"),
-        ((-0.1, 0.3), (0.1, 0.2), "told from zero"),
-        ((-0.3, -0.1), (0.1, 0.2), "hurts"),
-        ((math.nan, math.nan), (math.nan, math.nan), "told from zero"),
+        ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "what is thought matters."),
+        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "not told apart from random."),
+        ((0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not told apart from random where it wants to."),
+        ((-0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "told from zero"),
+        ((-0.3, -0.1), (0.1, 0.2), (0.1, 0.2), "hurts"),
+        ((math.nan, math.nan), (math.nan, math.nan), (math.nan, math.nan), "told from zero"),
     ],
 )
-def test_the_verdict_is_what_the_intervals_carry(gain, over_random, words):
-    gains = {"think over no_think": gain, "always over no_think": (1, 1), "always over random": over_random}
+def test_the_verdict_is_what_the_intervals_carry(gain, over_random, always_over_random, words):
+    gains = {"think over no_think": gain, "think over think_random": over_random, "always over no_think": (1, 1), "always over random": always_over_random}
     found = {name: {"bits_per_token": 0.0, "low": low, "high": high} for name, (low, high) in gains.items()}
     assert words in evaluation_verdict({"gains": found, "settings": {}})
     if "matters" in words:

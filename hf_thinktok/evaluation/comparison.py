@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from .intervals import bits_per_token
-from .thinking import Evaluation, own_arm
+from .thinking import RANDOM, Evaluation, own_arm
 
 # The arms of a comparison, in the order of its table, and what each is trained with.
 ARMS = {
@@ -15,8 +15,9 @@ ARMS = {
     "filler": "thoughts all alike",
     "think": "thoughts",
 }
-# What takes part besides: a thinking model that does not think now.
+# What takes part besides: a thinking model that does not think now, or reads random tokens where it would.
 SILENT = " without thoughts"
+AT_RANDOM = " with random thoughts"
 
 
 class Comparison:
@@ -40,11 +41,11 @@ class Comparison:
 
     def logps(self, arm: str) -> dict[int, np.ndarray]:
         """Log-probability of the judged tokens by seed, `[F]`, nats, with thoughts as the arm was trained to have them."""
-        name, silent = arm.removesuffix(SILENT), arm.endswith(SILENT)
         found = {}
-        for seed, one in self.evaluations[name].items():
+        for seed, one in self.evaluations[arm.removesuffix(SILENT).removesuffix(AT_RANDOM)].items():
             own = own_arm(one.settings)
-            found[seed] = one.logps["no_think" if silent or own not in one.logps else own]
+            there = "no_think" if arm.endswith(SILENT) or own not in one.logps else RANDOM[own] if arm.endswith(AT_RANDOM) else own
+            found[seed] = one.logps[there]
         return found
 
     def over_seeds(self, nats: dict[int, np.ndarray]) -> dict[str, Any]:
@@ -63,6 +64,9 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """Bits per token of each arm, what the thinking one gains over each other, and each run's own figures."""
         shown = [*self.evaluations, *(f"{arm}{SILENT}" for arm, seeds in self.evaluations.items() if self._thinks(seeds))]
+        thinking = self.evaluations.get("think", {}).values()
+        if thinking and all(RANDOM[own_arm(one.settings)] in one.logps for one in thinking):
+            shown.append(f"think{AT_RANDOM}")
         pairs = [("think", other) for other in shown if other != "think"] + [(f"think{SILENT}", "cpt"), ("filler", "cpt"), ("cpt_flops", "cpt")]
         return {
             "arms": {arm: self.over_seeds({seed: -logps_F for seed, logps_F in self.logps(arm).items()}) for arm in shown},

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..results import ALL_ALIKE, THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
-from .comparison import ARMS, SILENT
+from .comparison import ARMS, AT_RANDOM, SILENT
 from .thinking import CONTROLS, PLACED, own_arm, own_length
 
 
@@ -64,7 +64,9 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     """What the intervals carry."""
     gains = found["gains"]
     gain = gains[f"{own_arm(found['settings'])} over no_think"]
-    alike = [name for name in CONTROLS if f"always over {name}" in gains and not gains[f"always over {name}"]["low"] > 0]
+    needed = {"random where it wants to": "think over think_random"} if own_arm(found["settings"]) == "think" else {}
+    needed |= {control: f"always over {control}" for control in CONTROLS}
+    alike = [control for control, pair in needed.items() if pair in gains and not gains[pair]["low"] > 0]
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
     otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
@@ -146,9 +148,9 @@ def in_order(gains: dict[str, Any]) -> dict[str, Any]:
 
 
 def _place(arm: str) -> tuple[int, str]:
-    """Where an arm stands among others: the known ones in their order, each before itself without thoughts."""
+    """Where an arm stands among others: the known ones in their order, each before itself without thoughts or with random ones."""
     known = [*ARMS]
-    name = arm.removesuffix(SILENT)
+    name = arm.removesuffix(SILENT).removesuffix(AT_RANDOM)
     return (known.index(name) if name in known else len(known), arm)
 
 
@@ -159,7 +161,7 @@ def _seeds(seeds: list[int]) -> str:
 def comparison_verdict(found: dict[str, Any]) -> str:
     """Whether thinking beats every control, and if not, which ones it does not beat."""
     against = {name.removeprefix("think over "): gain for name, gain in found["gains"].items() if name.startswith("think over ")}
-    needed = ("cpt", "cpt_flops", "filler", f"think{SILENT}")
+    needed = ("cpt", "cpt_flops", "filler", f"think{SILENT}", f"think{AT_RANDOM}")
     controls = {arm: gain for arm, gain in against.items() if arm in needed}
     told: dict[str, list[str]] = {
         "it loses to": [],

@@ -34,6 +34,7 @@ from .intervals import bits_per_token
 PLACED = {
     "no_think": "no thought",
     "think": "where it wants to",
+    "think_random": "where it wants to, random tokens",
     "always": "a thought everywhere",
     "shuffled": "its tokens shuffled",
     "elsewhere": "from another place of the row",
@@ -41,6 +42,7 @@ PLACED = {
     "random": "random tokens",
 }
 CONTROLS = ("shuffled", "elsewhere", "other_document", "random")
+RANDOM = {"think": "think_random", "always": "random"}  # as many random tokens in the place of a model's own
 GROUPS = ("logps", "marginal", "correct")  # what an `Evaluation` knows of each arm
 BUCKETS = 4
 
@@ -102,7 +104,8 @@ class Evaluation:
                 arms[arm]["bits_per_token_marginal"] = -self.marginal[arm].sum() / tokens / math.log(2)
         thoughts = [arm for arm in ("think", "always") if arm in self.logps]
         gains = {f"{arm} over no_think": self.gain(arm, "no_think") for arm in thoughts}
-        gains |= {f"always over {control}": self.gain("always", control) for control in CONTROLS if control in self.logps}
+        pairs = [("think", "think_random"), *(("always", control) for control in CONTROLS)]
+        gains |= {f"{arm} over {control}": self.gain(arm, control) for arm, control in pairs if {arm, control} <= self.logps.keys()}
         edges = np.quantile(self.entropy_F, np.linspace(0, 1, BUCKETS + 1)[1:-1])
         bucket_F = np.searchsorted(edges, self.entropy_F, side="right")
 
@@ -395,19 +398,25 @@ def _think(batch: _Batch) -> _Thoughts:
         everything = everything.beside(replace(always, thoughts_BKGL=thoughts_BKSL))
     exact = branching.lookahead == 1  # then its lengths are summed out, not sampled
     scores = judge(everything, every_prefix=exact)
-    samples = branching.num_generations
-    logps = dict(zip(("always", *sources), scores.logps_BKGH.split(samples, 2), strict=True))
-    correct = dict(zip(("always", *sources), scores.correct_BKGH.float().split(samples, 2), strict=True))
-    if exact:
-        speech = speak(scores, everything, "learned", 0.0, branching.blind)
-        logps["think"], correct["think"], lengths_BKS = (
-            values[:, :, :samples] for values in (speech.logps_BKGH, speech.correct_BKGH.float(), speech.lengths_BKG)
-        )
+    samples, placed = branching.num_generations, ("always", *sources)
+
+    def by_source(values_BKGH: Tensor) -> dict[str, Tensor]:
+        return dict(zip(placed, values_BKGH.split(samples, 2), strict=True))
+
+    logps, correct = by_source(scores.logps_BKGH), by_source(scores.correct_BKGH.float())
+    if exact:  # each source as often, and as long, as the gate has the model's own
+        gates_BKGL = scores.gate_logits_BKGL[:, :, :samples].repeat(1, 1, len(placed), 1)
+        speech = speak(replace(scores, gate_logits_BKGL=gates_BKGL), everything, "learned", 0.0, branching.blind)
+        ended_logps, ended_correct, lengths_BKG = by_source(speech.logps_BKGH), by_source(speech.correct_BKGH.float()), speech.lengths_BKG
+        logps |= {"think": ended_logps["always"], "think_random": ended_logps["random"]}
+        correct |= {"think": ended_correct["always"], "think_random": ended_correct["random"]}
     else:
         own = sample(draw_stops=True)
-        drawn = judge(own)
-        logps["think"], correct["think"], lengths_BKS = drawn.logps_BKGH, drawn.correct_BKGH.float(), own.lengths_BKG.float()
-    return _Thoughts(logps, correct, {arm: valid_BK for arm, (_, valid_BK) in sources.items()}, lengths_BKS.mean(-1))
+        drawn = judge(own.beside(replace(own, thoughts_BKGL=random_thoughts(own.thoughts_BKGL, vocabulary, generator))))
+        lengths_BKG = own.lengths_BKG.float()
+        logps |= zip(("think", "think_random"), drawn.logps_BKGH.split(samples, 2), strict=True)
+        correct |= zip(("think", "think_random"), drawn.correct_BKGH.float().split(samples, 2), strict=True)
+    return _Thoughts(logps, correct, {arm: valid_BK for arm, (_, valid_BK) in sources.items()}, lengths_BKG[:, :, :samples].mean(-1))
 
 
 def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
