@@ -195,16 +195,17 @@ def test_a_price_closes_the_gate(make_trainer, stop):
     assert mean_length(3.0) < 0.5 * mean_length(0.0)
 
 
-def test_a_detached_gate_trains_thinking_rows_alone(make_trainer):
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)], ids=["", "lora"])
+def test_a_detached_gate_trains_thinking_rows_alone(make_trainer, adapter):
     silent = {"text_ce_weight": 0.0, "think_ce_weight": 0.0, "think_loss_weight": 0.0, "weight_decay": 0.0}
-    trainer = make_trainer(detach_gate=True, think_cost=1.0, max_steps=2, learning_rate=1e-2, **silent)
+    trainer = make_trainer(peft_config=adapter, detach_gate=True, think_cost=1.0, max_steps=2, learning_rate=1e-2, **silent)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
-    after, thinking = trainer.model.state_dict(), slice(trainer.vocabulary.first_id, trainer.vocabulary.guard_id)
-    changed = {name: (value != before[name]).nonzero()[:, 0].unique().tolist() for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed
-    assert all("embed" in name or "lm_head" in name for name in changed)
-    assert {row for rows in changed.values() for row in rows} == set(range(thinking.start, thinking.stop))
+    vocabulary = trainer.vocabulary
+    thinking = range(vocabulary.num_tokens) if adapter else range(vocabulary.first_id, vocabulary.guard_id)  # an adapter has no others, and the guard's last
+    changed = {name: (value != before[name]).nonzero()[:, 0].unique().tolist() for name, value in trainer.model.state_dict().items()}
+    assert {row for name, rows in changed.items() if "embed" in name or "lm_head" in name for row in rows} == {*thinking}
+    assert not any(rows for name, rows in changed.items() if "embed" not in name and "lm_head" not in name)
 
 
 @pytest.mark.parametrize(
