@@ -51,6 +51,8 @@ class MixtureArguments:
     text_length: int = field(default=96, metadata={"help": "Tokens of a row of text."})
     held_out_forks: int = field(default=16, metadata={"help": "Places of each held-out document where models are compared."})
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
+    settle_steps: int = field(default=0, metadata={"help": "Further steps of the thinking model in which its layers stand still and only the gate learns."})
+    settle_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate in those."})
 
 
 def with_ids(text: Dataset, tokenizer, length: int) -> Dataset:
@@ -65,6 +67,21 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
     chosen = task_rows.select(np.random.default_rng(seed).choice(len(task_rows), count, replace=count > len(task_rows)))
     text = Dataset.from_dict({"input_ids": text_rows["input_ids"][:], "labels": text_rows["input_ids"][:]})
     return concatenate_datasets([chosen.select_columns(["input_ids", "labels"]), text]).shuffle(seed=seed)
+
+
+def settled(trainer: ThinkTokTrainer, mixed: MixtureArguments) -> ThinkTokTrainer:
+    """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
+
+    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is.
+    """
+    args = replace(
+        trainer.args, max_steps=mixed.settle_steps, learning_rate=mixed.settle_learning_rate, weight_decay=0.0, save_strategy="no", detach_gate=True,
+        text_ce_weight=0.0, think_ce_weight=0.0, think_loss_weight=0.0, output_dir=str(Path(trainer.args.output_dir) / "settling"),
+    )  # fmt: skip
+    gate = ThinkTokTrainer(trainer.model, args, train_dataset=trainer.train_dataset, processing_class=trainer.processing_class)
+    with one_sentence(RunError):
+        gate.train()
+    return gate
 
 
 def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: ThinkTokConfig, thinks: bool) -> Evaluation:
@@ -106,10 +123,13 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             )
             with one_sentence(RunError):
                 trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
+            steps = trainer.state.global_step
+            if arm == "think" and mixed.settle_steps:
+                trainer = settled(trainer, mixed)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             trainer.save_model(output)
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
-            results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": trainer.state.global_step})
+            results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps})
         results |= {"text": Comparison(evaluations).summary(), "seeds": mixed.seeds[:done]}
         write_json(Path(args.output_dir) / "results.json", results)
     print_mixture(results)
