@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from toy import by_level, control_of, tokenized
 from transformers import AutoTokenizer, set_seed
@@ -30,7 +31,7 @@ from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
-from hf_thinktok.peft import load_whole
+from hf_thinktok.peft import load_whole, merge
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task
@@ -72,13 +73,16 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
 def settled(trainer: ThinkTokTrainer, mixed: MixtureArguments) -> ThinkTokTrainer:
     """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
 
-    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is.
+    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is. The adapter is merged.
     """
+    folder = trainer.args.output_dir
     args = replace(
-        trainer.args, max_steps=mixed.settle_steps, learning_rate=mixed.settle_learning_rate, weight_decay=0.0, save_strategy="no", detach_gate=True,
-        text_ce_weight=0.0, think_ce_weight=0.0, think_loss_weight=0.0, output_dir=str(Path(trainer.args.output_dir) / "settling"),
+        trainer.args, output_dir=f"{folder}/settled", max_steps=mixed.settle_steps, learning_rate=mixed.settle_learning_rate, weight_decay=0.0,
+        detach_gate=True, text_ce_weight=0.0, think_ce_weight=0.0, think_loss_weight=0.0, save_strategy="no", model_init_kwargs=None,
     )  # fmt: skip
-    gate = ThinkTokTrainer(trainer.model, args, train_dataset=trainer.train_dataset, processing_class=trainer.processing_class)
+    model, tokenizer = (merge if is_peft_model(trainer.model) else load_whole)(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
+    model.requires_grad_(True)  # an adapter's base is frozen
+    gate = ThinkTokTrainer(model, args, train_dataset=trainer.train_dataset, processing_class=tokenizer)
     with one_sentence(RunError):
         gate.train()
     return gate
@@ -123,11 +127,12 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             )
             with one_sentence(RunError):
                 trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
+            trainer.save_model(output)
             steps = trainer.state.global_step
             if arm == "think" and mixed.settle_steps:
                 trainer = settled(trainer, mixed)
+                trainer.save_model(output := trainer.args.output_dir)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
-            trainer.save_model(output)
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps})
         results |= {"text": Comparison(evaluations).summary(), "seeds": mixed.seeds[:done]}
@@ -150,6 +155,8 @@ if __name__ == "__main__":
             raise ValueError("The twin that does not think is trained besides: leave num_forks and num_think_tokens above 0.")
         if not 0 < mixture_args.task_share < 1:
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
+        if mixture_args.settle_steps and think_args.stop != "learned":
+            raise ValueError(f"settle_steps={mixture_args.settle_steps} train the gate, and stop={think_args.stop} has none that learns: leave them out.")
         check_unquantized(model_args)
         check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)

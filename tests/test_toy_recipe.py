@@ -104,6 +104,22 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     assert [file.stat().st_mtime_ns for file in kept] == written, "steps were made again"
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (found["mixture"], found["text"]) == (results["mixture"], results["text"])
+    # The gate may settle in the end, which changes thoughts alone.
+    settled = in_process(*command, "--resume_from_checkpoint", "true", "--settle_steps", 3)
+    assert settled.returncode == 0, settled.stderr[-2000:]
+    after = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert after["mixture"][1]["think_length"] != thinks["think_length"]
+    assert after["mixture"][1]["accuracy"]["none"] == thinks["accuracy"]["none"]
+    arms, before = after["text"]["arms"], results["text"]["arms"]
+    assert arms["think"]["bits_per_token"] != before["think"]["bits_per_token"]
+    assert arms["think without thoughts"]["bits_per_token"] == pytest.approx(before["think without thoughts"]["bits_per_token"], abs=1e-5)  # but for merging
+    assert all(arms[arm] == before[arm] for arm in ("base", "cpt"))
+    assert (tmp_path / "out" / "think-seed0" / "settled" / "model.safetensors").exists()
+    fixed = in_process(
+        command[0], "--model_name_or_path", tmp_path / "model", "--data_files", tmp_path / "text.txt", "--held_out_documents", 8, "--stop", "fixed",
+        "--settle_steps", 3, "--output_dir", tmp_path / "fixed",
+    ).stderr.splitlines()[-1]  # fmt: skip
+    assert fixed.startswith("error: settle_steps=3 train the gate, and stop=fixed has none that learns")
 
 
 @pytest.mark.parametrize("control", ["no_think", "filler"])
