@@ -81,7 +81,9 @@ def settled(trainer: ThinkTokTrainer, mixed: MixtureArguments) -> ThinkTokTraine
         detach_gate=True, text_ce_weight=0.0, think_ce_weight=0.0, think_loss_weight=0.0, save_strategy="no", model_init_kwargs=None,
     )  # fmt: skip
     model, tokenizer = (merge if is_peft_model(trainer.model) else load_whole)(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
-    model.requires_grad_(True)  # an adapter's base is frozen
+    model.requires_grad_(False)
+    for rows in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows.requires_grad_(True)
     gate = ThinkTokTrainer(model, args, train_dataset=trainer.train_dataset, processing_class=tokenizer)
     with one_sentence(RunError):
         gate.train()
