@@ -157,6 +157,8 @@ if __name__ == "__main__":
             raise ValueError("The twin that does not think is trained besides: leave num_forks and num_think_tokens above 0.")
         if not 0 < mixture_args.task_share < 1:
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
+        if mixture_args.settle_steps < 0:
+            raise ValueError(f"settle_steps={mixture_args.settle_steps} must be 0 or more.")
         if mixture_args.settle_steps and think_args.stop != "learned":
             raise ValueError(f"settle_steps={mixture_args.settle_steps} train the gate, and stop={think_args.stop} has none that learns: leave them out.")
         check_unquantized(model_args)

@@ -81,6 +81,7 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
         "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
     ]  # fmt: skip
     assert in_process(*command, "--push_to_hub", "true").stderr.startswith("error: push_to_hub would put several models into one place")
+    assert in_process(*command, "--settle_steps", -1).stderr.splitlines()[-1] == "error: settle_steps=-1 must be 0 or more."
     nowhere = in_process(*command, "--model_name_or_path", "outputs/not/there").stderr.splitlines()[-1]
     assert nowhere.startswith("error: There is no model at 'outputs/not/there': give a folder")
     done = in_process(*command)
