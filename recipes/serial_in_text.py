@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from toy import by_level, control_of, tokenized
 from transformers import AutoTokenizer, set_seed
@@ -31,7 +30,7 @@ from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
-from hf_thinktok.peft import load_whole, merge
+from hf_thinktok.peft import has_adapter, load_whole, merge
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task
@@ -80,7 +79,7 @@ def settled(trainer: ThinkTokTrainer, mixed: MixtureArguments) -> ThinkTokTraine
         trainer.args, output_dir=f"{folder}/settled", max_steps=mixed.settle_steps, learning_rate=mixed.settle_learning_rate, weight_decay=0.0,
         detach_gate=True, text_ce_weight=0.0, think_ce_weight=0.0, think_loss_weight=0.0, save_strategy="no", model_init_kwargs=None,
     )  # fmt: skip
-    model, tokenizer = (merge if is_peft_model(trainer.model) else load_whole)(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
+    model, tokenizer = (merge if has_adapter(trainer.model) else load_whole)(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
     model.requires_grad_(False)
     for rows in (model.get_input_embeddings(), model.get_output_embeddings()):
         rows.requires_grad_(True)
