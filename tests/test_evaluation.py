@@ -174,7 +174,7 @@ def test_controls_are_what_they_say():
     rollout = Rollout.empty(forks_BK, Branching(2, 3, 1))
     rollout.thoughts_BKGL = torch.arange(4 * 3 * 2 * 3).view(4, 3, 2, 3)
     found = control_sources(rollout, documents_BT, vocabulary, torch.Generator().manual_seed(0))
-    assert set(found) == set(CONTROLS)
+    assert set(found) == set(CONTROLS["always"])
     thoughts, origin_of = rollout.thoughts_BKGL, lambda thoughts: thoughts[..., 0, 0] // 6  # its place in [B, K]
     shuffled, there_BK = found["shuffled"]
     assert torch.equal(shuffled.sort(-1).values, thoughts)

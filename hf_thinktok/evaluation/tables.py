@@ -64,9 +64,9 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     """What the intervals carry."""
     gains = found["gains"]
     gain = gains[f"{own_arm(found['settings'])} over no_think"]
-    needed = {"random where it wants to": "think over think_random"} if own_arm(found["settings"]) == "think" else {}
-    needed |= {control: f"always over {control}" for control in CONTROLS}
-    alike = [control for control, pair in needed.items() if pair in gains and not gains[pair]["low"] > 0]
+    needed = [(arm, control) for arm in dict.fromkeys((own_arm(found["settings"]), "always")) for control in CONTROLS[arm]]
+    pairs = {control.replace("think_random", "random where it wants to"): f"{arm} over {control}" for arm, control in needed}
+    alike = [control for control, pair in pairs.items() if pair in gains and not gains[pair]["low"] > 0]
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
     otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."

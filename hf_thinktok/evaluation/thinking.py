@@ -41,8 +41,9 @@ PLACED = {
     "other_document": "from another document",
     "random": "random tokens",
 }
-CONTROLS = ("shuffled", "elsewhere", "other_document", "random")
-RANDOM = {"think": "think_random", "always": "random"}  # as many random tokens in the place of a model's own
+# What each way to think is compared with; as many random tokens come last.
+CONTROLS = {"think": ("think_random",), "always": ("shuffled", "elsewhere", "other_document", "random")}
+RANDOM = {arm: controls[-1] for arm, controls in CONTROLS.items()}
 GROUPS = ("logps", "marginal", "correct")  # what an `Evaluation` knows of each arm
 BUCKETS = 4
 
@@ -104,7 +105,7 @@ class Evaluation:
                 arms[arm]["bits_per_token_marginal"] = -self.marginal[arm].sum() / tokens / math.log(2)
         thoughts = [arm for arm in ("think", "always") if arm in self.logps]
         gains = {f"{arm} over no_think": self.gain(arm, "no_think") for arm in thoughts}
-        pairs = [("think", "think_random"), *(("always", control) for control in CONTROLS)]
+        pairs = [(arm, control) for arm, controls in CONTROLS.items() for control in controls]
         gains |= {f"{arm} over {control}": self.gain(arm, control) for arm, control in pairs if {arm, control} <= self.logps.keys()}
         edges = np.quantile(self.entropy_F, np.linspace(0, 1, BUCKETS + 1)[1:-1])
         bucket_F = np.searchsorted(edges, self.entropy_F, side="right")
