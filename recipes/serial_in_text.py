@@ -38,6 +38,9 @@ from hf_thinktok.text import TextArguments, check_column, load_text, split
 
 # Tokens of a document at least; shorter ones are headings.
 SHORTEST = 16
+# When layers rest: embedding rows move further than weights would, and the gate hears the task as often as text.
+SETTLE_LEARNING_RATE = 1e-3
+SETTLE_TASK_SHARE = 0.5
 
 
 @dataclass
@@ -51,8 +54,9 @@ class MixtureArguments:
     text_length: int = field(default=96, metadata={"help": "Tokens of a row of text."})
     held_out_forks: int = field(default=16, metadata={"help": "Places of each held-out document where models are compared."})
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
-    settle_steps: int = field(default=0, metadata={"help": "Further steps of the thinking model in which its layers stand still and only the gate learns."})
-    settle_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate in those."})
+    settle_steps: int = field(
+        default=0, metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which layers rest and only the gate learns."}
+    )
 
 
 def with_ids(text: Dataset, tokenizer, length: int) -> Dataset:
@@ -69,21 +73,22 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
     return concatenate_datasets([chosen.select_columns(["input_ids", "labels"]), text]).shuffle(seed=seed)
 
 
-def settled(trainer: ThinkTokTrainer, mixed: MixtureArguments) -> ThinkTokTrainer:
+def settled(trainer: ThinkTokTrainer, rows: Dataset, steps: int) -> ThinkTokTrainer:
     """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
 
-    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is. The adapter is merged.
+    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing
+    needs clipping at the norm of the text's gradient. The adapter is merged.
     """
     folder = trainer.args.output_dir
     args = replace(
-        trainer.args, output_dir=f"{folder}/settled", max_steps=mixed.settle_steps, learning_rate=mixed.settle_learning_rate, weight_decay=0.0,
+        trainer.args, output_dir=f"{folder}/settled", max_steps=steps, learning_rate=SETTLE_LEARNING_RATE, max_grad_norm=1.0, weight_decay=0.0,
         detach_gate=True, text_ce_weight=0.0, think_ce_weight=0.0, think_loss_weight=0.0, save_strategy="no", model_init_kwargs=None,
     )  # fmt: skip
     model, tokenizer = (merge if has_adapter(trainer.model) else load_whole)(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
     model.requires_grad_(False)
-    for rows in (model.get_input_embeddings(), model.get_output_embeddings()):
-        rows.requires_grad_(True)
-    gate = ThinkTokTrainer(model, args, train_dataset=trainer.train_dataset, processing_class=tokenizer)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.requires_grad_(True)
+    gate = ThinkTokTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     with one_sentence(RunError):
         gate.train()
     return gate
@@ -131,7 +136,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             trainer.save_model(output)
             steps = trainer.state.global_step
             if arm == "think" and mixed.settle_steps:
-                trainer = settled(trainer, mixed)
+                trainer = settled(trainer, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed), mixed.settle_steps)
                 trainer.save_model(output := trainer.args.output_dir)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
