@@ -25,6 +25,8 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
+from hf_thinktok.config_checks import default_of
+from hf_thinktok.controls import control
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
@@ -55,7 +57,8 @@ class MixtureArguments:
     held_out_forks: int = field(default=16, metadata={"help": "Places of each held-out document where models are compared."})
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
     settle_steps: int = field(
-        default=0, metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which layers rest and only the gate learns."}
+        default=0,
+        metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which layers rest and only the gate learns."},
     )
 
 
@@ -73,22 +76,30 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
     return concatenate_datasets([chosen.select_columns(["input_ids", "labels"]), text]).shuffle(seed=seed)
 
 
+def settling(args: ThinkTokConfig, steps: int) -> ThinkTokConfig:
+    """Options of the steps in which the gate settles: nothing is explored, rewarded or said, and thoughts are drawn as before."""
+    left_out = {*control("no_think", args.stop)[0]} - {"temperature", "top_k", "top_p", "min_p"}
+    changes = {
+        "output_dir": f"{args.output_dir}/settled", "max_steps": steps, "learning_rate": SETTLE_LEARNING_RATE, "max_grad_norm": 1.0, "weight_decay": 0.0,
+        "detach_gate": True, "text_ce_weight": 0.0, "think_ce_weight": 0.0, "think_loss_weight": 0.0, "think_start": 0, "save_strategy": "no",
+        "model_init_kwargs": None,
+    }  # fmt: skip
+    return replace(args, **{name: default_of(ThinkTokConfig, name) for name in left_out} | changes)
+
+
 def settled(trainer: ThinkTokTrainer, rows: Dataset, steps: int) -> ThinkTokTrainer:
     """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
 
     Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing
     needs clipping at the norm of the text's gradient. The adapter is merged.
     """
-    folder = trainer.args.output_dir
-    args = replace(
-        trainer.args, output_dir=f"{folder}/settled", max_steps=steps, learning_rate=SETTLE_LEARNING_RATE, max_grad_norm=1.0, weight_decay=0.0,
-        detach_gate=True, text_ce_weight=0.0, think_ce_weight=0.0, think_loss_weight=0.0, save_strategy="no", model_init_kwargs=None,
-    )  # fmt: skip
-    model, tokenizer = (merge if has_adapter(trainer.model) else load_whole)(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
+    args = trainer.args
+    load = merge if has_adapter(trainer.model) else load_whole
+    model, tokenizer = load(args.output_dir, dtype="float32", trust_remote_code=args.trust_remote_code)
     model.requires_grad_(False)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         table.requires_grad_(True)
-    gate = ThinkTokTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    gate = ThinkTokTrainer(model, settling(args, steps), train_dataset=rows, processing_class=tokenizer)
     with one_sentence(RunError):
         gate.train()
     return gate
@@ -163,8 +174,12 @@ if __name__ == "__main__":
             raise ValueError(f"task_share={mixture_args.task_share} must be between 0 and 1.")
         if mixture_args.settle_steps < 0:
             raise ValueError(f"settle_steps={mixture_args.settle_steps} must be 0 or more.")
-        if mixture_args.settle_steps and think_args.stop != "learned":
-            raise ValueError(f"settle_steps={mixture_args.settle_steps} train the gate, and stop={think_args.stop} has none that learns: leave them out.")
+        if mixture_args.settle_steps:
+            if think_args.stop != "learned":
+                raise ValueError(f"settle_steps={mixture_args.settle_steps} train the gate, and stop={think_args.stop} has none that learns: leave them out.")
+            if (think_args.policies, think_args.thoughts) != ("shared", "discrete"):
+                raise ValueError("settle_steps are for one model with thoughts of tokens: leave them out, or take policies=shared and thoughts=discrete.")
+            settling(think_args, mixture_args.settle_steps)  # what it refuses is told now, not after training
         check_unquantized(model_args)
         check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)

@@ -77,10 +77,12 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     command = [
         ROOT / "recipes" / "serial_in_text.py", "--config", ROOT / "recipes" / "smollm2-135m" / "serial_in_text.yaml", "--model_name_or_path",
         tmp_path / "model", "--data_files", tmp_path / "text.txt", "--held_out_documents", 8, "--text_length", 24, "--max_steps", 2, "--test_rows", 8,
-        "--held_out_forks", 4, "--max_think_length", 3, "--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 1,
+        "--held_out_forks", 4, "--max_think_length", 3, "--output_dir", tmp_path / "out", "--save_strategy", "steps", "--save_steps", 1, "--beta", 0.1,
         "--task_options", json.dumps({"nodes": 5, "levels": [1, 2], "test_levels": [1, 2, 3], "train_rows": 32, "test_rows": 32}),
     ]  # fmt: skip
     assert in_process(*command, "--push_to_hub", "true").stderr.startswith("error: push_to_hub would put several models into one place")
+    two = in_process(*command, "--settle_steps", 1, "--policies", "split", "--beta", 0).stderr.splitlines()[-1]
+    assert two.startswith("error: settle_steps are for one model with thoughts of tokens")
     assert in_process(*command, "--settle_steps", -1).stderr.splitlines()[-1] == "error: settle_steps=-1 must be 0 or more."
     nowhere = in_process(*command, "--model_name_or_path", "outputs/not/there").stderr.splitlines()[-1]
     assert nowhere.startswith("error: There is no model at 'outputs/not/there': give a folder")
