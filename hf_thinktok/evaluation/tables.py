@@ -64,12 +64,13 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     """What the intervals carry."""
     gains = found["gains"]
     gain = gains[f"{own_arm(found['settings'])} over no_think"]
-    needed = [(arm, control) for arm in dict.fromkeys((own_arm(found["settings"]), "always")) for control in CONTROLS[arm]]
-    pairs = {control.replace("think_random", "random where it wants to"): f"{arm} over {control}" for arm, control in needed}
-    alike = [control for control, pair in pairs.items() if pair in gains and not gains[pair]["low"] > 0]
+    ours = {own_arm(found["settings"]), "always"}
+    pairs = [(control, f"{arm} over {control}") for arm, controls in CONTROLS.items() if arm in ours for control in controls]
+    alike = [control for control, pair in pairs if pair in gains and not gains[pair]["low"] > 0]
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
-    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {', '.join(alike)}."
+    those = ", ".join(alike).replace("think_random", "random where it wants to")
+    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {those}."
     return conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
 
 
