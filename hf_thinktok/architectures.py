@@ -9,6 +9,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import See, TreeMask, additive
+from .flex import Blocks
+
+# Types in which FlexAttention is quick.
+HALF = {torch.bfloat16, torch.float16}
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -73,6 +77,11 @@ def counts_places(config: PretrainedConfig) -> bool:
     return text.model_type == "gpt_neo" or bool(getattr(text, "attn_temperature_tuning", False))
 
 
+def drops_attention(config: PretrainedConfig) -> bool:
+    """Whether attention drops some of its weights while it is trained."""
+    return any("att" in name and "drop" in name and value for name, value in vars(config.get_text_config()).items())
+
+
 def attention_inputs(
     see: See,
     query_positions_BQ: Tensor,
@@ -80,6 +89,7 @@ def attention_inputs(
     config: PretrainedConfig,
     dtype: torch.dtype,
     run_length: int | None = None,
+    flex: bool = False,
 ) -> Tensor | dict[str, Tensor]:
     """The `attention_mask` argument that makes an architecture see exactly what it should, within its own windows.
 
@@ -88,6 +98,7 @@ def attention_inputs(
         query_positions_BQ, key_positions_BC: `position_ids` of queries and keys; windows are distances between them.
         dtype: that of the queries.
         run_length: attend in blocks of so many nodes, where attention is sdpa's.
+        flex: if there are more of them and they are of 16 bits, attend by FlexAttention.
 
     Returns:
         A `[B, 1, Q, C]` mask, or a dict of them by layer type where layers differ: a `TreeMask`, or one to add to scores. A bool mask would be made
@@ -107,7 +118,10 @@ def attention_inputs(
         sees = functools.partial(layer_sees, layer_type)
         if run_length is None or text._attn_implementation == "eager":
             return additive(sees(slice(None))[:, None], dtype)
-        return TreeMask.of(sees, (*query_positions_BQ.shape, key_positions_BC.shape[1]), run_length, dtype)
+        shape = (*query_positions_BQ.shape, key_positions_BC.shape[1])
+        if flex and shape[2] > run_length and dtype in HALF:
+            return TreeMask.of_blocks(Blocks.of(sees, shape, run_length), shape, dtype)
+        return TreeMask.of(sees, shape, run_length, dtype)
 
     kinds = set(getattr(text, "layer_types", None) or ())
     if kinds & {"sliding_attention", "chunked_attention"}:

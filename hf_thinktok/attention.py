@@ -1,7 +1,8 @@
 """Attention over a tree in blocks: a node sees the text before its fork and its own thought, which is a small part of all nodes.
 
 Queries and keys are cut into runs of equal length. What the queries of a run see lies in a few stretches of keys, and attention between the two, under
-the exact mask, is what one call over all keys and the full mask would give: nothing that has no probability is computed.
+the exact mask, is what one call over all keys and the full mask would give: nothing that has no probability is computed. On GPUs, where long rows are
+computed in 16 bits, one kernel does so in smaller blocks (`hf_thinktok.flex`).
 
 Architectures are not told. The mask is a tensor to them, and takes over where they call `torch.nn.functional.scaled_dot_product_attention` with it, as
 PyTorch's own `torch.nn.attention.bias.CausalBias` does.
@@ -14,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
+
+from . import flex
 
 # Nodes in a run. On a CPU a short run wastes fewer pairs and costs no more; elsewhere each run is several kernels to launch.
 RUN_LENGTH = {"cpu": 256}
@@ -64,11 +68,15 @@ class TreeMask(Tensor):
     """Who sees whom, `[B, 1, Q, C]`, in blocks; the whole is never made. Nothing can be done with it but to attend under it.
 
     Attributes:
+        parts: the tensors that it is made of, where they are all there is to it.
+        block_mask: all of it, for FlexAttention. Without it there are runs:
         run_length: nodes in a run of queries or keys.
         stretches: for each run of queries the keys that any of them sees, in any row of the batch.
         masks: for each run of queries who of them sees whom of those keys, `[B, 1, q, c]`, to add to scores.
     """
 
+    parts: flex.Blocks | Tensor | None
+    block_mask: BlockMask | None
     run_length: int
     stretches: list[list[Stretch]]
     masks: list[Tensor]
@@ -82,7 +90,7 @@ class TreeMask(Tensor):
             shape: B, Q and C.
             dtype: that of the queries.
         """
-        batch, num_queries, num_keys = shape
+        _, num_queries, num_keys = shape
         stretches, masks = [], []
         for start in range(0, num_queries, run_length):
             seen_BqC = see(slice(start, start + run_length))
@@ -91,9 +99,31 @@ class TreeMask(Tensor):
                 keys = [seen_BqC[:, :, run * run_length + first : run * run_length + last] for run, first, last in stretches[-1]]
                 seen_BqC = torch.cat(keys, -1)
             masks.append(additive(seen_BqC[:, None], dtype))
-        mask = masks[0].new_empty(1).expand(batch, 1, num_queries, num_keys).as_subclass(cls)
+        mask = cls._of_shape(shape, masks[0])
+        mask.parts, mask.block_mask = masks[0] if len(masks) == 1 else None, None
         mask.run_length, mask.stretches, mask.masks = run_length, stretches, masks
         return mask
+
+    @classmethod
+    def of_blocks(cls, blocks: flex.Blocks, shape: tuple[int, int, int], dtype: torch.dtype) -> "TreeMask":
+        """As `of`, for FlexAttention."""
+        mask = cls._of_shape(shape, torch.empty(1, dtype=dtype, device=blocks.bits_BQb.device))
+        mask.parts, mask.block_mask = blocks, blocks.mask(*shape[1:], gradient=torch.is_grad_enabled())
+        mask.run_length, mask.stretches, mask.masks = shape[1], [], []
+        return mask
+
+    def made_again(self, parts: flex.Blocks | Tensor, shape: tuple[int, int, int]) -> "TreeMask":
+        """A mask of this kind and shape from other parts."""
+        if not isinstance(parts, Tensor):
+            return self.of_blocks(parts, shape, self.dtype)
+        mask = self._of_shape(shape, parts)
+        mask.parts, mask.block_mask, mask.run_length, mask.stretches, mask.masks = parts, None, shape[1], [], [parts]
+        return mask
+
+    @classmethod
+    def _of_shape(cls, shape: tuple[int, int, int], like: Tensor) -> "TreeMask":
+        batch, num_queries, num_keys = shape
+        return like.new_empty(1).expand(batch, 1, num_queries, num_keys).as_subclass(cls)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -122,6 +152,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: TreeMask, drop
     """`scaled_dot_product_attention` of each run of queries, `[B, heads, Q, D]`, with the keys that it sees."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    if attn_mask.block_mask is not None:
+        if dropout_p:
+            raise ValueError("FlexAttention knows no dropout.")
+        return flex.attend(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask.block_mask, **kwargs)
     attn_mask.masks[:] = [mask.to(dtype) for mask in attn_mask.masks]  # once for all layers
     length, masks = attn_mask.run_length, attn_mask.masks
     if len(masks) == 1:

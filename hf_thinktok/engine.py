@@ -12,18 +12,24 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
-from .architectures import attention_inputs, counts_places
-from .attention import run_length
+from . import flex
+from .architectures import HALF, attention_inputs, counts_places, drops_attention
+from .attention import RUN_LENGTH_ELSEWHERE, See, run_length
+from .decoding import CachedDecoder, Decoder, unjudged
+from .distributed import is_sharded
 from .errors import first_line
-from .head import Draw, Head, HeadInputs, HeadOutputs, ThoughtInputs, attach_head
+from .head import Head, HeadInputs, HeadOutputs, ThoughtInputs, attach_head
 from .models import evaluating, fits_in_fp32, longest_row, products_in, unwrapped
 from .peft import SPEAKER
+from .replay import Room
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
@@ -37,26 +43,8 @@ PROBE_FORKS = 4
 PROBE_LOOKAHEAD = 16
 PROBE_LOGITS = 256
 
-
-class Decoder(Protocol):
-    """Scores nodes while the tree still grows. Every call may read the nodes of earlier calls."""
-
-    def __call__(
-        self,
-        tree: ThoughtTree,
-        tokens_BS: Tensor,
-        nodes_BQ: Tensor,
-        real_BQ: Tensor,
-        scored_BM: Tensor,
-        think_only: bool = False,
-        draw: Draw | None = None,
-    ) -> HeadOutputs:
-        """Adds `nodes_BQ` (those marked in `real_BQ`; the rest is padding) and scores the nodes at the places `scored_BM` among them.
-
-        Args:
-            think_only: only the thinking logits are wanted.
-            draw: draw the next real token of each.
-        """
+# Devices whose passes can be replayed.
+REPLAYED = {"cuda"}
 
 
 class Pass(NamedTuple):
@@ -82,6 +70,15 @@ class _Engine:
     """
 
     dtype: torch.dtype | None = None
+
+    @contextlib.contextmanager
+    def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
+        """A place for the keys and values of a rollout's passes, where they can be replayed; see `hf_thinktok.replay`.
+
+        Args:
+            capacity: nodes of a row that the passes will have.
+        """
+        yield None
 
     def __call__(
         self,
@@ -129,16 +126,23 @@ class TreeEngine(_Engine):
 
     Args:
         run_length: attend in blocks of so many nodes (`hf_thinktok.attention`); `None` for a plain mask over all.
+        flex: in FlexAttention's, where more nodes are seen.
     """
 
     name = "tree"
 
     @property
     def generality(self) -> int:
-        return 0 if self.run_length else 1
+        return 0 if self.flex else 1 if self.run_length else 2
 
-    def __init__(self, run_length: int | None = None):
-        self.run_length = run_length
+    def __init__(self, run_length: int | None = None, flex: bool = False):
+        self.run_length, self.flex = run_length, flex
+        self._room: Room | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that stays in use between steps."""
+        return 0 if self._room is None else self._room.nbytes
 
     def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
         every_S = torch.arange(tree.num_nodes, device=tree.position_ids_BS.device)
@@ -150,50 +154,48 @@ class TreeEngine(_Engine):
         def see(queries: slice) -> Tensor:
             return tree.visible(nodes_BQ[:, queries], nodes_BQ)
 
-        mask = attention_inputs(see, positions_BQ, positions_BQ, _config(model, speaks), self._dtype(model), self.run_length)
+        mask = self._mask(model, see, positions_BQ, positions_BQ, speaks)
         places_M = (rows_B1 * len(nodes_Q) + place_S).flatten()
         return (slice(None), nodes_Q), places_M, {"attention_mask": mask, "position_ids": positions_BQ}
 
-    def decoder(self, model) -> Decoder:
-        cache = DynamicCache()
-        columns_BC = real_BC = None
+    def _mask(self, model, see: See, query_positions_BQ: Tensor, key_positions_BC: Tensor, speaks: bool = False) -> Tensor | dict[str, Tensor]:
+        config, dtype = _config(model, speaks), self._dtype(model)
+        return attention_inputs(see, query_positions_BQ, key_positions_BC, config, dtype, self.run_length, self.flex)
 
-        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None) -> HeadOutputs:
-            nonlocal columns_BC, real_BC
-            columns_BC = nodes_BQ if columns_BC is None else torch.cat([columns_BC, nodes_BQ], 1)
-            real_BC = real_BQ if real_BC is None else torch.cat([real_BC, real_BQ], 1)
-            column_C = torch.arange(columns_BC.shape[1], device=nodes_BQ.device)
-            column_Q = column_C[-nodes_BQ.shape[1] :]
+    @contextlib.contextmanager
+    def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
+        local, dtype = _local(model), self._dtype(model)
+        plain = isinstance(local, (PreTrainedModel, PeftModel)) and not is_sharded(local)
+        # Not several runs, whose stretches differ from step to step.
+        in_one_mask = capacity <= (self.run_length or RUN_LENGTH_ELSEWHERE) or (self.flex and dtype in HALF)
+        if not plain or not in_one_mask or local.device.type not in REPLAYED:
+            yield None
+            return
+        capacity = -(-capacity // 8) * 8  # so that a copied mask's rows are where kernels want them
+        sign = (batch, capacity, dtype, *(parameter.data_ptr() for parameter in local.parameters()))
+        if self._room is None or self._room.sign != sign:
+            self._room = None  # before there is another
+            self._room = Room(sign, capacity)
+        yield self._room
+        if not self._room.is_small_on(local.device):
+            self._room = None
 
-            def see(queries: slice) -> Tensor:
-                itself_qC = column_Q[queries, None] == column_C
-                return tree.visible(nodes_BQ[:, queries], columns_BC) & real_BC[:, None] | itself_qC
-
-            positions_BQ, positions_BC = (tree.position_ids_BS.gather(1, nodes) for nodes in (nodes_BQ, columns_BC))
-            return model(
-                input_ids=tokens_BS.gather(1, nodes_BQ),
-                attention_mask=attention_inputs(see, positions_BQ, positions_BC, _config(model), self._dtype(model), self.run_length),
-                position_ids=positions_BQ,
-                past_key_values=cache,
-                use_cache=True,
-                head=_unjudged(scored_BM, nodes_BQ.shape[1], think_only, draw),
-            )
-
-        return decode
+    def decoder(self, model, room: Room | None = None) -> Decoder:
+        return CachedDecoder(model if room is None else _local(model), functools.partial(self._mask, model), room)
 
 
 class ReplicatedEngine(_Engine):
     """Every path of the tree as an ordinary row: exact for any causal model, at the cost of the prefix once per thought. All nodes are run."""
 
-    name, generality = "replicated", 2
+    name, generality = "replicated", 3
 
     def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
         rows_R, nodes_RP, where_BS = tree.paths()
         return (rows_R[:, None], nodes_RP.clamp(min=0)), where_BS.flatten(), {}
 
-    def decoder(self, model) -> Decoder:
+    def decoder(self, model, room: Room | None = None) -> Decoder:
         def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None) -> HeadOutputs:
-            return self(model, tree, tokens_BS, _unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes, think_only, draw))
+            return self(model, tree, tokens_BS, unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes, think_only, draw))
 
         return decode
 
@@ -201,9 +203,9 @@ class ReplicatedEngine(_Engine):
 Engine = TreeEngine | ReplicatedEngine
 
 
-def _unjudged(nodes_BM: Tensor, row_length: int, think_only: bool, draw: Draw | None) -> HeadInputs:
-    nodes_M = (nodes_BM + torch.arange(len(nodes_BM), device=nodes_BM.device)[:, None] * row_length).flatten()
-    return HeadInputs(nodes_M, spoken=0 if think_only else None, draw=draw)
+def _local(model):
+    """A model as this process alone has it, which without gradients is all there is to DDP."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _config(model, speaks: bool = False):
@@ -256,7 +258,9 @@ def choose_engine(
             if reason is None:
                 if length is None and model.device.type == "cuda":
                     torch.backends.cuda.enable_cudnn_sdp(False)  # as `attention.KERNELS`, where the model itself attends under the mask
-                return TreeEngine(length)
+                nodes = trunk_length + num_forks * branching.num_generations * branching.width
+                pays = length is not None and nodes > length and model.device.type == "cuda" and not drops_attention(model.config)
+                return TreeEngine(length, flex=pays and probe.can_flex())
     if wanted == "tree":
         raise ValueError(
             f"engine=tree is not exact for {model.config.model_type} with attn_implementation={model.config._attn_implementation}: {reason}. "
@@ -321,6 +325,16 @@ class _Probe:
             return next((f"{text} by {gap:.1e} standard deviations" for text, check in gaps.items() if not (gap := check()) <= TOLERANCE), None)
         except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
             return f"{type(error).__name__}: {first_line(error)[:120]}"
+
+    def can_flex(self) -> bool:
+        """Whether FlexAttention can be compiled for this model; it checks itself."""
+        try:
+            with torch.autocast(self.model.device.type, torch.bfloat16):
+                scores = self._scores(self.tokens_BS, TreeEngine(flex.BLOCK, flex=True))
+            return bool(scores.isfinite().all())
+        except Exception as error:  # no compiler, no room in a multiprocessor's memory, an odd head
+            logger.info("FlexAttention cannot be used (%s): attending in runs of nodes.", first_line(error))
+            return False
 
     def _scores(self, tokens_BS: Tensor, engine: TreeEngine) -> Tensor:
         """The last branch in the packed tree."""

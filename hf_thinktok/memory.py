@@ -87,10 +87,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def held_bytes(trainer: Trainer) -> int:
-    """Weights and optimizer state."""
+    """Weights, optimizer state, and the KV cache that is kept for replayed passes."""
     state = [value for values in trainer.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     tensors = (*trainer.model.parameters(), *trainer.model.buffers(), *state)
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    held = sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return held + getattr(getattr(trainer, "engine", None), "kept_bytes", 0)
 
 
 @contextlib.contextmanager

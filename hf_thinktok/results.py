@@ -257,7 +257,7 @@ def print_launchers(results: dict[str, Any], console: Console | None = None) -> 
     (console or Console()).print(table)
 
 
-BENCH_ARMS = ("ours", "sft", "plain", "trunk", "replicated", "grpo")
+BENCH_ARMS = ("ours", "sft", "plain", "trunk", "dense", "replicated", "grpo")
 # What our step is compared by. Of memory less is better.
 RATIOS = {
     "pairs_per_second_vs_trl": "judged thoughts a second, ours / grpo",
@@ -266,6 +266,8 @@ RATIOS = {
     "gradient_vs_sft": "  without the rollout",
     "step_vs_plain": "nodes a second, ours / plain",
     "gradient_vs_plain": "  without the rollout",
+    "step_vs_dense": "nodes a second, ours / dense",
+    "gradient_vs_dense": "  without the rollout",
     "peak_memory_vs_sft": "peak memory, ours / sft",
 }
 
@@ -313,7 +315,8 @@ def _arms(cells: list[dict[str, Any]]) -> list[str]:
 def _median_and_range(seconds: list[float]) -> str:
     if not seconds:
         return ""
-    return f"{median(seconds):.2f}" + (f" ({min(seconds):.2f}-{max(seconds):.2f})" if len(seconds) > 1 else "")
+    digits = 2 if median(seconds) >= 1 else 3
+    return f"{median(seconds):.{digits}f}" + (f" ({min(seconds):.{digits}f}-{max(seconds):.{digits}f})" if len(seconds) > 1 else "")
 
 
 def draw_bench(results: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ whatever it draws.
 Shape suffixes as in tree.py.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -209,14 +210,16 @@ def sample_thoughts(
     branching = replace(branching, lookahead=1, blind=False)  # what judges a thought comes later
     turns = [slice(k, k + 1) for k in range(num_forks)] if branching.persistent else [slice(0, num_forks)]
 
-    with evaluating(model):
-        decode = engine.decoder(model)
+    # Thoughts that stay are thought in passes of other lengths each time, and what is written comes from a generator of its own.
+    same_shapes, capacity = not branching.persistent and draw is None, tokens_BT.shape[1] + num_forks * groups * (length - 1)
+    with evaluating(model), engine.room(model, batch, capacity) if same_shapes else contextlib.nullcontext() as room:
+        decode = engine.decoder(model, room)
         done_B1 = torch.full((batch, 1), -1, device=device)
         for turn in turns:
             tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
             tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
             forks_BF = forks_BK[:, turn]
-            nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF)
+            nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF, None if room is None else tokens_BT.shape[1])
             if turn.start > 0:  # with the text goes what it sees and was not run yet, the last token of the thought that stays in it
                 kept_B1 = tree.branch_nodes(length).view(num_forks, groups)[turn.start - 1, :1].expand(batch, 1)
                 nodes_BQ, real_BQ, scored_BF = torch.cat([kept_B1, nodes_BQ], 1), nn.functional.pad(real_BQ, (1, 0), value=True), scored_BF + 1
@@ -259,13 +262,13 @@ def _by_branch(out: HeadOutputs, batch: int, groups: int) -> tuple[Tensor, Tenso
     return out.think_logits_MN.view(batch, -1, groups, out.think_logits_MN.shape[-1]), out.gate_logit_M.view(batch, -1, groups)
 
 
-def _stretch(done_B1: Tensor, forks_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The trunk from behind what is done up to the last of the given forks, padded to the longest of the rows.
+def _stretch(done_B1: Tensor, forks_BF: Tensor, longest: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The trunk from behind what is done up to the last of the given forks, padded to a length, or to that of the longest of the rows.
 
     Returns:
         nodes_BQ, real_BQ (not padding), and the place of each fork among them (0 for a fork that is not there).
     """
     last_B1 = forks_BF.amax(1, keepdim=True)
-    longest = max(int((last_B1 - done_B1).max()), 1)
+    longest = longest or max(int((last_B1 - done_B1).max()), 1)
     nodes_BQ = done_B1 + 1 + torch.arange(longest, device=forks_BF.device)
     return nodes_BQ.minimum(last_B1.clamp(min=0)), nodes_BQ <= last_B1, (forks_BF - done_B1 - 1).clamp(min=0)

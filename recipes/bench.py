@@ -9,6 +9,7 @@ A cell is T,K,G,L,H: tokens of a row, forks, thoughts at each, tokens of a thoug
     sft         TRL's SFTTrainer on rows of as many tokens as our tree has nodes
     plain       our trainer without forks on such rows, with as many tokens scored: the same head, and no tree
     trunk       SFTTrainer on the text alone
+    dense       ours with one mask over all nodes, as attention without blocks has it
     replicated  ours with engine=replicated, at some of the forks
     grpo        TRL's GRPOTrainer at some of the forks: prefixes as prompts, rewarded by the log-probability of the tokens that follow
 
@@ -32,9 +33,10 @@ import transformers
 from datasets import Dataset
 from rich.progress import Progress
 from transformers import AutoConfig, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.engine import TreeEngine
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs
 from hf_thinktok.memory import PeakOfSecondStep
@@ -42,7 +44,7 @@ from hf_thinktok.results import BENCH_ARMS, changed_options, environment, print_
 from hf_thinktok.sources import resolve_model, standard_library
 from hf_thinktok.tree import Branching
 
-QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_steps": 1}
+QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 # What all trainers are told, whatever their own defaults are.
 SHARED = ("use_cpu", "bf16", "gradient_checkpointing", "per_device_train_batch_size", "learning_rate", "optim")
@@ -89,6 +91,7 @@ class Stopwatch(TrainerCallback):
     def __init__(self):
         self.steps: list[float] = []
         self.rollouts: list[float] = []
+        self.thinking = 0.0
 
     def on_step_begin(self, *args, **kwargs):
         self.start, self.thinking = now(), 0.0
@@ -147,9 +150,13 @@ class Bench:
     Args:
         options: those of ThinkTokConfig that differ from their defaults.
         loading: for `from_pretrained`.
+        adapter: of all trainers, if any.
     """
 
-    def __init__(self, name: str, cell: Cell, bench: BenchArguments, options: dict[str, Any], loading: dict[str, Any], folder: str):
+    def __init__(self, name: str, cell: Cell, bench: BenchArguments, options: dict[str, Any], loading: dict[str, Any], folder: str, adapter: Any = None):
+        self.adapter = adapter
+        # `train` begins with no memory of the GPU's in hand, and its first step waits for it.
+        self.steps_of_turn = 2 if torch.cuda.is_available() else 1
         self.name, self.cell, self.bench, self.options, self.loading, self.folder = name, cell, bench, options, loading, folder
         self.tokenizer = AutoTokenizer.from_pretrained(name, revision=loading.get("revision"), trust_remote_code=options.get("trust_remote_code", False))
         text = "\n".join(standard_library()["text"][:60])
@@ -160,7 +167,11 @@ class Bench:
     def config(self, kind: type, **changes) -> Any:
         known = {one.name for one in fields(kind)}
         return kind(
-            self.folder, **{name: value for name, value in self.options.items() if name in known} | QUIET | {"model_init_kwargs": self.loading} | changes
+            self.folder,
+            **{name: value for name, value in self.options.items() if name in known}
+            | QUIET
+            | {"model_init_kwargs": self.loading, "max_steps": self.steps_of_turn}
+            | changes,
         )
 
     def rows(self, length: int, scored: int | None = None, copies: int = 1) -> Dataset:
@@ -173,15 +184,23 @@ class Bench:
         T, _, G, L, H = self.cell
         shape = {"max_length": T, "num_forks": num_forks, "num_generations": G, "max_think_length": L, "lookahead": H}
         config = self.config(ThinkTokConfig, **shape | {"stop": "fixed", "fork_positions": "stride"} | changes)
-        return ThinkTokTrainer(self.name, config, self.rows(T, copies=config.train_batch_size))
+        return ThinkTokTrainer(self.name, config, self.rows(T, copies=config.train_batch_size), peft_config=self.adapter)
+
+    def dense(self) -> ThinkTokTrainer:
+        trainer = self.thinking(self.cell.K)
+        engine = TreeEngine()
+        engine.dtype = trainer.engine.dtype
+        trainer.engine = engine
+        return trainer
 
     def sft(self, length: int) -> SFTTrainer:
         config = self.config(SFTConfig, max_length=length)
-        return SFTTrainer(self.name, config, train_dataset=self.rows(length, copies=config.train_batch_size))
+        return SFTTrainer(self.name, config, train_dataset=self.rows(length, copies=config.train_batch_size), peft_config=self.adapter)
 
     def plain(self) -> ThinkTokTrainer:
         config = self.config(ThinkTokConfig, max_length=self.cell.nodes, num_forks=0)
-        return ThinkTokTrainer(self.name, config, self.rows(self.cell.nodes, self.cell.scored, config.train_batch_size))
+        rows = self.rows(self.cell.nodes, self.cell.scored, config.train_batch_size)
+        return ThinkTokTrainer(self.name, config, rows, peft_config=self.adapter)
 
     def grpo(self) -> GRPOTrainer:
         T, _, G, L, H = self.cell
@@ -201,7 +220,8 @@ class Bench:
             generation_kwargs={"min_new_tokens": L},
         )
         reward = FollowingTokens(batch)
-        reward.trainer = GRPOTrainer(self.name, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(prompts))
+        data = Dataset.from_dict(prompts)
+        reward.trainer = GRPOTrainer(self.name, reward_funcs=reward, args=config, train_dataset=data, peft_config=self.adapter)
         return reward.trainer
 
     def arm(self, name: str, watch: Stopwatch) -> Trainer:
@@ -209,6 +229,7 @@ class Bench:
             "ours": lambda: self.thinking(self.cell.K),
             "sft": lambda: self.sft(self.cell.nodes),
             "plain": self.plain,
+            "dense": self.dense,
             "trunk": lambda: self.sft(self.cell.T),
             "replicated": lambda: self.thinking(self.bench.some_forks, engine="replicated"),
             "grpo": self.grpo,
@@ -223,7 +244,8 @@ class Bench:
         return trainer
 
     def run(self, rounds: int, progress: Progress) -> dict[str, Any]:
-        """The cell's figures. Several rounds follow one to warm up; a single one is timed as it is, and of its arms only one is in memory at a time."""
+        """The cell's figures. Several rounds follow one to warm up; a single one is timed as it is, and of its arms only one is in memory at a time. Of a
+        turn the last step is timed."""
         cell, turns = self.cell, rounds + (rounds > 1)
         task = progress.add_task("", total=len(self.bench.arms) * turns)
         arms: dict[str, Trainer] = {}
@@ -241,7 +263,7 @@ class Bench:
                 gc.collect()
             progress.advance(task)
         progress.remove_task(task)
-        timed = slice(turns - rounds, turns)
+        timed = slice((turns - rounds + 1) * self.steps_of_turn - 1, turns * self.steps_of_turn, self.steps_of_turn)
         seconds = {name: watch.steps[timed] for name, watch in watches.items()}
         found: dict[str, Any] = {**cell._asdict(), "nodes": cell.nodes, "seconds": seconds, "peak_bytes": peaks}
         typical = {name: statistics.median(each) for name, each in seconds.items()}
@@ -255,7 +277,7 @@ class Bench:
             found["pairs_per_second_vs_trl"] = found["pairs_per_second"] * typical["grpo"] / (self.bench.some_forks * cell.G)
         if "replicated" in typical:
             found["pairs_per_second_vs_replicated"] = found["pairs_per_second"] * typical["replicated"] / (rows * self.bench.some_forks * cell.G)
-        for other in ("sft", "plain"):
+        for other in ("sft", "plain", "dense"):
             if other in typical:
                 found[f"step_vs_{other}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other], strict=True))
                 found[f"gradient_vs_{other}"] = statistics.median(b / a for a, b in zip(pass_only, seconds[other], strict=True))
@@ -292,7 +314,7 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
     results: dict[str, Any] = {"cells": [], "model": model.model_name_or_path, "config": options, "some_forks": bench.some_forks, **environment()}
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
         for cell, times in zip(cells, rounds, strict=True):
-            results["cells"].append(Bench(name, cell, bench, options, loading, folder).run(times, progress))
+            results["cells"].append(Bench(name, cell, bench, options, loading, folder, get_peft_config(model)).run(times, progress))
             write_json(Path(bench.results), results)
     print_bench(results)
 

@@ -24,6 +24,8 @@ READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.defa
 # Where the project's own code reads, file by file, until it is cleared.
 reads: Counter[str] = Counter()
 _generators: dict[int, torch.Generator] = {}  # those of the device
+_capturing: list[bool] = []  # while a graph is captured
+graphs: list = []  # those that were, until it is cleared
 
 
 class _Backend(_DummyBackendModule):
@@ -133,7 +135,10 @@ def _run(func, args, kwargs):
     if (generator := kwargs.get("generator")) is not None and (generator._cdata in _generators) != (to.type == NAME):
         raise RuntimeError(f"{func} draws on {to} with a generator that is elsewhere.")
     by_mask = func in INDEXING and any(getattr(index, "dtype", None) == torch.bool for index in pytree.tree_leaves(args[1]))
-    if there and (func in READS or by_mask or (func in COPIES and to.type == "cpu")):
+    waits = there and (func in READS or by_mask or (func in COPIES and to.type == "cpu"))
+    if _capturing and (waits or (func in COPIES and to.type == NAME and strangers) or kwargs.get("generator") is not None):
+        raise RuntimeError(f"{func} is no part of a graph: it reads, is sent from the CPU, or draws.")
+    if waits:
         _count()
 
     hosts = [_on_host(leaf) for leaf in leaves]
@@ -209,3 +214,22 @@ class _Generator(torch.Generator):
 torch.Generator = _Generator
 torch.__future__.set_swap_module_params_on_conversion(True)  # `to` changes a parameter, and ties stay ties
 os.environ |= {"ACCELERATE_TORCH_DEVICE": f"{NAME}:0", "ACCELERATE_USE_CPU": "false"}
+
+
+def capture(run, inputs):
+    """As `hf_thinktok.replay.capture`: what a graph of CUDA could not hold is refused, and what is replayed are the same tensors with other values."""
+    leaves, form = pytree.tree_flatten(inputs)
+    held = [leaf.clone() for leaf in leaves]
+    _capturing.append(True)
+    try:
+        run(pytree.tree_unflatten(held, form))
+    finally:
+        _capturing.pop()
+    graphs.append(run)
+
+    def replay(inputs):
+        for place, leaf in zip(held, pytree.tree_leaves(inputs), strict=True):
+            place.copy_(leaf)
+        return run(pytree.tree_unflatten(held, form))
+
+    return replay

@@ -8,7 +8,7 @@ import other_device
 from models import CORPUS
 from tiny_run import main
 
-from hf_thinktok import ThinkingBudget, ThinkingStreamer, think_while_reading
+from hf_thinktok import ThinkingBudget, ThinkingStreamer, engine, replay, think_while_reading
 from hf_thinktok.answers import answer
 from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.inspection import inspect_text
@@ -45,8 +45,9 @@ def run(folder: str, options: dict) -> dict[str, int]:
     options = dict(options)
     then = options.pop("then", [])
     other_device.reads.clear()
+    other_device.graphs.clear()
     trainer = main(folder, ELSEWHERE | options)
-    reads = dict(other_device.reads)
+    reads = dict(other_device.reads) | {"graphs": len(other_device.graphs)}
     assert trainer.model.device.type == other_device.NAME
     trainer.evaluate(trainer.train_dataset.select(range(4)))
     if "resume" in then:
@@ -62,6 +63,8 @@ def run(folder: str, options: dict) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    engine.REPLAYED.add(other_device.NAME)
+    replay.capture = other_device.capture
     told = {}
     for run_folder, run_options in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         try:

@@ -1,5 +1,7 @@
 """Attention in blocks is attention."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_thinktok import attention
 from hf_thinktok.attention import TreeMask
+from hf_thinktok.flex import Blocks
 from hf_thinktok.tree import Branching, ThoughtTree
 
 
@@ -36,6 +39,41 @@ def test_blocks_equal_one_call_over_all_keys(batch, num_queries, cached, run_len
         outputs.append([out.detach(), *torch.autograd.grad(out.square().sum(), inputs)])
     for whole, blocks in zip(*outputs, strict=True):
         torch.testing.assert_close(blocks, whole, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    num_queries=st.integers(1, 300),
+    cached=st.integers(0, 200),
+    run_length=st.sampled_from([128, 256]),
+    share=st.sampled_from([0.0, 0.1, 0.9, 1.0]),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_blocks_of_flex_attention_equal_one_call_over_all_keys(batch, num_queries, cached, run_length, share, seed):
+    """Its kernel on a CPU is the one that its authors hold theirs against, and has no backward pass; on a GPU `is_exact` compares both there."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, num_queries, cached + num_queries)
+    seen_BQC = torch.rand(shape, generator=generator) < share
+    seen_BQC |= (
+        (torch.rand(batch, -(-shape[1] // 128), -(-shape[2] // 128), generator=generator) < 0.3)
+        .repeat_interleave(128, 1)
+        .repeat_interleave(128, 2)[:, : shape[1], : shape[2]]
+    )  # whole blocks
+    seen_BQC[:, torch.arange(num_queries), cached + torch.arange(num_queries)] = True
+    inputs = [torch.randn(batch, 2, length, 8, generator=generator) for length in (num_queries, shape[2], shape[2])]
+    blocks = Blocks.of(lambda queries: seen_BQC[:, queries], shape, run_length)
+    mask = TreeMask.of_blocks(blocks, shape, torch.float32)
+    for row, q in itertools.product(range(batch), range(-(-num_queries // 128))):  # which the kernel on a CPU does not look at
+        pairs = [seen_BQC[row, 128 * q : 128 * (q + 1), first : first + 128].sum().item() for first in range(0, shape[2], 128)]
+        for number, listed, inside in (
+            (blocks.num_partial_B1q, blocks.partial_B1qc, lambda count: 0 < count < 128**2),
+            (blocks.num_full_B1q, blocks.full_B1qc, lambda count: count == 128**2),
+        ):
+            assert listed[row, 0, q, : number[row, 0, q]].tolist() == [c for c, count in enumerate(pairs) if inside(count)]
+    wanted = scaled_dot_product_attention(*inputs, attn_mask=seen_BQC[:, None], scale=0.7)
+    torch.testing.assert_close(scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.7), wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [True, False])

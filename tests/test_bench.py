@@ -6,7 +6,7 @@ import pytest
 from commands import ROOT, in_process
 from models import tiny_model, tiny_tokenizer
 
-from hf_thinktok.results import as_text, draw_bench
+from hf_thinktok.results import BENCH_ARMS, as_text, draw_bench
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_every_arm_is_timed_on_the_same_cell(bench, tmp_path):
     small, large = results["cells"]
     assert (small["nodes"], large["nodes"]) == (48 + 3 * 2 * 3, 64 + 4 * 4 * 1)
     for cell, rounds in ((small, 2), (large, 1)):
-        assert {arm: len(seconds) for arm, seconds in cell["seconds"].items()} == dict.fromkeys(["ours", "sft", "plain", "trunk", "replicated", "grpo"], rounds)
+        assert {arm: len(seconds) for arm, seconds in cell["seconds"].items()} == dict.fromkeys(BENCH_ARMS, rounds)
         assert len(cell["rollout_seconds"]) == rounds
         assert cell["gradient_vs_sft"] > cell["step_vs_sft"] > 0  # the rollout takes time
         assert cell["pairs_per_second_vs_trl"] > 0

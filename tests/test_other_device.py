@@ -62,4 +62,9 @@ def test_trains_and_is_used_on_a_device_of_its_own(told, name):
 def test_the_host_waits_as_often_for_long_thoughts_as_for_short_ones(told):
     short, long = told["as it is"], told["longer thoughts at more places"]
     assert short == long
-    assert short["rollout.py"] == 3, "once in each of three steps"
+    assert "rollout.py" not in short
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("as it is", 2), ("adapter", 2), ("two adapters", 2), ("supplied", 2), ("persistent", 0), ("text", 0)])
+def test_decoding_passes_hold_nothing_that_a_graph_cannot(told, name, graphs):
+    assert told[name]["graphs"] == graphs

@@ -1,0 +1,125 @@
+"""Decoding passes as CUDA graphs: captured once, replayed in every step that has the same shapes.
+
+A pass over few nodes keeps the host longer, which launches its thousand kernels one by one, than the device. Graphs need everything to be where it was,
+so keys and values have a place of fixed size.
+"""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .head import HeadOutputs
+
+logger = logging.getLogger(__name__)
+
+# A cache larger than this part of the device's memory is not kept from step to step, and nothing is captured.
+LARGEST_SHARE = 1 / 16
+
+# Nodes up to which a pass keeps the host longer than the device. A graph keeps the working memory of its pass for itself.
+MOST_NODES = 4096
+
+# Part of their standard deviation by which replayed scores may differ. Seen: none.
+TOLERANCE = 1e-2
+
+Run = Callable[[dict[str, Any]], HeadOutputs]
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of one layer, each at its place in a row of fixed length."""
+
+    def __init__(self, room: "Room"):
+        super().__init__()
+        self.room = room
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        # Zeros: what no node sees still takes part, times 0.
+        self.keys, self.values = (states.new_zeros(*states.shape[:2], self.room.capacity, states.shape[-1]) for states in (key_states, value_states))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys.index_copy_(2, self.room.places_Q, key_states)
+        self.values.index_copy_(2, self.room.places_Q, value_states)
+        return self.keys, self.values
+
+
+class Room:
+    """A KV cache of fixed size, and the passes that were captured on it.
+
+    Attributes:
+        sign: what it was made for: as long as this is the same, it can be used again.
+        capacity: nodes of a row that it has place for.
+        places_Q: those of the nodes of the present pass.
+    """
+
+    places_Q: Tensor
+
+    def __init__(self, sign: tuple, capacity: int):
+        self.sign, self.capacity = sign, capacity
+        self.cache = Cache(layer_class_to_replicate=functools.partial(_Layer, self))
+        self._times: Counter = Counter()
+        self._replays: dict[Any, Run] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(states.nbytes for layer in self.cache.layers for states in (layer.keys, layer.values) if states is not None)
+
+    def is_small_on(self, device: torch.device) -> bool:
+        """Whether it can stay where it is between steps."""
+        return device.type != "cuda" or self.nbytes <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+    def __call__(self, run: Run, inputs: dict[str, Any], num_nodes: int, kind: Any = None) -> HeadOutputs:
+        """`run(inputs)`, replayed where it can be.
+
+        Args:
+            run: depends on tensors in `inputs` alone, and on what never changes.
+            kind: what else it depends on.
+        """
+        key = (kind, *((leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs)))
+        if key in self._replays:
+            return self._replays[key](inputs)
+        out = run(inputs)
+        self._times[key] += 1
+        if self._times[key] == 2 and num_nodes <= MOST_NODES:
+            try:
+                replay = capture(run, inputs)
+                if not _close(replay(inputs).think_logits_MN, out.think_logits_MN):
+                    raise RuntimeError("it gave other scores")
+                self._replays[key] = replay
+            except Exception as error:  # whatever a model does that no graph can: wait for the device, draw from its own generator
+                what = " ".join(str(error).split())[:300]
+                logger.warning("A decoding pass of %d nodes could not be made a CUDA graph (%s): it is launched kernel by kernel.", num_nodes, what)
+        return out
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    return bool(((found - wanted).abs().amax() <= TOLERANCE * wanted.std().clamp(min=1e-3)) | ~wanted.isfinite().all())
+
+
+def capture(run: Run, inputs: dict[str, Any]) -> Run:
+    """`run` as a CUDA graph for inputs of these shapes."""
+    leaves, form = tree_flatten(inputs)
+    held = [leaf.clone() for leaf in leaves]
+    graph = torch.cuda.CUDAGraph()
+    torch.clear_autocast_cache()  # of weights cast before, which will not be there any more
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = run(tree_unflatten(held, form))
+    finally:
+        torch.clear_autocast_cache()  # of weights cast by the graph, which was not run
+
+    def replay(inputs: dict[str, Any]) -> HeadOutputs:
+        for place, leaf in zip(held, tree_leaves(inputs), strict=True):
+            place.copy_(leaf)
+        graph.replay()
+        return out._replace(**{name: value.clone() for name, value in out._asdict().items() if value is not None})
+
+    return replay

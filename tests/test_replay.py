@@ -1,0 +1,139 @@
+"""Decoding passes on a cache of fixed size, replayed: a CPU has no graphs, so a stand-in runs the captured function again, on the tensors of its capture.
+
+What a graph of CUDA cannot hold is looked for in `test_other_device`.
+"""
+
+import logging
+
+import pytest
+import torch
+from plain_rows import thinker
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from hf_thinktok import architectures, engine, flex, replay
+from hf_thinktok.engine import TreeEngine
+from hf_thinktok.rollout import Sampling, sample_thoughts
+from hf_thinktok.tree import Branching
+
+B, T = 2, 120
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+class Captures(list):
+    """Of each capture how many kernels were compiled within it."""
+
+    def __call__(self, run, inputs):
+        leaves, form = tree_flatten(inputs)
+        held = [leaf.clone() for leaf in leaves]
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        run(tree_unflatten(held, form))
+        self.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+
+        def replayed(inputs):
+            for place, leaf in zip(held, tree_leaves(inputs), strict=True):
+                place.copy_(leaf)
+            return run(tree_unflatten(held, form))
+
+        return replayed
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Captures:
+    made = Captures()
+    monkeypatch.setattr(replay, "capture", made)
+    monkeypatch.setattr(engine, "REPLAYED", {"cpu"})
+    for module in (engine, architectures):  # else FlexAttention is for 16 bits alone
+        monkeypatch.setattr(module, "HALF", {torch.float32})
+    return made
+
+
+def think(how: TreeEngine, model, vocabulary, step: int, draw_stops: bool = False):
+    generator = torch.Generator().manual_seed(step)
+    tokens_BT, documents_BT = torch.randint(vocabulary.num_real, (B, T), generator=generator), torch.zeros(B, T, dtype=torch.long)
+    documents_BT[1, 9:] = 1
+    forks_BK = torch.tensor([[2, 7, 12], [3, 8, -1]] if step % 2 else [[2, 9, T - 2], [3, 11, T - 5]])
+    return sample_thoughts(how, model, tokens_BT, documents_BT, forks_BK, Branching(2, 4, 3), Sampling(draw_stops=draw_stops), vocabulary, generator)
+
+
+@pytest.mark.parametrize(
+    ("family", "attn", "changes"),
+    [("llama", "sdpa", {}), ("gpt2", "eager", {}), ("mistral", "sdpa", {"sliding_window": 8}), ("gemma3_text", "sdpa", MIXED), ("gemma3_text", "eager", MIXED)],
+)
+@pytest.mark.parametrize("how", [TreeEngine(256), TreeEngine(128, flex=True), TreeEngine()], ids=["a run", "flex", "whole"])
+@pytest.mark.parametrize("draw_stops", [False, True], ids=["fixed", "sampled"])
+def test_replayed_passes_draw_the_thoughts_of_a_growing_cache(captures, family, attn, changes, how, draw_stops):
+    if how.flex and attn == "eager":
+        pytest.skip("eager attention takes the whole mask")
+    model, vocabulary = thinker(family, attn, **changes)
+    how._room = None
+    for step in range(4):
+        wanted, found = (think(one, model, vocabulary, step, draw_stops) for one in (TreeEngine(7), how))
+        assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
+        assert torch.equal(found.lengths_BKG, wanted.lengths_BKG)
+        torch.testing.assert_close(found.logps_BKGL, wanted.logps_BKGL, atol=1e-5, rtol=0)
+    assert len(captures) == 2, "the pass over the text, and that of all others"
+
+
+def test_a_capture_compiles_nothing(captures, monkeypatch):
+    """A GPU cannot compile a kernel while it captures: inputs have to look to PyTorch's compiler as those of the pass before did."""
+    kernel = torch.compile(flex.flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(flex, "_kernel", lambda device: kernel)
+    model, vocabulary = thinker("llama", "sdpa", head_dim=16)
+    how = TreeEngine(128, flex=True)
+    for step in range(3):
+        think(how, model, vocabulary, step)
+    assert captures == [0, 0]
+
+
+def test_what_cannot_be_captured_is_run_and_said_once(captures, monkeypatch, caplog):
+    def refuse(run, inputs):
+        captures.append(0)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay, "capture", refuse)
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    with caplog.at_level(logging.WARNING):
+        for step in range(4):
+            assert torch.equal(think(how, model, vocabulary, step).thoughts_BKGL, think(TreeEngine(7), model, vocabulary, step).thoughts_BKGL)
+    assert len(captures) == len(caplog.records) == 2, "once for the text's pass, once for the others"
+    assert "not permitted when stream is capturing" in caplog.text
+
+
+def test_a_replay_with_other_scores_is_not_kept(captures, monkeypatch, caplog):
+    def wrong(run, inputs):
+        replayed = captures(run, inputs)
+        return lambda inputs: (out := replayed(inputs))._replace(think_logits_MN=out.think_logits_MN + 1)
+
+    monkeypatch.setattr(replay, "capture", wrong)
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    for step in range(4):
+        assert torch.equal(think(how, model, vocabulary, step).thoughts_BKGL, think(TreeEngine(7), model, vocabulary, step).thoughts_BKGL)
+    assert "it gave other scores" in caplog.text
+
+
+def test_weights_that_moved_are_captured_again(captures):
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    for step in range(2):
+        think(how, model, vocabulary, step)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flip(0).clone()
+    for step in range(2):
+        assert torch.equal(think(how, model, vocabulary, step).thoughts_BKGL, think(TreeEngine(7), model, vocabulary, step).thoughts_BKGL)
+    assert len(captures) == 4
+
+
+def test_thoughts_of_other_shapes_have_room_as_well(captures):
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    think(how, model, vocabulary, 0)
+    kept = how.kept_bytes
+    assert kept == how._room.nbytes == 2 * 2 * B * 2 * 144 * 8 * 4  # keys and values, layers, rows, heads, places, numbers, bytes
+    tokens_BT = torch.randint(vocabulary.num_real, (1, 30))
+    generators = (torch.Generator().manual_seed(0) for _ in range(2))
+    given = tokens_BT, torch.zeros_like(tokens_BT), torch.tensor([[4, 20]]), Branching(3, 5, 2), Sampling(), vocabulary
+    found, wanted = (sample_thoughts(one, model, *given, generator) for one, generator in zip((how, TreeEngine(7)), generators, strict=True))
+    assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
+    assert 0 < how.kept_bytes < kept
