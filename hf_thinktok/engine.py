@@ -138,6 +138,8 @@ class TreeEngine(_Engine):
     def __init__(self, run_length: int | None = None, flex: bool = False):
         self.run_length, self.flex = run_length, flex
         self._room: Room | None = None
+        self._sign: tuple = ()  # of the last rollout
+        self._replays = True
 
     @property
     def kept_bytes(self) -> int:
@@ -154,13 +156,12 @@ class TreeEngine(_Engine):
         def see(queries: slice) -> Tensor:
             return tree.visible(nodes_BQ[:, queries], nodes_BQ)
 
-        mask = self._mask(model, see, positions_BQ, positions_BQ, speaks)
+        mask = self._mask(model, see, positions_BQ, positions_BQ, self.flex, speaks)
         places_M = (rows_B1 * len(nodes_Q) + place_S).flatten()
         return (slice(None), nodes_Q), places_M, {"attention_mask": mask, "position_ids": positions_BQ}
 
-    def _mask(self, model, see: See, query_positions_BQ: Tensor, key_positions_BC: Tensor, speaks: bool = False) -> Tensor | dict[str, Tensor]:
-        config, dtype = _config(model, speaks), self._dtype(model)
-        return attention_inputs(see, query_positions_BQ, key_positions_BC, config, dtype, self.run_length, self.flex)
+    def _mask(self, model, see: See, query_positions_BQ: Tensor, key_positions_BC: Tensor, flex: bool, speaks: bool = False) -> Tensor | dict[str, Tensor]:
+        return attention_inputs(see, query_positions_BQ, key_positions_BC, _config(model, speaks), self._dtype(model), self.run_length, flex)
 
     @contextlib.contextmanager
     def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
@@ -168,20 +169,25 @@ class TreeEngine(_Engine):
         plain = isinstance(local, (PreTrainedModel, PeftModel)) and not is_sharded(local)
         # Not several runs, whose stretches differ from step to step.
         in_one_mask = capacity <= (self.run_length or RUN_LENGTH_ELSEWHERE) or (self.flex and dtype in HALF)
-        if not plain or not in_one_mask or local.device.type not in REPLAYED:
+        if not self._replays or not plain or not in_one_mask or local.device.type not in REPLAYED:
             yield None
             return
         capacity = -(-capacity // 8) * 8  # so that a copied mask's rows are where kernels want them
         sign = (batch, capacity, dtype, *(parameter.data_ptr() for parameter in local.parameters()))
-        if self._room is None or self._room.sign != sign:
-            self._room = None  # before there is another
-            self._room = Room(sign, capacity)
-        yield self._room
-        if not self._room.is_small_on(local.device):
+        if self._sign != sign:  # rows of other lengths in every step would all be a first time
+            self._sign, self._room = sign, None
+            yield None
+            return
+        self._room = room = self._room or Room(capacity)
+        yield room
+        self._replays = not room.refused
+        if not self._replays or not room.is_small_on(local.device):
             self._room = None
 
     def decoder(self, model, room: Room | None = None) -> Decoder:
-        return CachedDecoder(model if room is None else _local(model), functools.partial(self._mask, model), room)
+        # A call of FlexAttention takes the host several times as long as one of a run. Of a replay it is none.
+        mask_of = functools.partial(self._mask, model, flex=self.flex and room is not None)
+        return CachedDecoder(model if room is None else _local(model), mask_of, room)
 
 
 class ReplicatedEngine(_Engine):

@@ -55,18 +55,19 @@ class Room:
     """A KV cache of fixed size, and the passes that were captured on it.
 
     Attributes:
-        sign: what it was made for: as long as this is the same, it can be used again.
         capacity: nodes of a row that it has place for.
         places_Q: those of the nodes of the present pass.
+        refused: whether a pass could not be captured: then a cache that grows is quicker.
     """
 
     places_Q: Tensor
 
-    def __init__(self, sign: tuple, capacity: int):
-        self.sign, self.capacity = sign, capacity
+    def __init__(self, capacity: int):
+        self.capacity = capacity
         self.cache = Cache(layer_class_to_replicate=functools.partial(_Layer, self))
         self._times: Counter = Counter()
         self._replays: dict[Any, Run] = {}
+        self.refused = False
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +97,8 @@ class Room:
                 self._replays[key] = replay
             except Exception as error:  # whatever a model does that no graph can: wait for the device, draw from its own generator
                 what = " ".join(str(error).split())[:300]
-                logger.warning("A decoding pass of %d nodes could not be made a CUDA graph (%s): it is launched kernel by kernel.", num_nodes, what)
+                logger.warning("A decoding pass of %d nodes could not be made a CUDA graph (%s): passes are launched kernel by kernel.", num_nodes, what)
+                self.refused = True
         return out
 
 

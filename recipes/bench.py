@@ -270,7 +270,7 @@ class Bench:
         if "ours" not in typical:
             return found
         rollouts = watches["ours"].rollouts[timed]
-        pass_only = [step - rollout for step, rollout in zip(seconds["ours"], rollouts, strict=True)]
+        passes = {name: [a - b for a, b in zip(watch.steps[timed], watch.rollouts[timed], strict=True)] for name, watch in watches.items()}
         rows = self.options["per_device_train_batch_size"]
         found |= {"rollout_seconds": rollouts, "pairs_per_second": rows * cell.K * cell.G / typical["ours"]}
         if "grpo" in typical:
@@ -280,7 +280,7 @@ class Bench:
         for other in ("sft", "plain", "dense"):
             if other in typical:
                 found[f"step_vs_{other}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other], strict=True))
-                found[f"gradient_vs_{other}"] = statistics.median(b / a for a, b in zip(pass_only, seconds[other], strict=True))
+                found[f"gradient_vs_{other}"] = statistics.median(b / a for a, b in zip(passes["ours"], passes[other], strict=True))
         if {"ours", "sft"} <= peaks.keys():
             found["peak_memory_vs_sft"] = peaks["ours"] / peaks["sft"]
         return found

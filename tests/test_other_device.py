@@ -62,7 +62,7 @@ def test_trains_and_is_used_on_a_device_of_its_own(told, name):
 def test_the_host_waits_as_often_for_long_thoughts_as_for_short_ones(told):
     short, long = told["as it is"], told["longer thoughts at more places"]
     assert short == long
-    assert "rollout.py" not in short
+    assert short["rollout.py"] == 1, "in the first of three steps, which nothing was captured of yet"
 
 
 @pytest.mark.parametrize(("name", "graphs"), [("as it is", 2), ("adapter", 2), ("two adapters", 2), ("supplied", 2), ("persistent", 0), ("text", 0)])
