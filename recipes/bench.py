@@ -32,7 +32,7 @@ import torch
 import transformers
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoConfig, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
@@ -57,6 +57,10 @@ class BenchArguments:
     rounds: list[int] = field(default_factory=lambda: [5], metadata={"help": "How often the arms of each cell take turns."})
     some_forks: int = field(default=2, metadata={"help": "Forks of the replicated and grpo arms: those in the middle of as many equal parts of the row."})
     grpo_batch_size: int = field(default=8, metadata={"help": "Rows that GRPOTrainer runs at a time."})
+    random_weights: bool = field(
+        default=False,
+        metadata={"help": "Make the weights, which times do not depend on: the model's folder or repository needs a config and a tokenizer alone."},
+    )
     peaks: bool = field(default=True, metadata={"help": "Also measure the peak memory of a step."})
     results: str = field(default="outputs/bench/results.json", metadata={"help": "Where the figures go."})
 
@@ -109,6 +113,18 @@ class Stopwatch(TrainerCallback):
             return out
 
         return timed
+
+
+def with_random_weights(name: str, loading: dict[str, Any], folder: str, longest: int) -> str:
+    """A folder with a model of the same shape, for rows of that length, beside its tokenizer."""
+    trust, device = loading.get("trust_remote_code", False), "cuda" if torch.cuda.is_available() else "cpu"
+    config = AutoConfig.from_pretrained(name, revision=loading.get("revision"), trust_remote_code=trust)
+    config.max_position_embeddings = max(getattr(config, "max_position_embeddings", None) or 0, longest)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=loading.get("dtype"), trust_remote_code=trust)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(name, revision=loading.get("revision"), trust_remote_code=trust).save_pretrained(folder)
+    return folder
 
 
 def now() -> float:
@@ -311,8 +327,11 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
     cells = [Cell.parse(text) for text in bench.cells]
     if len(rounds) != len(cells):
         raise SystemExit(f"rounds has {len(rounds)} numbers for {len(cells)} cells: give one for all, or one for each.")
-    results: dict[str, Any] = {"cells": [], "model": model.model_name_or_path, "config": options, "some_forks": bench.some_forks, **environment()}
-    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
+    label = f"{model.model_name_or_path}{', random weights' if bench.random_weights else ''}"
+    results: dict[str, Any] = {"cells": [], "model": label, "config": options, "some_forks": bench.some_forks, **environment()}
+    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as made:
+        if bench.random_weights:
+            name = with_random_weights(name, loading, made, 2 * max(cell.nodes for cell in cells))
         for cell, times in zip(cells, rounds, strict=True):
             results["cells"].append(Bench(name, cell, bench, options, loading, folder, get_peft_config(model)).run(times, progress))
             write_json(Path(bench.results), results)

@@ -42,6 +42,15 @@ def test_every_arm_is_timed_on_the_same_cell(bench, tmp_path):
     assert (tmp_path / "growth.svg").stat().st_size > 1000
 
 
+def test_a_model_without_weights_is_timed_on_random_ones(bench, tmp_path):
+    (tmp_path / "model.safetensors").unlink()
+    done = bench("--cells", "600,3,2,2,2", "--rounds", 1, "--arms", "ours", "dense", "--random_weights", "true", "--peaks", "false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["model"].endswith(", random weights")
+    assert set(results["cells"][0]["seconds"]) == {"ours", "dense"}, "a row longer than the model's positions"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
