@@ -112,8 +112,10 @@ class TreeMask(Tensor):
         mask.run_length, mask.stretches, mask.masks = shape[1], [], []
         return mask
 
-    def made_again(self, parts: flex.Blocks | Tensor, shape: tuple[int, int, int]) -> "TreeMask":
+    def made_again(self, parts: flex.Blocks | Tensor) -> "TreeMask":
         """A mask of this kind and shape from other parts."""
+        batch, _, num_queries, num_keys = self.shape
+        shape = batch, num_queries, num_keys
         if not isinstance(parts, Tensor):
             return self.of_blocks(parts, shape, self.dtype)
         mask = self._of_shape(shape, parts)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from .attention import See, TreeMask
@@ -68,15 +69,15 @@ class CachedDecoder:
 
         if self.room is None:
             return run(scored_BM, mask, **inputs)
-        room, shape, masks = self.room, (*nodes_BQ.shape, self.room.capacity), mask if isinstance(mask, dict) else {"": mask}
+        room = self.room
 
         def run_again(held: dict[str, Any]) -> HeadOutputs:
             room.places_Q = held["places_Q"]
-            again = {kind: one.made_again(held["masks"][kind], shape) if isinstance(one, TreeMask) else held["masks"][kind] for kind, one in masks.items()}
-            return run(held["scored_BM"], again if isinstance(mask, dict) else again[""], **held["inputs"])
+            again = tree_map(lambda one, parts: one.made_again(parts) if isinstance(one, TreeMask) else parts, mask, held["parts"])
+            return run(held["scored_BM"], again, **held["inputs"])
 
-        parts = {kind: one.parts if isinstance(one, TreeMask) else one for kind, one in masks.items()}
-        return room(run_again, {"inputs": inputs, "scored_BM": scored_BM, "places_Q": places_Q, "masks": parts}, nodes_BQ.numel(), think_only)
+        parts = tree_map(lambda one: one.parts if isinstance(one, TreeMask) else one, mask)
+        return room(run_again, {"inputs": inputs, "scored_BM": scored_BM, "places_Q": places_Q, "parts": parts}, nodes_BQ.numel(), think_only)
 
     def _read(self, ids_BQ: Tensor) -> dict[str, Tensor]:
         if self.room is None or not isinstance(self.model, PeftModel):

@@ -32,7 +32,7 @@ import torch
 import transformers
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
@@ -95,7 +95,6 @@ class Stopwatch(TrainerCallback):
     def __init__(self):
         self.steps: list[float] = []
         self.rollouts: list[float] = []
-        self.thinking = 0.0
 
     def on_step_begin(self, *args, **kwargs):
         self.start, self.thinking = now(), 0.0
@@ -115,16 +114,11 @@ class Stopwatch(TrainerCallback):
         return timed
 
 
-def with_random_weights(name: str, loading: dict[str, Any], folder: str, longest: int) -> str:
-    """A folder with a model of the same shape, for rows of that length, beside its tokenizer."""
-    trust, device = loading.get("trust_remote_code", False), "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(name, revision=loading.get("revision"), trust_remote_code=trust)
+def save_random_weights(config: PretrainedConfig, dtype: Any, trust_remote_code: bool, longest: int, folder: str) -> None:
+    """A model of this shape, for rows of that length."""
     config.max_position_embeddings = max(getattr(config, "max_position_embeddings", None) or 0, longest)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=loading.get("dtype"), trust_remote_code=trust)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(name, revision=loading.get("revision"), trust_remote_code=trust).save_pretrained(folder)
-    return folder
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).save_pretrained(folder)
 
 
 def now() -> float:
@@ -318,7 +312,8 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
             raise ValueError("There is no model: give model_name_or_path.")
         check_unquantized(model)
         name = resolve_model(model.model_name_or_path)
-        AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+        code = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+        config = AutoConfig.from_pretrained(name, **code)
     loading = {"attn_implementation": "sdpa"} | init_kwargs(model, args.model_init_kwargs)
     args = fit_to_cpu(args)
     options = {key: value for key, value in changed_options(args).items() if key not in ("output_dir", "model_init_kwargs")}
@@ -329,9 +324,12 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
         raise SystemExit(f"rounds has {len(rounds)} numbers for {len(cells)} cells: give one for all, or one for each.")
     label = f"{model.model_name_or_path}{', random weights' if bench.random_weights else ''}"
     results: dict[str, Any] = {"cells": [], "model": label, "config": options, "some_forks": bench.some_forks, **environment()}
-    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as made:
+    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
         if bench.random_weights:
-            name = with_random_weights(name, loading, made, 2 * max(cell.nodes for cell in cells))
+            made = f"{folder}/model"
+            save_random_weights(config, loading.get("dtype"), args.trust_remote_code, max(cell.nodes for cell in cells), made)
+            AutoTokenizer.from_pretrained(name, **code).save_pretrained(made)
+            name = made
         for cell, times in zip(cells, rounds, strict=True):
             results["cells"].append(Bench(name, cell, bench, options, loading, folder, get_peft_config(model)).run(times, progress))
             write_json(Path(bench.results), results)

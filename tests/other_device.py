@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from captures import captured
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -216,20 +217,17 @@ torch.__future__.set_swap_module_params_on_conversion(True)  # `to` changes a pa
 os.environ |= {"ACCELERATE_TORCH_DEVICE": f"{NAME}:0", "ACCELERATE_USE_CPU": "false"}
 
 
-def capture(run, inputs):
-    """As `hf_thinktok.replay.capture`: what a graph of CUDA could not hold is refused, and what is replayed are the same tensors with other values."""
-    leaves, form = pytree.tree_flatten(inputs)
-    held = [leaf.clone() for leaf in leaves]
+@contextlib.contextmanager
+def _while_capturing() -> Iterator[None]:
     _capturing.append(True)
     try:
-        run(pytree.tree_unflatten(held, form))
+        yield
     finally:
         _capturing.pop()
-    graphs.append(run)
 
-    def replay(inputs):
-        for place, leaf in zip(held, pytree.tree_leaves(inputs), strict=True):
-            place.copy_(leaf)
-        return run(pytree.tree_unflatten(held, form))
 
+def capture(run, inputs):
+    """What a graph of CUDA could not hold is refused."""
+    replay = captured(run, inputs, _while_capturing())
+    graphs.append(replay)
     return replay

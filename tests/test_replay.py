@@ -3,12 +3,13 @@
 What a graph of CUDA cannot hold is looked for in `test_other_device`.
 """
 
+import contextlib
 import logging
 
 import pytest
 import torch
+from captures import captured
 from plain_rows import thinker
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hf_thinktok import architectures, engine, flex, replay
 from hf_thinktok.engine import TreeEngine
@@ -23,18 +24,13 @@ class Captures(list):
     """Of each capture how many kernels were compiled within it."""
 
     def __call__(self, run, inputs):
-        leaves, form = tree_flatten(inputs)
-        held = [leaf.clone() for leaf in leaves]
+        return captured(run, inputs, self.counted())
+
+    @contextlib.contextmanager
+    def counted(self):
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        run(tree_unflatten(held, form))
+        yield
         self.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
-
-        def replayed(inputs):
-            for place, leaf in zip(held, tree_leaves(inputs), strict=True):
-                place.copy_(leaf)
-            return run(tree_unflatten(held, form))
-
-        return replayed
 
 
 @pytest.fixture
