@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hf_thinktok.bench_tables import draw_bench
 from hf_thinktok.card import render_card
-from hf_thinktok.results import as_text, draw_ablation, draw_bench, draw_task, read_json
+from hf_thinktok.results import as_text, draw_ablation, draw_task, read_json
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

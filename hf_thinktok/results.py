@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
-from statistics import median
 from typing import IO, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from .bench_tables import print_bench
 
 THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
 # What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; and all options, with the token for the Hub.
@@ -255,87 +256,6 @@ def print_launchers(results: dict[str, Any], console: Console | None = None) -> 
     for name in sorted(runs, key=lambda name: (runs[name]["processes"], name)):
         table.add_row(name, str(runs[name]["processes"]), f"{runs[name]['losses'][-1]:.6f}", f"{runs[name]['weight_gap']:.1e}")
     (console or Console()).print(table)
-
-
-BENCH_ARMS = ("ours", "sft", "plain", "trunk", "dense", "replicated", "grpo")
-# What our step is compared by. Of memory less is better.
-RATIOS = {
-    "pairs_per_second_vs_trl": "judged thoughts a second, ours / grpo",
-    "pairs_per_second_vs_replicated": "judged thoughts a second, ours / replicated",
-    "step_vs_sft": "nodes a second, ours / sft",
-    "gradient_vs_sft": "  without the rollout",
-    "step_vs_plain": "nodes a second, ours / plain",
-    "gradient_vs_plain": "  without the rollout",
-    "step_vs_dense": "nodes a second, ours / dense",
-    "gradient_vs_dense": "  without the rollout",
-    "peak_memory_vs_sft": "peak memory, ours / sft",
-}
-
-
-def print_bench(results: dict[str, Any], console: Console | None = None) -> None:
-    """What steps cost, medians with the range over rounds: a column for each cell, or of many a line."""
-    cells = results["cells"]
-    if len(cells) > 3:
-        _print_many_cells(results, console or Console())
-        return
-    table = Table(padding=0, title=f"{results['model']}: a training step")
-    table.add_column("")
-    for cell in cells:
-        table.add_column("T={T} K={K}\nG={G} L={L} H={H}".format(**cell), justify="right")
-    table.add_row("nodes of a row", *(f"{cell['nodes']:,}" for cell in cells))
-    for arm in _arms(cells):
-        some = f" ({results['some_forks']} forks)" if arm in ("replicated", "grpo") else ""
-        table.add_row(f"seconds: {arm}{some}", *(_median_and_range(cell["seconds"].get(arm, [])) for cell in cells))
-        if arm == "ours":
-            table.add_row("  of it the rollout", *(_median_and_range(cell["rollout_seconds"]) for cell in cells))
-    table.add_section()
-    for name, label in RATIOS.items():
-        if any(name in cell for cell in cells):
-            table.add_row(label, *(f"{cell[name]:.2f}" if name in cell else "" for cell in cells))
-    (console or Console()).print(table)
-
-
-def _print_many_cells(results: dict[str, Any], console: Console) -> None:
-    cells = results["cells"]
-    arms = _arms(cells)
-    ratios = [name for name in ("step_vs_sft", "step_vs_plain") if any(name in cell for cell in cells)]
-    table = Table(padding=0, title=f"{results['model']}: seconds of a training step")
-    for name in ("T", "K", "G", "L", "H", "nodes", *arms, *(name.replace("step_vs_", "ours / ") for name in ratios)):
-        table.add_column(name, justify="right")
-    for cell in cells:
-        seconds = (f"{median(cell['seconds'][arm]):.2f}" if arm in cell["seconds"] else "" for arm in arms)
-        table.add_row(*(str(cell[name]) for name in "TKGLH"), f"{cell['nodes']:,}", *seconds, *(f"{cell[name]:.2f}" if name in cell else "" for name in ratios))
-    console.print(table)
-
-
-def _arms(cells: list[dict[str, Any]]) -> list[str]:
-    return [arm for arm in BENCH_ARMS if any(arm in cell["seconds"] for cell in cells)]
-
-
-def _median_and_range(seconds: list[float]) -> str:
-    if not seconds:
-        return ""
-    digits = 2 if median(seconds) >= 1 else 3
-    return f"{median(seconds):.{digits}f}" + (f" ({min(seconds):.{digits}f}-{max(seconds):.{digits}f})" if len(seconds) > 1 else "")
-
-
-def draw_bench(results: dict[str, Any], path: Path) -> None:
-    """Seconds of a step against each number of a cell, the others as in the first cell."""
-    from matplotlib.figure import Figure
-
-    first, names = results["cells"][0], "TKGLH"
-    figure = Figure(figsize=(15, 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
-        line = sorted((cell for cell in results["cells"] if all(cell[other] == first[other] for other in names if other != name)), key=lambda cell: cell[name])
-        for arm, colour in {"ours": "tab:blue", "sft": "tab:gray", "plain": "tab:orange", "trunk": "tab:green"}.items():
-            if known := [cell for cell in line if arm in cell["seconds"]]:
-                axes.plot([cell[name] for cell in known], [median(cell["seconds"][arm]) for cell in known], marker="o", color=colour, label=arm)
-        others = ", ".join(f"{other}={first[other]}" for other in names if other != name)
-        axes.set(xscale="log", yscale="log", xlabel=name, title=others)
-    figure.axes[0].set_ylabel("seconds of a step")
-    figure.axes[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
 
 
 # Why a gain of fillers says nothing about thoughts, though unfamiliar tokens do worse in their place.

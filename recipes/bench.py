@@ -36,11 +36,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
+from hf_thinktok.bench_tables import BENCH_ARMS, print_bench
 from hf_thinktok.engine import TreeEngine
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs
 from hf_thinktok.memory import PeakOfSecondStep
-from hf_thinktok.results import BENCH_ARMS, changed_options, environment, print_bench, write_json
+from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model, standard_library
 from hf_thinktok.tree import Branching
 

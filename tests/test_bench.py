@@ -6,7 +6,8 @@ import pytest
 from commands import ROOT, in_process
 from models import tiny_model, tiny_tokenizer
 
-from hf_thinktok.results import BENCH_ARMS, as_text, draw_bench
+from hf_thinktok.bench_tables import BENCH_ARMS, draw_bench
+from hf_thinktok.results import as_text
 
 
 @pytest.fixture
