@@ -1,8 +1,11 @@
 """Runs to compare a thinking one with: what differs in their options, and nothing else does."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from .config_checks import OF_DRAWN_THOUGHTS, OF_REWARDED_TOKENS, OF_REWARDS
+from .config import ThinkTokConfig
+from .config_checks import OF_DRAWN_THOUGHTS, OF_REWARDED_TOKENS, OF_REWARDS, default_of
 
 # What a run that draws no thoughts leaves at its default: the options of rewards, and the others.
 ABOUT_REWARDS = (*OF_REWARDS, "objective", "posterior_temperature", "posterior_smoothing")
@@ -24,3 +27,16 @@ def control(kind: str, stop: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     if stop == "sampled":
         return ABOUT_THOUGHTS, {"thoughts": "filler"}
     return (*ABOUT_THOUGHTS, *ABOUT_REWARDS), {"thoughts": "filler", "num_generations": 1}
+
+
+def at_defaults(args: ThinkTokConfig, names: Iterable[str], **changes) -> ThinkTokConfig:
+    """The same options with some at their defaults, and others as told."""
+    return replace(args, **{name: default_of(ThinkTokConfig, name) for name in names} | changes)
+
+
+def control_of(args: ThinkTokConfig, kind: str) -> ThinkTokConfig:
+    """The options of a run's control; of `none`, the run itself."""
+    if kind == "none":
+        return args
+    left_out, changes = control(kind, args.stop)
+    return at_defaults(args, left_out, **changes)

@@ -29,7 +29,7 @@ from .errors import first_line
 from .head import Head, HeadInputs, HeadOutputs, ThoughtInputs, attach_head
 from .models import evaluating, fits_in_fp32, longest_row, products_in, unwrapped
 from .peft import SPEAKER
-from .replay import Room
+from .replay import Room, Rooms
 from .tokens import ThinkingVocabulary
 from .tree import Branching, ThoughtTree
 
@@ -137,14 +137,12 @@ class TreeEngine(_Engine):
 
     def __init__(self, run_length: int | None = None, flex: bool = False):
         self.run_length, self.flex = run_length, flex
-        self._room: Room | None = None
-        self._sign: tuple = ()  # of the last rollout
-        self._replays = True
+        self._rooms = Rooms()
 
     @property
     def kept_bytes(self) -> int:
         """Memory that stays in use between steps."""
-        return 0 if self._room is None else self._room.nbytes
+        return self._rooms.nbytes
 
     def _layout(self, model, tree: ThoughtTree, nodes_Q: Tensor | None, speaks: bool) -> tuple[tuple, Tensor, dict[str, Any]]:
         every_S = torch.arange(tree.num_nodes, device=tree.position_ids_BS.device)
@@ -169,20 +167,13 @@ class TreeEngine(_Engine):
         plain = isinstance(local, (PreTrainedModel, PeftModel)) and not is_sharded(local)
         # Not several runs, whose stretches differ from step to step.
         in_one_mask = capacity <= (self.run_length or RUN_LENGTH_ELSEWHERE) or (self.flex and dtype in HALF)
-        if not self._replays or not plain or not in_one_mask or local.device.type not in REPLAYED:
+        if not plain or not in_one_mask or local.device.type not in REPLAYED:
             yield None
             return
         capacity = -(-capacity // 8) * 8  # so that a copied mask's rows are where kernels want them
-        sign = (batch, capacity, dtype, *(parameter.data_ptr() for parameter in local.parameters()))
-        if self._sign != sign:  # rows of other lengths in every step would all be a first time
-            self._sign, self._room = sign, None
-            yield None
-            return
-        self._room = room = self._room or Room(capacity)
-        yield room
-        self._replays = not room.refused
-        if not self._replays or not room.is_small_on(local.device):
-            self._room = None
+        weights = (parameter.data_ptr() for parameter in local.parameters())
+        with self._rooms.take((batch, capacity, dtype, *weights), capacity, local.device) as room:
+            yield room
 
     def decoder(self, model, room: Room | None = None) -> Decoder:
         # A call of FlexAttention takes the host several times as long as one of a run. Of a replay it is none.

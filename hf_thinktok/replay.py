@@ -4,10 +4,11 @@ A pass over few nodes keeps the host longer, which launches its thousand kernels
 so keys and values have a place of fixed size.
 """
 
+import contextlib
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -73,10 +74,6 @@ class Room:
     def nbytes(self) -> int:
         return sum(states.nbytes for layer in self.cache.layers for states in (layer.keys, layer.values) if states is not None)
 
-    def is_small_on(self, device: torch.device) -> bool:
-        """Whether it can stay where it is between steps."""
-        return device.type != "cuda" or self.nbytes <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
-
     def __call__(self, run: Run, inputs: dict[str, Any], num_nodes: int, kind: Any = None) -> HeadOutputs:
         """`run(inputs)`, replayed where it can be.
 
@@ -100,6 +97,42 @@ class Room:
                 logger.warning("A decoding pass of %d nodes could not be made a CUDA graph (%s): passes are launched kernel by kernel.", num_nodes, what)
                 self.refused = True
         return out
+
+
+class Rooms:
+    """The room of rollouts, which is kept from one to the next as long as it serves."""
+
+    def __init__(self) -> None:
+        self._room: Room | None = None
+        self._last: Hashable = None
+        self._refused = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that stays in use between rollouts."""
+        return 0 if self._room is None else self._room.nbytes
+
+    @contextlib.contextmanager
+    def take(self, kind: Hashable, capacity: int, device: torch.device) -> Iterator[Room | None]:
+        """A room for the passes of one rollout; none where the last one was of another kind, and where passes cannot be captured.
+
+        Args:
+            kind: what has to be as it was for passes to be the same.
+        """
+        if self._refused or self._last != kind:  # rows of other lengths in every step would all be a first time
+            self._last, self._room = kind, None
+            yield None
+            return
+        self._room = room = self._room or Room(capacity)
+        yield room
+        self._refused = room.refused
+        if room.refused or not _stays(room, device):
+            self._room = None
+
+
+def _stays(room: Room, device: torch.device) -> bool:
+    """Whether it may stay where it is between rollouts."""
+    return device.type != "cuda" or room.nbytes <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from toy import by_level, control_of, tokenized
+from toy import by_level, tokenized
 from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
-from hf_thinktok.config_checks import default_of
-from hf_thinktok.controls import control
+from hf_thinktok.controls import at_defaults, control, control_of
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
@@ -84,7 +83,7 @@ def settling(args: ThinkTokConfig, steps: int) -> ThinkTokConfig:
         "detach_gate": True, "text_ce_weight": 0.0, "think_ce_weight": 0.0, "think_loss_weight": 0.0, "think_start": 0, "save_strategy": "no",
         "model_init_kwargs": None,
     }  # fmt: skip
-    return replace(args, **{name: default_of(ThinkTokConfig, name) for name in left_out} | changes)
+    return at_defaults(args, left_out, **changes)
 
 
 def settled(trainer: ThinkTokTrainer, rows: Dataset, steps: int) -> ThinkTokTrainer:

@@ -25,8 +25,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
-from hf_thinktok.config_checks import default_of
-from hf_thinktok.controls import control
+from hf_thinktok.controls import control_of
 from hf_thinktok.data import levels_of
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.language import describe_language, single_figures
@@ -118,14 +117,6 @@ def new_model(toy: ToyArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     """A model from scratch."""
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
-
-
-def control_of(args: ThinkTokConfig, kind: str) -> ThinkTokConfig:
-    """The same run for a model that cannot think."""
-    if kind == "none":
-        return args
-    left_out, changes = control(kind, args.stop)
-    return replace(args, **{name: default_of(ThinkTokConfig, name) for name in left_out}, **changes)
 
 
 def of_level(rows: Dataset, level: int, limit: int) -> Dataset:

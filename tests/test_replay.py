@@ -55,13 +55,13 @@ def think(how: TreeEngine, model, vocabulary, step: int, draw_stops: bool = Fals
     ("family", "attn", "changes"),
     [("llama", "sdpa", {}), ("gpt2", "eager", {}), ("mistral", "sdpa", {"sliding_window": 8}), ("gemma3_text", "sdpa", MIXED), ("gemma3_text", "eager", MIXED)],
 )
-@pytest.mark.parametrize("how", [TreeEngine(256), TreeEngine(128, flex=True), TreeEngine()], ids=["a run", "flex", "whole"])
+@pytest.mark.parametrize("given", [{"run_length": 256}, {"run_length": 128, "flex": True}, {}], ids=["a run", "flex", "whole"])
 @pytest.mark.parametrize("draw_stops", [False, True], ids=["fixed", "sampled"])
-def test_replayed_passes_draw_the_thoughts_of_a_growing_cache(captures, family, attn, changes, how, draw_stops):
-    if how.flex and attn == "eager":
+def test_replayed_passes_draw_the_thoughts_of_a_growing_cache(captures, family, attn, changes, given, draw_stops):
+    if given.get("flex") and attn == "eager":
         pytest.skip("eager attention takes the whole mask")
     model, vocabulary = thinker(family, attn, **changes)
-    how._room, how._sign = None, ()
+    how = TreeEngine(**given)
     for step in range(5):
         wanted, found = (think(one, model, vocabulary, step, draw_stops) for one in (TreeEngine(7), how))
         assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
@@ -127,7 +127,7 @@ def test_rows_of_other_lengths_are_not_replayed(captures):
     for step in range(3):
         think(how, model, vocabulary, step)
     kept = how.kept_bytes
-    assert kept == how._room.nbytes == 2 * 2 * B * 2 * 144 * 8 * 4  # keys and values, layers, rows, heads, places, numbers, bytes
+    assert kept == 2 * 2 * B * 2 * 144 * 8 * 4  # keys and values, layers, rows, heads, places, numbers, bytes
     tokens_BT = torch.randint(vocabulary.num_real, (1, 30))
     generators = (torch.Generator().manual_seed(0) for _ in range(2))
     given = tokens_BT, torch.zeros_like(tokens_BT), torch.tensor([[4, 20]]), Branching(3, 5, 2), Sampling(), vocabulary

@@ -21,6 +21,7 @@ CASES = {
     "S5": ("permutations", {"levels": [1, 2, 3, 5], "test_levels": [3, 9]} | ROWS),
     "parity": ("parity", {"levels": range(1, 9), "test_levels": [6, 8, 12]} | ROWS),
     "pointers": ("pointer_chasing", {"nodes": 5, "levels": [1, 2, 3], "test_levels": [1, 3, 7]} | ROWS),
+    "pointers written twice": ("pointer_chasing", {"nodes": 5, "copies": 2, "levels": [2, 3]} | ROWS),
     "many pointers": ("pointer_chasing", {"nodes": 26, "levels": [1, 4]} | ROWS),
     "offsets": ("pointer_chasing", {"nodes": 5, "offsets": 5, "levels": [1, 2, 3], "test_levels": [3, 5]} | ROWS),
     "padded offsets": ("pointer_chasing", {"nodes": 5, "offsets": 3, "pad_to": 6, "levels": [1, 3], "test_levels": [3, 6]} | ROWS),
@@ -99,8 +100,9 @@ def read_pointer_chasing(prompt, options):
     written = lines.pop().split() if options.get("offsets") else []
     level, apart = int(hops.removeprefix("k")), options.get("sum_steps")
     shifts = [int(shift.removeprefix("+")) for shift in written if shift != "."] if options.get("offsets") else [0] * level
-    arrows = dict(tuple(map(int, line.split(">"))) for line in lines)
-    assert len(lines) == options["nodes"]
+    copies, once = options.get("copies", 1), lines[: options["nodes"]]
+    assert lines == once * copies
+    arrows = dict(tuple(map(int, line.split(">"))) for line in once)
     assert sorted(arrows) == sorted(arrows.values()) == list(range(options["nodes"]))
     assert len(shifts) == (-(-level // 2) if apart else level)
     if "pad_to" in options:
@@ -513,6 +515,7 @@ ERRORS = [
     ("permutations", {"group": "S4"}, ["group='S4'", "'S3' or 'S5'"]),
     ("pointer_chasing", {"nodes": "ten"}, ["nodes='ten'", "whole number"]),
     ("pointer_chasing", {"nodes": 3}, ["has 18 questions", "harder test_levels"]),
+    ("pointer_chasing", {"copies": 0}, ["copies=0", "of 1 or more"]),
     ("pointer_chasing", {"offsets": True}, ["offsets=True", "from 0 to 10"]),
     ("pointer_chasing", {"nodes": 5, "offsets": 6}, ["offsets=6", "from 0 to 5"]),
     ("reachability", {"nodes": 4, "edges": 13}, ["edges=13", "from 1 to 12"]),
@@ -574,6 +577,16 @@ def test_a_sum_that_is_a_step_of_its_own_changes_no_shortcut():
     plain, apart = make_task("pointer_chasing", levels=[1, 2, 3], **options), make_task("pointer_chasing", levels=range(2, 8), sum_steps=True, **options)
     for hops, accuracy in plain.shortcut.items():
         assert apart.shortcut[2 * hops] == apart.shortcut[2 * hops + 1] == accuracy
+
+
+def test_facts_written_twice_ask_the_same():
+    options = {"nodes": 6, "levels": [2, 4], "train_rows": 30, "test_rows": 6}
+    once, twice = (make_task("pointer_chasing", copies=copies, **options) for copies in (1, 2))
+    assert twice.shortcut == once.shortcut
+    for rows in ("train", "test"):
+        a, b = getattr(once, rows), getattr(twice, rows)
+        assert a["completion"][:] == b["completion"][:] and a["inputs"][:] == b["inputs"][:]
+        assert all(len(long.split()) == len(short.split()) + 6 for short, long in zip(a["prompt"][:], b["prompt"][:], strict=True))
 
 
 def test_an_offset_that_is_always_zero_changes_no_shortcut():

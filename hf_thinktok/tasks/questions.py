@@ -257,7 +257,7 @@ def sorting(values: int = 10) -> Recipe:
     return letters_in_a_row(decimals(values), decimals(values), np.sort, " ", " :", draw=draw, completions=completions, chance=chance, key=ascending)
 
 
-def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_steps: bool = False) -> Recipe:
+def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_steps: bool = False, copies: int = 1) -> Recipe:
     """Where do level hops lead in a random permutation f of the nodes? The thought is the nodes on the way.
 
     A line `k2` for the hops, one `a>b` for each node in random order, and the start `4>`, which the completion `6` goes on. `inputs` are the start, then
@@ -270,8 +270,11 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
             thought at every level.
         sum_steps: to add a number is a step of its own. Level 1 asks for s + x, level 2 for where that leads, level 3 for that and the next number, and so
             on, with a thought for each step but the last.
+        copies: how often the lines `a>b` are written, each time in the same order. A causal model sees from a fact only those before it, so of one copy it
+            can make two hops one only where they stand in that order; from the second copy it sees all.
     """
     check_whole(2, nodes=nodes)
+    check_whole(1, copies=copies)
     check_whole(0, pad_to=pad_to)
     check_whole(0, nodes, offsets=offsets)
     check_flag(sum_steps=sum_steps)
@@ -295,7 +298,7 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
         return Questions(inputs_RC, steps_RL[:, :-1], steps_RL[:, -1])
 
     def prompts(rng, level, inputs_RC):
-        facts = facts_of(rng, inputs_RC[:, 1 : 1 + nodes])
+        facts = ["\n".join([fact] * copies) for fact in facts_of(rng, inputs_RC[:, 1 : 1 + nodes])]
         missing = " ." * (hops(pad_to) - hops(level))
         lines = [f"{line}{missing}\n" for line in joined(shifts, inputs_RC[:, 1 + nodes :])] if offsets else [""] * len(facts)
         return [f"k{level}\n{fact}\n{line}{start}>" for fact, line, start in zip(facts, lines, inputs_RC[:, 0].tolist())]
