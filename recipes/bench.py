@@ -264,7 +264,8 @@ class Bench:
         for turn, name in itertools.product(range(turns), self.bench.arms):
             progress.update(task, description=f"{tuple(cell)}: {name}, turn {turn + 1} of {turns}")
             if name not in arms:
-                arms[name] = self.arm(name, watches[name])
+                with one_sentence():  # a folder without weights
+                    arms[name] = self.arm(name, watches[name])
             arms[name].train()
             if turn == turns - 1:
                 last = arms.pop(name)

@@ -52,6 +52,14 @@ def test_a_model_without_weights_is_timed_on_random_ones(bench, tmp_path):
     assert set(results["cells"][0]["seconds"]) == {"ours", "dense"}, "a row longer than the model's positions"
 
 
+def test_a_folder_without_weights_is_said(bench, tmp_path):
+    (tmp_path / "model.safetensors").unlink()
+    done = bench("--cells", "48,3,2,2,2")
+    assert done.returncode == 1
+    assert "model.safetensors" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
