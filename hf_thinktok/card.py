@@ -224,6 +224,8 @@ def read_results(path: Path) -> dict[str, Any]:
         ValueError: there are none.
     """
     file = path / "results.json" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"There is no {path}: name a results file, or the output_dir of a run that wrote one.")
     if not file.is_file():
         raise ValueError(f"{path} has no results.json: name a results file, or the output_dir of a run that wrote one.")
     try:

@@ -133,8 +133,11 @@ def run_card(args: argparse.Namespace) -> None:
         card = render_card(read_results(args.results), args.repository, args.title, thinking_tokens_of(args.results))
     if args.output is None:
         print(card)
-    else:
-        with usage(), written_whole(args.output) as file:
+        return
+    with usage():
+        if args.output.exists() and not args.output.read_text(errors="replace").startswith("---\n"):
+            raise ValueError(f"{args.output} is there, and no model card: name another file.")
+        with written_whole(args.output) as file:
             file.write(card.encode())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_run, check_text, check_values
+from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -321,6 +321,7 @@ class ThinkTokConfig(SFTConfig):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # transformers knows it of losses alone
             self.greater_is_better: bool | None = False
         super().__post_init__()
+        check_reporters(self)
         given: dict[str, Any] = self.model_init_kwargs or {}
         if "torch_dtype" in given:  # the older name, beside which TRL's default for the newer one would win
             self.model_init_kwargs: dict[str, Any] | None = {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}

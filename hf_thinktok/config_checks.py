@@ -5,6 +5,8 @@ from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
 from .errors import RunError
 from .exploration import ever
 from .rewards import resolve_rewards
@@ -55,11 +57,17 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "num_completions_to_print": 1,
         "prompt_length": 1,
         "revive_every": 0,
+        "learning_rate": 0,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
     }
-    _check_numbers(config, (*least, "num_think_tokens", "lookahead", "search_changes", "alternate"))
+    _check_numbers(config, (*(name for name in least if name in own), "num_think_tokens", "lookahead", "search_changes", "alternate"))
     for name, bound in least.items():
         if getattr(config, name) < bound:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {bound}.")
+    if config.max_length is not None and config.max_length < 1:
+        raise ValueError(f"max_length={config.max_length} must be at least 1, or null for rows as long as they are.")
     if config.num_think_tokens is not None and config.num_think_tokens < 0:
         raise ValueError(f"num_think_tokens={config.num_think_tokens} must be 0 (no thinking) or more.")
     if config.lookahead is not None and config.lookahead < 1:
@@ -95,6 +103,8 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
     for name in WEIGHTS:
         if getattr(config, name) < 0:
             raise ValueError(f"{name}={getattr(config, name)} must not be negative.")
+    if any(not isinstance(name, str) for name in config.reward_funcs):
+        raise ValueError("reward_funcs has what is no name, and a checkpoint keeps names: give functions to ThinkTokTrainer(..., reward_funcs=[...]).")
     resolve_rewards(config.reward_funcs)
     # Functions are passed to the trainer, which counts them.
     if (
@@ -105,6 +115,13 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} entries and reward_funcs {len(config.reward_funcs)}: give one weight for each reward."
         )
+
+
+def check_reporters(config: "ThinkTokConfig") -> None:
+    """What is missing there transformers says in a stack trace, once the model is loaded."""
+    missing = {*INTEGRATION_TO_CALLBACK} - {*get_available_reporting_integrations(), "flyte"}  # whose package it does not look for
+    if names := [name for name in config.report_to if name in missing]:
+        raise ValueError(f"report_to={names[0]}: its package is not installed. Install it, or set report_to=none.")
 
 
 def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:

@@ -41,6 +41,9 @@ class TextArguments:
     data_split_seed: int = field(default=0, metadata={"help": "Seed of both held-out parts; the same for all runs that are compared."})
 
     def __post_init__(self):
+        for name, least in (("max_documents", 1), ("held_out_documents", 0), ("test_documents", 0)):
+            if (count := getattr(self, name)) is not None and count < least:
+                raise ValueError(f"{name}={count} must be at least {least}.")
         if isinstance(self.data_files, str):
             self.data_files = [self.data_files]
         for name in self.data_files or []:
@@ -170,7 +173,8 @@ def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:
             parts.append(Dataset.from_list(list(text.take(count))))
             text = text.skip(count)
         elif count >= len(text):
-            raise ValueError(f"{name}={count} leaves nothing to train on: the data has {len(text)} documents.")
+            more = ", or 0 for none" if name == "test_documents" else ", or 0 for no evaluation"
+            raise ValueError(f"{name}={count} leaves nothing to train on, as there are {len(text)} documents: give a smaller number{more}.")
         else:
             divided = text.train_test_split(test_size=count, seed=seed)
             text = divided["train"]

@@ -33,7 +33,7 @@ import transformers
 from datasets import Dataset
 from rich.progress import Progress
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PrinterCallback, Trainer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.bench_tables import BENCH_ARMS, print_bench
@@ -41,6 +41,7 @@ from hf_thinktok.engine import TreeEngine
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs
 from hf_thinktok.memory import PeakOfSecondStep
+from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model, standard_library
 from hf_thinktok.tree import Branching
@@ -340,5 +341,5 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
 
 if __name__ == "__main__":
     with one_sentence():
-        told = TrlParser((BenchArguments, ThinkTokConfig, ModelConfig)).parse_args_and_config(fail_with_unknown_args=True)
+        told = read_options(recipe_parser(__doc__, BenchArguments, ThinkTokConfig, ModelConfig))
     main(*told)

@@ -52,6 +52,7 @@ from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.report import Run, write_report
+from hf_thinktok.recipe_options import command_line, read_options, recipe_parser
 from hf_thinktok.results import environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import ReportArguments, TextArguments, check_column, unseen_text
@@ -228,10 +229,9 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
 
 def read() -> tuple[dict[str, Any], CompareArguments]:
     """What the config and the command line say: the recipe's options, and the comparison's own."""
-    parser = TrlParser((CompareArguments, *KINDS), description=__doc__.split("\n")[0], allow_abbrev=False)
-    chosen, *_ = parser.parse_args_and_config(fail_with_unknown_args=True)
+    parser, words = recipe_parser(__doc__, CompareArguments, *KINDS), command_line()
+    chosen, *_ = read_options(parser, words)
     read_mappings(chosen, "arms")
-    words = sys.argv[1:]
     recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # leaves what was told

@@ -22,12 +22,13 @@ import sys
 from pathlib import Path
 
 import torch
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.checkpoints import PushError
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.loading import fit_to_cpu, init_kwargs
+from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import PretrainArguments, check_column, load_text, split
@@ -87,9 +88,8 @@ def report(folder: str, documents: int, max_length: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((PretrainArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     with one_sentence():
-        script_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
+        script_args, think_args, model_args = read_options(recipe_parser(__doc__, PretrainArguments, ThinkTokConfig, ModelConfig))
         think_args = fit_to_cpu(think_args)
         options = changed_options(script_args, think_args, model_args)
         the_trainer = make_trainer(script_args, think_args, model_args)

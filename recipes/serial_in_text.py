@@ -21,7 +21,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from toy import by_level, tokenized
 from transformers import AutoTokenizer, set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
@@ -32,6 +32,7 @@ from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.peft import has_adapter, load_whole, merge
+from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task
@@ -157,9 +158,8 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
 
 
 if __name__ == "__main__":
-    parser = TrlParser((MixtureArguments, TextArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     with one_sentence():
-        mixture_args, text_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
+        mixture_args, text_args, think_args, model_args = read_options(recipe_parser(__doc__, MixtureArguments, TextArguments, ThinkTokConfig, ModelConfig))
         read_mappings(mixture_args, "task_options")
         if text_args.dataset_streaming:
             raise ValueError("Both models are trained on the same shuffled rows, which a stream has not: leave dataset_streaming out.")

@@ -20,7 +20,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
@@ -31,6 +31,7 @@ from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.language import describe_language, single_figures
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.report.language import draw_language, print_language
+from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
@@ -220,9 +221,8 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ToyArguments, ThinkTokConfig, ModelConfig), description=__doc__.split("\n")[0])
     with one_sentence():
-        toy_args, think_args, model_args = parser.parse_args_and_config(fail_with_unknown_args=True)
+        toy_args, think_args, model_args = read_options(recipe_parser(__doc__, ToyArguments, ThinkTokConfig, ModelConfig))
         read_mappings(toy_args, "task_options", "model_shape")
         check_unquantized(model_args)
         check_not_pushed(think_args)

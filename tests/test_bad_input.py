@@ -81,6 +81,12 @@ BAD_VALUES = [
     ({"num_generations": 0}, ["num_generations=0", "at least 1"]),
     ({"max_think_length": 0}, ["max_think_length=0", "at least 1"]),
     ({"num_forks": -1}, ["num_forks=-1", "at least 0"]),
+    ({"reward_funcs": ["log_prob", len]}, ["reward_funcs", "ThinkTokTrainer", "functions"]),
+    ({"learning_rate": -1e-4}, ["learning_rate=-0.0001", "at least 0"]),
+    ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size=0", "at least 1"]),
+    ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps=0", "at least 1"]),
+    ({"max_length": -1}, ["max_length=-1", "at least 1"]),
+    ({"report_to": "clearml"}, ["report_to=clearml", "not installed", "report_to=none"]),
     ({"num_think_tokens": -4}, ["num_think_tokens=-4"]),
     ({"num_iterations": 0}, ["num_iterations=0"]),
     ({"top_k": -1}, ["top_k=-1"]),
@@ -968,6 +974,9 @@ def test_two_models_and_what_does_not_go_with_them(train, options, extra, words)
 def test_text_that_is_not_there_is_one_sentence():
     with pytest.raises(ValueError, match="data_files names nowhere.jsonl, and there is no such file"):
         TextArguments(data_files=["nowhere.jsonl"])
+    for name, count, least in (("max_documents", 0, 1), ("held_out_documents", -3, 0), ("test_documents", -1, 0)):
+        with pytest.raises(ValueError, match=f"^{name}={count} must be at least {least}.$"):
+            TextArguments(**{name: count})
     assert TextArguments(data_files=["hf://datasets/me/mine/a.jsonl", "parts/*.jsonl"]).data_files
 
 

@@ -79,7 +79,7 @@ def test_what_cannot_be_timed_is_said(bench, options, words):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--frobnicate", "3"], "--frobnicate"),
+        (["--frobnicate", "3"], "frobnicate"),
         (["--load_in_4bit", "true"], "have no effect here"),
         (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
     ],

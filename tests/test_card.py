@@ -39,7 +39,7 @@ def test_the_recipe_of_the_command_exists_and_takes_the_options(name):
     card = render_card(json.loads((RESULTS / f"{name}.json").read_text()), "me/model")
     recipe = re.search(r"(recipes/\w+\.py) --config config.yaml", card)[1]
     source = (ROOT / recipe).read_text()
-    assert "parse_args_and_config" in source
+    assert "read_options" in source
     compile(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], "card", "exec")
 
 
@@ -60,6 +60,11 @@ def test_the_command_writes_a_card_or_says_why_not(tmp_path, capsys):
     assert "has no results.json" in capsys.readouterr().err
     assert main(["card", str(RESULTS / "quickstart.json"), "me/model", "--output", str(tmp_path / "new" / "card.md")]) == 0
     assert (tmp_path / "new" / "card.md").read_text().startswith("---")
+    assert main(["card", str(RESULTS / "quickstart.json"), "me/model", "--output", str(tmp_path / "new" / "card.md")]) == 0, "a card is replaced"
+    (tmp_path / "README.md").write_text("# Mine\n")
+    assert main(["card", str(RESULTS / "quickstart.json"), "me/model", "--output", str(tmp_path / "README.md")]) == 2
+    assert "no model card: name another file" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
     with pytest.raises(SystemExit):
         main(["card", str(RESULTS / "quickstart.json"), "me/model", "--output", str(tmp_path)])
     assert "is a folder: name a file" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from commands import ROOT, in_process
+from models import tiny_model, tiny_tokenizer
 
 from hf_thinktok import ThinkTokConfig
 from hf_thinktok.config_checks import default_of
@@ -60,10 +61,55 @@ def test_links_and_images_exist():
 
 def test_options_in_the_docs_exist():
     text = "".join(page.read_text() for page in [ROOT / "README.md", ROOT / "docs" / "concepts.md"])
+    text += re.sub(r"(?m)^\| .*?\|", "", (ROOT / "docs" / "usage.md").read_text())  # but for the first column of tables, which has what is logged
     options = set(re.findall(r"`(\w+_\w+)(?:=[^`]*)?`", text)) & set(re.findall(r"`((?:think|stop|num|max|fork)_\w+)", text))
     options -= set(TASK_COLUMNS)  # of the data, not of the config
     assert options
     assert all(hasattr(ThinkTokConfig, name) or name in ThinkTokConfig.__dataclass_fields__ for name in options), options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": "learned"},
+        {"stop": "fixed", "balance_coef": 0.1, "thought_entropy_target": 0.3, "beta": 0.1, "revive_every": 1, "reward_funcs": ["log_prob", "accuracy"]},
+    ],
+    ids=["learned", "fixed"],
+)
+def test_what_a_run_logs_is_explained(make_trainer, options):
+    page = (ROOT / "docs" / "usage.md").read_text()
+    explained = set(re.findall(r"`([\w/]+)`", "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))))
+    trainer = make_trainer(max_steps=1, logging_steps=1, **options)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    of_transformers = {"epoch", "step", "grad_norm", "learning_rate", "train_loss", "mean_token_accuracy", "entropy"}
+    speeds = re.compile(r"(train|eval)_(runtime|samples_per_second|steps_per_second|step_seconds)")
+    logged = {re.sub("^rewards/.*", "rewards/NAME", name) for entry in trainer.state.log_history for name in entry if not speeds.fullmatch(name)}
+    assert {"think_gain", "eval_gain"} <= logged
+    assert {name for name in logged - of_transformers if name.removesuffix("_stderr") not in explained} == set()
+
+
+def test_the_examples_from_python_run(tmp_path, monkeypatch, corpus):
+    """As they stand, but for the names of the model and of the text."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained("tiny")
+    tokenizer.save_pretrained("tiny")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: corpus)
+    names = {"max_length": 48, "use_cpu": True, "bf16": False, "max_steps": 1, "num_forks": 2, "report_to": "none"}
+    given = ", ".join(f"{name}={value!r}" for name, value in names.items())
+    space: dict = {}
+    first = blocks[0].replace('"HuggingFaceTB/SmolLM2-135M"', '"tiny"').replace('ThinkTokConfig("outputs/mine", ', f'ThinkTokConfig("outputs/mine", {given}, ')
+    exec(first, space)
+    space["trainer"].train()
+    assert any("rewards/surprise" in entry for entry in space["trainer"].state.log_history)
+    space["trainer"].save_model()
+    exec(blocks[1].replace("max_new_tokens=64", "max_new_tokens=8"), space)
+    space["model"], space["tokenizer"] = tiny_model("llama", vocab_size=len(tokenizer)), tiny_tokenizer()
+    exec(blocks[2], space)
+    assert space["vocabulary"].num_tokens == 32
 
 
 def test_defaults_are_those_of_the_docstring():

@@ -165,7 +165,7 @@ def test_help_names_every_option():
         (["--num_generations", "1"], "error: num_generations=1"),
         (["--text_template", "{qestion}"], "names the column"),
         (["--enable_jit_checkpoint", "true", "--text_template", "{question}"], "SIGTERM saves a checkpoint already"),
-        (["--dataset_test_split", "validation"], "--dataset_test_split"),
+        (["--dataset_test_split", "validation"], "dataset_test_split, which is not known; did you mean dataset_train_split?"),
         ([], "make it with text_template"),
         (["--text_template", "{question}", "--dataset_text_field", "body"], "make the text with --text_template '{body}'"),
         (["--text_template", "{question}", "--resume_from_checkpoint", "true"], "There is no whole checkpoint in"),

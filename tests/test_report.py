@@ -231,7 +231,7 @@ def test_curves_of_a_run_with_checkpoints_are_drawn(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["report", "nowhere"], "nowhere has no results.json"),
+        (["report", "nowhere"], "There is no nowhere"),
         (["report", "{}/other.json"], "other.json is of another kind"),
         (["inspect", "{}", " "], "The prompt is empty"),
         (["inspect", "{}", "a", "--file", "b"], "not both"),

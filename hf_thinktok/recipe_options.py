@@ -1,0 +1,86 @@
+"""The options of a recipe: what `--help` shows of them, and how they are read from the command line and a YAML file."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from .config import ThinkTokConfig
+
+FROM_A_FILE = "Options may stand in a YAML file, `--config FILE`; those of the command line come before them."
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the options, and a recipe's description as it was written."""
+
+
+def recipe_parser(doc: str, *kinds: type) -> TrlParser:
+    """A parser of these dataclasses whose help has a group for each, and thinking apart from what transformers and TRL know.
+
+    Args:
+        doc: the recipe's docstring.
+    """
+    described = {"usage": "%(prog)s [--config FILE] [--option value ...]", "description": f"{doc.strip()}\n\n{FROM_A_FILE}"}
+    parser = TrlParser(kinds, **described, formatter_class=_Help, allow_abbrev=False)
+    trained = {entry.name for entry in fields(SFTConfig)}
+    models = {entry.name for entry in fields(ModelConfig)}
+    own = {entry.name for kind in kinds if kind not in (ThinkTokConfig, ModelConfig) for entry in fields(kind)} - trained
+    groups = {
+        "this recipe": own,
+        "thinking": {entry.name for entry in fields(ThinkTokConfig)} - trained - own,
+        "model": models - trained - own,
+        "training, of TRL": trained - {entry.name for entry in fields(TrainingArguments)},
+        "training, of transformers": trained,
+    }
+    left = list(parser._optionals._group_actions)
+    for title, names in groups.items():
+        chosen = [action for action in left if action.dest in names]
+        left = [action for action in left if action.dest not in names]
+        if chosen:
+            parser.add_argument_group(title)._group_actions.extend(chosen)
+    parser._optionals._group_actions[:] = left
+    return parser
+
+
+def command_line() -> list[str]:
+    """The words of the command line, in the form that TRL knows a config by."""
+    return [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+
+
+def read_options(parser: TrlParser, words: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """The parser's dataclasses as they are told.
+
+    Args:
+        words: by default the command line's.
+
+    Raises:
+        ValueError: an option that is not known, of which the nearest is named, or a value that cannot be read.
+        YAMLError: the file is no YAML.
+    """
+    words = command_line() if words is None else list(words)
+
+    def refuse(message: str):
+        raise ValueError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    known = [word.removeprefix("--") for action in parser._actions for word in action.option_strings]
+    path = words[words.index("--config") + 1] if "--config" in words[:-1] else None
+    if words[-1:] == ["--config"]:
+        raise ValueError("--config needs a YAML file.")
+    try:
+        *options, of_file, of_line = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+    except OSError as error:
+        if path is None or error.filename != path:
+            raise
+        raise ValueError(f"The config {path} cannot be read: {error.strerror}.") from error
+    for unknown, where in ((of_file, f"{path} has the option"), (of_line, "The command line has the option")):
+        if unknown:
+            name = unknown[0].split("=")[0].removeprefix("--")
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"{where} {name}, which is not known" + (f"; did you mean {near[0]}?" if near else "."))
+    return tuple(options)
