@@ -36,13 +36,16 @@ MADE_WITH = "made_with"  # in the file of a trainer's state, beside its parts
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint of a run that was written to its end, if there is one."""
-    found = {int(match[1]): path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (match := re.search(r"-(\d+)$", path.name))}
-    for step in sorted(found, reverse=True):
-        if (found[step] / COMPLETE_FILE).exists():
-            return str(found[step])
-        logger.warning("%s was not written to its end and is left alone.", found[step])
-    return None
+    """The checkpoint of a run that was last written to its end, if there is one. One that went back, or began anew, may be at an earlier step than others."""
+    whole = []
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (match := re.search(r"-(\d+)$", path.name)) is None:
+            continue
+        if (path / COMPLETE_FILE).exists():
+            whole.append(((path / COMPLETE_FILE).stat().st_mtime_ns, int(match[1]), path))
+        else:
+            logger.warning("%s was not written to its end and is left alone.", path)
+    return str(max(whole)[-1]) if whole else None
 
 
 CARD = """
@@ -133,8 +136,9 @@ class Preemption(TrainerCallback):
             state.best_model_checkpoint = None
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.agreed and state.epoch % 1:  # it is not at its end
-            control.should_evaluate = control.should_save = False
+        if self.agreed:  # the step's end has saved
+            control.should_save = False
+            control.should_evaluate &= not state.epoch % 1  # else it is not at its end
 
 
 class CheckpointingTrainer(SFTTrainer):

@@ -171,7 +171,7 @@ class ThinkTokConfig(SFTConfig):
             `group` (minus the group's mean), `loo` (minus the others' mean), `token` (credit of each thinking token; one judged token), or `value` (minus
             what a linear value function of the fork's hidden state expects; one thought at a fork is then enough).
         scale_rewards (`str`, defaults to `"none"`):
-            Divide advantages by the rewards' standard deviation of the `group` or the `batch`.
+            Divide advantages by the rewards' standard deviation of the `group` or the `batch` (of the rows that a process has at a time, other than in TRL).
 
         > The loss
 

@@ -1,5 +1,6 @@
 """What a `ThinkTokConfig` is refused for, each with the sentence that mends it: impossible values, options that cannot go together, or do nothing."""
 
+import math
 from collections.abc import Collection
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost", "stop_smoothing")
 SCHEDULED_FRACTIONS = ("epsilon_greedy", "thought_entropy_target", "stop_smoothing")
+LISTS = ("alternate", "reward_funcs", "reward_weights", "fork_markers", "think_init_words")
 FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report (`GainByDocument`), that of which the best model has least.
@@ -42,6 +44,12 @@ OF_COMPARISON = ("reward_funcs", "reward_weights", "advantage", "scale_rewards")
 
 def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
     """Each option by itself; choices of those named `own`, the others' are their libraries'."""
+    for name in {*own} - {"lookahead"}:  # which may have no bound
+        if getattr(config, name) is None and (default := default_of(type(config), name)) is not None:
+            raise ValueError(f"{name} is null: give a value, or leave it out for its default, {default}.")
+    for name in LISTS:
+        if not isinstance(value := getattr(config, name), list | tuple | None):
+            raise ValueError(f"{name}={value!r} is no list: give a list of them.")
     for entry in fields(config):
         allowed = entry.metadata.get("choices") if entry.name in own else None
         if allowed and (value := getattr(config, entry.name)) not in allowed:
@@ -92,10 +100,8 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
     if thresholds is not None and (not thresholds or min(thresholds) < 0 or max(thresholds) > 1):
         raise ValueError(f"curriculum_threshold={thresholds} must be between 0 and 1: one number, or one for each level of the data but the last.")
     for name in ("fork_markers", "think_init_words"):
-        if isinstance(texts := getattr(config, name), str):
-            raise ValueError(f"{name}={texts!r} is one text: give a list of them.")
-    if any(not isinstance(word, str) for word in config.think_init_words or ()):
-        raise ValueError(f"think_init_words={config.think_init_words!r} is to be a list of texts: put numbers in quotes.")
+        if any(not isinstance(text, str) for text in getattr(config, name) or ()):
+            raise ValueError(f"{name}={getattr(config, name)!r} is to be a list of texts: put numbers in quotes.")
     if config.alternate is not None and (len(config.alternate) != 2 or min(config.alternate) < 1):
         raise ValueError(f"alternate={config.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
     if config.posterior_temperature <= 0:
@@ -131,6 +137,8 @@ def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
         for one in value if isinstance(value, list) else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, Integral if name in whole else Real)):
                 raise ValueError(f"{name}={value!r} is not made of {'whole ' if name in whole else ''}numbers.")
+            if one is not None and not math.isfinite(one):
+                raise ValueError(f"{name}={value!r} is not finite.")
 
 
 def check_text(config: "ThinkTokConfig") -> None:

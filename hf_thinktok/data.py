@@ -53,7 +53,7 @@ class TreeCollator(DataCollatorForLanguageModeling):
             raise ValueError("A row has labels of another number than its input_ids: give each token one (-100 for none), or drop the column 'labels'.")
         for column in self.columns:
             if column in examples[0] and column != "thoughts":
-                values = [torch.tensor(example[column]) for example in examples]
+                values = [torch.tensor(example[column], dtype=torch.long) for example in examples]  # of an empty list it would be another
                 batch[column] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
         if "thoughts" in self.columns and "thoughts" in examples[0]:
             thoughts = [torch.tensor(example["thoughts"], dtype=torch.long) for example in examples]

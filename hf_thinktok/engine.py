@@ -178,7 +178,8 @@ class TreeEngine(_Engine):
     def decoder(self, model, room: Room | None = None) -> Decoder:
         # A call of FlexAttention takes the host several times as long as one of a run. Of a replay it is none.
         mask_of = functools.partial(self._mask, model, flex=self.flex and room is not None)
-        return CachedDecoder(model if room is None else _local(model), mask_of, room)
+        # DDP's own forward may broadcast buffers, and whether passes are replayed is each process's affair.
+        return CachedDecoder(_local(model), mask_of, room)
 
 
 class ReplicatedEngine(_Engine):

@@ -36,6 +36,7 @@ def given_lengths(given: Tensor, marked_BT: Tensor) -> Tensor:
     """Thinking tokens at each place, `[B, T]`, as the data says: one number for all places of a row, `[B]`, or one for each that is marked, `[B, J]`."""
     if given.ndim == 1:
         return given[:, None].expand_as(marked_BT)
+    given = torch.nn.functional.pad(given, (0, 1))  # a row may have no such place
     number_BT = (marked_BT.cumsum(1) - 1).clamp(0, given.shape[1] - 1)
     return given.gather(1, number_BT) * marked_BT
 
@@ -79,6 +80,22 @@ def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tenso
     room = positions - args.max_think_length
     fits_BT = lengths_BT <= room
     return fits_BT if args.lookahead is None else fits_BT | (document_positions(documents_BT) + args.lookahead <= room)
+
+
+def may_think(args: "ThinkTokConfig", model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, markers: list[list[int]]) -> Tensor:
+    """Where a batch's rows may have forks, `[B, T]` bool.
+
+    Args:
+        inputs: `input_ids`, `documents`, and where the data has them `think_length`.
+        markers: as of `marker_ids`.
+    """
+    eligible_BT = eligible_forks(labels_BT, inputs["documents"], unlabelled=args.reads_thinking) & has_room(args, model, inputs["documents"])
+    if args.fork_positions != "markers":
+        return eligible_BT
+    marked_BT = ends_of(markers, inputs["input_ids"])
+    if "think_length" in inputs and inputs["think_length"].ndim > 1:  # a number for each marked place, and none where it is 0
+        marked_BT &= given_lengths(inputs["think_length"], marked_BT) > 0
+    return eligible_BT & marked_BT
 
 
 def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:

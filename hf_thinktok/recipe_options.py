@@ -67,7 +67,7 @@ def read_options(parser: TrlParser, words: Sequence[str] | None = None) -> tuple
     def refuse(message: str):
         raise ValueError(message)
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = refuse
     known = [word.removeprefix("--") for action in parser._actions for word in action.option_strings]
     path = words[words.index("--config") + 1] if "--config" in words[:-1] else None
     if words[-1:] == ["--config"]:

@@ -27,7 +27,7 @@ from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_num
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, eligible_forks, ends_of, given_lengths, has_room, marker_ids
+from .forks import check_markers, check_positions, choose_forks, ends_of, given_lengths, marker_ids, may_think
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
 from .measuring import MeasuringTrainer
@@ -221,6 +221,7 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
+        self._shares: Tensor | None = None  # of a step's forks, by batch
 
     # ---------------------------------------------------------------- the algorithm
 
@@ -242,7 +243,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         # A token of the text weighs as in TRL. `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
         tokens = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
         token_weight = self._ranks_to_average(num_items_in_batch) / torch.as_tensor(tokens).clamp(min=1)
-        accumulated = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        divided = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+        share = self._share_of_step(turn) * divided
         loss = args.text_ce_weight * token_weight * -scores.trunk_logps_BT.sum()
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
@@ -254,7 +256,7 @@ class ThinkTokTrainer(MeasuringTrainer):
                 args,
                 self.rewards,
                 self.reward_weights,
-                token_weight * accumulated,
+                token_weight / share,
                 global_mean=self._global_mean,
                 step=step,
                 first_id=self.vocabulary.first_id,
@@ -262,7 +264,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             )
             if args.num_iterations > 1 and rollout.old_logps_BKGA is None:
                 rollout.old_logps_BKGA = actions(scores, rollout, args)[0].detach()
-            loss = loss + thinking / accumulated
+            loss = loss + share * thinking
             if self.revival is not None:
                 self.revival.observe(rollout, scores)
         elif self.curriculum is not None:  # an easy level may have no place to think at
@@ -337,13 +339,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         args, tokens_BT, documents_BT, entropy_BT = self.args, inputs["input_ids"], inputs["documents"], None
         if not args.thinks or (self.model.training and self.state.global_step < args.think_start):
             return tokens_BT.new_zeros(len(tokens_BT), 0)
-        eligible_BT = eligible_forks(labels_BT, documents_BT, unlabelled=args.reads_thinking)
-        eligible_BT &= has_room(args, unwrapped(model), documents_BT)
-        if args.fork_positions == "markers":
-            marked_BT = ends_of(self.markers, tokens_BT)
-            eligible_BT &= marked_BT
-            if "think_length" in inputs and inputs["think_length"].ndim > 1:  # a number for each marked place, and none where it is 0
-                eligible_BT &= given_lengths(inputs["think_length"], marked_BT) > 0
+        eligible_BT = may_think(args, unwrapped(self.model), inputs, labels_BT, self.markers)
         if how == "entropy":
             entropy_BT = self._entropy(model, tokens_BT, documents_BT)
         forks_BK = choose_forks(eligible_BT, args.num_forks, how, generator, entropy_BT)
@@ -449,6 +445,24 @@ class ThinkTokTrainer(MeasuringTrainer):
         with evaluating(reference), self.model.disable_adapter() if self.reference is None else contextlib.nullcontext():
             scores = self._score(reference, tree, tokens_BT, labels_BT, rollout)
         return actions(scores, rollout, self.args)[0].detach()
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Counts the forks of each of a step's batches as well, over all processes, as the base class counts tokens: a step's loss is a mean over all of them,
+        however its rows are divided."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._shares = None
+        if self.args.thinks and len(batches) > 1:
+            may = [may_think(self.args, unwrapped(self.model), inputs, self._labels(inputs), self.markers) for inputs in batches]
+            counts = [each_BT.sum(1) if self.args.fork_positions == "all" else each_BT.sum(1).clamp(max=self.args.num_forks) for each_BT in may]
+            counts_A = self.accelerator.reduce(torch.stack([count_B.sum() for count_B in counts]).float(), reduction="sum")
+            self._shares = counts_A / counts_A.sum().clamp(min=1)
+        return batches, num_items_in_batch
+
+    def _share_of_step(self, turn: int) -> Tensor | float:
+        """The part of a step's forks that are this batch's. Where it has none there is nothing to weigh."""
+        if self._shares is None or self._shares[turn] == 0:
+            return 1 / self.current_gradient_accumulation_steps
+        return self._shares[turn]
 
     def _ranks_to_average(self, num_items_in_batch) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1

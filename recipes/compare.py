@@ -51,8 +51,8 @@ from hf_thinktok.evaluation.tables import print_comparison
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
-from hf_thinktok.report import Run, write_report
 from hf_thinktok.recipe_options import command_line, read_options, recipe_parser
+from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import ReportArguments, TextArguments, check_column, unseen_text

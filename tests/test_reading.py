@@ -156,6 +156,14 @@ def test_thoughts_that_a_rank_has_none_of_are_no_error(reading, marker):
     assert "accuracy" not in trainer.state.log_history[0]  # without levels a text's accuracy is nobody's business
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_row_without_a_marker_has_an_empty_list(reading, marker, batch):
+    rows = Dataset.from_list([{"input_ids": [101, 102, 103], "labels": [-100, 102, 103], "level": 1, "think_length": []}, *steps(marker, (3,))] * 4)
+    trainer = reading(rows=rows, text_ce_weight=1.0, max_steps=4, per_device_train_batch_size=batch, shuffle_dataset=False)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
 def test_lists_of_lengths_fit_the_markers_or_are_refused(reading, marker):
     rows = steps(marker, (3, 3, 3, 3))
     wrong = rows.map(lambda row: {"think_length": [1, 0]})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from captures import captured
 from plain_rows import thinker
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_thinktok import architectures, engine, flex, replay
 from hf_thinktok.engine import TreeEngine
@@ -135,3 +136,16 @@ def test_rows_of_other_lengths_are_not_replayed(captures):
     assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
     assert how.kept_bytes == 0
     assert len(captures) == 2
+
+
+def test_processes_decode_each_by_itself(monkeypatch):
+    """DDP's own forward may exchange buffers, and one process may replay a pass that another runs: whoever waits there would wait for ever."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        model, vocabulary = thinker("llama", "sdpa")
+        wrapped = DistributedDataParallel(model)
+        wanted = think(TreeEngine(256), model, vocabulary, 0).thoughts_BKGL
+        monkeypatch.setattr(DistributedDataParallel, "forward", lambda *args, **kwargs: pytest.fail("it asked the others"))
+        assert torch.equal(think(TreeEngine(256), wrapped, vocabulary, 0).thoughts_BKGL, wanted)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ from tiny_run import KilledAtStep, main
 from transformers import TrainerCallback
 
 from hf_thinktok import ThinkTokTrainer
-from hf_thinktok.checkpoints import STATE_FILE, CheckpointError, newest_checkpoint
+from hf_thinktok.checkpoints import COMPLETE_FILE, STATE_FILE, CheckpointError, newest_checkpoint
 
 HERE = Path(__file__).parent
 # Checkpoints after two and four of six steps, each with several files: a kill hits between them, in the first of them, or in a later file.
@@ -136,6 +136,19 @@ def test_asked_to_end_within_an_epoch_it_evaluates_no_part_of_one(asked_to_end):
     assert not any("evaluated" in entry for entry in trainer.state.log_history)
 
 
+def test_asked_to_end_at_an_epoch_s_end_it_saves_once(asked_to_end):
+    """A second save of the same step would begin by taking away that the first, maybe the only one there is, was whole."""
+    saves = []
+
+    class KilledBefore(KilledAtStep):
+        def on_save(self, args, state, control, **kwargs):
+            saves.append(state.global_step)
+
+    _, told = asked_to_end(KilledBefore(1, signal.SIGTERM), per_device_train_batch_size=16, save_strategy="epoch", save_total_limit=1)
+    assert "SIGTERM: saved after step 2" in told
+    assert saves == [2]
+
+
 @pytest.mark.parametrize(
     ("event", "options", "saved"),
     [
@@ -149,6 +162,17 @@ def test_asked_to_end_after_the_last_step_it_ends_so(asked_to_end, event, option
     _, told = asked_to_end(TerminatedAfter(event, 4), **options)
     assert told.count("SIGTERM") == 1
     assert saved in told
+
+
+def test_the_newest_is_what_was_written_last(tmp_path):
+    """A run that began anew in the folder of another, or went back, has fewer steps than what lies there."""
+    for step, second in ((6, 1000), (2, 2000), (4, 2000), (8, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if second:
+            (folder / COMPLETE_FILE).touch()
+            os.utime(folder / COMPLETE_FILE, (second, second))
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_what_cannot_be_resumed_from(tmp_path):

@@ -585,7 +585,8 @@ def test_facts_written_twice_ask_the_same():
     assert twice.shortcut == once.shortcut
     for rows in ("train", "test"):
         a, b = getattr(once, rows), getattr(twice, rows)
-        assert a["completion"][:] == b["completion"][:] and a["inputs"][:] == b["inputs"][:]
+        assert a["completion"][:] == b["completion"][:]
+        assert a["inputs"][:] == b["inputs"][:]
         assert all(len(long.split()) == len(short.split()) + 6 for short, long in zip(a["prompt"][:], b["prompt"][:], strict=True))
 
 

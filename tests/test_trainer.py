@@ -1,5 +1,6 @@
 """The trainer as a whole: what it reduces to, what it learns, how it resumes, what it writes."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -102,6 +103,30 @@ def test_a_real_token_weighs_the_same_after_a_thought_as_in_the_text(make_traine
     assert len(set(counts)) == 1
     assert counts[0] > 10 * forks / 3
     assert found[1.0] - found[0.0] == pytest.approx(-reward * forks / counts[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"gate_loss_weight": 1.0}, {"think_cost": 0.3, "gate_loss_weight": 0.5, "think_ce_weight": 1.0}], ids=str)
+def test_rows_of_any_length_weigh_the_same_however_a_step_is_divided(make_trainer, options):
+    """With a single thinking token nothing is left to chance. A fork in a row of two tokens is one of all forks of the step, and not half of it."""
+    texts = ["a cat", "the cat sat on the mat and looked at the moon.", "hm", "3 + 4 = 7, and 7 + 5 = 12"]
+    options = {
+        "text_ce_weight": 0.0,
+        "think_ce_weight": 0.0,
+        "think_loss_weight": 0.0,
+        "num_think_tokens": 1,
+        "num_forks": 16,
+        "fork_positions": "all",
+    } | options
+    options |= {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "logging_steps": 1, "max_think_length": 2}
+    model, found = tiny_model("llama", vocab_size=len(tiny_tokenizer())), {}
+    for rows in (4, 2, 1):
+        own, data = copy.deepcopy(model), Dataset.from_dict({"text": texts})
+        trainer = make_trainer(model=own, train_dataset=data, per_device_train_batch_size=rows, gradient_accumulation_steps=4 // rows, **options)
+        trainer.train()
+        found[rows] = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    assert (found[4] - torch.cat([parameter.detach().flatten() for parameter in make_trainer(model=model, **options).model.parameters()])).norm() > 1e-3
+    torch.testing.assert_close(found[2], found[4], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found[1], found[4], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
