@@ -221,7 +221,7 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
-        self._shares: Tensor | None = None  # of a step's forks, by batch
+        self._num_batches, self._shares = 1, None  # of the present step, and of its forks that part which is each batch's
 
     # ---------------------------------------------------------------- the algorithm
 
@@ -243,8 +243,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         # A token of the text weighs as in TRL. `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
         tokens = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
         token_weight = self._ranks_to_average(num_items_in_batch) / torch.as_tensor(tokens).clamp(min=1)
-        divided = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
-        share = self._share_of_step(turn) * divided
+        share = self._share_of_step(turn) * (self._num_batches if num_items_in_batch is None else 1)
         loss = args.text_ce_weight * token_weight * -scores.trunk_logps_BT.sum()
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
@@ -450,7 +449,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         """Counts the forks of each of a step's batches as well, over all processes, as the base class counts tokens: a step's loss is a mean over all of them,
         however its rows are divided."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._shares = None
+        self._num_batches, self._shares = len(batches), None
         if self.args.thinks and len(batches) > 1:
             may = [may_think(self.args, unwrapped(self.model), inputs, self._labels(inputs), self.markers) for inputs in batches]
             counts = [each_BT.sum(1) if self.args.fork_positions == "all" else each_BT.sum(1).clamp(max=self.args.num_forks) for each_BT in may]
@@ -461,7 +460,7 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _share_of_step(self, turn: int) -> Tensor | float:
         """The part of a step's forks that are this batch's. Where it has none there is nothing to weigh."""
         if self._shares is None or self._shares[turn] == 0:
-            return 1 / self.current_gradient_accumulation_steps
+            return 1 / self._num_batches
         return self._shares[turn]
 
     def _ranks_to_average(self, num_items_in_batch) -> int:
