@@ -243,7 +243,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         # A token of the text weighs as in TRL. `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
         tokens = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
         token_weight = self._ranks_to_average(num_items_in_batch) / torch.as_tensor(tokens).clamp(min=1)
-        share = self._share_of_step(turn) * (self._num_batches if num_items_in_batch is None else 1)
+        share = 1 / self._num_batches if self._shares is None else self._shares[turn]
+        share = share * (self._num_batches if num_items_in_batch is None else 1)
         loss = args.text_ce_weight * token_weight * -scores.trunk_logps_BT.sum()
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
@@ -454,14 +455,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             may = [may_think(self.args, unwrapped(self.model), inputs, self._labels(inputs), self.markers) for inputs in batches]
             counts = [each_BT.sum(1) if self.args.fork_positions == "all" else each_BT.sum(1).clamp(max=self.args.num_forks) for each_BT in may]
             counts_A = self.accelerator.reduce(torch.stack([count_B.sum() for count_B in counts]).float(), reduction="sum")
-            self._shares = counts_A / counts_A.sum().clamp(min=1)
+            self._shares = torch.where(counts_A > 0, counts_A / counts_A.sum(), 1 / len(batches))  # where there is none there is nothing to weigh
         return batches, num_items_in_batch
-
-    def _share_of_step(self, turn: int) -> Tensor | float:
-        """The part of a step's forks that are this batch's. Where it has none there is nothing to weigh."""
-        if self._shares is None or self._shares[turn] == 0:
-            return 1 / self._num_batches
-        return self._shares[turn]
 
     def _ranks_to_average(self, num_items_in_batch) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
