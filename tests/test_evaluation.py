@@ -244,8 +244,8 @@ def test_summary_of_known_figures():
     ("gain", "over_random", "always_over_random", "words"),
     [
         ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "what is thought matters."),
-        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "not told apart from random."),
-        ((0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not told apart from random where it wants to."),
+        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "not told apart from these: random tokens."),
+        ((0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not told apart from these: where it wants to, random tokens."),
         ((-0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "told from zero"),
         ((-0.3, -0.1), (0.1, 0.2), (0.1, 0.2), "hurts"),
         ((math.nan, math.nan), (math.nan, math.nan), (math.nan, math.nan), "told from zero"),

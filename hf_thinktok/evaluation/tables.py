@@ -69,8 +69,7 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     alike = [control for control, pair in pairs if pair in gains and not gains[pair]["low"] > 0]
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
-    those = ", ".join(alike).replace("think_random", "random where it wants to")
-    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from {those}."
+    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from these: {'; '.join(PLACED[control] for control in alike)}."
     return conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
 
 
