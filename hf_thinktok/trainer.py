@@ -221,7 +221,8 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
-        self._num_batches, self._shares = 1, None  # of the present step, and of its forks that part which is each batch's
+        self._num_batches = 1  # of the present step
+        self._shares: Tensor | None = None  # of its forks, by batch
 
     # ---------------------------------------------------------------- the algorithm
 
