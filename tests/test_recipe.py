@@ -204,6 +204,7 @@ VARIANTS = {
     "ablations": "mod_add_30",
     "pointer_chasing_controls": "pointer_chasing",
     "pointer_chasing_offsets_controls": "pointer_chasing_offsets",
+    "pointer_chasing_offsets_deep": "pointer_chasing_offsets",
     "pointer_chasing_offsets_fillers": "pointer_chasing_offsets",
     "s5_controls": "s5",
     "s5_controls_long": "s5",
