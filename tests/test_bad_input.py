@@ -459,7 +459,7 @@ def test_rewards_of_one_name_are_told_apart(make_trainer):
     assert "rewards/prob" in logged
 
 
-@pytest.mark.parametrize("options", [{"objective": "marginal"}, {"advantage": "token"}], ids=named)
+@pytest.mark.parametrize("options", [{"objective": "marginal"}, {"advantage": "token"}, {"freeze": "thinker"}, {"think_loss_weight": 0.0}], ids=named)
 def test_rewards_of_the_trainer_without_effect(train, options):
     with pytest.raises(ValueError, match="reward_funcs.*no effect") as error:
         train(reward_funcs=["accuracy"], options=options)
