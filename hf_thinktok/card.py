@@ -224,10 +224,9 @@ def read_results(path: Path) -> dict[str, Any]:
         ValueError: there are none.
     """
     file = path / "results.json" if path.is_dir() else path
-    if not path.exists():
-        raise ValueError(f"There is no {path}: name a results file, or the output_dir of a run that wrote one.")
     if not file.is_file():
-        raise ValueError(f"{path} has no results.json: name a results file, or the output_dir of a run that wrote one.")
+        missing = f"{path} has no results.json" if path.exists() else f"There is no {path}"
+        raise ValueError(f"{missing}: name a results file, or the output_dir of a run that wrote one.")
     try:
         results = read_json(file)
     except ValueError:  # no JSON, or no text

@@ -61,19 +61,15 @@ def read_recipe(words: list[str], *kinds: type) -> tuple:
     """A training recipe's options, those of some kinds; whatever else its file says is of no concern here."""
     from trl import TrlParser
 
-    parser = TrlParser(kinds, allow_abbrev=False)
+    from .recipe_options import parse
 
-    def refuse(message: str):
-        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
-
-    parser.error = refuse
     try:
         with warnings.catch_warnings(action="ignore"):
-            *options, _, unknown = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
-    except OSError as error:
-        raise UsageError(f"The file {error.filename} cannot be read: {error.strerror}.") from error
-    except (ValueError, IndexError, YAMLError) as error:
-        raise UsageError(first_line(error) if isinstance(error, ValueError) else "--config needs a YAML file.") from error
+            options, _, unknown = parse(TrlParser(kinds, allow_abbrev=False), words)
+    except YAMLError as error:
+        raise UsageError("--config needs a YAML file.") from error
+    except ValueError as error:
+        raise UsageError(first_line(error)) from error
     if unknown:
         raise UsageError(f"There is no option {unknown[0]}.")
     return tuple(options)

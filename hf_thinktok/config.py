@@ -331,6 +331,11 @@ class ThinkTokConfig(SFTConfig):
         return self.num_think_tokens != 0 and self.num_forks != 0
 
     @property
+    def policy_learns(self) -> bool:
+        """Whether rewards of thoughts move the thinker."""
+        return self.freeze != "thinker" and self.think_loss_weight > 0
+
+    @property
     def reads_thinking(self) -> bool:
         """Whether thoughts after markers stay in the text: then prompts have them as well."""
         return self.fork_positions == "markers" and self.memory == "persistent"

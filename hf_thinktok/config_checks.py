@@ -24,6 +24,7 @@ FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report (`GainByDocument`), that of which the best model has least.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
+POLICY_LEARNS = "think_loss_weight above 0, and freeze=none or speaker"
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
 # rewarded (those, and all fillers), and on thoughts that are not drawn at all.
@@ -44,8 +45,8 @@ OF_COMPARISON = ("reward_funcs", "reward_weights", "advantage", "scale_rewards")
 
 def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
     """Each option by itself; choices of those named `own`, the others' are their libraries'."""
-    for name in {*own} - {"lookahead"}:  # which may have no bound
-        if getattr(config, name) is None and (default := default_of(type(config), name)) is not None:
+    for name in own:
+        if name != "lookahead" and getattr(config, name) is None and (default := default_of(type(config), name)) is not None:  # that may have no bound
             raise ValueError(f"{name} is null: give a value, or leave it out for its default, {default}.")
     for name in LISTS:
         if not isinstance(value := getattr(config, name), list | tuple | None):
@@ -125,9 +126,9 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
 
 def check_reporters(config: "ThinkTokConfig") -> None:
     """What is missing there transformers says in a stack trace, once the model is loaded."""
-    missing = {*INTEGRATION_TO_CALLBACK} - {*get_available_reporting_integrations(), "flyte"}  # whose package it does not look for
-    if names := [name for name in config.report_to if name in missing]:
-        raise ValueError(f"report_to={names[0]}: its package is not installed. Install it, or set report_to=none.")
+    for name in config.report_to:
+        if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):  # whose package it does not look for
+            raise ValueError(f"report_to={name}: its package is not installed. Install it, or set report_to=none.")
 
 
 def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
@@ -302,7 +303,6 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
 def check_effect(config: "ThinkTokConfig") -> None:
     """What would do nothing."""
     thinker_learns, speaker_learns = config.freeze != "thinker", config.freeze != "speaker"
-    policy_learns = thinker_learns and config.think_loss_weight > 0
     effects = {
         "prompt_length": (config.rollout == "free", "rollout=free"),
         "fork_markers": (config.fork_positions == "markers", "fork_positions=markers"),
@@ -321,7 +321,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "search_changes": (ever(config.search) and config.search_random > 0, "search and search_random"),
         **dict.fromkeys(("coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
         "coverage_coef": (
-            config.objective == "marginal" or (policy_learns and config.advantage != "token") or ever(config.search),
+            config.objective == "marginal" or (config.policy_learns and config.advantage != "token") or ever(config.search),
             "objective=marginal, search, or a policy that learns by another advantage than token (which credits predictions)",
         ),
         "coverage_of": (ever(config.coverage_coef) and config.max_think_length > 1, "coverage_coef, and max_think_length above 1"),
@@ -352,8 +352,8 @@ def check_effect(config: "ThinkTokConfig") -> None:
     }
     for_learning = {
         **dict.fromkeys(OF_LEARNING_THINKERS, (thinker_learns, "freeze=none or speaker (a frozen thinker learns nothing)")),
-        **dict.fromkeys(OF_POLICY_LOSS, (policy_learns, "think_loss_weight above 0, and freeze=none or speaker")),
-        **dict.fromkeys(OF_COMPARISON, (policy_learns or config.objective == "marginal", "think_loss_weight above 0, and freeze=none or speaker")),
+        **dict.fromkeys(OF_POLICY_LOSS, (config.policy_learns, POLICY_LEARNS)),
+        **dict.fromkeys(OF_COMPARISON, (config.policy_learns or config.objective == "marginal", POLICY_LEARNS)),
         "think_cost": (thinker_learns or config.objective == "marginal", "freeze=none or speaker, or objective=marginal"),
         "think_ce_weight": (speaker_learns, "freeze=none or thinker (a frozen speaker learns nothing from thoughts)"),
         "posterior_smoothing": (

@@ -70,6 +70,12 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
 
 
+def count_forks(eligible_BT: Tensor, num_forks: int, how: str) -> Tensor:
+    """How many forks `choose_forks` picks in each row, `[B]`."""
+    counts_B = eligible_BT.sum(1)
+    return counts_B if how == "all" else counts_B.clamp(max=num_forks)
+
+
 def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tensor) -> Tensor:
     """Places where a thought and what judges it have positions, `[B, T]` bool: to the end of their document, or as far as `lookahead` goes. Where thoughts stay
     in the text it is the document with all of them."""

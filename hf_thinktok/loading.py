@@ -23,7 +23,7 @@ from trl import ModelConfig
 from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
-from .config_checks import REWARDED_BY_FUNCTIONS
+from .config_checks import POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import embedding_rows
 from .errors import first_line
@@ -77,8 +77,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
         raise ValueError(f"reward_funcs has no effect here; it needs {REWARDED_BY_FUNCTIONS}.")
     if reward_funcs is not None and not args.rewards_draws:
         raise ValueError(f"reward_funcs has no effect here; it needs thoughts=discrete or text ({args.thoughts} has no rewards).")
-    if reward_funcs is not None and (args.freeze == "thinker" or args.think_loss_weight == 0):
-        raise ValueError("reward_funcs has no effect here; it needs think_loss_weight above 0, and freeze=none or speaker.")
+    if reward_funcs is not None and not args.policy_learns:
+        raise ValueError(f"reward_funcs has no effect here; it needs {POLICY_LEARNS}.")
     quantized = quantization_config or (args.model_init_kwargs or {}).get("quantization_config") or getattr(model, "quantization_method", None)
     if quantized and peft_config is None:
         raise ValueError("A quantized model is trained by an adapter beside it: give peft_config (--use_peft).")

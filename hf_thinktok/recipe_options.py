@@ -52,6 +52,27 @@ def command_line() -> list[str]:
     return [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
+def parse(parser: TrlParser, words: Sequence[str]) -> tuple[list[Any], list[str], list[str]]:
+    """The parser's dataclasses, and the options of the config and of the command line that it does not know.
+
+    Raises:
+        ValueError: the config is not there, or a value cannot be read.
+        YAMLError: the config is no YAML.
+    """
+    if words and words[-1] == "--config":
+        raise ValueError("--config needs a YAML file.")
+
+    def refuse(message: str):
+        raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
+
+    parser.error = refuse
+    try:
+        *options, of_file, of_line = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+    except OSError as error:
+        raise ValueError(f"The file {error.filename} cannot be read: {error.strerror}.") from error
+    return options, of_file, of_line
+
+
 def read_options(parser: TrlParser, words: Sequence[str] | None = None) -> tuple[Any, ...]:
     """The parser's dataclasses as they are told.
 
@@ -59,28 +80,13 @@ def read_options(parser: TrlParser, words: Sequence[str] | None = None) -> tuple
         words: by default the command line's.
 
     Raises:
-        ValueError: an option that is not known, of which the nearest is named, or a value that cannot be read.
-        YAMLError: the file is no YAML.
+        ValueError, YAMLError: as `parse`; or an option is not known, of which the nearest is named.
     """
-    words = command_line() if words is None else list(words)
-
-    def refuse(message: str):
-        raise ValueError(message)
-
-    parser.error = refuse
-    known = [word.removeprefix("--") for action in parser._actions for word in action.option_strings]
-    path = words[words.index("--config") + 1] if "--config" in words[:-1] else None
-    if words[-1:] == ["--config"]:
-        raise ValueError("--config needs a YAML file.")
-    try:
-        *options, of_file, of_line = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
-    except OSError as error:
-        if path is None or error.filename != path:
-            raise
-        raise ValueError(f"The config {path} cannot be read: {error.strerror}.") from error
-    for unknown, where in ((of_file, f"{path} has the option"), (of_line, "The command line has the option")):
-        if unknown:
-            name = unknown[0].split("=")[0].removeprefix("--")
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{where} {name}, which is not known" + (f"; did you mean {near[0]}?" if near else "."))
+    words = command_line() if words is None else words
+    options, of_file, of_line = parse(parser, words)
+    if of_file or of_line:
+        where = words[words.index("--config") + 1] if of_file else "The command line"
+        name = (of_file or of_line)[0].split("=")[0].removeprefix("--")
+        near = difflib.get_close_matches(name, [word.removeprefix("--") for action in parser._actions for word in action.option_strings], n=1)
+        raise ValueError(f"{where} has the option {name}, which is not known" + (f"; did you mean {near[0]}?" if near else "."))
     return tuple(options)

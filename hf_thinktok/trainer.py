@@ -27,7 +27,7 @@ from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_num
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, ends_of, given_lengths, marker_ids, may_think
+from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
 from .measuring import MeasuringTrainer
@@ -221,8 +221,7 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._micro_step = (-1, -1)  # optimizer step, and forward within it
-        self._num_batches = 1  # of the present step
-        self._shares: Tensor | None = None  # of its forks, by batch
+        self._weights: Tensor | None = None  # of the thinking loss, for each batch of the present step; 1 where there is a single one
 
     # ---------------------------------------------------------------- the algorithm
 
@@ -241,11 +240,10 @@ class ThinkTokTrainer(MeasuringTrainer):
         rollout = self._think(model, inputs, self._rollout(model, inputs, labels_BT, turn, step))
         tree = self._tree(inputs, rollout)
         scores = self._score(model, tree, tokens_BT, labels_BT, rollout)
-        # A token of the text weighs as in TRL. `Trainer` leaves accumulation to the loss where it counts the batch's tokens, and divides it where it does not.
+        # A token of the text weighs as in TRL.
         tokens = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
         token_weight = self._ranks_to_average(num_items_in_batch) / torch.as_tensor(tokens).clamp(min=1)
-        share = 1 / self._num_batches if self._shares is None else self._shares[turn]
-        share = share * (self._num_batches if num_items_in_batch is None else 1)
+        weight = 1.0 if self._weights is None else self._weights[turn]
         loss = args.text_ce_weight * token_weight * -scores.trunk_logps_BT.sum()
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
@@ -257,7 +255,7 @@ class ThinkTokTrainer(MeasuringTrainer):
                 args,
                 self.rewards,
                 self.reward_weights,
-                token_weight / share,
+                token_weight / weight,
                 global_mean=self._global_mean,
                 step=step,
                 first_id=self.vocabulary.first_id,
@@ -265,7 +263,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             )
             if args.num_iterations > 1 and rollout.old_logps_BKGA is None:
                 rollout.old_logps_BKGA = actions(scores, rollout, args)[0].detach()
-            loss = loss + share * thinking
+            loss = loss + weight * thinking
             if self.revival is not None:
                 self.revival.observe(rollout, scores)
         elif self.curriculum is not None:  # an easy level may have no place to think at
@@ -449,14 +447,15 @@ class ThinkTokTrainer(MeasuringTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         """Counts the forks of each of a step's batches as well, over all processes, as the base class counts tokens: a step's loss is a mean over all of them,
-        however its rows are divided."""
+        however its rows are divided. `Trainer` divides the loss by the number of batches where it counts no tokens."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._num_batches, self._shares = len(batches), None
-        if self.args.thinks and len(batches) > 1:
-            may = [may_think(self.args, unwrapped(self.model), inputs, self._labels(inputs), self.markers) for inputs in batches]
-            counts = [each_BT.sum(1) if self.args.fork_positions == "all" else each_BT.sum(1).clamp(max=self.args.num_forks) for each_BT in may]
-            counts_A = self.accelerator.reduce(torch.stack([count_B.sum() for count_B in counts]).float(), reduction="sum")
-            self._shares = torch.where(counts_A > 0, counts_A / counts_A.sum(), 1 / len(batches))  # where there is none there is nothing to weigh
+        config, self._weights = self.args, None
+        if config.thinks and len(batches) > 1 and self.state.global_step >= config.think_start:
+            may = [may_think(config, unwrapped(self.model), inputs, self._labels(inputs), self.markers) for inputs in batches]
+            counts_A = torch.stack([count_forks(eligible_BT, config.num_forks, config.fork_positions).sum() for eligible_BT in may])
+            counts_A = self.accelerator.reduce(counts_A.float(), reduction="sum")
+            shares_A = torch.where(counts_A > 0, counts_A / counts_A.sum(), 1 / len(batches))  # where there is none there is nothing to weigh
+            self._weights = shares_A * (len(batches) if num_items_in_batch is None else 1)
         return batches, num_items_in_batch
 
     def _ranks_to_average(self, num_items_in_batch) -> int:

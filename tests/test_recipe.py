@@ -14,6 +14,7 @@ from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
+from hf_thinktok.controls import control_of
 from hf_thinktok.results import changed_options
 from hf_thinktok.text import TextArguments, load_text
 
@@ -277,7 +278,7 @@ def test_every_variant_is_a_run_that_can_be_made(variants, base, toy_parser, tmp
     for name, changes in yaml.safe_load(paths[variants].read_text()).items():
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | changes))
         toy, args, _ = toy_parser().parse_args_and_config(["--config", str(tmp_path / "config.yaml")], fail_with_unknown_args=True)
-        controlled = importlib.import_module("hf_thinktok.controls").control_of(args, toy.control)
+        controlled = control_of(args, toy.control)
         assert controlled.thinks == (toy.control != "no_think"), name
 
 
