@@ -4,7 +4,7 @@ whether they agree.
 Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it, and below `<!-- comparisons: NAME NAME -->` what
 thinking gains in each of `docs/results/NAME.json`. Between `<!-- NAME: KEY/KEY | FORMAT -->` and
 `<!-- -->` in a sentence stands one figure of `docs/results/NAME.json`, in a format of Python's; of several below the key the least, and with `-KEY` its
-negative. A picture `docs/results/NAME.svg` is drawn from `docs/results/NAME.json`, and `model_cards/NAME.md` is the card of that file's run; a new one is
+negative. In a table the bar is `\\|`, or it would end the cell. A picture `docs/results/NAME.svg` is drawn from `docs/results/NAME.json`, and `model_cards/NAME.md` is the card of that file's run; a new one is
 begun as an empty file.
 """
 
@@ -20,7 +20,7 @@ from hf_thinktok.results import as_text, draw_ablation, draw_task, read_json
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FIGURE = re.compile(r"(<!-- (?P<name>\w+): (?P<sign>-?)(?P<keys>[^|>]+) \| (?P<format>\S+) -->).*?(<!-- -->)")
+FIGURE = re.compile(r"(<!-- (?P<name>\w+): (?P<sign>-?)(?P<keys>[^|>\\]+) \\?\| (?P<format>\S+) -->).*?(<!-- -->)")
 COMPARISONS = re.compile(r"(<!-- comparisons: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What thinking is compared with, and in which words.
 OVER = {"cpt": "the same text", "cpt_flops": "as much compute", "filler": "fillers", "think without thoughts": "itself without thoughts"}
