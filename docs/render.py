@@ -4,8 +4,8 @@ whether they agree.
 Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it, and below `<!-- comparisons: NAME NAME -->` what
 thinking gains in each of `docs/results/NAME.json`. Between `<!-- NAME: KEY/KEY | FORMAT -->` and
 `<!-- -->` in a sentence stands one figure of `docs/results/NAME.json`, in a format of Python's; of several below the key the least, and with `-KEY` its
-negative. In a table the bar is `\\|`, or it would end the cell. A picture `docs/results/NAME.svg` is drawn from `docs/results/NAME.json`, and `model_cards/NAME.md` is the card of that file's run; a new one is
-begun as an empty file.
+negative. In a table the bar is `\\|`, or it would end the cell. A picture `docs/results/NAME.svg` is drawn from `docs/results/NAME.json`, and
+`model_cards/NAME.md` is the card of that file's run; a new one is begun as an empty file.
 """
 
 import json

@@ -357,7 +357,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "think_cost": (thinker_learns or config.objective == "marginal", "freeze=none or speaker, or objective=marginal"),
         "think_ce_weight": (speaker_learns, "freeze=none or thinker (a frozen speaker learns nothing from thoughts)"),
         "posterior_smoothing": (
-            config.stop == "learned" or (speaker_learns and config.think_ce_weight > 0),
+            speaker_learns and config.think_ce_weight > 0,
             "think_ce_weight above 0, and freeze=none or thinker (it weighs what the speaker learns from)",
         ),
     }

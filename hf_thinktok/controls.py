@@ -8,7 +8,9 @@ from .config import ThinkTokConfig
 from .config_checks import OF_DRAWN_THOUGHTS, OF_REWARDED_TOKENS, OF_REWARDS, default_of
 
 # What a run that draws no thoughts leaves at its default: the options of rewards, and the others.
-ABOUT_REWARDS = (*OF_REWARDS, "objective", "posterior_temperature", "posterior_smoothing")
+ABOUT_REWARDS = (
+    *OF_REWARDS, "objective", "posterior_temperature", "posterior_smoothing", "epsilon", "epsilon_high", "delta", "importance_sampling_level",
+)  # fmt: skip
 ABOUT_THOUGHTS = (
     *OF_REWARDED_TOKENS, *OF_DRAWN_THOUGHTS, "search_random", "search_changes", "coverage_of", "coverage_where", "coverage_decay", "balance_given",
     "curriculum_threshold", "curriculum_replay", "thought_ce_weight", "continuous_layer", "num_completions_to_print",

@@ -99,7 +99,8 @@ def credit(
 
     Returns:
         speaker_weights_BKG: how much each thought's real tokens train the speaker; sums to 1 over a group.
-        advantages_BKGL, rewards_BKG, and each reward function's value by itself `[F, B, K, G]`.
+        advantages_BKGL: of those that were drawn: all but a supplied one.
+        rewards_BKG, and each reward function's value by itself `[F, B, K, G]`.
     """
     valid_BK, length = scores.valid_BK, rollout.thoughts_BKGL.shape[-1]
     logps_BKGH = speech.logps_BKGH.detach()
@@ -123,7 +124,7 @@ def credit(
         extra_BKG = extra_BKG + scheduled(config.coverage_coef, step) * share_BK1 * rollout.rarity_BKG
     rewards_BKG = rewards_BKG + extra_BKG
     # A supplied thought was not drawn: it is no part of the comparison, and alone teaches the speaker.
-    drawn = slice(1, None) if rollout.supplied else slice(None)
+    drawn = slice(int(rollout.supplied), None)
     group_size = rewards_BKG[..., drawn].shape[-1]
     speaker_weights_BKG = valid_BK[:, :, None].expand(*valid_BK.shape, group_size) / group_size
     if config.objective == "marginal":
@@ -144,10 +145,18 @@ def credit(
         advantages_BKG = group_advantages(rewards_BKG[..., drawn], valid_BK, config.advantage, config.scale_rewards, expected_BK)
         advantages_BKGL = advantages_BKG[..., None].expand(-1, -1, -1, length)
     if rollout.supplied:
-        advantages_BKGL = torch.cat([torch.zeros_like(advantages_BKGL[:, :, :1]), advantages_BKGL], 2)
         speaker_weights_BKG = torch.zeros_like(rewards_BKG)
         speaker_weights_BKG[..., 0] = valid_BK.float()
     return speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG
+
+
+def gate_loss(speech: Speech, rollout: Rollout, config: ThinkTokConfig, valid_BK: Tensor, cost: float) -> Tensor:
+    """Minus the log-likelihood of what follows under the lengths that the gate gives, plus their price, summed over forks. Its gradient is exact for the thoughts
+    at hand: neither lengths nor the posterior are smoothed here. One that was chosen in the light of what follows has no part: the policy would not have it."""
+    assert speech.gate_logps_BKG is not None
+    told_BKG, lengths_BKG = (each[..., rollout.num_chosen :] for each in (speech.gate_logps_BKG, speech.lengths_BKG))
+    told_BK = told_BKG.logsumexp(-1) - math.log(told_BKG.shape[-1]) if config.objective == "marginal" else told_BKG.mean(-1)
+    return torch.where(valid_BK, cost * lengths_BKG.mean(-1) - told_BK, 0.0).sum()
 
 
 def thinking_loss(
@@ -181,9 +190,8 @@ def thinking_loss(
     spoken_BKG = masked_mean(speech.logps_BKGH, scores.mask_BKH[:, :, None])
     loss = speaks * config.think_ce_weight * token_weight * -(speaker_weights_BKG * spoken_BKG).sum()
     if config.stop == "learned":
-        gate_loss = -(speaker_weights_BKG * speech.gate_logps_BKG).sum() / num_forks
-        mean_length = (speaker_weights_BKG * speech.lengths_BKG).sum() / num_forks
-        loss = loss + thinks * config.gate_loss_weight * (gate_loss + scheduled(config.think_cost, step) * mean_length)
+        gate = gate_loss(speech, rollout, config, scores.valid_BK, scheduled(config.think_cost, step))
+        loss = loss + thinks * config.gate_loss_weight * gate / num_forks
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
     if not config.rewards_draws and config.thoughts != "gumbel":  # nothing was drawn
         return loss, metrics
@@ -194,15 +202,17 @@ def thinking_loss(
         return loss + diversity_loss, metrics | diversity_metrics
     advantages_BKGA = advantages_BKGL.repeat(1, 1, 1, logps_BKGA.shape[-1] // advantages_BKGL.shape[-1])
     counts_globally = config.think_loss_type in ("dapo", "cispo")
+    drawn = slice(int(rollout.supplied), None)
+    old_logps_BKGA = logps_BKGA.detach() if rollout.old_logps_BKGA is None else rollout.old_logps_BKGA
     policy_loss, policy_metrics = config.policy_loss()(
-        logps_BKGA,
-        logps_BKGA.detach() if rollout.old_logps_BKGA is None else rollout.old_logps_BKGA,
+        logps_BKGA[:, :, drawn],
+        old_logps_BKGA[:, :, drawn],
         advantages_BKGA,
-        mask_BKGA,
+        mask_BKGA[:, :, drawn],
         config.max_think_length,
-        num_forks * mask_BKGA.shape[2],
-        reference_logps_BKGA=rollout.reference_logps_BKGA,
-        global_actions=across(mask_BKGA.sum().float()) if counts_globally else None,
+        num_forks * max(advantages_BKGA.shape[2], 1),
+        reference_logps_BKGA=None if rollout.reference_logps_BKGA is None else rollout.reference_logps_BKGA[:, :, drawn],
+        global_actions=across(mask_BKGA[:, :, drawn].sum().float()) if counts_globally else None,
     )
     loss = loss + thinks * config.think_loss_weight * policy_loss
     loss = loss + thinks * diversity_loss

@@ -471,6 +471,28 @@ def test_gain_is_that_of_the_lengths_a_model_thinks(model, make_config):
     assert metrics["think_gain"].item() == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("options", [{"advantage": "loo"}, {"objective": "marginal", "posterior_temperature": 0.3, "posterior_smoothing": 0.1}], ids=str)
+def test_gate_learns_what_the_policys_own_thoughts_are_worth(model, make_config, options, chosen):
+    """Exactly, under both objectives: however the posterior is sharpened, and whatever a search has put beside them."""
+    config = make_config("learned", stop_smoothing=0.5, think_cost=0.3, num_generations=4, **({"search": 8, "search_random": 1.0} if chosen else {}), **options)
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2), ((2, 0), 2), ((0, 0), 2)], config)
+    gate = scores.gate_logits_BKGL.detach().requires_grad_()
+    scores = dataclasses.replace(scores, gate_logits_BKGL=gate, prefix_logps_BKGP=scores.prefix_logps_BKGP.detach() * 3)
+    loss, _ = loss_of(scores, dataclasses.replace(rollout, chosen=chosen), config)
+
+    logits, logps = gate.detach()[0, 0, chosen:].double().requires_grad_(), scores.prefix_logps_BKGP[0, 0, chosen:].double()
+    thinks_GL = logits.sigmoid()
+    weights_GP = torch.stack([1 - thinks_GL[:, 0], thinks_GL[:, 0] * (1 - thinks_GL[:, 1]), thinks_GL[:, 0] * thinks_GL[:, 1]], 1)
+    told_G = (weights_GP * logps.exp()).sum(1)
+    told = told_G.mean().log() if "objective" in options else told_G.log().mean()
+    wanted = torch.autograd.grad(0.3 * (weights_GP * torch.arange(3)).sum(1).mean() - told, logits)[0]
+    got = torch.autograd.grad(loss, gate)[0][0, 0].double()
+    assert wanted.abs().min() > 1e-4
+    torch.testing.assert_close(got[int(chosen) :], wanted, atol=1e-6, rtol=1e-4)
+    assert not chosen or not got[0].any()
+
+
 def test_a_supplied_thought_is_no_part_of_the_comparison(model, make_config):
     config = make_config("fixed", supply_thoughts=True, num_forks=1, num_generations=3, advantage="loo")
     scores, rollout = tree_scores(model, [((0, 0), L), ((1, 1), L), ((2, 1), L)], config)
@@ -478,8 +500,28 @@ def test_a_supplied_thought_is_no_part_of_the_comparison(model, make_config):
     speech = speak(scores, rollout, "fixed", 0.0, False)
     weights, advantages, rewards, _ = credit(scores, speech, rollout, config, resolve_rewards("log_prob"), [1.0])
     _, one, other = rewards[0, 0].tolist()
-    assert advantages[0, 0, :, 0].tolist() == pytest.approx([0, one - other, other - one], abs=1e-6)
+    assert advantages[0, 0, :, 0].tolist() == pytest.approx([one - other, other - one], abs=1e-6)
     assert weights[0, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["dr_grpo", "grpo", "bnpo", "dapo"])
+def test_drawn_thoughts_learn_beside_a_supplied_one_what_they_learn_alone(model, make_config, kind):
+    """The policy's gradient, and the distance from the reference, are of what was drawn."""
+    drawn, grads = [((1, 1), L), ((2, 1), L)], []
+    for supplied in ([], [((0, 0), L)]):
+        options = {"supply_thoughts": True, "num_forks": 1} if supplied else {}
+        config = make_config("fixed", num_generations=2 + len(supplied), advantage="loo", think_loss_type=kind, beta=0.5, think_ce_weight=0.0, **options)
+        scores, rollout = tree_scores(model, supplied + drawn, config)
+        logps = scores.thought_logps_BKGL.detach().requires_grad_()
+        away = torch.linspace(-1, 1, logps[:, :, -2:].numel()).view_as(logps[:, :, -2:])
+        reference = logps.detach() + torch.cat([torch.ones_like(logps[:, :, :-2]), away], 2)
+        rollout = dataclasses.replace(rollout, supplied=bool(supplied), reference_logps_BKGA=reference)
+        loss, metrics = loss_of(dataclasses.replace(scores, thought_logps_BKGL=logps), rollout, config)
+        grads.append((torch.autograd.grad(loss, logps)[0], metrics["kl"]))
+    (alone, kl_alone), (beside, kl_beside) = grads
+    assert not beside[:, :, 0].any()
+    torch.testing.assert_close(beside[:, :, 1:], alone)
+    torch.testing.assert_close(kl_beside, kl_alone)
 
 
 def test_what_keeps_thoughts_varied_waits_for_the_thinkers_turn(model, make_config):
