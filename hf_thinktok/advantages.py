@@ -64,7 +64,7 @@ class ValueBaseline:
 
     Args:
         reduce: the mean of a tensor over all ranks.
-        decay: what remains of the moments at each batch.
+        decay: what remains of the moments at each optimizer step.
         ridge: in parts of a feature's variance.
     """
 
@@ -72,8 +72,12 @@ class ValueBaseline:
         self.reduce, self.decay, self.ridge = reduce, decay, ridge
         self.moments: Tensor | None = None  # sums over forks of (1, x, y) times (1, x), each weighted by its age
 
-    def __call__(self, hidden_BKD: Tensor, rewards_BK: Tensor, valid_BK: Tensor) -> Tensor:
-        """The expected reward of each fork, nats; then learns from what it was. The first batch of all is expected to earn its mean."""
+    def __call__(self, hidden_BKD: Tensor, rewards_BK: Tensor, valid_BK: Tensor, share: float = 1.0) -> Tensor:
+        """The expected reward of each fork, nats; then learns from what it was. The first batch of all is expected to earn its mean.
+
+        Args:
+            share: of an optimizer step, which this batch is.
+        """
         x_MD, y_M = hidden_BKD.detach().float().flatten(0, 1), rewards_BK.detach().flatten()
         x_MD = x_MD / x_MD.square().mean(-1, keepdim=True).sqrt().clamp(min=EPSILON)
         row_MC = torch.cat([torch.ones_like(y_M)[:, None], x_MD, y_M[:, None]], 1).where(valid_BK.flatten()[:, None], 0.0)
@@ -88,7 +92,7 @@ class ValueBaseline:
         slope_D = torch.linalg.solve(gram_DD + damping * torch.eye(len(gram_DD), device=gram_DD.device), covariance_CC[1:-1, -1])
         values_M = mean_C[-1] + (x_MD - mean_C[1:-1]) @ (torch.zeros_like(slope_D) if first else slope_D)
         if torch.isfinite(new_CC).all():  # one reward that is not finite skips its step, and is forgotten
-            self.moments = new_CC if first else self.decay * old_CC + new_CC
+            self.moments = new_CC if first else self.decay**share * old_CC + new_CC
         return values_M.view_as(rewards_BK)
 
     def state_dict(self) -> dict[str, Any]:

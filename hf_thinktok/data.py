@@ -227,6 +227,10 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
         raise ValueError(
             f"The {name} data set asks for thoughts of {longest} tokens (column think_length): set max_think_length={longest}, or drop the column."
         )
+    if args.blind and 0 in found.get("think_length", ()):
+        raise ValueError(
+            f"The {name} data set has a think_length of 0, and under blind nothing can be said without a thought: give each row 1 or more, or set blind=False."
+        )
     if not args.supply_thoughts:
         return
     if args.num_think_tokens is not None:

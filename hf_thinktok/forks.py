@@ -32,6 +32,15 @@ def eligible_forks(labels_BT: Tensor, documents_BT: Tensor, unlabelled: bool = F
     return next_labels(labels_BT, documents_BT) >= 0
 
 
+def judged_places(labels_BT: Tensor, documents_BT: Tensor, lookahead: int) -> Tensor:
+    """Positions after which one of the next H tokens of the same document carries a label, `[B, T]` bool."""
+    time_T, end = torch.arange(labels_BT.shape[1], device=labels_BT.device), labels_BT.shape[1]
+    here_BT = torch.where(labels_BT >= 0, time_T, end)
+    next_BT = torch.nn.functional.pad(here_BT[:, 1:], (0, 1), value=end).flip(1).cummin(1).values.flip(1)
+    same_BT = documents_BT.gather(1, next_BT.clamp(max=end - 1)) == documents_BT
+    return (next_BT < end) & (next_BT - time_T <= lookahead) & same_BT & (documents_BT >= 0)
+
+
 def given_lengths(given: Tensor, marked_BT: Tensor) -> Tensor:
     """Thinking tokens at each place, `[B, T]`, as the data says: one number for all places of a row, `[B]`, or one for each that is marked, `[B, J]`."""
     if given.ndim == 1:
@@ -70,10 +79,11 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
 
 
-def count_forks(eligible_BT: Tensor, num_forks: int, how: str) -> Tensor:
-    """How many forks `choose_forks` picks in each row, `[B]`."""
+def count_forks(eligible_BT: Tensor, judged_BT: Tensor, num_forks: int, how: str) -> Tensor:
+    """How many of the forks that `choose_forks` picks in each row are judged, `[B]`: where it has to choose, as many as are to be expected."""
     counts_B = eligible_BT.sum(1)
-    return counts_B if how == "all" else counts_B.clamp(max=num_forks)
+    picked_B = counts_B if how == "all" else counts_B.clamp(max=num_forks)
+    return picked_B * (judged_BT.sum(1) / counts_B.clamp(min=1))
 
 
 def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tensor) -> Tensor:
@@ -151,7 +161,8 @@ def check_markers(markers: list[list[int]], texts: list[str], rows) -> None:
         found |= bool(ends_1T[:, :-1].any())
         if isinstance(given := row.get("think_length"), list) and len(given) != (count := int(ends_1T.sum())):
             raise ValueError(
-                f"Row {number} has the lengths of {len(given)} thoughts in think_length, and {count} ends of fork_markers={texts}: give one for each."
+                f"Row {number} has the lengths of {len(given)} thoughts in think_length, and {count} ends of fork_markers={texts}: give one for each "
+                "(a row that is cut at max_length has lost its last ones)."
             )
         if found and not isinstance(given, list):
             return

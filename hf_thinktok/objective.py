@@ -12,12 +12,13 @@ Shape suffixes as in tree.py; P = L + 1 prefixes, A actions.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .advantages import ValueBaseline, group_advantages, posterior, token_advantages
+from .advantages import group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
 from .exploration import coverage_share, entropy_servo, ever, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
@@ -90,12 +91,12 @@ def credit(
     rewards: list[RewardFunction],
     weights: list[float],
     step: int = 0,
-    value: ValueBaseline | None = None,
+    value: Callable[..., Tensor] | None = None,
 ):
     """Rewards and what they mean for each thought.
 
     Args:
-        value: what `advantage: value` compares with.
+        value: what `advantage: value` compares with: a `ValueBaseline`.
 
     Returns:
         speaker_weights_BKG: how much each thought's real tokens train the speaker; sums to 1 over a group.
@@ -151,8 +152,11 @@ def credit(
 
 
 def gate_loss(speech: Speech, rollout: Rollout, config: ThinkTokConfig, valid_BK: Tensor, cost: float) -> Tensor:
-    """Minus the log-likelihood of what follows under the lengths that the gate gives, plus their price, summed over forks. Its gradient is exact for the thoughts
-    at hand: neither lengths nor the posterior are smoothed here. One that was chosen in the light of what follows has no part: the policy would not have it."""
+    """Minus the log-likelihood of what follows under the lengths that the gate gives, plus their price, summed over forks.
+
+    Its gradient is exact for the thoughts at hand: neither lengths nor the posterior are smoothed here. A thought that was chosen in the light of what follows
+    has no part in it: the policy would not have had it.
+    """
     assert speech.gate_logps_BKG is not None
     told_BKG, lengths_BKG = (each[..., rollout.num_chosen :] for each in (speech.gate_logps_BKG, speech.lengths_BKG))
     told_BK = told_BKG.logsumexp(-1) - math.log(told_BKG.shape[-1]) if config.objective == "marginal" else told_BKG.mean(-1)
@@ -169,7 +173,7 @@ def thinking_loss(
     global_mean=None,
     step: int = 0,
     first_id: int = 0,
-    value: ValueBaseline | None = None,
+    value: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The thinking part of the loss, a mean over forks, and its metrics.
 

@@ -70,6 +70,13 @@ class Room:
         self._replays: dict[Any, Run] = {}
         self.refused = False
 
+    def clear(self) -> None:
+        """Forgets keys and values: places that no node sees take part, times 0, and what is not finite there would stay for ever."""
+        for layer in self.cache.layers:
+            if layer.keys is not None:
+                layer.keys.zero_()
+                layer.values.zero_()
+
     @property
     def nbytes(self) -> int:
         return sum(states.nbytes for layer in self.cache.layers for states in (layer.keys, layer.values) if states is not None)
@@ -100,39 +107,42 @@ class Room:
 
 
 class Rooms:
-    """The room of rollouts, which is kept from one to the next as long as it serves."""
+    """The rooms of rollouts, which are kept from one to the next as long as they serve: those of the latest two kinds, as a step with a search has two."""
 
     def __init__(self) -> None:
-        self._room: Room | None = None
-        self._last: Hashable = None
+        self._rooms: dict[Hashable, Room | None] = {}  # the latest kind last; its first rollout has none
         self._refused = False
 
     @property
     def nbytes(self) -> int:
         """Memory that stays in use between rollouts."""
-        return 0 if self._room is None else self._room.nbytes
+        return sum(room.nbytes for room in self._rooms.values() if room is not None)
 
     @contextlib.contextmanager
     def take(self, kind: Hashable, capacity: int, device: torch.device) -> Iterator[Room | None]:
-        """A room for the passes of one rollout; none where the last one was of another kind, and where passes cannot be captured.
+        """A room for the passes of one rollout; none where neither of the latest two was of this kind, and where passes cannot be captured.
 
         Args:
             kind: what has to be as it was for passes to be the same.
         """
-        if self._refused or self._last != kind:  # rows of other lengths in every step would all be a first time
-            self._last, self._room = kind, None
+        came_before, room = kind in self._rooms, self._rooms.pop(kind, None)
+        self._rooms = {**dict([*self._rooms.items()][-1:]), kind: None}
+        if self._refused or not came_before:  # rows of other lengths in every step would all be a first time
             yield None
             return
-        self._room = room = self._room or Room(capacity)
+        room = room or Room(capacity)
+        room.clear()
         yield room
         self._refused = room.refused
-        if room.refused or not _stays(room, device):
-            self._room = None
+        if room.refused:
+            self._rooms = {}
+        elif _stays(room.nbytes + self.nbytes, device):
+            self._rooms[kind] = room
 
 
-def _stays(room: Room, device: torch.device) -> bool:
-    """Whether it may stay where it is between rollouts."""
-    return device.type != "cuda" or room.nbytes <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
+def _stays(nbytes: int, device: torch.device) -> bool:
+    """Whether so much memory may stay in use between rollouts."""
+    return device.type != "cuda" or nbytes <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

@@ -27,7 +27,7 @@ from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_num
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
+from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, judged_places, marker_ids, may_think
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
 from .measuring import MeasuringTrainer
@@ -259,7 +259,7 @@ class ThinkTokTrainer(MeasuringTrainer):
                 global_mean=self._global_mean,
                 step=step,
                 first_id=self.vocabulary.first_id,
-                value=self.value,
+                value=self.value and functools.partial(self.value, share=1 / self.current_gradient_accumulation_steps),
             )
             if args.num_iterations > 1 and rollout.old_logps_BKGA is None:
                 rollout.old_logps_BKGA = actions(scores, rollout, args)[0].detach()
@@ -345,6 +345,9 @@ class ThinkTokTrainer(MeasuringTrainer):
         if args.memory == "persistent":  # a pass for each, and none for those that no row has
             most = self._largest_of_ranks((forks_BK >= 0).sum(1))
             forks_BK = nn.functional.pad(forks_BK, (0, max(most - forks_BK.shape[1], 0)), value=-1)[:, :most]
+        elif how in ("markers", "all"):  # rows may have far fewer; powers of two, as passes of other shapes cannot be replayed
+            most = int((forks_BK >= 0).sum(1).max())
+            forks_BK = forks_BK[:, : 1 << max(most - 1, 0).bit_length()]
         return forks_BK
 
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:
@@ -451,9 +454,13 @@ class ThinkTokTrainer(MeasuringTrainer):
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         config, self._weights = self.args, None
         if config.thinks and len(batches) > 1 and self.state.global_step >= config.think_start:
-            may = [may_think(config, unwrapped(self.model), inputs, self._labels(inputs), self.markers) for inputs in batches]
-            counts_A = torch.stack([count_forks(eligible_BT, config.num_forks, config.fork_positions).sum() for eligible_BT in may])
-            counts_A = self.accelerator.reduce(counts_A.float(), reduction="sum")
+            counts = []
+            for inputs in batches:
+                labels_BT = self._labels(inputs)
+                eligible_BT = may_think(config, unwrapped(self.model), inputs, labels_BT, self.markers)
+                judged_BT = eligible_BT & judged_places(labels_BT, inputs["documents"], config.branching(labels_BT.shape[1]).lookahead)
+                counts.append(count_forks(eligible_BT, judged_BT, config.num_forks, config.fork_positions).sum())
+            counts_A = self.accelerator.reduce(torch.stack(counts), reduction="sum")
             shares_A = torch.where(counts_A > 0, counts_A / counts_A.sum(), 1 / len(batches))  # where there is none there is nothing to weigh
             self._weights = shares_A * (len(batches) if num_items_in_batch is None else 1)
         return batches, num_items_in_batch

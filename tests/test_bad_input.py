@@ -942,6 +942,7 @@ def thoughtful(**columns):
     ("options", "columns", "words"),
     [
         ({"max_think_length": 2}, {"think_length": 3}, ["thoughts of 3 tokens", "max_think_length=3"]),
+        ({"blind": True}, {"think_length": 0}, ["think_length of 0", "blind=False"]),
         ({"supply_thoughts": True, "num_generations": 3}, {}, ["supply_thoughts needs a column `thoughts`"]),
         ({"supply_thoughts": True, "num_generations": 3, "num_think_tokens": 4}, {"thoughts": [1, 5]}, ["go up to 5", "num_think_tokens=6"]),
     ],

@@ -344,6 +344,16 @@ def test_a_value_baseline_foresees_what_hidden_states_tell():
     assert torch.equal(again(hidden, rewards, valid), expected)
 
 
+def test_a_value_baseline_remembers_as_many_steps_in_however_many_batches_they_come():
+    generator, whole, parts = torch.Generator().manual_seed(0), ValueBaseline(), ValueBaseline()
+    for _ in range(60):
+        hidden, rewards, valid = torch.randn(8, 4, 4, generator=generator), torch.randn(8, 4, generator=generator), torch.ones(8, 4, dtype=torch.bool)
+        whole(hidden, rewards, valid)
+        for row in range(8):
+            parts(hidden[row, None], rewards[row, None], valid[row, None], share=1 / 8)
+    assert parts.moments[0, 0].item() == pytest.approx(whole.moments[0, 0].item(), rel=0.05)
+
+
 def test_token_credit_telescopes():
     """At fixed length, the first token's credit is the whole gain, and equal ends with equal beginnings differ nowhere."""
     prefix_logps, ones = -draw(1, 1, G, A + 1, seed=7).abs(), torch.ones(1, 1, G, A + 1)

@@ -61,6 +61,30 @@ def test_it_thinks_after_every_marker_of_the_prompt_but_where_the_data_says_none
         assert all(length == [1, 1] for length in lengths[: len(wanted)])
 
 
+def test_a_batch_weighs_by_the_places_that_something_judges(reading, marker):
+    """However many others its prompts have: the loss is a mean over those that are judged."""
+    trainer = reading(counts=(2, 2, 4, 8), lookahead=9, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer.model.train()
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 4, trainer.args.device)
+    judged = []
+    for inputs in batches:
+        tree = trainer._tree(inputs, one_rollout(trainer, inputs, inputs["labels"]))
+        judged.append(int((tree.judged(inputs["labels"])[1] >= 0).any(-1).sum()))
+    assert sorted(judged) == [1, 1, 2, 2]
+    torch.testing.assert_close(trainer._weights, torch.tensor(judged) / sum(judged))
+
+
+@pytest.mark.parametrize(("answers", "most"), [(1, 1), (3, 4)])
+def test_forks_that_no_row_has_are_not_run(reading, make_trainer, marker, answers, most):
+    """Of thirty places a row may have one; a power of two, so that rows of nearly as many places have the same shape."""
+    rows = steps(marker, (2, 3, 2, 3), answers).remove_columns("think_length")
+    trainer = make_trainer(train_dataset=rows, fork_positions="all", num_forks=16, per_device_train_batch_size=4)
+    inputs, labels = batch_of(trainer, rows)
+    forks_BK = one_rollout(trainer, inputs, labels).forks_BK
+    assert forks_BK.shape == (4, most)
+    assert ((forks_BK >= 0).sum(1) == answers).all()
+
+
 def test_several_answers_of_a_row_each_have_their_steps(reading, marker):
     trainer = reading(answers=2)
     rows = steps(marker, (3, 3, 3, 3), answers=2)

@@ -282,6 +282,13 @@ def test_every_variant_is_a_run_that_can_be_made(variants, base, toy_parser, tmp
         assert controlled.thinks == (toy.control != "no_think"), name
 
 
+@pytest.mark.parametrize("kind", ["no_think", "filler"])
+def test_controls_of_thoughts_that_are_trained_on_more_than_once(kind):
+    """Clipping is of ratios that a control has not."""
+    again = {"num_iterations": 4, "epsilon": 0.3, "epsilon_high": 0.4, "delta": 3.0, "importance_sampling_level": "sequence", "max_steps": 4}
+    assert control_of(ThinkTokConfig("out", stop="fixed", use_cpu=True, bf16=False, **again), kind).num_iterations == 1
+
+
 @pytest.mark.parametrize("other", [{"messages": [{"role": "user", "content": "hello"}]}, {"prompt": "a", "completion": "b"}], ids=lambda other: [*other][0])
 def test_the_text_is_trained_on_whatever_columns_stand_beside_it(other, tmp_path):
     """TRL would take a chat, or a prompt and its completion, rather than the text."""

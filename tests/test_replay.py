@@ -134,8 +134,40 @@ def test_rows_of_other_lengths_are_not_replayed(captures):
     given = tokens_BT, torch.zeros_like(tokens_BT), torch.tensor([[4, 20]]), Branching(3, 5, 2), Sampling(), vocabulary
     found, wanted = (sample_thoughts(one, model, *given, generator) for one, generator in zip((how, TreeEngine(7)), generators, strict=True))
     assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
-    assert how.kept_bytes == 0
     assert len(captures) == 2
+    sample_thoughts(how, model, tokens_BT[:, :20], torch.zeros(1, 20, dtype=torch.long), torch.tensor([[4, 11]]), *given[3:], torch.Generator())
+    assert how.kept_bytes == 0, "of two other kinds since, neither twice"
+
+
+def test_rollouts_of_two_kinds_in_turn_are_replayed(captures):
+    """A search draws candidates between the policy's own rollouts."""
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    for step in range(8):
+        for branching in (Branching(2, 4, 3), Branching(5, 4, 3)):
+            generator = torch.Generator().manual_seed(step)
+            tokens_BT = torch.randint(vocabulary.num_real, (B, T), generator=generator)
+            given = tokens_BT, torch.zeros_like(tokens_BT), torch.tensor([[2, 9], [3, 11]]), branching, Sampling(), vocabulary
+            found, wanted = (sample_thoughts(one, model, *given, torch.Generator().manual_seed(step)) for one in (how, TreeEngine(7)))
+            assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
+    assert len(captures) == 4
+
+
+def test_what_is_not_finite_goes_with_its_rollout(captures):
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    for step in range(3):
+        think(how, model, vocabulary, step)
+    layer = model.model.layers[0]
+    hook = layer.register_forward_hook(lambda module, inputs, out: (out[0] if isinstance(out, tuple) else out).fill_(torch.inf))
+    how._rooms._rooms.clear()  # a replay would not see the hook
+    for step in range(3, 5):
+        think(how, model, vocabulary, step)
+    assert how.kept_bytes
+    hook.remove()
+    for step in range(5, 8):
+        found, wanted = (think(one, model, vocabulary, step) for one in (how, TreeEngine(7)))
+        assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
 
 
 def test_processes_decode_each_by_itself(monkeypatch):
