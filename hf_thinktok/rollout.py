@@ -209,6 +209,9 @@ def sample_thoughts(
         rollout = replace(rollout, noise_BKGLN=noise_BKGLN)
     branching = replace(branching, lookahead=1, blind=False)  # what judges a thought comes later
     turns = [slice(k, k + 1) for k in range(num_forks)] if branching.persistent else [slice(0, num_forks)]
+    if not sampling.draw_stops:  # where ends are known beforehand one layout serves every pass
+        lengths_BKG.copy_(longest_BKG)
+    tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
 
     # Thoughts that stay are thought in passes of other lengths each time, and what is written comes from a generator of its own.
     same_shapes, capacity = not branching.persistent and draw is None, tokens_BT.shape[1] + num_forks * groups * (length - 1)
@@ -216,7 +219,8 @@ def sample_thoughts(
         decode = engine.decoder(model, room)
         done_B1 = torch.full((batch, 1), -1, device=device)
         for turn in turns:
-            tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
+            if sampling.draw_stops:
+                tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
             tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
             forks_BF = forks_BK[:, turn]
             nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF, None if room is None else tokens_BT.shape[1])
@@ -231,9 +235,10 @@ def sample_thoughts(
             longest_BFG = longest_BKG[:, turn]
             written_BFG, written_logps_BFG = torch.zeros_like(longest_BFG), torch.zeros_like(gate_BFG)  # what a text thought goes on with
             for depth in range(1, length + 1):
-                if sampling.draw_stops and depth > sampling.min_length:
-                    thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
-                lengths_BKG[:, turn] += thinking_BFG & (depth <= longest_BFG)
+                if sampling.draw_stops:
+                    if depth > sampling.min_length:
+                        thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
+                    lengths_BKG[:, turn] += thinking_BFG & (depth <= longest_BFG)
                 if sampling.text:
                     chosen_BFG = between_markers(written_BFG, depth - 1, longest_BFG, vocabulary)
                     logps_BFG = torch.where(chosen_BFG < vocabulary.first_id, written_logps_BFG, 0.0)
@@ -246,7 +251,8 @@ def sample_thoughts(
                 thoughts_BKGL[:, turn, :, depth - 1], logps_BKGL[:, turn, :, depth - 1] = chosen_BFG, logps_BFG
                 if depth == length:
                     break
-                tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
+                if sampling.draw_stops:
+                    tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
                 tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
                 nodes_BQ = tree.branch_nodes(depth).view(num_forks, groups)[turn].reshape(1, -1).expand(batch, -1)
                 every_BQ = torch.arange(nodes_BQ.shape[1], device=device).expand_as(nodes_BQ)
