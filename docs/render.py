@@ -27,6 +27,7 @@ OVER = {"cpt": "the same text", "cpt_flops": "as much compute", "filler": "fille
 PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
 # Models that runs made, by the name of their results file.
 CARDS = {path.stem: ROOT / "docs" / "results" / f"{path.stem}.json" for path in sorted((ROOT / "model_cards").glob("*.md"))}
+NOT_UPLOADED = "> An example: this model was not uploaded. The last section says how to make it."
 PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "scaling.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "evaluation.md"]
 
 
@@ -64,7 +65,9 @@ def rendered(text: str) -> str:
 
 
 def card(name: str) -> str:
-    return render_card(read_json(CARDS[name]), f"hf-thinktok/{name.replace('_', '-')}")
+    """The card as `thinktok card` writes it, and below its title what is true here alone."""
+    text = render_card(read_json(CARDS[name]), f"hf-thinktok/{name.replace('_', '-')}")
+    return re.sub(r"(?m)^(# .*)$", rf"\1\n\n{NOT_UPLOADED}", text, count=1)
 
 
 if __name__ == "__main__":
