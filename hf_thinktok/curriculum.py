@@ -1,4 +1,4 @@
-"""Harder rows when the easier ones are done: which level of a data set each step is drawn from.
+"""In which order rows are trained on: harder ones when the easier are done, and batches that come again.
 
 The level of a step depends on the seed, the step and the levels passed so far, so a resumed run draws the rows that the interrupted one would have drawn.
 """
@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from ._compat import RepeatSampler
+from .config import ThinkTokConfig
 
 # A data loader fetches ahead of training; a level that is passed takes effect so many steps later, in an interrupted run as in one that was not.
 LAG = 2
@@ -93,3 +96,27 @@ class LevelSampler(Sampler[int]):
             reached = self.curriculum.reached(step)
             level = random.choice(reached) if random.random() < self.replay else reached[-1]
             yield from random.choice(self.rows[level], self.batch).tolist()
+
+
+class BatchesAgain(RepeatSampler):
+    """TRL's sampler that repeats batches, in an order that depends on seed and epoch alone: a resumed run goes on in the order of the interrupted one."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+def order_of_rows(dataset, args: ThinkTokConfig, batch: int, curriculum: Curriculum | None) -> Sampler:
+    """Level by level with a curriculum; else every batch of an optimizer step as often as `num_iterations` says, in the same order.
+
+    Args:
+        batch: rows of an optimizer step, of all processes.
+
+    Raises:
+        ValueError: there are fewer rows.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if curriculum is not None:
+        return LevelSampler(np.asarray(dataset["level"][:]), curriculum, batch, args.curriculum_replay, args.max_steps, seed)
+    if len(dataset) < batch:
+        raise ValueError(f"num_iterations={args.num_iterations} repeats whole batches, and {len(dataset)} rows are fewer than one of {batch}: lower it.")
+    return BatchesAgain(dataset, mini_repeat_count=1, batch_size=batch, repeat_count=args.num_iterations, seed=seed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
-from ._compat import DataCollatorForLanguageModeling, RepeatSampler
+from ._compat import DataCollatorForLanguageModeling
 from .distributed import embedding_rows
 from .models import has_position_table, longest_row
 
@@ -65,13 +65,6 @@ class TreeCollator(DataCollatorForLanguageModeling):
                 batch["documents"][row, : int(lengths.sum())] = torch.arange(len(lengths)).repeat_interleave(lengths)
                 batch["labels"][row, lengths.cumsum(0) - lengths] = -100  # nothing predicts a packed document's first token, and TRL does not count it
         return batch
-
-
-class BatchesAgain(RepeatSampler):
-    """TRL's sampler that repeats batches, in an order that depends on seed and epoch alone: a resumed run goes on in the order of the interrupted one."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
 
 
 def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | None) -> None:

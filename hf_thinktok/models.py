@@ -1,7 +1,7 @@
 """What is asked of a model, whatever its architecture and whatever is wrapped around it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +41,18 @@ def products_in(precision: str | None, backend: Any) -> Iterator[None]:
         yield
     finally:
         backend.fp32_precision = before
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, parameters: Iterable[torch.Tensor]) -> None:
+    """A rate of their own for some of an optimizer's parameters, in groups of their own. What is set already stays so."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        theirs = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if 0 < len(theirs) < len(group["params"]):
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.param_groups.append({**group, "params": theirs, "lr": rate})
+        elif theirs:
+            group["lr"] = rate
 
 
 def longest_row(model) -> int:

@@ -22,8 +22,8 @@ from .advantages import ValueBaseline
 from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
 from .config_checks import check_run
-from .curriculum import Curriculum, LevelSampler
-from .data import BatchesAgain, TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
+from .curriculum import Curriculum, order_of_rows
+from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
@@ -31,7 +31,7 @@ from .forks import check_markers, check_positions, choose_forks, count_forks, en
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
 from .measuring import MeasuringTrainer
-from .models import evaluating, unwrapped
+from .models import evaluating, set_learning_rate, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, check_mergeable, is_speaker, rows_in_fp32
 from .revival import Revival
@@ -487,28 +487,13 @@ class ThinkTokTrainer(MeasuringTrainer):
         """The speaker's parameters in groups of their own where its learning rate differs."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.speaker_learning_rate is not None:
-            spoken = {id(parameter) for name, parameter in self.model.named_parameters() if is_speaker(name)}
-            for group in list(optimizer.param_groups):  # those of an attempt before are divided already
-                theirs = [parameter for parameter in group["params"] if id(parameter) in spoken]
-                if 0 < len(theirs) < len(group["params"]):
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in spoken]
-                    optimizer.param_groups.append({**group, "params": theirs, "lr": self.args.speaker_learning_rate})
-                elif theirs:
-                    group["lr"] = self.args.speaker_learning_rate
+            set_learning_rate(optimizer, self.args.speaker_learning_rate, [weight for name, weight in self.model.named_parameters() if is_speaker(name)])
         return optimizer
 
     def _get_train_sampler(self, dataset=None):
         """With a curriculum rows come level by level. With `num_iterations` every batch of an optimizer step comes again, in the same order, as often."""
         if self.plain or (self.args.num_iterations == 1 and self.curriculum is None):
             return super()._get_train_sampler(dataset)
-        dataset = self.train_dataset if dataset is None else dataset
         # `auto_find_batch_size` lowers this one.
         batch = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self.curriculum is not None:
-            return LevelSampler(np.asarray(dataset["level"][:]), self.curriculum, batch, self.args.curriculum_replay, self.args.max_steps, seed)
-        if len(dataset) < batch:
-            raise ValueError(
-                f"num_iterations={self.args.num_iterations} repeats whole batches, and {len(dataset)} rows are fewer than one of {batch}: lower it."
-            )
-        return BatchesAgain(dataset, mini_repeat_count=1, batch_size=batch, repeat_count=self.args.num_iterations, seed=seed)
+        return order_of_rows(self.train_dataset if dataset is None else dataset, self.args, batch, self.curriculum)

@@ -7,7 +7,7 @@ from questions import batch_of, one_rollout, questions
 from test_trainer import losses
 
 from hf_thinktok.callbacks import sample_thoughts_to_print
-from hf_thinktok.data import BatchesAgain
+from hf_thinktok.curriculum import BatchesAgain
 from hf_thinktok.rollout import Sampling, random_thoughts
 
 
