@@ -108,7 +108,8 @@ class ThinkTokConfig(SFTConfig):
         think_start (`int`, defaults to `0`):
             Step at which thinking begins; before it the model only learns the text. Schedules count from there.
         search (schedule, defaults to `[0.0]`):
-            One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that.
+            One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that. The gate
+            of `stop="learned"` learns from it as from the others, so it opens for thoughts that the policy does not have yet: let the search end in time.
         search_random (`float`, defaults to `0.5`):
             Part of the candidates that are random; the others are the policy's.
         search_changes (`int`, *optional*):

@@ -151,16 +151,15 @@ def credit(
     return speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG
 
 
-def gate_loss(speech: Speech, rollout: Rollout, config: ThinkTokConfig, valid_BK: Tensor, cost: float) -> Tensor:
+def gate_loss(speech: Speech, config: ThinkTokConfig, valid_BK: Tensor, cost: float) -> Tensor:
     """Minus the log-likelihood of what follows under the lengths that the gate gives, plus their price, summed over forks.
 
-    Its gradient is exact for the thoughts at hand: neither lengths nor the posterior are smoothed here. A thought that was chosen in the light of what follows
-    has no part in it: the policy would not have had it.
+    Its gradient is exact for the thoughts at hand: neither lengths nor the posterior are smoothed here.
     """
-    assert speech.gate_logps_BKG is not None
-    told_BKG, lengths_BKG = (each[..., rollout.num_chosen :] for each in (speech.gate_logps_BKG, speech.lengths_BKG))
+    told_BKG = speech.gate_logps_BKG
+    assert told_BKG is not None
     told_BK = told_BKG.logsumexp(-1) - math.log(told_BKG.shape[-1]) if config.objective == "marginal" else told_BKG.mean(-1)
-    return torch.where(valid_BK, cost * lengths_BKG.mean(-1) - told_BK, 0.0).sum()
+    return torch.where(valid_BK, cost * speech.lengths_BKG.mean(-1) - told_BK, 0.0).sum()
 
 
 def thinking_loss(
@@ -194,7 +193,7 @@ def thinking_loss(
     spoken_BKG = masked_mean(speech.logps_BKGH, scores.mask_BKH[:, :, None])
     loss = speaks * config.think_ce_weight * token_weight * -(speaker_weights_BKG * spoken_BKG).sum()
     if config.stop == "learned":
-        gate = gate_loss(speech, rollout, config, scores.valid_BK, scheduled(config.think_cost, step))
+        gate = gate_loss(speech, config, scores.valid_BK, scheduled(config.think_cost, step))
         loss = loss + thinks * config.gate_loss_weight * gate / num_forks
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
     if not config.rewards_draws and config.thoughts != "gumbel":  # nothing was drawn
