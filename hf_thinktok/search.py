@@ -68,7 +68,8 @@ class Explorer:
 
         def value(candidates: Rollout) -> Tensor:
             with evaluating(model):
-                scores = trainer._score(model, trainer._tree(inputs, candidates), inputs["input_ids"], labels_BT, candidates)
+                tree = trainer._tree(inputs, candidates)
+                scores = trainer._score(model, tree, inputs["input_ids"], tree.judging_labels(labels_BT), candidates)
             return scores.prefix_logps_BKGP[..., 1:] if ends_early else masked_sum(scores.logps_BKGH, scores.mask_BKH[:, :, None])[..., None]
 
         def sample(count: int) -> Rollout:

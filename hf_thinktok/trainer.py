@@ -378,7 +378,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         summed, lengths = [], []
         for thoughts in (rollout, control) if args.memory == "persistent" else (rollout.beside(control),):
             tree = self._tree(inputs, thoughts)
-            scores = self._score(model, tree, tokens_BT, labels_BT, thoughts)
+            scores = self._score(model, tree, tokens_BT, tree.judging_labels(labels_BT), thoughts)
             speech = speak(scores, thoughts, args.stop, 0.0, args.blind)
             summed.append(masked_sum(speech.logps_BKGH, scores.mask_BKH[:, :, None]))
             lengths.append(speech.lengths_BKG)

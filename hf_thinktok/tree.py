@@ -253,6 +253,11 @@ class ThoughtTree:
         labels_BKH = labels_BT.gather(1, flat).view_as(places_BKH)
         return places_BKH, torch.where(inside_BKH & same_BKH & (labels_BKH >= 0) & self.fork_valid_BK[:, :, None], labels_BKH, -100)
 
+    def judging_labels(self, labels_BT: Tensor) -> Tensor:
+        """The labels of tokens that judge a fork, `[B, T]`, -100 elsewhere: what has to be scored where the text itself is of no interest."""
+        judges_BT = torch.zeros_like(labels_BT, dtype=torch.bool).scatter_(1, self.judged(labels_BT)[0].flatten(1), True)
+        return torch.where(judges_BT, labels_BT, -100)
+
     def targets(self, labels_BT: Tensor, every_prefix: bool = False) -> Tensor:
         """The true next token of every node, `[B, S]`, -100 where there is none.
 
