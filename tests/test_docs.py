@@ -1,15 +1,17 @@
 """What the documents say is what the results files and the code say."""
 
 import ast
+import functools
 import importlib
 import json
 import re
 
 import pytest
-from commands import ROOT, in_process
+from commands import ROOT, captured, in_process
 from models import tiny_model, tiny_tokenizer
 
 from hf_thinktok import ThinkTokConfig
+from hf_thinktok.cli import main as thinktok
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.data import TASK_COLUMNS
 from hf_thinktok.results import verdict
@@ -77,6 +79,25 @@ def test_options_in_the_docs_exist():
     options -= set(TASK_COLUMNS)  # of the data, not of the config
     assert options
     assert all(hasattr(ThinkTokConfig, name) or name in ThinkTokConfig.__dataclass_fields__ for name in options), options
+
+
+def _commands():
+    """Lines of the pages that start a recipe or `thinktok`, continued ones joined: what is started, and its options."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for line in re.sub(r"\\\n\s*", " ", page.read_text()).splitlines():
+            if found := re.match(r"(?: {4}|\| `)(?:.*?recipes/(\w+)\.py|thinktok ([\w-]+))\b([^`#]*)", line):
+                yield pytest.param(found[1] or found[2], bool(found[1]), re.findall(r"--(\w+)", found[3]), id=f"{page.stem}: {line.strip()[:60]}")
+
+
+@functools.cache
+def _known(name: str, is_recipe: bool) -> set[str]:
+    done = in_process(ROOT / "recipes" / f"{name}.py", "--help") if is_recipe else captured(lambda: thinktok([name, "--help"]))
+    return set(re.findall(r"--(\w+)", done.stdout))
+
+
+@pytest.mark.parametrize(("name", "is_recipe", "options"), _commands())
+def test_commands_of_the_pages_have_options_that_there_are(name, is_recipe, options):
+    assert name == "lm-eval" or set(options) <= _known(name, is_recipe)
 
 
 @pytest.mark.parametrize(
