@@ -17,7 +17,7 @@ def add_eval(subparsers) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="measure on held-out text what thoughts do for the tokens after them",
-        description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from elsewhere, "
+        description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from before, "
         "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out (its "
         "test_files or its test part if it has one). "
         "The recipe's other options about text are taken as well.",

@@ -127,7 +127,7 @@ def describe_language(
         "positions": positions,
         "states": None if states_QL is None else _describe_states(symbols_QL, np.asarray(states_QL), present_QL, orders_SQ),
         "positional_disentanglement": None if digits_QD is None else _disentanglement(symbols_QL, digits_QD, orders_SQ),
-        "topographic_similarity": _topographic_similarity(symbols_QL, distances, rng),
+        "topographic_similarity": _topographic_similarity(symbols_QL, distances, answer_codes_Q, rng),
         "thoughts": _frequent_thoughts(thought_codes_Q, answer_codes_Q, labels, symbols_QL, present_QL, inputs_QI, correct_Q),
         "joint": _joint(thought_codes_Q, answer_codes_Q, words, labels),
         "estimators": ESTIMATORS,
@@ -257,6 +257,10 @@ def _disentanglement(symbols_QL: np.ndarray, digits_QD: np.ndarray, orders_SQ: n
     return {"value": float(gaps_L.mean()), "value_shuffled": float(np.mean(shuffled)), "by_position": by_position}
 
 
+# Distances of meanings that say how unlike two answers are, and not only whether they are the same.
+KINDS_OF_ANSWERS = ("answers, circular", "answer digits")
+
+
 def _distances(answer_codes_Q, digits_QD, answers_Q, num_names: int, inputs_QI) -> dict[str, Distance]:
     """Distances of meanings between questions i and j, by name."""
     distances: dict[str, Distance] = {"answers, same or not": lambda i, j: answer_codes_Q[i] != answer_codes_Q[j]}
@@ -275,11 +279,14 @@ def _distances(answer_codes_Q, digits_QD, answers_Q, num_names: int, inputs_QI) 
     return distances | {"input ids that differ": lambda i, j: (inputs_QI[i] != inputs_QI[j]).sum(1)}
 
 
-def _topographic_similarity(symbols_QL: np.ndarray, distances: dict[str, Distance], rng: np.random.Generator) -> list[dict[str, Any]]:
+def _topographic_similarity(
+    symbols_QL: np.ndarray, distances: dict[str, Distance], answer_codes_Q: np.ndarray, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     """Do like meanings have like thoughts? (Brighton & Kirby 2006; Lazaridou et al. 2018)
 
     Spearman's correlation, over pairs of questions, between the Hamming distance of the thoughts and the distance of the meanings. The null gives each
-    question the meaning of another (Mantel 1967, the test for distance matrices); `p_value` is the share of shuffles that correlate at least as much.
+    question the meaning of another (Mantel 1967, the test for distance matrices), and where meanings are kinds of answers each answer that of another:
+    questions of one answer share a word in the null as well. `p_value` is the share of shuffles that correlate at least as much.
     """
     questions = len(symbols_QL)
     possible = questions * (questions - 1) // 2
@@ -289,10 +296,13 @@ def _topographic_similarity(symbols_QL: np.ndarray, distances: dict[str, Distanc
     j_P = pairs - i_P * (i_P - 1) // 2
     thought_ranks_P = _ranks((symbols_QL[i_P] != symbols_QL[j_P]).sum(1))
     orders = [rng.permutation(questions) for _ in range(SIMILARITY_SHUFFLES)]
+    examples_A = np.unique(answer_codes_Q, return_index=True)[1]
+    renamed = [rng.permutation(examples_A)[answer_codes_Q] for _ in range(SIMILARITY_SHUFFLES)]
     rows = []
     for name, distance in distances.items():
         value = _correlation(thought_ranks_P, _ranks(distance(i_P, j_P)))
-        shuffled = [_correlation(thought_ranks_P, _ranks(distance(order[i_P], order[j_P]))) for order in orders]
+        shuffles = renamed if name.startswith(KINDS_OF_ANSWERS) else orders
+        shuffled = [_correlation(thought_ranks_P, _ranks(distance(order[i_P], order[j_P]))) for order in shuffles]
         null = np.array([v for v in shuffled if v is not None])
         row: dict[str, Any] = {"meaning": name, "value": value, "pairs": len(pairs)} | dict.fromkeys(("null_mean", "null_low", "null_high", "p_value"))
         if value is not None and null.size:

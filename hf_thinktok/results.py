@@ -259,7 +259,7 @@ def print_launchers(results: dict[str, Any], console: Console | None = None) -> 
 
 
 # Why a gain of fillers says nothing about thoughts, though unfamiliar tokens do worse in their place.
-ALL_ALIKE = "its thoughts are all alike: what helps is the time."
+ALL_ALIKE = "its thoughts are all alike, so it is not what is thought: it may be the time, or any change of its input."
 
 
 def conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
@@ -270,7 +270,7 @@ def conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
 
 
 def per_cent(part: float) -> str:
-    """With as many places as the test rows carry; 100 means every one."""
+    """With two places close to 100, which means every one."""
     return "100" if part == 1 else f"{100 * part:.2f}" if part > 0.99 else f"{100 * part:.1f}"
 
 
@@ -361,7 +361,12 @@ def verdict(results: dict[str, Any]) -> str:
     sure, sure_over_random = (2 * results[f"{name}_stderr"] for name in ("gain", "gain_over_random"))
     if results["config"].get("thoughts") == "filler":
         return conclusion(gain > sure, gain < -sure, False, ALL_ALIKE)
-    return conclusion(gain > sure, gain < -sure, over_random > sure_over_random, "a random thought helps as much: what is thought does not matter.")
+    return conclusion(
+        gain > sure,
+        gain < -sure,
+        over_random > sure_over_random,
+        "what is thought is not shown to matter: no gain over a random thought can be told from zero.",
+    )
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:

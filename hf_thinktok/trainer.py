@@ -379,6 +379,9 @@ class ThinkTokTrainer(MeasuringTrainer):
         for thoughts in (rollout, control) if args.memory == "persistent" else (rollout.beside(control),):
             tree = self._tree(inputs, thoughts)
             scores = self._score(model, tree, tokens_BT, tree.judging_labels(labels_BT), thoughts)
+            if args.stop == "learned":  # random ones as often, and as long, as the gate has the model's own
+                own = scores.gate_logits_BKGL[:, :, : args.num_generations]
+                scores = dataclasses.replace(scores, gate_logits_BKGL=own.repeat(1, 1, 2, 1))
             speech = speak(scores, thoughts, args.stop, 0.0, args.blind)
             summed.append(masked_sum(speech.logps_BKGH, scores.mask_BKH[:, :, None]))
             lengths.append(speech.lengths_BKG)

@@ -100,6 +100,8 @@ class Grid:
         check_not_pushed(self.options["think"][1])
         if not self.options["think"][1].packing:
             raise ValueError("A step's FLOPs are those of full rows, and cpt_flops has to have as many as think: set packing=True.")
+        if any(args.num_iterations > 1 for _, args, *_ in self.options.values()):
+            raise ValueError("num_iterations above 1 shows a row several times, and the arms without thoughts see each once: set num_iterations=1.")
         self.flops = {arm: self._flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}
         if (known := self.flops["think"]) is None:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")

@@ -141,7 +141,10 @@ def test_an_arm_is_beaten_by_all_seeds_or_not_at_all():
     """Intervals are over documents, and leave seeds out."""
     gains = {arm: {"low": 0.1, "high": 0.2, "seeds": {str(seed): {"bits_per_token": 0.15} for seed in range(2)}} for arm in CONTROL_ARMS}
     gains["filler"]["seeds"] = {"0": {"bits_per_token": 0.4}, "1": {"bits_per_token": -0.1}}
-    assert "seeds differ about filler; it beats cpt" in comparison_verdict({"gains": {f"think over {arm}": gain for arm, gain in gains.items()}})
+    gains["cpt_flops"]["seeds"] = {"0": {"bits_per_token": 0.25}, "1": {"bits_per_token": 0.05}}  # on one side, and as far from each other as from 0
+    assert "seeds differ too much about cpt_flops, filler; it beats cpt, think" in comparison_verdict(
+        {"gains": {f"think over {arm}": gain for arm, gain in gains.items()}}
+    )
 
 
 @pytest.mark.parametrize(("stop", "words"), [("learned", "No gain from thinking"), ("fixed", "Thinking helps")])
@@ -366,6 +369,7 @@ def test_another_base_is_measured_again(grid, monkeypatch):
         (("--max_steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--resume_from_checkpoint", "true", "--output_dir", "{}/other"), "goes on by itself where it stopped"),
         (("--push_to_hub", "true", "--output_dir", "{}/other"), "several models into one place"),
+        (("--num_iterations", "2", "--output_dir", "{}/other"), "set num_iterations=1"),
         (("--packing", "false", "--output_dir", "{}/other"), "set packing=True"),
         (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
         (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),

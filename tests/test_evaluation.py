@@ -21,7 +21,7 @@ from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
-from hf_thinktok.evaluation.intervals import ratio_interval
+from hf_thinktok.evaluation.intervals import ratio_interval, t_quantile
 from hf_thinktok.evaluation.tables import evaluation_verdict
 from hf_thinktok.evaluation.thinking import CONTROLS, control_sources, kind_of, pieces
 from hf_thinktok.forks import choose_forks, eligible_forks
@@ -111,14 +111,17 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
         assert found.logps["no_think"][k] == pytest.approx(score([]), abs=1e-4)
         assert found.logps["always"][k] == pytest.approx(np.mean([score(thought) for thought in thoughts]), abs=1e-4)
         assert found.marginal["always"][k] == pytest.approx(np.logaddexp(*(score(thought) for thought in thoughts)) - math.log(2), abs=1e-4)
-        other = drawn.thoughts_BKGL[0, (k + 9 // 2) % 9].tolist()
-        assert found.logps["elsewhere"][k] == pytest.approx(np.mean([score(thought) for thought in other]), abs=1e-4)
+        other = drawn.thoughts_BKGL[0, k - 9 // 2].tolist() if k >= 9 // 2 else []
+        if other:
+            assert found.logps["earlier"][k] == pytest.approx(np.mean([score(thought) for thought in other]), abs=1e-4)
+        else:
+            assert math.isnan(found.logps["earlier"][k])
         if lookahead == 1:  # lengths are summed out, and random tokens are as many as the model's own
             assert found.logps["think"][k] == pytest.approx(ended(thoughts, thoughts), abs=1e-4)
             at_random = random_BKSL[0, k].tolist()
             assert found.logps["think_random"][k] == pytest.approx(ended(thoughts, at_random), abs=1e-4)
             assert found.logps["random"][k] == pytest.approx(np.mean([score(thought) for thought in at_random]), abs=1e-4)
-        for arm, put in (("no_think", [[]]), ("always", thoughts), ("elsewhere", other)):
+        for arm, put in (("no_think", [[]]), ("always", thoughts), *([("earlier", other)] if other else [])):
             assert found.correct[arm][k] == pytest.approx(np.mean([judged(thought)[1] for thought in put]))
         plain = logps_of(model, ids)[fork]
         assert found.entropy_F[k] == pytest.approx(-(plain.exp() * plain).sum().item(), abs=1e-4)
@@ -180,10 +183,10 @@ def test_controls_are_what_they_say():
     assert torch.equal(shuffled.sort(-1).values, thoughts)
     assert not torch.equal(shuffled, thoughts)
     assert torch.equal(there_BK, forks_BK >= 0)
-    elsewhere, there_BK = found["elsewhere"]
-    assert there_BK.tolist() == [[True] * 3, [True, True, False], [False] * 3, [False] * 3]
-    assert origin_of(elsewhere)[0].tolist() == [1, 2, 0]
-    assert origin_of(elsewhere)[1, :2].tolist() == [4, 3]
+    earlier, there_BK = found["earlier"]
+    assert there_BK.tolist() == [[False, True, True], [False, True, False], [False] * 3, [False] * 3], "a later thought would have read what judges"
+    assert origin_of(earlier)[0, 1:].tolist() == [0, 1]
+    assert origin_of(earlier)[1, 1] == 3
     other, there_BK = found["other_document"]
     assert origin_of(other)[:2].tolist() == [[6, 6, 6]] * 2  # the only fork of the next row of another document
     assert origin_of(other)[2, 0] == 0
@@ -244,8 +247,9 @@ def test_summary_of_known_figures():
     ("gain", "over_random", "always_over_random", "words"),
     [
         ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "what is thought matters."),
-        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "not told apart from these: random tokens."),
-        ((0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not told apart from these: where it wants to, random tokens."),
+        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "not shown to do more than these: random tokens; to do more than these: where it wants to, random tokens."),
+        ((0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not shown to do more than these: where it wants to, random tokens; to do more than these: random tokens."),
+        ((0.1, 0.3), (-0.1, 0.2), (-0.2, 0.1), "where it wants to, random tokens; random tokens: nothing says that what is thought matters."),
         ((-0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "told from zero"),
         ((-0.3, -0.1), (0.1, 0.2), (0.1, 0.2), "hurts"),
         ((math.nan, math.nan), (math.nan, math.nan), (math.nan, math.nan), "told from zero"),
@@ -255,8 +259,8 @@ def test_the_verdict_is_what_the_intervals_carry(gain, over_random, always_over_
     gains = {"think over no_think": gain, "think over think_random": over_random, "always over no_think": (1, 1), "always over random": always_over_random}
     found = {name: {"bits_per_token": 0.0, "low": low, "high": high} for name, (low, high) in gains.items()}
     assert words in evaluation_verdict({"gains": found, "settings": {}})
-    if "matters" in words:
-        assert "what helps is the time" in evaluation_verdict({"gains": found, "settings": {"thoughts": "filler"}})
+    if gain[0] > 0:
+        assert "the time, or any change of its input" in evaluation_verdict({"gains": found, "settings": {"thoughts": "filler"}})
 
 
 def test_an_interval_has_the_width_that_theory_gives():
@@ -267,7 +271,7 @@ def test_an_interval_has_the_width_that_theory_gives():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 9)), min_size=2, max_size=30), st.floats(0.1, 10))
+@given(st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 9)), min_size=5, max_size=30), st.floats(0.1, 10))
 def test_intervals_scale_and_hold_all_documents(rows, scale):
     sums_D, counts_D = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     low, high = ratio_interval(sums_D, counts_D)
@@ -276,8 +280,24 @@ def test_intervals_scale_and_hold_all_documents(rows, scale):
     np.testing.assert_allclose(ratio_interval(scale * sums_D, counts_D), (scale * low, scale * high), atol=1e-9)
 
 
-def test_one_document_has_no_interval():
-    assert all(map(math.isnan, ratio_interval(np.array([1.0]), np.array([2.0]))))
+def test_few_documents_have_no_interval():
+    assert all(map(math.isnan, ratio_interval(np.arange(4.0), np.ones(4))))
+
+
+@pytest.mark.parametrize("documents", [5, 12])
+def test_intervals_of_few_documents_hold_the_truth_as_often_as_they_say(documents):
+    """Percentiles alone hold it in 84 and 90 % of cases."""
+    random, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        counts_D = random.integers(8, 17, documents).astype(float)
+        low, high = ratio_interval(random.normal(0.0, 1.0, documents) * np.sqrt(counts_D), counts_D)
+        held += low <= 0 <= high
+    assert 0.91 <= held / 400 <= 0.98
+
+
+def test_students_quantiles():
+    for freedom, wanted in {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 10: 2.228, 47: 2.012}.items():
+        assert t_quantile(0.975, freedom) == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +367,8 @@ def test_the_metric_loads_from_its_folder():
     found = metric.compute(predictions=with_thoughts, references=without, documents=documents)
     assert found["think_gain"] == pytest.approx(2 / 3 / math.log(2))
     assert (found["documents"], found["tokens"]) == (2, 3)
-    assert found["low"] == 0.0
+    assert math.isnan(found["low"])
+    assert metric.compute(predictions=[-0.5] * 5, references=[-1.5] * 5, documents=[*"abcde"])["low"] == pytest.approx(1 / math.log(2))
     assert metric.compute(predictions=with_thoughts, references=without, tokens=[2, 2, 4])["think_gain"] == pytest.approx(2 / 8 / math.log(2))
     with pytest.raises(ValueError, match="documents has 1 entries for 3 predictions"):
         metric.compute(predictions=with_thoughts, references=without, documents=[0])

@@ -80,6 +80,18 @@ def test_a_random_code_says_as_much_without_likeness():
     assert min(inside.values()) >= 6, inside
 
 
+def test_a_word_for_each_answer_is_no_likeness_of_answers():
+    """Questions of one answer share a word whatever it is, and do so in the null as well."""
+    surprising = dict.fromkeys((CIRCULAR, DIFFER, DIFFERENCE), 0)
+    for seed in range(8):
+        answers = np.tile(np.arange(64), 8)
+        report = describe(digits(np.random.default_rng(seed).permutation(512)[:64], 8, 3)[answers], answers, 8, seed=seed)
+        assert similarity(report, "answers, same or not")["p_value"] < 0.01
+        for meaning in surprising:
+            surprising[meaning] += similarity(report, meaning)["p_value"] < 0.05
+    assert max(surprising.values()) <= 2, surprising
+
+
 def test_a_constant_language_says_nothing():
     answers = np.arange(300) % 20
     report = describe(np.full((300, 2), 3), answers, 8)

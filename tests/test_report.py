@@ -338,7 +338,7 @@ def test_the_inspection_is_printed(folder, capsys):
 
 @pytest.mark.parametrize(
     ("gain", "over_random", "words"),
-    [(0.03, 0.1, "told from zero"), (0.05, 0.03, "does not matter"), (0.05, 0.05, "matters."), (-0.03, 0.1, "told from zero")],
+    [(0.03, 0.1, "told from zero"), (0.05, 0.03, "not shown to matter"), (0.05, 0.05, "matters."), (-0.03, 0.1, "told from zero")],
 )
 def test_verdict_needs_two_standard_errors(gain, over_random, words):
     figures = {"gain": gain, "gain_stderr": 0.02, "gain_over_random": over_random, "gain_over_random_stderr": 0.02, "config": {}}

@@ -26,6 +26,7 @@ from hf_thinktok.cli import main
 from hf_thinktok.config_checks import LESS_IS_BETTER
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.evaluation import GainByDocument, evaluate_thinking
+from hf_thinktok.objective import speak
 
 
 def losses(trainer, key="loss"):
@@ -1080,3 +1081,15 @@ def test_random_thoughts_that_stay_are_random_everywhere(make_trainer, corpus, m
 def test_what_has_not_begun_to_think_is_evaluated_as_well(make_trainer, corpus):
     result = make_trainer(think_start=5, max_steps=6, eval_dataset=corpus.select(range(4))).evaluate()
     assert {"eval_bits_no_think", "eval_bits_think", "eval_gain"} <= set(result)
+
+
+def test_random_thoughts_are_as_long_as_the_models_own_where_it_is_evaluated(make_trainer, monkeypatch):
+    """The gate reads random tokens, too, and would end them elsewhere: then lengths and not words would be compared."""
+    speeches, trainer = [], make_trainer(stop="learned", max_think_length=3)
+    monkeypatch.setattr("hf_thinktok.trainer.speak", lambda *args: speeches.append(speak(*args)) or speeches[-1])
+    trainer.evaluate(trainer.train_dataset)
+    assert speeches
+    for speech in speeches:
+        own, random = speech.lengths_BKG.chunk(2, dim=2)
+        assert torch.equal(own, random)
+        assert not torch.equal(*speech.logps_BKGH.chunk(2, dim=2))

@@ -1,6 +1,7 @@
 """Tables of what was measured on held-out text, and the sentence that their intervals carry."""
 
 import math
+import statistics
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from ..results import ALL_ALIKE, THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
 from .comparison import ARMS, AT_RANDOM, SILENT
+from .intervals import t_quantile
 from .thinking import CONTROLS, PLACED, own_arm, own_length
 
 
@@ -66,11 +68,14 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     gain = gains[f"{own_arm(found['settings'])} over no_think"]
     ours = {own_arm(found["settings"]), "always"}
     pairs = [(control, f"{arm} over {control}") for arm, controls in CONTROLS.items() if arm in ours for control in controls]
-    alike = [control for control, pair in pairs if pair in gains and not gains[pair]["low"] > 0]
+    beaten = [control for control, pair in pairs if pair in gains and gains[pair]["low"] > 0]
+    others = [control for control, pair in pairs if pair in gains and control not in beaten]
+    named = lambda controls: "; ".join(PLACED[control] for control in controls)
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
-    otherwise = f"nothing says that what is thought matters: thoughts are not told apart from these: {'; '.join(PLACED[control] for control in alike)}."
-    return conclusion(gain["low"] > 0, gain["high"] < 0, not alike, otherwise)
+    rest = f"; to do more than these: {named(beaten)}." if beaten else ": nothing says that what is thought matters."
+    otherwise = f"thoughts are not shown to do more than these: {named(others)}{rest}"
+    return conclusion(gain["low"] > 0, gain["high"] < 0, not others, otherwise)
 
 
 def print_comparison(results: dict[str, Any], console: Console | None = None) -> None:
@@ -134,7 +139,7 @@ def named(arm: str) -> str:
 
 def placed(gain: str) -> str:
     """What a gain of an evaluation compares."""
-    one, other = (PLACED[arm] for arm in gain.split(" over "))
+    one, other = (PLACED.get(arm, arm) for arm in gain.split(" over "))  # a file of an earlier version may know others
     return f"{one}, over: {other}"
 
 
@@ -158,6 +163,14 @@ def _seeds(seeds: list[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of seeds {', '.join(map(str, seeds))}"
 
 
+def seeds_agree(gains: list[float]) -> bool:
+    """Whether the gains of several seeds are on one side of 0, and further than their spread says: a t test at 5 %. One seed agrees with itself."""
+    if len(gains) < 2:
+        return True
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    return abs(statistics.fmean(gains)) > t_quantile(0.975, len(gains) - 1) * error and len({gain > 0 for gain in gains}) == 1
+
+
 def comparison_verdict(found: dict[str, Any]) -> str:
     """Whether thinking beats every control, and if not, which ones it does not beat."""
     against = {name.removeprefix("think over "): gain for name, gain in found["gains"].items() if name.startswith("think over ")}
@@ -166,16 +179,15 @@ def comparison_verdict(found: dict[str, Any]) -> str:
     told: dict[str, list[str]] = {
         "it loses to": [],
         "it cannot be told apart from": [],
-        "seeds differ about": [],
+        "seeds differ too much about": [],
         "it beats": [],
         "it was not compared with": [],
     }
     for arm, gain in controls.items():
-        signs = {one["bits_per_token"] > 0 for one in gain["seeds"].values()}
         if gain["low"] <= 0 <= gain["high"] or math.isnan(gain["low"]):
             told["it cannot be told apart from"].append(arm)
-        elif len(signs) > 1:  # an interval over documents says nothing of seeds
-            told["seeds differ about"].append(arm)
+        elif not seeds_agree([one["bits_per_token"] for one in gain["seeds"].values()]):  # an interval over documents says nothing of seeds
+            told["seeds differ too much about"].append(arm)
         else:
             told["it beats" if gain["low"] > 0 else "it loses to"].append(arm)
     told["it was not compared with"] = [arm for arm in needed if arm not in controls]

@@ -37,12 +37,12 @@ PLACED = {
     "think_random": "where it wants to, random tokens",
     "always": "a thought everywhere",
     "shuffled": "its tokens shuffled",
-    "elsewhere": "from another place of the row",
+    "earlier": "from an earlier place of the row",
     "other_document": "from another document",
     "random": "random tokens",
 }
 # What each way to think is compared with; as many random tokens come last.
-CONTROLS = {"think": ("think_random",), "always": ("shuffled", "elsewhere", "other_document", "random")}
+CONTROLS = {"think": ("think_random",), "always": ("shuffled", "earlier", "other_document", "random")}
 RANDOM = {arm: controls[-1] for arm, controls in CONTROLS.items()}
 GROUPS = ("logps", "marginal", "correct")  # what an `Evaluation` knows of each arm
 BUCKETS = 4
@@ -433,8 +433,8 @@ def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: Thinking
     def taken(from_B: Tensor, at_BK: Tensor) -> Tensor:
         return thoughts_BKSL[from_B[:, None], at_BK]
 
-    # Half of the row's forks away; with three forks one away.
-    elsewhere_BK = (index_BK + (count_B1 // 2).clamp(min=1)) % count_B1
+    # Half of the row's forks before: a later thought would have read what judges here.
+    earlier_BK = index_BK - (count_B1 // 2).clamp(min=1)
     # The next row of another document that has forks.
     document_B = documents_BT[:, 0]
     following_BB = (rows_B[:, None] + rows_B) % batch
@@ -446,7 +446,7 @@ def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: Thinking
     order_BKSL = torch.where(as_it_was_BKS1, order_BKSL.roll(1, -1), order_BKSL)
     return {
         "shuffled": (thoughts_BKSL.gather(-1, order_BKSL), there_BK & (length > 1)),
-        "elsewhere": (taken(rows_B, elsewhere_BK), there_BK & (count_B1 > 1)),
+        "earlier": (taken(rows_B, earlier_BK.clamp(min=0)), there_BK & (earlier_BK >= 0)),
         "other_document": (taken(other_B, index_BK % count_B1[other_B]), there_BK & has_other_B1),
         "random": (random_thoughts(thoughts_BKSL, vocabulary, generator), there_BK),
     }
