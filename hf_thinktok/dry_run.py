@@ -242,7 +242,8 @@ class DryRun:
             with self._autocast():
                 return self.engine.run(self.model, tree, torch.zeros_like(tree.position_ids_BS), passes)
 
-        return score_tree(run, tree, rows.labels_BT, rows.rollout, self.vocabulary, **args.scoring(training))
+        labels_BT = rows.labels_BT if training else tree.judging_labels(rows.labels_BT)
+        return score_tree(run, tree, labels_BT, rows.rollout, self.vocabulary, **args.scoring(training))
 
     def _autocast(self):
         return torch.autocast("cpu", self.autocast_type, enabled=self.autocast_type is not None)

@@ -78,7 +78,8 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
         options.pop(name, None) for name in ("kill_step", "kill_write", "terminate_step", "resume", "model_folder")
     )
     tie, streaming, constants = options.pop("tie", True), options.pop("streaming", False), options.pop("revival", {})
-    text = questions() if options.pop("questions", False) else Dataset.from_dict({"text": CORPUS})
+    levels = (2, 3) if options.get("blind") else (1, 2, 3)  # where the text is hidden nothing can be said without a thought
+    text = questions(levels=levels) if options.pop("questions", False) else Dataset.from_dict({"text": CORPUS})
     if options.pop("fsdp2_on_cpu", False):
         bring_up_fsdp2_on_cpu()
     defaults = {
