@@ -79,13 +79,6 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
 
 
-def count_forks(eligible_BT: Tensor, judged_BT: Tensor, num_forks: int, how: str) -> Tensor:
-    """How many of the forks that `choose_forks` picks in each row are judged, `[B]`: where it has to choose, as many as are to be expected."""
-    counts_B = eligible_BT.sum(1)
-    picked_B = counts_B if how == "all" else counts_B.clamp(max=num_forks)
-    return picked_B * (judged_BT.sum(1) / counts_B.clamp(min=1))
-
-
 def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tensor) -> Tensor:
     """Places where a thought and what judges it have positions, `[B, T]` bool: to the end of their document, or as far as `lookahead` goes. Where thoughts stay
     in the text it is the document with all of them."""
@@ -112,6 +105,16 @@ def may_think(args: "ThinkTokConfig", model: PreTrainedModel, inputs: dict[str, 
     if "think_length" in inputs and inputs["think_length"].ndim > 1:  # a number for each marked place, and none where it is 0
         marked_BT &= given_lengths(inputs["think_length"], marked_BT) > 0
     return eligible_BT & marked_BT
+
+
+def count_forks(args: "ThinkTokConfig", model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, markers: list[list[int]]) -> Tensor:
+    """How many of the forks that `choose_forks` picks in each row are judged, `[B]`: where it has to choose, as many as are to be expected. Arguments as of
+    `may_think`."""
+    eligible_BT = may_think(args, model, inputs, labels_BT, markers)
+    judged_BT = eligible_BT & judged_places(labels_BT, inputs["documents"], args.branching(labels_BT.shape[1]).lookahead)
+    counts_B = eligible_BT.sum(1)
+    picked_B = counts_B if args.fork_positions == "all" else counts_B.clamp(max=args.num_forks)
+    return picked_B * (judged_BT.sum(1) / counts_B.clamp(min=1))
 
 
 def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:

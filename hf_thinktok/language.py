@@ -257,13 +257,9 @@ def _disentanglement(symbols_QL: np.ndarray, digits_QD: np.ndarray, orders_SQ: n
     return {"value": float(gaps_L.mean()), "value_shuffled": float(np.mean(shuffled)), "by_position": by_position}
 
 
-# Distances of meanings that say how unlike two answers are, and not only whether they are the same.
-KINDS_OF_ANSWERS = ("answers, circular", "answer digits")
-
-
-def _distances(answer_codes_Q, digits_QD, answers_Q, num_names: int, inputs_QI) -> dict[str, Distance]:
-    """Distances of meanings between questions i and j, by name."""
-    distances: dict[str, Distance] = {"answers, same or not": lambda i, j: answer_codes_Q[i] != answer_codes_Q[j]}
+def _distances(answer_codes_Q, digits_QD, answers_Q, num_names: int, inputs_QI) -> dict[str, tuple[Distance, bool]]:
+    """Distances of meanings between questions i and j, by name; and whether each says how unlike two answers are, and not only whether they are the same."""
+    distances: dict[str, tuple[Distance, bool]] = {"answers, same or not": (lambda i, j: answer_codes_Q[i] != answer_codes_Q[j], False)}
     if digits_QD is not None:
         modulus, numbers_Q = max(int(answers_Q.max()) + 1, num_names), answers_Q.astype(np.int64)
 
@@ -272,20 +268,20 @@ def _distances(answer_codes_Q, digits_QD, answers_Q, num_names: int, inputs_QI) 
             return np.minimum(ahead, modulus - ahead)
 
         distances |= {
-            f"answers, circular mod {modulus}": circular,
-            "answer digits that differ": lambda i, j: (digits_QD[i] != digits_QD[j]).sum(1),
-            "answer digits, |difference|": lambda i, j: np.abs(digits_QD[i] - digits_QD[j]).sum(1),
+            f"answers, circular mod {modulus}": (circular, True),
+            "answer digits that differ": (lambda i, j: (digits_QD[i] != digits_QD[j]).sum(1), True),
+            "answer digits, |difference|": (lambda i, j: np.abs(digits_QD[i] - digits_QD[j]).sum(1), True),
         }
-    return distances | {"input ids that differ": lambda i, j: (inputs_QI[i] != inputs_QI[j]).sum(1)}
+    return distances | {"input ids that differ": (lambda i, j: (inputs_QI[i] != inputs_QI[j]).sum(1), False)}
 
 
 def _topographic_similarity(
-    symbols_QL: np.ndarray, distances: dict[str, Distance], answer_codes_Q: np.ndarray, rng: np.random.Generator
+    symbols_QL: np.ndarray, distances: dict[str, tuple[Distance, bool]], answer_codes_Q: np.ndarray, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """Do like meanings have like thoughts? (Brighton & Kirby 2006; Lazaridou et al. 2018)
 
     Spearman's correlation, over pairs of questions, between the Hamming distance of the thoughts and the distance of the meanings. The null gives each
-    question the meaning of another (Mantel 1967, the test for distance matrices), and where meanings are kinds of answers each answer that of another:
+    question the meaning of another (Mantel 1967, the test for distance matrices), and where a distance says how unlike answers are each answer that of another:
     questions of one answer share a word in the null as well. `p_value` is the share of shuffles that correlate at least as much.
     """
     questions = len(symbols_QL)
@@ -299,10 +295,9 @@ def _topographic_similarity(
     examples_A = np.unique(answer_codes_Q, return_index=True)[1]
     renamed = [rng.permutation(examples_A)[answer_codes_Q] for _ in range(SIMILARITY_SHUFFLES)]
     rows = []
-    for name, distance in distances.items():
+    for name, (distance, of_answers) in distances.items():
         value = _correlation(thought_ranks_P, _ranks(distance(i_P, j_P)))
-        shuffles = renamed if name.startswith(KINDS_OF_ANSWERS) else orders
-        shuffled = [_correlation(thought_ranks_P, _ranks(distance(order[i_P], order[j_P]))) for order in shuffles]
+        shuffled = [_correlation(thought_ranks_P, _ranks(distance(order[i_P], order[j_P]))) for order in (renamed if of_answers else orders)]
         null = np.array([v for v in shuffled if v is not None])
         row: dict[str, Any] = {"meaning": name, "value": value, "pairs": len(pairs)} | dict.fromkeys(("null_mean", "null_low", "null_high", "p_value"))
         if value is not None and null.size:

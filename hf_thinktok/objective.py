@@ -125,7 +125,7 @@ def credit(
         extra_BKG = extra_BKG + scheduled(config.coverage_coef, step) * share_BK1 * rollout.rarity_BKG
     rewards_BKG = rewards_BKG + extra_BKG
     # A supplied thought was not drawn: it is no part of the comparison, and alone teaches the speaker.
-    drawn = slice(int(rollout.supplied), None)
+    drawn = rollout.drawn_G
     group_size = rewards_BKG[..., drawn].shape[-1]
     speaker_weights_BKG = valid_BK[:, :, None].expand(*valid_BK.shape, group_size) / group_size
     if config.objective == "marginal":
@@ -205,7 +205,7 @@ def thinking_loss(
         return loss + diversity_loss, metrics | diversity_metrics
     advantages_BKGA = advantages_BKGL.repeat(1, 1, 1, logps_BKGA.shape[-1] // advantages_BKGL.shape[-1])
     counts_globally = config.think_loss_type in ("dapo", "cispo")
-    drawn = slice(int(rollout.supplied), None)
+    drawn = rollout.drawn_G
     old_logps_BKGA = logps_BKGA.detach() if rollout.old_logps_BKGA is None else rollout.old_logps_BKGA
     policy_loss, policy_metrics = config.policy_loss()(
         logps_BKGA[:, :, drawn],

@@ -126,7 +126,7 @@ class Rooms:
             kind: what has to be as it was for passes to be the same.
         """
         came_before, room = kind in self._rooms, self._rooms.pop(kind, None)
-        self._rooms = {**dict([*self._rooms.items()][-1:]), kind: None}
+        self._rooms = dict([*self._rooms.items()][-1:]) | {kind: None}
         if self._refused or not came_before:  # rows of other lengths in every step would all be a first time
             yield None
             return

@@ -70,6 +70,11 @@ class Rollout:
         return self.said_BKGL & (place_L > 0) & (place_L < self.lengths_BKG[..., None] - 1) if self.text else self.said_BKGL
 
     @property
+    def drawn_G(self) -> slice:
+        """Which thoughts of each group were drawn: all but a supplied one."""
+        return slice(int(self.supplied), None)
+
+    @property
     def num_chosen(self) -> int:
         """So many of the first thoughts of each group were not drawn, where any were."""
         return int(self.chosen and self.thoughts_BKGL.shape[2] > 1)
@@ -219,8 +224,6 @@ def sample_thoughts(
         decode = engine.decoder(model, room)
         done_B1 = torch.full((batch, 1), -1, device=device)
         for turn in turns:
-            if sampling.draw_stops:
-                tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
             tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
             forks_BF = forks_BK[:, turn]
             nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF, None if room is None else tokens_BT.shape[1])
@@ -239,6 +242,7 @@ def sample_thoughts(
                     if depth > sampling.min_length:
                         thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
                     lengths_BKG[:, turn] += thinking_BFG & (depth <= longest_BFG)
+                    tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
                 if sampling.text:
                     chosen_BFG = between_markers(written_BFG, depth - 1, longest_BFG, vocabulary)
                     logps_BFG = torch.where(chosen_BFG < vocabulary.first_id, written_logps_BFG, 0.0)
@@ -251,8 +255,6 @@ def sample_thoughts(
                 thoughts_BKGL[:, turn, :, depth - 1], logps_BKGL[:, turn, :, depth - 1] = chosen_BFG, logps_BFG
                 if depth == length:
                     break
-                if sampling.draw_stops:
-                    tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
                 tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
                 nodes_BQ = tree.branch_nodes(depth).view(num_forks, groups)[turn].reshape(1, -1).expand(batch, -1)
                 every_BQ = torch.arange(nodes_BQ.shape[1], device=device).expand_as(nodes_BQ)

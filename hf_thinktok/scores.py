@@ -4,7 +4,7 @@ Shape suffixes as in tree.py; P = L + 1 prefixes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class TreeScores:
     thought_logps_BKGL: Tensor
     fork_hidden_BKD: Tensor | None = None
     last_hidden_BKGD: Tensor | None = None
+
+    def under_gates_of_first(self, count: int) -> "TreeScores":
+        """The same with the gates of the first thoughts of a group for all: controls behind them are thought as often, and as long."""
+        gates_BKGL = self.gate_logits_BKGL
+        return replace(self, gate_logits_BKGL=gates_BKGL[:, :, :count].repeat(1, 1, gates_BKGL.shape[2] // count, 1))
 
     @property
     def mask_BKH(self) -> Tensor:

@@ -27,7 +27,7 @@ from .data import TreeCollator, check_prepared, check_thinking_numbers, column_o
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, judged_places, marker_ids, may_think
+from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
 from .measuring import MeasuringTrainer
@@ -379,9 +379,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         for thoughts in (rollout, control) if args.memory == "persistent" else (rollout.beside(control),):
             tree = self._tree(inputs, thoughts)
             scores = self._score(model, tree, tokens_BT, tree.judging_labels(labels_BT), thoughts)
-            if args.stop == "learned":  # random ones as often, and as long, as the gate has the model's own
-                own = scores.gate_logits_BKGL[:, :, : args.num_generations]
-                scores = dataclasses.replace(scores, gate_logits_BKGL=own.repeat(1, 1, 2, 1))
+            if args.stop == "learned":
+                scores = scores.under_gates_of_first(args.num_generations)
             speech = speak(scores, thoughts, args.stop, 0.0, args.blind)
             summed.append(masked_sum(speech.logps_BKGH, scores.mask_BKH[:, :, None]))
             lengths.append(speech.lengths_BKG)
@@ -457,12 +456,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         config, self._weights = self.args, None
         if config.thinks and len(batches) > 1 and self.state.global_step >= config.think_start:
-            counts = []
-            for inputs in batches:
-                labels_BT = self._labels(inputs)
-                eligible_BT = may_think(config, unwrapped(self.model), inputs, labels_BT, self.markers)
-                judged_BT = eligible_BT & judged_places(labels_BT, inputs["documents"], config.branching(labels_BT.shape[1]).lookahead)
-                counts.append(count_forks(eligible_BT, judged_BT, config.num_forks, config.fork_positions).sum())
+            counts = [count_forks(config, unwrapped(self.model), inputs, self._labels(inputs), self.markers).sum() for inputs in batches]
             counts_A = self.accelerator.reduce(torch.stack(counts), reduction="sum")
             shares_A = torch.where(counts_A > 0, counts_A / counts_A.sum(), 1 / len(batches))  # where there is none there is nothing to weigh
             self._weights = shares_A * (len(batches) if num_items_in_batch is None else 1)

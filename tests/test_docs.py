@@ -17,13 +17,15 @@ from hf_thinktok.data import TASK_COLUMNS
 from hf_thinktok.results import verdict
 from hf_thinktok.tasks import make_task
 
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+
 
 def test_readme_is_rendered_from_results_files():
     done = in_process(ROOT / "docs" / "render.py", "--check")
     assert done.returncode == 0, done.stderr[-500:]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_figures_do_not_break_their_page(page):
     """Markdown ends a paragraph at a line that begins with a comment, and a cell of a table at every bar, in a comment too."""
     figure = re.compile(r"<!-- \w+: [^>]*?[^ ]+ -->.+?<!-- -->")
@@ -67,7 +69,7 @@ def test_plans_on_the_page_are_what_the_code_says(monkeypatch):
 
 
 def test_links_and_images_exist():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -83,7 +85,7 @@ def test_options_in_the_docs_exist():
 
 def _commands():
     """Lines of the pages that start a recipe or `thinktok`, continued ones joined: what is started, and its options."""
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in PAGES:
         for line in re.sub(r"\\\n\s*", " ", page.read_text()).splitlines():
             if found := re.match(r"(?: {4}|\| `)(?:.*?recipes/(\w+)\.py|thinktok ([\w-]+))\b([^`#]*)", line):
                 yield pytest.param(found[1] or found[2], bool(found[1]), re.findall(r"--(\w+)", found[3]), id=f"{page.stem}: {line.strip()[:60]}")

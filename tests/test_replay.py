@@ -44,12 +44,12 @@ def captures(monkeypatch) -> Captures:
     return made
 
 
-def think(how: TreeEngine, model, vocabulary, step: int, draw_stops: bool = False):
+def think(how: TreeEngine, model, vocabulary, step: int, draw_stops: bool = False, groups: int = 2):
     generator = torch.Generator().manual_seed(step)
     tokens_BT, documents_BT = torch.randint(vocabulary.num_real, (B, T), generator=generator), torch.zeros(B, T, dtype=torch.long)
     documents_BT[1, 9:] = 1
     forks_BK = torch.tensor([[2, 7, 12], [3, 8, -1]] if step % 2 else [[2, 9, T - 2], [3, 11, T - 5]])
-    return sample_thoughts(how, model, tokens_BT, documents_BT, forks_BK, Branching(2, 4, 3), Sampling(draw_stops=draw_stops), vocabulary, generator)
+    return sample_thoughts(how, model, tokens_BT, documents_BT, forks_BK, Branching(groups, 4, 3), Sampling(draw_stops=draw_stops), vocabulary, generator)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,8 @@ def test_rollouts_of_two_kinds_in_turn_are_replayed(captures):
     model, vocabulary = thinker("llama", "sdpa")
     how = TreeEngine(256)
     for step in range(8):
-        for branching in (Branching(2, 4, 3), Branching(5, 4, 3)):
-            generator = torch.Generator().manual_seed(step)
-            tokens_BT = torch.randint(vocabulary.num_real, (B, T), generator=generator)
-            given = tokens_BT, torch.zeros_like(tokens_BT), torch.tensor([[2, 9], [3, 11]]), branching, Sampling(), vocabulary
-            found, wanted = (sample_thoughts(one, model, *given, torch.Generator().manual_seed(step)) for one in (how, TreeEngine(7)))
+        for groups in (2, 5):
+            found, wanted = (think(one, model, vocabulary, step, groups=groups) for one in (how, TreeEngine(7)))
             assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
     assert len(captures) == 4
 

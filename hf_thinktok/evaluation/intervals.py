@@ -36,7 +36,7 @@ def ratio_interval(sums_D: np.ndarray, counts_D: np.ndarray, seed: int = 0, leve
     """
     if (documents := len(sums_D)) < FEWEST:
         return float("nan"), float("nan")
-    weights_RD = np.random.default_rng(seed).multinomial(len(sums_D), np.full(len(sums_D), 1 / len(sums_D)), size=RESAMPLES)
+    weights_RD = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
     counts_R = weights_RD @ counts_D
     ratios_R = (weights_RD @ sums_D)[counts_R > 0] / counts_R[counts_R > 0]
     tail = NormalDist().cdf(-t_quantile((1 + level) / 2, documents - 1) * math.sqrt(documents / (documents - 1)))

@@ -70,11 +70,11 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     pairs = [(control, f"{arm} over {control}") for arm, controls in CONTROLS.items() if arm in ours for control in controls]
     beaten = [control for control, pair in pairs if pair in gains and gains[pair]["low"] > 0]
     others = [control for control, pair in pairs if pair in gains and control not in beaten]
-    named = lambda controls: "; ".join(PLACED[control] for control in controls)
+    those = lambda controls: "; ".join(PLACED[control] for control in controls)
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
-    rest = f"; to do more than these: {named(beaten)}." if beaten else ": nothing says that what is thought matters."
-    otherwise = f"thoughts are not shown to do more than these: {named(others)}{rest}"
+    rest = f"; to do more than these: {those(beaten)}." if beaten else ": nothing says that what is thought matters."
+    otherwise = f"thoughts are not shown to do more than these: {those(others)}{rest}"
     return conclusion(gain["low"] > 0, gain["high"] < 0, not others, otherwise)
 
 

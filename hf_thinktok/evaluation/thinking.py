@@ -405,9 +405,8 @@ def _think(batch: _Batch) -> _Thoughts:
         return dict(zip(placed, values_BKGH.split(samples, 2), strict=True))
 
     logps, correct = by_source(scores.logps_BKGH), by_source(scores.correct_BKGH.float())
-    if exact:  # each source as often, and as long, as the gate has the model's own
-        gates_BKGL = scores.gate_logits_BKGL[:, :, :samples].repeat(1, 1, len(placed), 1)
-        speech = speak(replace(scores, gate_logits_BKGL=gates_BKGL), everything, "learned", 0.0, branching.blind)
+    if exact:
+        speech = speak(scores.under_gates_of_first(samples), everything, "learned", 0.0, branching.blind)
         ended_logps, ended_correct, lengths_BKG = by_source(speech.logps_BKGH), by_source(speech.correct_BKGH.float()), speech.lengths_BKG
         logps |= {"think": ended_logps["always"], "think_random": ended_logps["random"]}
         correct |= {"think": ended_correct["always"], "think_random": ended_correct["random"]}
