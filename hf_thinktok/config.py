@@ -401,6 +401,6 @@ class ThinkTokConfig(SFTConfig):
         }
 
     def policy_loss(self) -> PolicyLoss:
-        # As in TRL, cispo's bound is absolute; 5 is its paper's. The others' is counted from 1.
+        # As in TRL, cispo's bound is absolute; 5 is ScaleRL's. The others' is counted from 1.
         high = self.epsilon_high if self.epsilon_high is not None else 5.0 if self.think_loss_type == "cispo" else self.epsilon
         return PolicyLoss(self.think_loss_type, self.epsilon, high, self.delta, self.importance_sampling_level, self.beta)

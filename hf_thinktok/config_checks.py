@@ -224,6 +224,9 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "curriculum_threshold counts the rows that were drawn, and ignore_data_skip=True begins to count anew: leave it out.": (
             config.curriculum_threshold is not None and config.ignore_data_skip
         ),
+        "curriculum_threshold begins the clock anew with every level, and alternate takes its turns by it: leave one of them out.": (
+            config.curriculum_threshold is not None and config.alternate is not None
+        ),
         "curriculum_threshold draws rows step by step: set max_steps.": config.curriculum_threshold is not None and config.max_steps <= 0,
         "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
             config.curriculum_threshold is not None and config.num_iterations > 1

@@ -81,7 +81,6 @@ def describe_language(
     meanings_2M = np.unique(np.stack([thought_codes_Q, answer_codes_Q]), axis=1)
 
     told = [_information(prefix_Q, answer_codes_Q) for prefix_Q in prefixes_Q]
-    told_shuffled = [_shuffled_information(prefix_Q, answer_codes_Q, orders_SQ) for prefix_Q in prefixes_Q]
     positions = []
     for place, symbols_Q in enumerate(symbols_QL.T):
         absent = float((symbols_Q == num_tokens).mean())
@@ -95,7 +94,7 @@ def describe_language(
                 "information_shuffled": _shuffled_information(symbols_Q, answer_codes_Q, orders_SQ),
                 # Chain rule: I(Z_l; answer | Z_<l) = I(Z_<=l; answer) - I(Z_<l; answer).
                 "information_given_before": max(0.0, told[place + 1] - told[place]),
-                "information_given_before_shuffled": max(0.0, told_shuffled[place + 1] - told_shuffled[place]),
+                "information_given_before_shuffled": _shuffled_within(prefixes_Q[place], prefixes_Q[place + 1], answer_codes_Q, orders_SQ) - told[place],
             }
         )
 
@@ -117,7 +116,7 @@ def describe_language(
         "answer_entropy": answer_entropy,
         "capacity": capacity,
         "information": told[-1],
-        "information_shuffled": told_shuffled[-1],
+        "information_shuffled": _shuffled_information(thought_codes_Q, answer_codes_Q, orders_SQ),
         "information_miller_madow": told[-1] + (len(words) + len(values) - meanings_2M.shape[1] - 1) / (2 * questions * math.log(2)),
         "channel_use": told[-1] / capacity if capacity else None,
         "answer_share": told[-1] / answer_entropy if answer_entropy else None,
@@ -171,6 +170,17 @@ def _information(first_Q: np.ndarray, second_Q: np.ndarray) -> float:
 
 def _shuffled_information(first_Q: np.ndarray, second_Q: np.ndarray, orders_SQ: np.ndarray) -> float:
     return float(np.mean([_information(first_Q, second_Q[order_Q]) for order_Q in orders_SQ]))
+
+
+def _shuffled_within(groups_Q: np.ndarray, first_Q: np.ndarray, second_Q: np.ndarray, orders_SQ: np.ndarray) -> float:
+    """As `_shuffled_information`, where only what is of one group changes places: so what groups say stays."""
+    places_Q = groups_Q.argsort(kind="stable")
+    shuffled_Q = second_Q.copy()
+    found = []
+    for order_Q in orders_SQ:
+        shuffled_Q[places_Q] = second_Q[order_Q[groups_Q[order_Q].argsort(kind="stable")]]
+        found.append(_information(first_Q, shuffled_Q))
+    return float(np.mean(found))
 
 
 def _digits(answers_Q: np.ndarray, base: int, answer_names: Sequence[str] | None) -> np.ndarray | None:

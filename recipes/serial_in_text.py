@@ -26,6 +26,7 @@ from trl import ModelConfig, get_peft_config
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
 from hf_thinktok.controls import at_defaults, control, control_of
+from hf_thinktok.data import levels_of
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
@@ -126,7 +127,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
     load = functools.partial(load_whole, dtype="float32", trust_remote_code=args.trust_remote_code)
     before = on_text(*load(folder, revision=model.model_revision), held_out, mixed, args, thinks=False)
     results: dict[str, Any] = {
-        "task": task.name, "mixture": [], "levels": sorted(task.shortcut), "shortcut": {str(level): best for level, best in task.shortcut.items()},
+        "task": task.name, "mixture": [], "levels": levels_of(task.train), "shortcut": {str(level): best for level, best in task.shortcut.items()},
         "config": changed_options(mixed, text, args, model), **environment(),
     }  # fmt: skip
     args = replace(args, model_init_kwargs=init_kwargs(model, args.model_init_kwargs))

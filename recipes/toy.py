@@ -54,7 +54,10 @@ class ToyArguments:
             "choices": ["none", "no_think", "filler"],
         },
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run for each."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "One run for each: weights, order of rows, draws. The data are the same for all (task_options has a seed)."},
+    )
     check_every: int = field(default=0, metadata={"help": "Steps between checks of the accuracy on training rows. 0: no checks."})
     check_rows: int = field(
         default=1000, metadata={"help": "How many rows a check answers: of the hardest level at a curriculum's end, else of each, where the least counts."}
@@ -125,16 +128,19 @@ def of_level(rows: Dataset, level: int, limit: int) -> Dataset:
     return rows.select(np.flatnonzero(np.asarray(rows["level"][:]) == level)[: limit or None])
 
 
-def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int, asked_by_length: bool = False) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Accuracy by level: thinking, with random thoughts, and without any (under `blind` nothing can be said without a thought).
 
     The second table is the mean length of its thoughts, where the model itself ends them.
+
+    Args:
+        asked_by_length: without thoughts another question is asked, that of the first level.
     """
     table: dict[str, dict[str, float]] = {}
     lengths: dict[str, float] = {}
+    hows = ("none",) if not trainer.args.thinks else ("think", "random") if trainer.args.blind or asked_by_length else ("think", "random", "none")
     for level in levels_of(test):
         rows = of_level(test, level, limit)
-        hows = ("none",) if not trainer.args.thinks else ("think", "random") if trainer.args.blind else ("think", "random", "none")
         for how in hows if trainer.args.thoughts != "filler" else ("think",):
             answers = answer(trainer, rows, how)
             table.setdefault(how, {})[str(level)] = answers.accuracy
@@ -187,7 +193,7 @@ def run(
     trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
     with one_sentence(RunError):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    accuracy, lengths = by_level(trainer, test, toy.test_rows)
+    accuracy, lengths = by_level(trainer, test, toy.test_rows, task.asked_by_length)
     if toy.save_models:
         trainer.save_model(args.output_dir)
     language = {}

@@ -219,6 +219,7 @@ BAD_FITS = [
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
     ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha", "leave it out"]),
     ({"think_start": 2, "max_steps": 2}, ["think_start=2 is not reached in a run of 2 steps"]),
+    ({"curriculum_threshold": 0.9, "max_steps": 9, "alternate": [2, 1]}, ["alternate takes its turns by it", "leave one"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "ignore_data_skip": True}, ["ignore_data_skip=True begins to count anew"]),
     ({"debug": "underflow_overflow"}, ["leave debug out"]),
     ({"debug": ["underflow_overflow"]}, ["leave debug out"]),

@@ -142,7 +142,7 @@ def test_an_arm_is_beaten_by_all_seeds_or_not_at_all():
     gains = {arm: {"low": 0.1, "high": 0.2, "seeds": {str(seed): {"bits_per_token": 0.15} for seed in range(2)}} for arm in CONTROL_ARMS}
     gains["filler"]["seeds"] = {"0": {"bits_per_token": 0.4}, "1": {"bits_per_token": -0.1}}
     gains["cpt_flops"]["seeds"] = {"0": {"bits_per_token": 0.25}, "1": {"bits_per_token": 0.05}}  # on one side, and as far from each other as from 0
-    assert "seeds differ too much about cpt_flops, filler; it beats cpt, think" in comparison_verdict(
+    assert "its seeds leave open how it stands against cpt_flops, filler; it beats cpt, think" in comparison_verdict(
         {"gains": {f"think over {arm}": gain for arm, gain in gains.items()}}
     )
 

@@ -142,8 +142,18 @@ def test_what_a_token_says_given_those_before():
 def test_positions_add_up():
     rng = np.random.default_rng(0)
     report = describe(rng.integers(0, 4, (500, 3)), rng.integers(0, 5, 500), 4)
-    for kind in ("", "_shuffled"):
-        assert sum(p[f"information_given_before{kind}"] for p in report["positions"]) == pytest.approx(report[f"information{kind}"])
+    assert sum(p["information_given_before"] for p in report["positions"]) == pytest.approx(report["information"])
+
+
+def test_chance_of_a_letter_keeps_what_those_before_it_say():
+    """Two letters name a pair of answers, so that a third which says nothing adds what its own bias is, and not that of a table without them."""
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 100, 10_000)
+    thoughts = np.concatenate([digits(answers // 2, 10, 2), rng.integers(0, 10, (len(answers), 1))], 1)
+    *_, third = describe(thoughts, answers, 10)["positions"]
+    assert third["information_given_before"] == pytest.approx(third["information_given_before_shuffled"], rel=0.3)
+    # Miller's bias, of ten letters and two answers in each of 50 pairs.
+    assert third["information_given_before_shuffled"] == pytest.approx(50 * 9 / (2 * len(answers) * math.log(2)), rel=0.2)
 
 
 def test_integers_of_any_size_make_the_same_report():

@@ -48,6 +48,8 @@ def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"task", "config", "versions", "hardware", "commit", "levels", "shortcut"} <= set(results)
     assert [run["seed"] for run in results["runs"]] == [3, 11]
+    asked_by_thoughts = options.get("blind", False) or options["task_options"].get("fill", False)  # then nothing is asked without them
+    assert ("none" in results["runs"][0]["accuracy"]) != asked_by_thoughts
     assert (tmp_path / "accuracy.svg").exists() == (len(results["shortcut"]) > 1), "a picture of accuracy against level needs levels"
     if results["config"].get("thoughts", "discrete") == "discrete":
         assert json.loads((tmp_path / "seed-3" / "language.json").read_text())
@@ -96,6 +98,7 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     assert set(thinks["accuracy"]) == {"think", "random", "none"}
     assert set(thinks["think_length"]) == {"1", "2", "3"}
     assert results["text"]["documents"] == 8
+    assert results["levels"] == [1, 2], "what was trained on"
     start, trained = (results["text"]["arms"][arm]["bits_per_token"] for arm in ("base", "cpt"))
     assert trained != start
     assert load_whole(str(tmp_path / "out" / "think-seed0"))[0].config.thinktok["stop"] == "learned"

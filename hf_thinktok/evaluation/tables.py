@@ -179,7 +179,7 @@ def comparison_verdict(found: dict[str, Any]) -> str:
     told: dict[str, list[str]] = {
         "it loses to": [],
         "it cannot be told apart from": [],
-        "seeds differ too much about": [],
+        "its seeds leave open how it stands against": [],
         "it beats": [],
         "it was not compared with": [],
     }
@@ -187,7 +187,7 @@ def comparison_verdict(found: dict[str, Any]) -> str:
         if gain["low"] <= 0 <= gain["high"] or math.isnan(gain["low"]):
             told["it cannot be told apart from"].append(arm)
         elif not seeds_agree([one["bits_per_token"] for one in gain["seeds"].values()]):  # an interval over documents says nothing of seeds
-            told["seeds differ too much about"].append(arm)
+            told["its seeds leave open how it stands against"].append(arm)
         else:
             told["it beats" if gain["low"] > 0 else "it loses to"].append(arm)
     told["it was not compared with"] = [arm for arm in needed if arm not in controls]

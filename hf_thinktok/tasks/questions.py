@@ -375,22 +375,23 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
 
 
 def one_hop_accuracy(nodes: int, hops: int, offsets: bool = False) -> float:
-    """How often the best answer is right, for who can look up one hop from the start s and nothing else.
+    """How often the best answer is right, for who can look up what leads from the start s and what leads to it, and nothing else.
 
-    On a random permutation the length c of the cycle of s is uniform on 1..nodes. Who sees f(s) = s is right. Otherwise c is uniform on 2..nodes, and the
-    answer is s if c divides hops, f(s) if c divides hops - 1, else any other node alike. As 2 divides one of them, s or f(s) is the best answer.
+    On a random permutation the length c of the cycle of s is uniform on 1..nodes. Who sees that it is 1 or 2 is right. Otherwise c is uniform on 3..nodes,
+    and the answer is s if c divides hops, f(s) if c divides hops - 1, what leads to s if c divides hops + 1, else any other node alike. As 3 divides one of
+    them, one of these is the best answer.
 
-    With offsets, who sees s + x1 go to b knows the second hop if b + x2 = s + x1, one case in `nodes`, and has then one hop less to guess. Otherwise the
-    best answer is right with 1 / (nodes - 1) after two hops and 2 / nodes after three, which makes 2 / nodes in both cases. From the fourth on chance
-    stands for what it adds, so the figure is a floor (enumeration for 6 nodes: 0.29 and 0.27 at four and five hops, where this gives 0.19 and 0.17; with fewer
-    offsets than nodes it is further off: 0.31 and 0.34 at four hops with three and with two of them).
+    With offsets only what leads on is counted. Who sees s + x1 go to b knows the second hop if b + x2 = s + x1, one case in `nodes`, and has then one hop
+    less to guess. Otherwise the best answer is right with 1 / (nodes - 1) after two hops and 2 / nodes after three, which makes 2 / nodes in both cases.
+    From the fourth on chance stands for what it adds, so the figure is a floor (enumeration for 6 nodes: 0.29 and 0.27 at four and five hops, where this
+    gives 0.19 and 0.17; with fewer offsets than nodes it is further off: 0.31 and 0.34 at four hops with three and with two of them).
     """
     if hops == 1:
         return 1.0
     if offsets:
         return 2 / nodes if hops <= 3 else (one_hop_accuracy(nodes, hops - 1, True) + (nodes - 1) / nodes) / nodes
-    stay, move = (sum(steps % cycle == 0 for cycle in range(2, nodes + 1)) for steps in (hops, hops - 1))
-    return (1 + max(stay, move)) / nodes
+    known = min(nodes, 2)
+    return (known + max(sum(steps % cycle == 0 for cycle in range(3, nodes + 1)) for steps in (hops - 1, hops, hops + 1))) / nodes
 
 
 def reachability(nodes: int = 8, edges: int = 12) -> Recipe:
