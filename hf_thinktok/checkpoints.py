@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,16 @@ def newest_checkpoint(folder: str | Path) -> str | None:
         if (match := re.search(r"-(\d+)$", path.name)) is None:
             continue
         if (path / COMPLETE_FILE).exists():
-            whole.append(((path / COMPLETE_FILE).stat().st_mtime_ns, int(match[1]), path))
+            whole.append((_written(path), int(match[1]), path))
         else:
             logger.warning("%s was not written to its end and is left alone.", path)
     return str(max(whole)[-1]) if whole else None
+
+
+def _written(checkpoint: Path) -> int:
+    """When a checkpoint was written to its end, in nanoseconds since 1970. It says so itself, as copies have other times; older ones do not."""
+    said = (checkpoint / COMPLETE_FILE).read_text()
+    return int(said) if said.isdecimal() else (checkpoint / COMPLETE_FILE).stat().st_mtime_ns
 
 
 CARD = """
@@ -279,7 +286,9 @@ class CheckpointingTrainer(SFTTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save and folder.exists():
-            (folder / COMPLETE_FILE).touch()
+            (folder / COMPLETE_FILE).write_text(str(time.time_ns()))
+            for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_FILE}"):
+                os.utime(path.parent, ns=(_written(path.parent),) * 2)  # by which the oldest goes
             rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -355,8 +364,8 @@ class CheckpointingTrainer(SFTTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, folder: str, model=None) -> None:
-        if is_peft_model(self.model) and SPEAKER in self.model.peft_config:
-            load_adapters(self.model, folder)  # the base class would load only the one
+        if is_peft_model(self.model) and (SPEAKER in self.model.peft_config or not self.is_fsdp_enabled):
+            load_adapters(self.model, folder)  # the base class would load one of two, and with PEFT make it fp32
             return
         super()._load_from_checkpoint(folder, model)
         if hasattr(self.model, SPEAKER) and not self.is_fsdp_enabled:  # whose own checkpoint has all of the model, in parts

@@ -72,7 +72,7 @@ class CachedDecoder:
         room = self.room
 
         def run_again(held: dict[str, Any]) -> HeadOutputs:
-            room.places_Q = held["places_Q"]
+            room.places.places_Q = held["places_Q"]
             again = tree_map(lambda one, parts: one.made_again(parts) if isinstance(one, TreeMask) else parts, mask, held["parts"])
             return run(held["scored_BM"], again, **held["inputs"])
 
@@ -89,7 +89,7 @@ class CachedDecoder:
         """The values at this pass's places beside those before; in a room there is a place for all that will come."""
         if self.room is None:
             return values if before is None else torch.cat([before, values], 1)
-        before = values.new_zeros(len(values), self.room.capacity) if before is None else before
+        before = values.new_zeros(len(values), self.room.places.capacity) if before is None else before
         before[:, self.done : self.done + values.shape[1]] = values
         return before
 

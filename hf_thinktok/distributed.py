@@ -34,6 +34,8 @@ def check_launcher(accelerator: Accelerator, model: PreTrainedModel, environment
             raise ValueError(f"The launcher's config asks for {wanted.value}, and {kind.value} came up: it needs a GPU here, or use_cpu=False.")
     if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in the launcher's config, as accelerate_configs/fsdp2.yaml does.")
+    if kind == DistributedType.FSDP and "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type):
+        raise ValueError("FSDP2 would save no model so: set fsdp_state_dict_type: FULL_STATE_DICT in its config, as accelerate_configs/fsdp2.yaml does.")
     if kind == DistributedType.FSDP and is_peft_model(model) and model.config.get_text_config().tie_word_embeddings:
         raise ValueError("With FSDP2 an adapter needs an LM head of its own, and this model's is tied to its input rows: take DDP or ZeRO-2.")
 

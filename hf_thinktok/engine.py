@@ -27,7 +27,7 @@ from .decoding import CachedDecoder, Decoder, unjudged
 from .distributed import is_sharded
 from .errors import first_line
 from .head import Head, HeadInputs, HeadOutputs, ThoughtInputs, attach_head
-from .models import evaluating, fits_in_fp32, longest_row, products_in, unwrapped
+from .models import cast_at_every_use, evaluating, fits_in_fp32, longest_row, products_in, unwrapped
 from .peft import SPEAKER
 from .replay import Room, Rooms
 from .tokens import ThinkingVocabulary
@@ -165,6 +165,9 @@ class TreeEngine(_Engine):
     def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
         local, dtype = _local(model), self._dtype(model)
         plain = isinstance(local, (PreTrainedModel, PeftModel)) and not is_sharded(local)
+        # Products of 8-bit weights wait for the device at every layer; and where layers read ids of their own, embeddings are not all that an adapter needs.
+        plain &= not getattr(local, "is_loaded_in_8bit", False)
+        plain &= not (isinstance(local, PeftModel) and getattr(_config(local).get_text_config(), "hidden_size_per_layer_input", 0))
         # Not several runs, whose stretches differ from step to step.
         in_one_mask = capacity <= (self.run_length or RUN_LENGTH_ELSEWHERE) or (self.flex and dtype in HALF)
         if not plain or not in_one_mask or local.device.type not in REPLAYED:
@@ -172,7 +175,9 @@ class TreeEngine(_Engine):
             return
         capacity = -(-capacity // 8) * 8  # so that a copied mask's rows are where kernels want them
         weights = (parameter.data_ptr() for parameter in local.parameters())
-        with self._rooms.take((batch, capacity, dtype, *weights), capacity, local.device) as room:
+        kind = (batch, capacity, dtype, *weights)
+        # A graph would read copies of autocast's that are gone when it is replayed, and keep those that it makes.
+        with self._rooms.take(kind, capacity, local.device) as room, contextlib.nullcontext() if room is None else cast_at_every_use(local):
             yield room
 
     def decoder(self, model, room: Room | None = None) -> Decoder:
@@ -219,6 +224,7 @@ def choose_engine(
     num_forks: int,
     wanted: str = "auto",
     whole_masks: bool = False,
+    computes_in: torch.dtype | None = None,
 ) -> Engine:
     """Finds out how this model can run a tree of this size, with about six forward passes.
 
@@ -230,10 +236,12 @@ def choose_engine(
         model: with `attach_head` applied, not yet wrapped by a launcher.
         wanted: `auto`, or `tree` or `replicated` to insist.
         whole_masks: do not attend in blocks (`torch.compile` knows plain masks only).
+        computes_in: the precision of its products, where its weights do not say so.
 
     Raises:
         ValueError: the head does not fit the architecture, the model is not causal, or `tree` is asked for and is not exact.
     """
+    half = next((dtype for dtype in (computes_in, model.dtype) if dtype in HALF), torch.bfloat16)
     if not fits_in_fp32(model):
         model = small_twin(model, vocabulary, model.device)
     with evaluating(model), _in_fp32(model):
@@ -258,7 +266,7 @@ def choose_engine(
                     torch.backends.cuda.enable_cudnn_sdp(False)  # as `attention.KERNELS`, where the model itself attends under the mask
                 nodes = trunk_length + num_forks * branching.num_generations * branching.width
                 pays = length is not None and nodes > length and model.device.type == "cuda" and not drops_attention(model.config)
-                return TreeEngine(length, flex=pays and probe.can_flex())
+                return TreeEngine(length, flex=pays and probe.can_flex(half))
     if wanted == "tree":
         raise ValueError(
             f"engine=tree is not exact for {model.config.model_type} with attn_implementation={model.config._attn_implementation}: {reason}. "
@@ -324,10 +332,10 @@ class _Probe:
         except Exception as error:  # any architecture may refuse a 4D mask, positions or a cache in its own way
             return f"{type(error).__name__}: {first_line(error)[:120]}"
 
-    def can_flex(self) -> bool:
-        """Whether FlexAttention can be compiled for this model; it checks itself."""
+    def can_flex(self, dtype: torch.dtype) -> bool:
+        """Whether FlexAttention can be compiled for this model in 16 bits; it checks itself, here and not first within a checkpointed layer."""
         try:
-            with torch.autocast(self.model.device.type, torch.bfloat16):
+            with torch.autocast(self.model.device.type, dtype):
                 scores = self._scores(self.tokens_BS, TreeEngine(flex.BLOCK, flex=True))
             return bool(scores.isfinite().all())
         except Exception as error:  # no compiler, no room in a multiprocessor's memory, an odd head

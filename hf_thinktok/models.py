@@ -30,6 +30,19 @@ def evaluating(model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cast_at_every_use(model) -> Iterator[None]:
+    """For a while autocast keeps no copies of this model's weights, as it does of those that need a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
 def products_in(precision: str | None, backend: Any) -> Iterator[None]:
     """Products of fp32 matrices in another precision for a while: `ieee`, `tf32` or `bf16`; `None` as it is. Older PyTorch has no such choice."""
     before = getattr(backend, "fp32_precision", None)

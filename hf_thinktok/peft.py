@@ -112,7 +112,7 @@ def load_whole(name: str, dtype: str = "auto", revision: str | None = None, trus
 
 
 def load_adapters(model: PeftModel, folder: str) -> None:
-    """The weights of both adapters, from where `save_pretrained` puts them."""
+    """The weights of all adapters, in the precision that they have here, from where `save_pretrained` puts them."""
     for name in model.peft_config:
         weights = load_peft_weights(os.path.join(folder, SPEAKER) if name == SPEAKER else folder, device="cpu")
         set_peft_model_state_dict(model, weights, adapter_name=name)

@@ -9,6 +9,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .head import HeadOutputs
 
 logger = logging.getLogger(__name__)
 
-# A cache larger than this part of the device's memory is not kept from step to step, and nothing is captured.
+# Rooms that are larger, together, than this part of the device's memory are not kept from step to step, and nothing is captured in those to come.
 LARGEST_SHARE = 1 / 16
 
 # Nodes up to which a pass keeps the host longer than the device. A graph keeps the working memory of its pass for itself.
@@ -32,23 +33,31 @@ TOLERANCE = 1e-2
 Run = Callable[[dict[str, Any]], HeadOutputs]
 
 
+@dataclass
+class Places:
+    """Where a pass puts keys and values: `places_Q` in rows for `capacity` nodes. Layers know it and not their room, which goes when nobody else has it."""
+
+    capacity: int
+    places_Q: Tensor | None = None
+
+
 class _Layer(DynamicLayer):
     """Keys and values of one layer, each at its place in a row of fixed length."""
 
-    def __init__(self, room: "Room"):
+    def __init__(self, places: Places):
         super().__init__()
-        self.room = room
+        self.places = places
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         # Zeros: what no node sees still takes part, times 0.
-        self.keys, self.values = (states.new_zeros(*states.shape[:2], self.room.capacity, states.shape[-1]) for states in (key_states, value_states))
+        self.keys, self.values = (states.new_zeros(*states.shape[:2], self.places.capacity, states.shape[-1]) for states in (key_states, value_states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.index_copy_(2, self.room.places_Q, key_states)
-        self.values.index_copy_(2, self.room.places_Q, value_states)
+        self.keys.index_copy_(2, self.places.places_Q, key_states)
+        self.values.index_copy_(2, self.places.places_Q, value_states)
         return self.keys, self.values
 
 
@@ -56,16 +65,13 @@ class Room:
     """A KV cache of fixed size, and the passes that were captured on it.
 
     Attributes:
-        capacity: nodes of a row that it has place for.
-        places_Q: those of the nodes of the present pass.
+        places: of the nodes of the present pass, and how many nodes of a row there is place for.
         refused: whether a pass could not be captured: then a cache that grows is quicker.
     """
 
-    places_Q: Tensor
-
     def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.cache = Cache(layer_class_to_replicate=functools.partial(_Layer, self))
+        self.places = Places(capacity)
+        self.cache = Cache(layer_class_to_replicate=functools.partial(_Layer, self.places))
         self._times: Counter = Counter()
         self._replays: dict[Any, Run] = {}
         self.refused = False
@@ -100,9 +106,10 @@ class Room:
                     raise RuntimeError("it gave other scores")
                 self._replays[key] = replay
             except Exception as error:  # whatever a model does that no graph can: wait for the device, draw from its own generator
-                what = " ".join(str(error).split())[:300]
+                what = " ".join(str(error.__context__ or error).split())[:300]  # to end a capture that failed is an error of its own
                 logger.warning("A decoding pass of %d nodes could not be made a CUDA graph (%s): passes are launched kernel by kernel.", num_nodes, what)
                 self.refused = True
+                return run(inputs)  # over what a replay may have left
         return out
 
 
@@ -111,6 +118,7 @@ class Rooms:
 
     def __init__(self) -> None:
         self._rooms: dict[Hashable, Room | None] = {}  # the latest kind last; its first rollout has none
+        self._too_large: set[Hashable] = set()
         self._refused = False
 
     @property
@@ -120,14 +128,15 @@ class Rooms:
 
     @contextlib.contextmanager
     def take(self, kind: Hashable, capacity: int, device: torch.device) -> Iterator[Room | None]:
-        """A room for the passes of one rollout; none where neither of the latest two was of this kind, and where passes cannot be captured.
+        """A room for the passes of one rollout; none where neither of the latest two was of this kind, where it could not be kept, and where passes cannot be
+        captured.
 
         Args:
             kind: what has to be as it was for passes to be the same.
         """
         came_before, room = kind in self._rooms, self._rooms.pop(kind, None)
         self._rooms = dict([*self._rooms.items()][-1:]) | {kind: None}
-        if self._refused or not came_before:  # rows of other lengths in every step would all be a first time
+        if self._refused or kind in self._too_large or not came_before:  # rows of other lengths in every step would all be a first time
             yield None
             return
         room = room or Room(capacity)
@@ -138,6 +147,8 @@ class Rooms:
             self._rooms = {}
         elif _stays(room.nbytes + self.nbytes, device):
             self._rooms[kind] = room
+        else:
+            self._too_large.add(kind)
 
 
 def _stays(nbytes: int, device: torch.device) -> bool:
@@ -150,16 +161,21 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def capture(run: Run, inputs: dict[str, Any]) -> Run:
-    """`run` as a CUDA graph for inputs of these shapes."""
+    """`run` as a CUDA graph for inputs of these shapes.
+
+    Raises:
+        RuntimeError: it waits for the device, or does something else that no graph can.
+    """
     leaves, form = tree_flatten(inputs)
     held = [leaf.clone() for leaf in leaves]
-    graph = torch.cuda.CUDAGraph()
-    torch.clear_autocast_cache()  # of weights cast before, which will not be there any more
+    with _waiting_is_an_error():  # a capture that fails leaves the allocator of some versions of PyTorch in pieces
+        run(tree_unflatten(held, form))
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = run(tree_unflatten(held, form))
     finally:
-        torch.clear_autocast_cache()  # of weights cast by the graph, which was not run
+        torch.cuda.set_stream(stream)  # where a capture fails PyTorch stays in that of the capture
 
     def replay(inputs: dict[str, Any]) -> HeadOutputs:
         for place, leaf in zip(held, tree_leaves(inputs), strict=True):
@@ -168,3 +184,13 @@ def capture(run: Run, inputs: dict[str, Any]) -> Run:
         return out._replace(**{name: value.clone() for name, value in out._asdict().items() if value is not None})
 
     return replay
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -19,7 +19,7 @@ GLOO = {"use_cpu": False, "ddp_backend": "gloo"}
 LAUNCHERS: dict[str, tuple[list[str], dict]] = {
     "ddp": (DDP, {"use_cpu": True}),
     **{name: (["--config_file", str(HERE.parent / f"accelerate_configs/{name}.yaml")], GLOO) for name in ("zero1", "zero2", "zero3")},
-    "fsdp2": (DDP, {"use_cpu": True, "fsdp2_on_cpu": True}),
+    "fsdp2": (DDP, {"use_cpu": True, "fsdp2_on_cpu": "FULL_STATE_DICT"}),
 }
 BATCH = {"per_device_train_batch_size": 2}
 

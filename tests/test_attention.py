@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_rows import thinker
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_thinktok import attention
+from hf_thinktok import attention, engine, flex
 from hf_thinktok.attention import TreeMask
 from hf_thinktok.flex import Blocks
+from hf_thinktok.models import evaluating
 from hf_thinktok.tree import Branching, ThoughtTree
 
 
@@ -145,3 +147,14 @@ def test_a_tree_mask_cannot_be_taken_for_another_tensor(use):
     with pytest.raises(TypeError, match="tree's mask|TreeMask"):
         use(mask)
     assert mask.to(mask.device) is mask
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flex_attention_is_tried_in_the_precision_of_the_run(monkeypatch, dtype):
+    """Its kernels are compiled and checked for each: else within the first checkpointed layer, which has to do the same twice."""
+    seen, attend = set(), flex.attend
+    monkeypatch.setattr(flex, "attend", lambda query, *args, **kwargs: (seen.add(query.dtype), attend(query, *args, **kwargs))[1])
+    model, vocabulary = thinker("llama", "sdpa")
+    with evaluating(model):
+        assert engine._Probe(model, vocabulary, Branching(2, 2, 1), 2 * flex.BLOCK, 2).can_flex(dtype)
+    assert seen == {dtype}

@@ -257,6 +257,9 @@ def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
     done = launch_tiny("cpu mode", {tmp_path: {}})
     assert "ValueError: The launcher was asked for several processes and started one" in done.stderr
 
+    done = launch_tiny("fsdp2", {tmp_path: {"fsdp2_on_cpu": "SHARDED_STATE_DICT"}})
+    assert "ValueError: FSDP2 would save no model so" in done.stderr
+
     done = launch_tiny("fsdp2", {tmp_path: {"adapter": True}})
     assert "ValueError: With FSDP2 an adapter needs an LM head of its own" in done.stderr
 

@@ -4,11 +4,14 @@ What a graph of CUDA cannot hold is looked for in `test_other_device`.
 """
 
 import contextlib
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from captures import captured
+from peft import LoraConfig, get_peft_model
 from plain_rows import thinker
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,9 +101,11 @@ def test_what_cannot_be_captured_is_run_and_said_once(captures, monkeypatch, cap
 
 
 def test_a_replay_with_other_scores_is_not_kept(captures, monkeypatch, caplog):
+    """Nor are its keys and values."""
+
     def wrong(run, inputs):
         replayed = captures(run, inputs)
-        return lambda inputs: (out := replayed(inputs))._replace(think_logits_MN=out.think_logits_MN + 1)
+        return lambda inputs: replayed(inputs | {"inputs": inputs["inputs"] | {"position_ids": inputs["inputs"]["position_ids"] + 3}})
 
     monkeypatch.setattr(replay, "capture", wrong)
     model, vocabulary = thinker("llama", "sdpa")
@@ -108,6 +113,70 @@ def test_a_replay_with_other_scores_is_not_kept(captures, monkeypatch, caplog):
     for step in range(4):
         assert torch.equal(think(how, model, vocabulary, step).thoughts_BKGL, think(TreeEngine(7), model, vocabulary, step).thoughts_BKGL)
     assert "it gave other scores" in caplog.text
+
+
+def test_a_room_that_may_not_stay_is_not_made_again(captures, monkeypatch):
+    monkeypatch.setattr(replay, "_stays", lambda *args: False)
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    for step in range(5):
+        found, wanted = (think(one, model, vocabulary, step) for one in (how, TreeEngine(7)))
+        assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
+    assert len(captures) == 1
+
+
+def test_what_a_room_held_is_free_at_once():
+    """The allocator of a GPU that is full does not wait for Python to look for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        room = replay.Room(8)
+        room.places.places_Q = torch.arange(2)
+        keys, _ = room.cache.update(torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4), 0)
+        held = [weakref.ref(one) for one in (room, keys)]
+        del room, keys
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_graph_reads_weights_and_no_copies_of_them(captures):
+    """Those that autocast keeps from one pass to the next are not there any more when the graph is replayed."""
+    model, vocabulary = thinker("llama", "sdpa")
+    how = TreeEngine(256)
+    with torch.autocast("cpu", torch.bfloat16):
+        for step in range(3):
+            think(how, model, vocabulary, step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        found = think(how, model, vocabulary, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = think(TreeEngine(7), model, vocabulary, 3)
+    assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
+    torch.testing.assert_close(found.logps_BKGL, wanted.logps_BKGL, atol=0.02, rtol=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_waits_for_the_device_in_every_layer_is_not_captured(captures):
+    model, vocabulary = thinker("llama", "sdpa")
+    model.is_loaded_in_8bit = True
+    how = TreeEngine(256)
+    for step in range(4):
+        think(how, model, vocabulary, step)
+    assert not captures
+
+
+def test_an_adapter_whose_base_reads_ids_in_its_layers_is_not_captured(captures):
+    """Passes of adapters are captured with embeddings for ids."""
+    model, vocabulary = thinker("llama", "sdpa")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    for layers_read, made in ((8, 0), (0, 2)):
+        model.config.hidden_size_per_layer_input = layers_read
+        how = TreeEngine(256)
+        for step in range(4):
+            think(how, adapted, vocabulary, step)
+        assert len(captures) == made
 
 
 def test_weights_that_moved_are_captured_again(captures):

@@ -175,6 +175,34 @@ def test_the_newest_is_what_was_written_last(tmp_path):
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
+def test_a_copied_run_has_the_same_newest(make_trainer, corpus, tmp_path):
+    """Copies were all written at the time of the copy, in whatever order; and the oldest is still the one that goes."""
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    shutil.copytree(trainer.args.output_dir, tmp_path / "copy", copy_function=shutil.copy)
+    for path in (*(tmp_path / "copy").rglob("checkpoint-1"), *(tmp_path / "copy").rglob("checkpoint-1/*")):
+        os.utime(path, (2e9, 2e9))
+    assert newest_checkpoint(tmp_path / "copy") == str(tmp_path / "copy" / "checkpoint-2")
+    again = make_trainer(max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=2, output_dir=str(tmp_path / "copy"))
+    again.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in (tmp_path / "copy").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_an_adapter_goes_on_in_the_precision_that_it_had(make_trainer, tmp_path):
+    """TRL makes one beside a quantized base bf16, and PEFT would load it as fp32."""
+    trainer = make_trainer(**lora())
+    weights = {name: weight for name, weight in trainer.model.named_parameters() if "lora_" in name}
+    for weight in weights.values():
+        weight.data = torch.randn(weight.shape).bfloat16()
+    before = {name: weight.clone() for name, weight in weights.items()}
+    trainer.save_model(str(tmp_path / "saved"))
+    for weight in weights.values():
+        weight.data.zero_()
+    trainer._load_from_checkpoint(str(tmp_path / "saved"))
+    after = {name: weight for name, weight in trainer.model.named_parameters() if "lora_" in name}
+    assert all(torch.equal(after[name], weight) and after[name].dtype == torch.bfloat16 for name, weight in before.items())
+
+
 def test_what_cannot_be_resumed_from(tmp_path):
     with pytest.raises(ValueError, match="no whole checkpoint"):
         main(str(tmp_path), OPTIONS | {"resume": True})

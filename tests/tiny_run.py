@@ -47,7 +47,7 @@ def kill_while_writing(count: int) -> None:
     torch.save = write
 
 
-def bring_up_fsdp2_on_cpu() -> None:
+def bring_up_fsdp2_on_cpu(state_dict_type: str) -> None:
     """accelerate's own FSDP2 on CPU processes: its sharding works there, and only its launcher does not choose it."""
     start = Accelerator.__init__
 
@@ -56,7 +56,7 @@ def bring_up_fsdp2_on_cpu() -> None:
         start(self, *args, **kwargs)
         self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type=state_dict_type, cpu_ram_efficient_loading=False
         )
         if self.mixed_precision != "no":
             self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision, override=True)
@@ -80,8 +80,8 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
     tie, streaming, constants = options.pop("tie", True), options.pop("streaming", False), options.pop("revival", {})
     levels = (2, 3) if options.get("blind") else (1, 2, 3)  # where the text is hidden nothing can be said without a thought
     text = questions(levels=levels) if options.pop("questions", False) else Dataset.from_dict({"text": CORPUS})
-    if options.pop("fsdp2_on_cpu", False):
-        bring_up_fsdp2_on_cpu()
+    if state_dict_type := options.pop("fsdp2_on_cpu", None):
+        bring_up_fsdp2_on_cpu(state_dict_type)
     defaults = {
         "bf16": False, "use_cpu": True, "max_length": 48, "max_steps": 3, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "logging_steps": 1, "num_think_tokens": 4, "num_forks": 3, "num_generations": 2, "max_think_length": 2,
