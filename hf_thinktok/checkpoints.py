@@ -154,6 +154,7 @@ class CheckpointingTrainer(SFTTrainer):
     vocabulary: ThinkingVocabulary
     plain: bool
     _preemption: Preemption
+    _began = 0.0  # when training did, in seconds since 1970
     _made_with: dict[str, Any]  # what a checkpoint says that it was made with
     _fresh: dict[str, Any] = {}  # what `_stateful` held before any training
     _start: dict[str, Any] = {}  # what it holds when this run begins
@@ -205,7 +206,7 @@ class CheckpointingTrainer(SFTTrainer):
         (resume_from_checkpoint,) = resume_points(resume_from_checkpoint, [self.args.output_dir])
         self._made_with = self._what_it_trains()  # before launchers have wrapped it
         self._start = self._fresh | (self._read_checkpoint(str(resume_from_checkpoint)) if resume_from_checkpoint else {})
-        self._preemption = Preemption(self.accelerator)
+        self._preemption, self._began = Preemption(self.accelerator), time.time()
         train = functools.partial(super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         done = train() if self.args.save_strategy == "no" else self._until_asked(train)
         if self.state.global_step == 0:
@@ -337,8 +338,8 @@ class CheckpointingTrainer(SFTTrainer):
         text = CARD.format(
             num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.stored(), adapter), snippet=snippet(name, adapter is not None)
         )
-        if not self.is_in_train:  # what lies there before is an earlier run's
-            with contextlib.suppress(ValueError):  # there are none, or none of ours
+        with contextlib.suppress(ValueError, OSError):  # there are none, or none of ours
+            if not self.is_in_train and (card.parent / "results.json").stat().st_mtime >= self._began:  # else an earlier run's
                 text = render_card(read_results(card.parent), name, num_tokens=len(tokens), whole=False)
         about = QUICK_START.sub("", card.read_text()).replace(NO_BASE, "a model that is not on the Hub")
         card.write_text(about + text)

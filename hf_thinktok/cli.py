@@ -50,7 +50,7 @@ def add_generate(subparsers) -> None:
         "--top_p", type=number(0, 1, "above 0 and at most 1"), metavar="P", help="sample from the likeliest tokens that together reach it (1)"
     )
     sampling.add_argument("--top_k", type=whole(0), metavar="K", help="sample from this many likeliest tokens; 0: from all (0)")
-    sampling.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+    sampling.add_argument("--greedy", action="store_true", help="think where that is likelier than to speak, and take the likeliest token, instead of sampling")
     sampling.add_argument("--seed", type=whole(0, LARGEST_SEED), metavar="N", help="seed of the sampling (a new one each time)")
 
     thinking = parser.add_argument_group("thinking")
@@ -62,8 +62,8 @@ def add_generate(subparsers) -> None:
         "--think_after",
         nargs="+",
         metavar="TEXT",
-        help="think in the prompt as well, after each of these texts, a thought of as many tokens as in training, or as its gate wants "
-        "(where the model was trained so, after its own texts)",
+        help="think in the prompt, which goes before this option, as well, after each of these texts, a thought of as many tokens as in training, or as its "
+        "gate wants (where the model was trained so, after its own texts)",
     )
     thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
 
@@ -82,11 +82,12 @@ def run_generate(args: argparse.Namespace) -> None:
     if why := why_not_generated(trained):
         raise UsageError(f"{args.model} cannot generate as it was trained to: {why}.")
     with usage():
-        budget = ThinkingBudget(vocabulary, args.min_think_length, args.max_think_length, args.max_total_think, args.think_bias)
+        budget = ThinkingBudget(vocabulary, args.min_think_length, args.max_think_length, args.max_total_think, args.think_bias, by_gate=args.greedy)
     model, tokenizer = load(args)
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     # Without these options the model's own distribution, whatever values for them its generation config has.
-    sampling = {"do_sample": not args.greedy, "num_beams": 1, **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | chosen)}
+    sampling = {"do_sample": not args.greedy, "num_beams": 1, **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None} | chosen)}
+    sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     sampling["tokenizer"] = tokenizer  # for stop_strings that the model's generation config may have
     if args.seed is not None:
         set_seed(args.seed)
@@ -278,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         args = command.parse_intermixed_args(words[1:])
     else:
         args, recipe = command.parse_known_args(words[1:])
-        args.recipe = recipe
+        args.recipe, args.words = recipe, words[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that cannot write a character of the text gets it as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     # Errors are told in a sentence below; the libraries' warnings and bars would run into the streamed text.

@@ -18,8 +18,8 @@ def add_eval(subparsers) -> None:
         "eval",
         help="measure on held-out text what thoughts do for the tokens after them",
         description="Measures bits per token of text without thoughts, with them, and with controls at the same places: thoughts shuffled, from before, "
-        "and random. The text is that of --data_files or --dataset_name, all of it, or with --config recipe.yaml what that recipe held out (its "
-        "test_files or its test part if it has one). "
+        "and random. The text is that of --data_files or --dataset_name, all of it, or what --held_out_documents and --data_split_seed kept from "
+        "training, or with --config recipe.yaml what that recipe held out (its test_files or its test part if it has one). "
         "The recipe's other options about text are taken as well.",
         allow_abbrev=False,
         add_help=False,
@@ -51,11 +51,18 @@ def run_eval(args: argparse.Namespace) -> None:
     from .text import ReportArguments, TextArguments, load_text, split, unseen_text
 
     # What can be wrong is looked at before the weights are read.
+    first = next(iter(args.recipe), "=")
+    if "=" not in first and args.words.index(first) < args.words.index(args.model):  # whose value would be taken for MODEL
+        raise UsageError("MODEL comes first: thinktok eval MODEL --data_files held_out.jsonl")
     text, report = read_recipe(args.recipe, TextArguments, ReportArguments)
+    told = {word.partition("=")[0].removeprefix("--") for word in args.recipe if word.startswith("--")}
+    has_parts = bool(told & {"config", "held_out_documents", "test_documents"})
+    if "data_split_seed" in told and not has_parts and text.max_documents is None:
+        raise UsageError("--data_split_seed has no effect without --held_out_documents, --test_documents or --max_documents: leave it out, or give one.")
     read_vocabulary(args.model, args.revision)
     console = Console(stderr=True, highlight=False)
     with usage():
-        if "--config" in args.recipe or report.test_files:
+        if has_parts or report.test_files:
             documents = unseen_text(text, report.test_files)
             if documents is None:
                 raise UsageError("The recipe holds nothing out to evaluate on: give --held_out_documents, or the text alone with --data_files.")

@@ -61,8 +61,9 @@ def read_recipe(words: list[str], *kinds: type) -> tuple:
     """A training recipe's options, those of some kinds; whatever else its file says is of no concern here."""
     from trl import TrlParser
 
-    from .recipe_options import parse
+    from .recipe_options import command_line, parse
 
+    words = command_line(words)
     try:
         with warnings.catch_warnings(action="ignore"):
             options, _, unknown = parse(TrlParser(kinds, allow_abbrev=False), words)

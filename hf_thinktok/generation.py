@@ -152,6 +152,8 @@ class ThinkingBudget(LogitsProcessor):
         prompt_length: tokens (padding included) of the prompt, for `max_total_think`. `None`: a generation is recognised by its prompts and by growing
             one token at a time, so one object serves many `generate` calls; call `reset` before a prompt that is what the last call returned. Give it for
             assisted decoding, which takes tokens back.
+        by_gate: think where that is likelier than to speak, and else speak. For generation without sampling: a thought is one of many, so the likeliest id
+            may be a word where the model rather thinks.
 
     Raises:
         ValueError: an argument is out of its range, or the bounds contradict each other.
@@ -167,6 +169,7 @@ class ThinkingBudget(LogitsProcessor):
         max_total_think: int | None = None,
         think_bias: float = 0.0,
         prompt_length: int | None = None,
+        by_gate: bool = False,
     ):
         if not isinstance(vocabulary, ThinkingVocabulary):
             raise ValueError(f"vocabulary must be a ThinkingVocabulary, such as ThinkingVocabulary.from_config(model.config); got {vocabulary!r}.")
@@ -185,6 +188,7 @@ class ThinkingBudget(LogitsProcessor):
         self.min_think_length, self.max_think_length, self.max_total_think = min_think_length, max_think_length, max_total_think
         self.think_bias = think_bias
         self.prompt_length = prompt_length
+        self.by_gate = by_gate
         self.reset()
 
     def reset(self) -> None:
@@ -203,6 +207,10 @@ class ThinkingBudget(LogitsProcessor):
         if self.max_total_think is not None:
             full_B |= self.vocabulary.is_thought(input_ids[:, self._start(input_ids) :]).sum(-1) >= self.max_total_think
         must_B = (run_B < self.min_think_length) & ~full_B
+        if self.by_gate:
+            thinks_B = torch.where(thinking_V, scores, -math.inf).logsumexp(-1) > torch.where(thinking_V, -math.inf, scores).logsumexp(-1)
+            full_B |= ~thinks_B & ~must_B
+            must_B |= thinks_B & ~full_B
         return scores.masked_fill(full_B[:, None] & thinking_V | must_B[:, None] & ~thinking_V, -math.inf)
 
     def _run(self, input_ids: Tensor) -> Tensor:
@@ -243,7 +251,7 @@ def think_while_reading(
     """
     if len(input_ids) != 1:
         raise ValueError(f"think_while_reading reads one prompt at a time and got a batch of {len(input_ids)}.")
-    budget = ThinkingBudget(vocabulary, think_length if least is None else least, think_length)
+    budget = ThinkingBudget(vocabulary, think_length if least is None else least, think_length, by_gate=options.get("do_sample") is False)
     read, begin = input_ids[:, :0], 0
     for end in (1 + ends_of(markers, input_ids)[0, :-1].nonzero().flatten()).tolist():
         read, begin = torch.cat([read, input_ids[:, begin:end]], 1), end

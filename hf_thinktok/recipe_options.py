@@ -47,9 +47,10 @@ def recipe_parser(doc: str, *kinds: type) -> TrlParser:
     return parser
 
 
-def command_line() -> list[str]:
-    """The words of the command line, in the form that TRL knows a config by."""
-    return [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+def command_line(words: Sequence[str] | None = None) -> list[str]:
+    """The words of a command line, by default of this one, in the form that TRL knows a config by."""
+    words = sys.argv[1:] if words is None else words
+    return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
 def parse(parser: TrlParser, words: Sequence[str]) -> tuple[list[Any], list[str], list[str]]:

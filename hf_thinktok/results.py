@@ -19,8 +19,9 @@ from rich.table import Table
 from .bench_tables import print_bench
 
 THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
-# What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; and all options, with the token for the Hub.
-NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin")
+# What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; all options, with the token for the Hub; and what
+# recipes/compare.py writes beside each arm, with paths of this machine.
+NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin", "config.yaml", "log.txt")
 STATE_FILE = "thinktok_state.pt"
 # Written when all ranks have written everything else. A rename would say the same, but pushes to the Hub read from the folder meanwhile.
 COMPLETE_FILE = "complete"

@@ -185,5 +185,5 @@ def unseen_text(script: TextArguments, test_files: list[str] | None) -> Dataset 
     """What to report on, which training did not see: files of its own, made to text as the script's are, else the test part, else what was held out."""
     if test_files:
         return load_text(replace(script, dataset_name=None, data_files=test_files))
-    parts = split(load_text(script), script)
+    parts = split(load_text(script), replace(script, held_out_documents=0) if script.test_documents else script)
     return parts.test or parts.held_out

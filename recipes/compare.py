@@ -118,8 +118,7 @@ class Grid:
     @staticmethod
     def parse(config: dict[str, Any]) -> tuple[TextArguments, ThinkTokConfig, ModelConfig]:
         parser = TrlParser(KINDS, allow_abbrev=False)
-        options = {name: value for name, value in config.items() if name != "env"}  # those variables are set by now
-        return parser.parse_args_into_dataclasses(parser.set_defaults_with_config(**options))
+        return parser.parse_args_into_dataclasses(parser.set_defaults_with_config(**config))
 
     @staticmethod
     def _flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
@@ -175,6 +174,10 @@ def load(name: str, revision: str | None, args: ThinkTokConfig) -> tuple[Any, An
     return model, tokenizer
 
 
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
 def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset, revision: str | None = None) -> Evaluation:
     """What an arm does on the test part: measured, or from its file where that has the same settings."""
     args, arms = grid.options["think"][1], grid.options
@@ -183,11 +186,11 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
         "num_samples": chosen.num_samples if arm in arms and arms[arm][1].thinks else 0, "max_think_length": args.max_think_length,
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
     }  # fmt: skip
-    named = source if revision is None else f"{source}@{revision}"
-    measured = hashlib.sha256(named.encode()).hexdigest()[:12]  # a name may be a path of this machine's, and settings are published
+    # A model's name may be a path of this machine's, and settings are published.
+    measured = {"model": digest(source if revision is None else f"{source}@{revision}"), "text": digest(*(row["text"] for row in test))}
     if path.exists():
         found = Evaluation.load(path)
-        if (asked | {"model": measured, "text_bytes": sum(len(row["text"].encode()) for row in test)}).items() <= found.settings.items():
+        if (asked | measured).items() <= found.settings.items():
             return found
     model, tokenizer = load(source, revision, args)
     if not args.use_cpu and (device := torch.accelerator.current_accelerator(check_available=True)):
@@ -196,7 +199,7 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
     found = evaluate_thinking(model, tokenizer, test, **asked, progress=show)
     del model  # the next arm may be trained by other processes on the same device
     clear_device_cache(garbage_collection=True)
-    found.settings["model"] = measured
+    found.settings |= measured
     found.save(path)
     return found
 
@@ -238,7 +241,8 @@ def read() -> tuple[dict[str, Any], CompareArguments]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # leaves what was told
     recipe |= vars(parser.parse_known_args(words)[0])
-    return {name: value for name, value in recipe.items() if name not in vars(chosen)}, chosen
+    left_out = {*vars(chosen), "env", "hub_token"}  # variables are set by now, and these may be secrets, which results and the arms' configs do not keep
+    return {name: value for name, value in recipe.items() if name not in left_out}, chosen
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
         training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if trainer.is_world_process_zero():
         (Path(args.output_dir) / "results.json").unlink(missing_ok=True)  # of an earlier run, whose model is replaced here
-    trainer.save_model(args.output_dir)
+    trainer.save_model(args.output_dir, _internal_call=True)  # and no push, which comes with the results
     trainer.save_state()  # the curves, for `thinktok report`
     if trainer.eval_dataset is not None and args.thinks:
         before = next((entry for entry in trainer.state.log_history if "eval_gain" in entry), None)

@@ -34,6 +34,19 @@ def test_figures_options_and_commit_are_those_of_the_file(name):
     assert f"<|think_{results['config']['num_think_tokens'] - 1 if 'num_think_tokens' in results['config'] else 15}|>" in card
 
 
+def test_a_card_names_the_text_that_was_read():
+    """A file comes before the data set that a config names."""
+    said = lambda **options: render_card(QUICKSTART | {"config": QUICKSTART["config"] | options}, "me/x")
+    wikitext = {"dataset_name": "Salesforce/wikitext", "dataset_config": "wikitext-103-v1"}
+    assert "wikitext-103-v1" in said(**wikitext)
+    assert "WikiText-2" not in said(**wikitext)
+    assert yaml.safe_load(said(**wikitext).split("---")[1])["datasets"] == ["Salesforce/wikitext"]
+    of_file = said(**wikitext, data_files=["/data/mail.jsonl"])
+    assert "`mail.jsonl`, given in place of [WikiText]" in of_file
+    assert "datasets" not in yaml.safe_load(of_file.split("---")[1])
+    assert "standard library" not in said(data_files=["mail.jsonl"], dataset_name=None)
+
+
 @pytest.mark.parametrize("name", OF_MODELS)
 def test_the_recipe_of_the_command_exists_and_takes_the_options(name):
     card = render_card(json.loads((RESULTS / f"{name}.json").read_text()), "me/model")
@@ -196,6 +209,9 @@ def test_checkpoints_have_a_card_without_the_figures_of_what_lay_there(make_trai
     assert "`<|think_0|>` to `<|think_3|>`" in card.read_text()
     assert "gain from thinking" not in card.read_text()
     trainer.create_model_card()  # as a push after training does
+    assert "gain from thinking" not in card.read_text()
+    (tmp_path / "out" / "results.json").write_text(content)  # as a recipe writes it, after training
+    trainer.create_model_card()
     assert ("gain from thinking" in card.read_text()) == (content == json.dumps(QUICKSTART))
 
 

@@ -235,6 +235,7 @@ logging_steps: 1
 save_strategy: "no"
 report_to: none
 hub_token: hf_secret
+env: {{SOME_KEY: sk_secret}}
 """
     )
     done = started(ROOT / "recipes" / "compare.py", "--config", folder / "recipe.yaml")
@@ -261,8 +262,8 @@ def test_five_arms_and_one_more_make_one_results_file(grid):
     for words in ("think, over cpt", "tokens at a place", "cpt_flops: as much compute"):
         assert words in printed
         assert words in as_text(results)
-    for published in ("results.json", "report.html"):
-        assert "hf_secret" not in (folder / "out" / published).read_text()
+    for kept in ("results.json", "report.html", "think-seed0/config.yaml", "think-seed0/log.txt"):
+        assert "_secret" not in (folder / "out" / kept).read_text()
 
 
 def test_fillers_of_drawn_lengths_are_rewarded_as_thoughts_are(tmp_path, monkeypatch):
@@ -304,11 +305,11 @@ def test_what_is_finished_is_not_run_again(grid):
     folder, printed, results = grid
     (folder / "out" / "results.json").unlink()
     (folder / "out" / "think-seed0" / "evaluation.npz").unlink()
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/trainer_state.json")}
-    assert len(kept) == 5
+    kept = {path: path.stat().st_mtime_ns for kind in ("trainer_state.json", "evaluation.npz") for path in (folder / "out").glob(f"*/{kind}")}
+    assert len(kept) == 10
     done = compare(folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/trainer_state.json")} == kept
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     again = json.loads((folder / "out" / "results.json").read_text())
     assert again["comparison"]["gains"] == results["comparison"]["gains"]
 
@@ -350,7 +351,7 @@ def test_another_base_is_measured_again(grid, monkeypatch):
 
     monkeypatch.setattr(script, "load", load)
     config = yaml.safe_load((folder / "recipe.yaml").read_text())
-    own = {name: config.pop(name) for name in ("seeds", "num_samples", "accelerate_config", "arms")}
+    own = {name: config.pop(name) for name in ("seeds", "num_samples", "accelerate_config", "arms", "env")}
     grid_of_arms = script.Grid(config, own["arms"])
     test = split(load_text(grid_of_arms.options["think"][0]), grid_of_arms.options["think"][0]).test
     chosen = script.CompareArguments(num_samples=own["num_samples"])

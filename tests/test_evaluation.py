@@ -23,7 +23,7 @@ from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.intervals import ratio_interval, t_quantile
 from hf_thinktok.evaluation.tables import evaluation_verdict
-from hf_thinktok.evaluation.thinking import CONTROLS, control_sources, kind_of, pieces
+from hf_thinktok.evaluation.thinking import CONTROLS, _rows, control_sources, kind_of, pieces
 from hf_thinktok.forks import choose_forks, eligible_forks
 from hf_thinktok.results import as_text, read_json
 from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
@@ -213,6 +213,19 @@ def test_a_begin_of_text_has_no_bytes(model):
     assert evaluate_thinking(model, begins, TEXT, num_forks=2, num_samples=0).bytes_per_token == pytest.approx(plain)
 
 
+def test_every_row_of_a_text_begins_as_the_text_does(model):
+    """Models that were trained with a begin of text everywhere predict badly without."""
+    begins = copy.deepcopy(model[1])
+    begins.bos_token = begins.eos_token
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begins.eos_token} $A", special_tokens=[(begins.eos_token, begins.eos_token_id)])
+    ids = begins(TEXT[0]["text"])["input_ids"]
+    for limit in (None, 2):
+        rows = [row for _, row in _rows(begins, TEXT[:1], "text", 8, limit)[0]]
+        assert {row[0] for row in rows} == {begins.bos_token_id}
+        assert [token for row in rows for token in row[1:]] == ids[1 : None if limit is None else 1 + 7 * limit]
+        assert max(map(len, rows)) == 8
+
+
 def evaluation(**changes) -> Evaluation:
     """Two documents of three and one forks."""
     made = {
@@ -394,7 +407,10 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
     (tmp_path / "compare.yaml").write_text((folder / "recipe.yaml").read_text() + f"test_files: [{tmp_path / 'test.jsonl'}]\nseeds: [0, 1]\n")
     for source, documents in (
         (("--data_files", folder / "data.jsonl"), 6),
+        (("--data_files", folder / "data.jsonl", "--held_out_documents", 2), 2),
+        (("--data_files", folder / "data.jsonl", "--test_documents=3", "--data_split_seed", 1), 3),
         (("--config", folder / "recipe.yaml"), 2),
+        ((f"--config={folder / 'recipe.yaml'}",), 2),
         (("--config", tmp_path / "compare.yaml"), 3),  # a comparison's: what it chose settings on is not what it reports on
     ):
         done = thinktok("eval", folder, *source, *few, "--output", tmp_path / "found.json")
@@ -419,6 +435,7 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         (("--data_files", "{folder}/data.jsonl", "--output", "{folder}"), "is a folder: name a file"),
         (("--data_files", "{folder}/data.jsonl", "--output", "{folder}/data.jsonl/found.json"), "nothing can be written to"),
         (("--data_files", "{folder}/data.jsonl", "--max_think_length", "256"), "max_think_length=256 leaves no room"),
+        (("--data_files", "{folder}/data.jsonl", "--data_split_seed", "1"), "--data_split_seed has no effect"),
     ],
 )
 def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):
@@ -426,6 +443,12 @@ def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_model_comes_first(folder):
+    """Else the option's value would be taken for it."""
+    done = thinktok("eval", "--data_files", folder / "data.jsonl", folder)
+    assert (done.returncode, done.stderr) == (2, "thinktok: MODEL comes first: thinktok eval MODEL --data_files held_out.jsonl\n")
 
 
 def test_the_help_has_all_that_the_text_can_be_told(capsys):

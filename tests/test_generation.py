@@ -165,6 +165,19 @@ def test_bias_multiplies_the_odds_of_thinking(parts):
     torch.testing.assert_close(scores, before, rtol=0, atol=0, msg="the model's own logits are not written to")
 
 
+def test_without_sampling_the_gate_says_whether_to_think(parts):
+    """One of many thoughts may be less likely than a word where all of them together are likelier than all words."""
+    vocabulary, ids = parts[2], torch.zeros(3, 2, dtype=torch.long)
+    scores = torch.full((3, 384), -20.0)
+    scores[:, 7] = 0.0
+    for row, nats in enumerate((-1.0, -1.6, -math.inf)):  # four thoughts, e^-1 and e^-1.6 each
+        scores[row, list(vocabulary.ids)] = nats
+    assert scores.argmax(-1).tolist() == [7, 7, 7]
+    found = [ThinkingBudget(vocabulary, by_gate=True, **bounds)(ids, scores).argmax(-1) for bounds in ({}, {"max_think_length": 0}, {"min_think_length": 1})]
+    assert [vocabulary.is_thought(row).tolist() for row in found] == [[True, False, False], [False] * 3, [True] * 2 + [False]]
+    assert not ThinkingBudget(vocabulary, by_gate=True)(ids, scores)[:2, 7].isfinite().all()
+
+
 def test_the_end_waits_for_the_thought_as_well(parts):
     class Ends(LogitsProcessor):
         def __call__(self, input_ids, scores):
@@ -339,8 +352,9 @@ def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
     common = (folder, "--device", "cpu", "--max_new_tokens", 20, "--max_think_length", 1)
     greedy = (*common, "--greedy", "--thoughts", "hide")
 
-    def expected(ids):
-        row = generate(parts, ThinkingBudget(vocabulary, max_think_length=1), ids=torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0]
+    def expected(ids, by_gate=True):
+        budget = ThinkingBudget(vocabulary, max_think_length=1, by_gate=by_gate)
+        row = generate(parts, budget, ids=torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0]
         return tokenizer.decode(row, skip_special_tokens=True) + "\n"
 
     plain = expected(tokenizer("the cat sat")["input_ids"])
@@ -353,8 +367,9 @@ def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
         return run("generate", *common, "the cat sat", "--thoughts", "hide", "--temperature", 0.7, "--seed", 3, *options)
 
     assert sample()[1] == sample()[1] != sample("--think_bias", 4)[1]
-    assert sample("--top_k", 1)[1] == sample("--top_p", 1e-6)[1] == plain
-    assert sample("--temperature", 1e-4)[1] == plain
+    likeliest = expected(tokenizer("the cat sat")["input_ids"], by_gate=False)
+    assert sample("--top_k", 1)[1] == sample("--top_p", 1e-6)[1] == likeliest
+    assert sample("--temperature", 1e-4)[1] == likeliest
     assert sample("--think_bias", 50, "--max_total_think", 5)[2].startswith("15 tokens spoken, 5 thought")
     assert "‹" in sample("--think_bias", 50, "--thoughts", "show")[1]
     counts = sample("--max_new_tokens", 1000)[2]

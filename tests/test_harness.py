@@ -11,13 +11,16 @@ import torch
 from commands import ROOT, captured, started
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from models import CORPUS, tiny_model, tiny_tokenizer
+from lm_eval.utils import simple_parse_args_string
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
+from peft import LoraConfig
 from plain_rows import thinker
 
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.evaluation.harness import ThinkTokLM
 from hf_thinktok.evaluation.inspection import inspect_text
+from hf_thinktok.peft import load_whole
 
 PAIRS = [(f"{CORPUS[i % 4]} {i}", f" {CORPUS[(i + 1) % 4][: 7 + 5 * i]}") for i in range(6)]
 PROMPTS = [(f"{text} {i}", {"until": ["."], "max_gen_toks": 12, "do_sample": False}) for i, text in enumerate(CORPUS[:4])]
@@ -181,6 +184,38 @@ def test_a_model_that_would_think_does_not_where_it_is_told_not_to():
     for thoughts in ("none", "own"):
         harness(model, thoughts=thoughts, batch_size=4).generate_until(asked("generate_until", PROMPTS))
     assert [bool(((ids >= first) & (ids < guard)).any()) for ids in made] == [False, True]
+
+
+def test_without_sampling_it_thinks_where_that_is_likelier_than_to_speak():
+    """The likeliest id may still be a word, of which there are as few likely ones as there are many thoughts."""
+    model, first, guard = with_a_gate_at(0.0)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[first:guard] = 0.0
+        head.bias[first:guard] = 3.0
+        head.bias[:first] = -5.0
+        head.bias[7] = 4.0
+        head.weight[7] = 0.0
+    made, generate = [], model.generate
+    model.generate = lambda **kwargs: made.append(generate(**kwargs)) or made[-1]
+    for do_sample in (False, True):
+        options = {"until": ["@@"], "max_gen_toks": 6, "do_sample": do_sample} | ({"temperature": 1e-4} if do_sample else {})
+        harness(model, batch_size=1, max_think_length=1).generate_until(asked("generate_until", [(CORPUS[0], options)]))
+    assert [bool(((ids >= first) & (ids < guard)).any()) for ids in made] == [True, False]
+
+
+def test_an_adapter_is_read_with_its_base(make_trainer, tmp_path):
+    trainer = make_trainer(model=str(save_tiny(tmp_path / "base")), tokenizer=tiny_tokenizer(), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.save_model(adapter := str(tmp_path / "adapter"))
+    model, tokenizer = load_whole(adapter)
+    asking = asked("loglikelihood", PAIRS[:2])
+    lm = ThinkTokLM(pretrained=adapter, device="cpu", max_length=128, batch_size=1, max_think_length=2)
+    same = ThinkTokLM(pretrained=model, tokenizer=tokenizer, device="cpu", max_length=128, batch_size=1, max_think_length=2)
+    assert lm.loglikelihood(asking) == same.loglikelihood(asking)
+
+
+def test_no_thoughts_as_the_harness_reads_the_word():
+    assert harness(thinker()[0], batch_size=1, **simple_parse_args_string("thoughts=none")).thoughts == "none"
 
 
 @pytest.mark.parametrize(

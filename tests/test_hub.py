@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from models import save_tiny
+from models import CORPUS, save_tiny
 
 HERE = Path(__file__).parent
 
@@ -133,6 +133,27 @@ def test_every_save_is_pushed_with_both_models_and_no_held_out_text(hub, tmp_pat
         assert {"model.safetensors", "speaker/model.safetensors", "speaker/config.json", "tokenizer.json"} <= set(commit)
         assert not HELD_OUT & set(commit)
     assert during[0]["speaker/model.safetensors"] != during[0]["model.safetensors"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, tmp_path, fails):
+    """A push that fails then costs nothing, and the card has the figures."""
+    hub.trouble = [("POST", "/commit/", "500")] * 20 if fails else []
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in CORPUS))
+    options = {
+        "model_name_or_path": save_tiny(tmp_path / "model"), "data_files": tmp_path / "text.jsonl", "output_dir": tmp_path / "out", "max_steps": 1,
+        "held_out_documents": 2, "max_length": 48, "num_forks": 3, "num_think_tokens": 4, "per_device_train_batch_size": 2, "use_cpu": "true", "bf16": "false",
+        "report_to": "none", "save_strategy": "no", "push_to_hub": "true", "hub_model_id": "me/thinker", "hub_token": "hf_secret",
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    said = python(hub, tmp_path / "home", HERE.parent / "recipes" / "pretrain_think.py", *words, expect=int(fails))
+    assert {"results.json", "report.html", "trainer_state.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    pushed = [commit for commit in hub.repos["me/thinker"] if "model.safetensors" in commit]
+    assert len(pushed) == (0 if fails else 1)
+    if fails:
+        assert "is whole, but its upload failed" in said
+    else:
+        assert b"gain from thinking" in pushed[0]["README.md"]
 
 
 @pytest.mark.parametrize("trouble", [("PUT", "/lfs/", "drop"), ("POST", "/commit/", "500")], ids=["dropped", "refused"])

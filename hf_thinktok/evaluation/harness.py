@@ -16,12 +16,14 @@ from lm_eval.models.huggingface import HFLM, stop_sequences_criteria
 from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.utils import find_adapter_config_file
 
 from ..engine import Engine, Pass, choose_engine
 from ..generation import ThinkingBudget
 from ..head import HiddenInputs, attach_head
 from ..losses import stopping_logps
 from ..models import evaluating
+from ..peft import load_whole
 from ..rollout import Sampling, sample_thoughts
 from ..tokens import ThinkingVocabulary
 from ..tree import Branching, ThoughtTree
@@ -59,7 +61,8 @@ class ThinkTokLM(HFLM):
     """The harness's `hf` for a model with thinking tokens. Probabilities are those of real tokens among real tokens, whatever is thought.
 
     Likelihoods of a continuation: before each of its tokens the model thinks greedily, and forgets the thought once the token follows. Generation: the
-    model thinks into its text, as plain `generate` has it, and the task sees the text without thoughts.
+    model thinks into its text, as plain `generate` has it, and the task sees the text without thoughts; where nothing is sampled it thinks where that is
+    likelier than to speak, which the likeliest id does not say.
 
     Args:
         thoughts: `none`; `own`, as far as its gate wants them; `always`, thoughts of full length before every token.
@@ -73,13 +76,24 @@ class ThinkTokLM(HFLM):
     """
 
     def __init__(
-        self, pretrained, thoughts: str = "own", max_think_length: int | None = None, max_total_think: int | None = None, think_bias: float = 0.0, **kwargs
+        self,
+        pretrained,
+        thoughts: str | None = "own",
+        max_think_length: int | None = None,
+        max_total_think: int | None = None,
+        think_bias: float = 0.0,
+        **kwargs,
     ):
+        thoughts = "none" if thoughts is None else thoughts  # as the harness reads the word
         if thoughts not in KINDS:
             raise ValueError(f"thoughts={thoughts!r} is not known; it is one of {', '.join(KINDS)}.")
         given = {"max_think_length": max_think_length, "max_total_think": max_total_think, "think_bias": think_bias or None}
         if thoughts == "none" and (useless := [name for name, value in given.items() if value is not None]):
             raise ValueError(f"{useless[0]} has no effect with thoughts=none: leave it out.")
+        where = {name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
+        if isinstance(pretrained, str) and find_adapter_config_file(pretrained, revision=where.get("revision")) is not None:
+            pretrained, kwargs["tokenizer"] = load_whole(pretrained, kwargs.get("dtype", "auto"), **where)
+            pretrained.to(kwargs.get("device") or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         super().__init__(pretrained, **kwargs)
         base, self.vocabulary, length, blind, self.filler, _ = check_evaluable(self.model, max_think_length)
         if thoughts != "none" and not isinstance(self.batch_size, int):
@@ -101,7 +115,8 @@ class ThinkTokLM(HFLM):
     def _model_generate(self, context, max_length: int, stop, **generation_kwargs):
         room = (max_length - context.shape[1]) * self.branching.max_length * (self.thoughts != "none")  # a thought before every token
         more = min(max_length + (room if self.max_total_think is None else self.max_total_think), self.max_length)
-        if not generation_kwargs.get("do_sample"):
+        self.budget.by_gate = not generation_kwargs.get("do_sample")
+        if self.budget.by_gate:
             generation_kwargs.pop("temperature", None)  # the harness's 0, which transformers warns of
         with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
             made_BT = self.model.generate(

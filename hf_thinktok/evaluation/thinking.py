@@ -292,10 +292,12 @@ def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_documen
             raise ValueError(f"Document {document} has no text in {text_field!r}{there}: name the column of the text with text_field, or give texts.")
         encoded = tokenizer(text, return_special_tokens_mask=True)
         ids = encoded["input_ids"]
-        kept = ids if rows_per_document is None else ids[: max_length * rows_per_document]
+        begin = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []  # of every row, where of texts
+        room = max_length - len(begin)
+        kept = ids if rows_per_document is None else ids[: len(begin) + room * rows_per_document]
         text = text if len(kept) == len(ids) else tokenizer.decode(kept, skip_special_tokens=True)
         num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + encoded["special_tokens_mask"][: len(kept)].count(0)  # a BOS has no bytes
-        rows += [(document, ids[start : start + max_length]) for start in range(0, len(ids), max_length)][:rows_per_document]
+        rows += [(document, begin + kept[start : start + room]) for start in range(len(begin), len(kept), room)]
     rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
     if not rows:
         raise ValueError("There is no text to evaluate on: no document has two tokens.")
