@@ -164,13 +164,9 @@ class TreeEngine(_Engine):
     @contextlib.contextmanager
     def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
         local, dtype = _local(model), self._dtype(model)
-        plain = isinstance(local, (PreTrainedModel, PeftModel)) and not is_sharded(local)
-        # Products of 8-bit weights wait for the device at every layer; and where layers read ids of their own, embeddings are not all that an adapter needs.
-        plain &= not getattr(local, "is_loaded_in_8bit", False)
-        plain &= not (isinstance(local, PeftModel) and getattr(_config(local).get_text_config(), "hidden_size_per_layer_input", 0))
         # Not several runs, whose stretches differ from step to step.
         in_one_mask = capacity <= (self.run_length or RUN_LENGTH_ELSEWHERE) or (self.flex and dtype in HALF)
-        if not plain or not in_one_mask or local.device.type not in REPLAYED:
+        if not _can_be_captured(local) or not in_one_mask or local.device.type not in REPLAYED:
             yield None
             return
         capacity = -(-capacity // 8) * 8  # so that a copied mask's rows are where kernels want them
@@ -209,6 +205,15 @@ Engine = TreeEngine | ReplicatedEngine
 def _local(model):
     """A model as this process alone has it, which without gradients is all there is to DDP."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _can_be_captured(model) -> bool:
+    if not isinstance(model, (PreTrainedModel, PeftModel)) or is_sharded(model):
+        return False
+    if getattr(model, "is_loaded_in_8bit", False):  # its products wait for the device in every layer
+        return False
+    # An adapter's passes are captured with embeddings for ids, and some models' layers read ids besides.
+    return not isinstance(model, PeftModel) or not getattr(_config(model).get_text_config(), "hidden_size_per_layer_input", None)
 
 
 def _config(model, speaks: bool = False):

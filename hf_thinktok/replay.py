@@ -9,7 +9,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Places:
     """Where a pass puts keys and values: `places_Q` in rows for `capacity` nodes. Layers know it and not their room, which goes when nobody else has it."""
 
     capacity: int
-    places_Q: Tensor | None = None
+    places_Q: Tensor = field(init=False)
 
 
 class _Layer(DynamicLayer):
