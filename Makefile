@@ -49,10 +49,12 @@ style: $(VENV)/dev  ## ruff: format and lint
 types: $(VENV)/dev  ## mypy on the package
 	$(BIN)/mypy
 
-# torch comes first and pinned; an open range would fetch CUDA libraries for a CPU machine.
+# torch comes first and pinned, from PyTorch's index of CPU wheels: those of PyPI bring gigabytes of CUDA libraries. Where that index cannot be reached, from
+# PyPI all the same.
 $(VENV)/base: pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
+	$(PIP) --no-deps --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch || true
 	$(PIP) torch
 	$(PIP) --editable .
 	touch $@

@@ -19,6 +19,7 @@ RATIOS = {
     "step_vs_dense": "nodes a second, ours / dense",
     "gradient_vs_dense": "  without the rollout",
     "peak_memory_vs_sft": "peak memory, ours / sft",
+    "peak_memory_vs_plain": "peak memory, ours / plain",
 }
 
 

@@ -35,6 +35,13 @@ class ThinkTokConfig(SFTConfig):
     `num_think_tokens=0` or `num_forks=0` switches thinking off and leaves plain continued pretraining, the control arm of the same recipe.
     An option that would do nothing in the chosen mode is an error.
 
+    > [!NOTE]
+    > These parameters have other defaults than in [`~trl.SFTConfig`]:
+    > - `packing_strategy`: `"bfd_split"` instead of `"bfd"`, which leaves out what of a document is longer than a row.
+    > - `eval_packing`: `False` instead of the value of `packing`, as gains are counted in documents.
+    > - `metric_for_best_model`: `"bits_think"` instead of `"loss"`, which is that of the text without thoughts, where the model thinks.
+    > - `use_cpu`: `True` where there is no accelerator or the launcher asks for it; `ddp_find_unused_parameters`: `True` for a speaker that rests at first.
+
     Parameters:
         > The vocabulary
 
@@ -215,6 +222,11 @@ class ThinkTokConfig(SFTConfig):
             Steps in a row with a loss or reward that is not finite before training stops. Such steps are skipped and counted.
     """
 
+    packing_strategy: str = option(
+        "bfd_split", "How documents make up rows: whole ones, and with bfd_split the rest of a longer one, which bfd drops.", ("bfd", "bfd_split", "wrapped")
+    )
+    eval_packing: bool | None = option(None, "Pack held-out text as well. Not unless set: gains are counted in documents.")
+
     num_think_tokens: int | None = option(None, "Thinking tokens; as many as the model has, or 16, where not given. 0 switches thinking off.")
     think_init_words: list[str] | None = option(None, "Texts of one token each that new thinking tokens start as copies of; random directions where left out.")
 
@@ -302,7 +314,7 @@ class ThinkTokConfig(SFTConfig):
             if isinstance(getattr(self, name), int | float):
                 setattr(self, name, [float(getattr(self, name))])
         if self.packing and self.eval_packing is None:
-            self.eval_packing: bool | None = False  # forks are counted in rows, and gains are over documents
+            self.eval_packing = False  # forks are counted in rows, and gains are over documents
         check_values(self, ThinkTokConfig.__annotations__)
         if self.num_think_tokens != 0:
             check_text(self)
@@ -319,6 +331,9 @@ class ThinkTokConfig(SFTConfig):
         self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
         if self.policies == "split" and self.think_start and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True  # the speaker's, until thinking starts
+        chooses = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if self.metric_for_best_model is None and chooses and self.thinks:
+            self.metric_for_best_model: str | None = "bits_think"  # a loss is that of the text without thoughts
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # transformers knows it of losses alone
             self.greater_is_better: bool | None = False
         super().__post_init__()

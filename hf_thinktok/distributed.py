@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -23,12 +24,15 @@ def check_launcher(accelerator: Accelerator, model: PreTrainedModel, environment
     Raises:
         ValueError: fewer processes than were started know of each other, DeepSpeed or FSDP did not come up, or they cannot divide this model.
     """
+    check_parallelism(getattr(accelerator, "parallelism_config", None))
     asked, kind = int(environment.get("WORLD_SIZE", 1)), accelerator.distributed_type
     cpu = "On CPUs take `accelerate launch --multi_gpu --num_processes N` and use_cpu=True, or for DeepSpeed ddp_backend=gloo."
     if asked != accelerator.num_processes:
         raise ValueError(f"The launcher started {asked} processes, and this one knows of {accelerator.num_processes}, so each would train alone. {cpu}")
     if asked == 1 and "MASTER_PORT" in environment and str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
         raise ValueError(f"The launcher was asked for several processes and started one, as accelerate's CPU modes do without mpirun. {cpu}")
+    if asked > 1 and accelerator.device.type == "cpu" and torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU") == "false":
+        raise ValueError("The launcher's config is for GPUs, and use_cpu=True has its processes train on CPUs: set use_cpu=False, as --use_cpu false does.")
     for name, wanted in ASKED_FOR.items():
         if str_to_bool(environment.get(name, "false")) and kind != wanted:
             raise ValueError(f"The launcher's config asks for {wanted.value}, and {kind.value} came up: it needs a GPU here, or use_cpu=False.")
@@ -38,6 +42,12 @@ def check_launcher(accelerator: Accelerator, model: PreTrainedModel, environment
         raise ValueError("FSDP2 would save no model so: set fsdp_state_dict_type: FULL_STATE_DICT in its config, as accelerate_configs/fsdp2.yaml does.")
     if kind == DistributedType.FSDP and is_peft_model(model) and model.config.get_text_config().tie_word_embeddings:
         raise ValueError("With FSDP2 an adapter needs an LM head of its own, and this model's is tied to its input rows: take DDP or ZeRO-2.")
+
+
+def check_parallelism(config: Any) -> None:
+    """Refuses a launcher's, or the arguments', `ParallelismConfig` that cuts rows or layers apart."""
+    if config is not None and (config.cp_enabled or config.sp_enabled or config.tp_enabled):
+        raise ValueError("Context, sequence and tensor parallelism cut rows or layers apart, and a tree needs them whole: use data parallelism, ZeRO or FSDP2.")
 
 
 def set_up_fsdp2(accelerator: Accelerator) -> None:

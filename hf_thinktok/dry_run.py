@@ -8,6 +8,7 @@ Bytes throughout. Shape suffixes as in tree.py.
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
@@ -119,7 +120,7 @@ class DryRun:
     """
 
     def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, device: torch.device, autocast: torch.dtype | None, gradient_share: float):
-        self.model, self.vocabulary, self.args, self.autocast_type = model, vocabulary, args, autocast
+        self.model, self.vocabulary, self.args, self.device, self.autocast_type = model, vocabulary, args, device, autocast
         self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(None if args.torch_compile else run_length(device))
         model.register_forward_pre_hook(self._take_masks, with_kwargs=True)
         self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gradient_share)
@@ -158,6 +159,8 @@ class DryRun:
 
     def optimizer_step(self) -> dict[str, int]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+        if self.device.type == "cuda" and "foreach" in inspect.signature(kind).parameters and not options.get("fused"):
+            options["foreach"] = True  # PyTorch's choice on a GPU, which makes a number for each parameter at once
         with self.live:
             self.optimizer = kind(self.trainable, **options)
             for parameter in self.trainable:

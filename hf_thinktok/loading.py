@@ -18,14 +18,14 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
-from trl import ModelConfig
+from trl import ModelConfig, clone_chat_template
 
 from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
 from .config_checks import POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
-from .distributed import embedding_rows
+from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
 from .peft import SPEAKER, has_adapter
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
@@ -56,17 +56,14 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
             raise ValueError(f"{name} is not supported with thinking: the logits are never made. Leave it out; evaluate() reports likelihoods and gains.")
     if args.num_think_tokens != 0 and kwargs.get("data_collator") is not None:
         raise ValueError("data_collator is not supported with thinking: the tree needs each row's documents. Leave it out.")
-    if torch.cuda.device_count() > 1 and args.n_gpu > 1:
-        raise ValueError(
-            "Several GPUs in one process would use nn.DataParallel, which is not supported: start with `accelerate launch`, or set "
-            "CUDA_VISIBLE_DEVICES to one GPU."
-        )
+    if args.n_gpu > 1:  # which transformers would make nn.DataParallel of
+        logger.warning("%d GPUs are there and one process, which trains on one of them: `accelerate launch --multi_gpu` takes all.", args.n_gpu)
+        args._n_gpu = 1
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError("activation_offloading has nowhere to offload from on a CPU: leave it out.")
     if args.enable_jit_checkpoint:
         raise ValueError("enable_jit_checkpoint has no effect here, as SIGTERM saves a checkpoint already: leave it out.")
-    if args.parallelism_config is not None and (args.parallelism_config.cp_enabled or args.parallelism_config.sp_enabled):
-        raise ValueError("Context and sequence parallelism cut rows apart, and a tree of thoughts needs them whole: use data parallelism, ZeRO or FSDP2.")
+    check_parallelism(args.parallelism_config)
     if _uses_fsdp(args) and str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
 
@@ -207,10 +204,12 @@ def load_model(
     dataset: Dataset | IterableDataset,
     quantization_config: Any = None,
     formatter: Callable[[dict], str] | None = None,
+    adapter: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from what was given, refused before weights are loaded where they do not fit.
 
     Args:
+        adapter: whether the model is the base of one.
         formatter: what makes texts of rows, whatever their columns.
     """
     if isinstance(model, os.PathLike):
@@ -259,7 +258,42 @@ def load_model(
             "that does not fit take ZeRO-3 or FSDP2."
         )
     _leave_out_router_loss(args, model)
+    if _is_tokenizer(args.chat_template_path):
+        model, tokenizer = _with_template_of(args.chat_template_path, model, tokenizer, adapter)
     return model, tokenizer
+
+
+def _with_template_of(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: bool) -> tuple[Any, Any]:
+    """The chat template of another tokenizer, and the tokens that it needs, before there are thinking tokens: TRL would put them, and others for the rows
+    that are left over, behind those."""
+    with there("tokenizer", source):
+        other = AutoTokenizer.from_pretrained(source)
+    if not (missing := [token.content for token in other.added_tokens_decoder.values() if token.content not in tokenizer.get_vocab()]):
+        tokenizer.chat_template, tokenizer.eos_token = other.get_chat_template(), other.eos_token
+        model.config.get_text_config().eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+        return model, tokenizer
+    if adapter:
+        raise ValueError(f"chat_template_path={source} needs the tokens {', '.join(missing[:3])}, which an adapter's base has not: add them to the base.")
+    return clone_chat_template(model, tokenizer, source)[:2]
+
+
+@contextlib.contextmanager
+def used_by_now(args: ThinkTokConfig) -> Iterator[None]:
+    """Hides from SFTTrainer what a model was loaded with: it would warn of the one, and take the other once more."""
+    used = {"model_init_kwargs": args.model_init_kwargs}
+    if _is_tokenizer(args.chat_template_path):
+        used["chat_template_path"] = args.chat_template_path
+    try:
+        for name in used:
+            setattr(args, name, None)
+        yield
+    finally:
+        for name, value in used.items():
+            setattr(args, name, value)
+
+
+def _is_tokenizer(template: str | None) -> bool:
+    return template is not None and not template.endswith(".jinja")
 
 
 def check_no_adapter(name: str, **where: Any) -> None:

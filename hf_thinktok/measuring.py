@@ -40,13 +40,14 @@ class MeasuringTrainer(CheckpointingTrainer):
     def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], rollout: Rollout, scores: TreeScores) -> None:
         """Averages the metrics over the forks of all ranks, or the labels of a text without any, and flags a step that is not finite: one synchronisation for
         all."""
-        counts = torch.stack([(tree.documents_BT >= 0).sum(), (scores.valid_BK if tree.num_forks else scores.trunk_mask_BT).sum()]).float()
+        forks = (scores.valid_BK if tree.num_forks else scores.trunk_mask_BT).sum()
+        counts = torch.stack([(tree.documents_BT >= 0).sum(), tree.valid_BS.sum(), forks]).float()
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
         gathered = self.accelerator.gather(torch.cat([counts, values])[None]).cpu()
         if not torch.isfinite(gathered).all():
             self.guard.flag()
-        tokens, num_forks = gathered[:, :2].sum(0).tolist()
-        means = (gathered[:, 3:] * gathered[:, 1:2]).sum(0) / max(num_forks, 1)
+        tokens, nodes, num_forks = gathered[:, :3].sum(0).tolist()
+        means = (gathered[:, 4:] * gathered[:, 2:3]).sum(0) / max(num_forks, 1)
         found = dict(zip(metrics, means.tolist(), strict=True)) if num_forks else {}  # a batch without forks has nothing to say
         for name, value in found.items():
             if math.isfinite(value):  # one skipped step must not blank the average of a log
@@ -56,7 +57,7 @@ class MeasuringTrainer(CheckpointingTrainer):
             self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
         self.spent.tokens += int(tokens)
         self._tokens_since += tokens
-        self._nodes_since += tree.valid_BS.numel() * len(gathered)
+        self._nodes_since += nodes
         self._metrics["train"]["num_tokens"] = [self.spent.tokens]
         if self.args.log_completions and tree.num_forks:
             gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / math.log(2)
@@ -102,9 +103,9 @@ class MeasuringTrainer(CheckpointingTrainer):
                 check_dataset(dataset, name, self.args, self._formatting_func if raw else None)
         if not self.plain:
             self._gains, self._micro_step, self._prefix = GainByDocument(), (-1, -1), metric_key_prefix
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), self._clock
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._clock += time.perf_counter() - start  # no part of the training that tokens per second are of
+        self._clock = clock + time.perf_counter() - start  # no part of the training that tokens per second are of; several sets have their own calls within
         return metrics
 
     def _get_grad_norm(self, model, grad_norm=None):

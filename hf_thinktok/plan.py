@@ -88,16 +88,19 @@ def plan(
         sharding = _Sharding(model, compute, zero, fsdp2, num_processes, args.gather_for_rollout)
         with _one_sentence(config):
             run = DryRun(model, vocabulary, args, torch.device("cuda" if gpu else "cpu"), None if sharding.shards else compute, sharding.gradient_share)
-            phases = {Phase.STEP: run.optimizer_step()} | run.rollout(rows) | {Phase.PASS: run.gradient_pass(rows)}
-            if args.do_eval:
-                phases[Phase.EVALUATION] = run.evaluation(Rows(args, args.per_device_eval_batch_size, 2 * args.num_generations))
+            parts = {Phase.STEP: run.optimizer_step()} | run.rollout(rows) | {Phase.PASS: run.gradient_pass(rows)}
+            phases = {phase: sharding(phase, parts[phase]) for phase in parts}
+            if args.do_eval:  # thoughts are drawn, and then scored beside as many random ones
+                scored, drawn = (Rows(args, args.per_device_eval_batch_size, groups * args.num_generations) for groups in (2, 1))
+                evaluated = {Phase.EVALUATION: run.evaluation(scored)} | run.rollout(drawn)
+                phases[Phase.EVALUATION] = max((sharding(phase, evaluated[phase]) for phase in evaluated), key=lambda found: sum(found.values()))
     nodes = rows.tree.num_nodes if args.engine != "replicated" else rows.tree.paths()[1].numel() // args.per_device_train_batch_size
     return Plan(
         nodes=nodes,
         visible_pairs=int(rows.tree.num_visible()[0].sum()),
         parameters=sharding.trained + sharding.frozen,
         trainable=sharding.trained,
-        phases={phase: sharding(phase, phases[phase]) for phase in Phase if phase in phases},
+        phases={phase: phases[phase] for phase in Phase if phase in phases},
     )
 
 

@@ -1,9 +1,10 @@
 """What a thought is worth: functions of how the real tokens after it fare.
 
-A reward function takes keyword arguments and returns `[B, K, G]`. Write your own with the arguments it needs and `**kwargs` for the rest:
+A reward function takes keyword arguments and returns `[B, K, G]`. Write your own with the arguments it needs and `**kwargs` for the rest.
+One after which a thought is worth what the worst token after it is:
 
     def surprise(logps, mask, **kwargs):
-        return -(logps * mask[:, :, None]).amin(-1)
+        return logps.masked_fill(~mask[:, :, None], 0.0).amin(-1)
 
 Arguments, all without gradient (B rows, K forks, G thoughts, L thinking tokens, H judged real tokens):
 

@@ -29,7 +29,7 @@ from .engine import choose_engine, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
 from .head import HeadInputs, attach_head
-from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text
+from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text, used_by_now
 from .measuring import MeasuringTrainer
 from .models import evaluating, set_learning_rate, unwrapped
 from .objective import actions, speak, thinking_loss
@@ -106,7 +106,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
         check_parts(args, model, reward_funcs, peft_config, two_adapters, speaker, teacher, quantization_config)
-        model, tokenizer = load_model(model, processing_class, args, train_dataset, quantization_config, formatting_func)
+        model, tokenizer = load_model(model, processing_class, args, train_dataset, quantization_config, formatting_func, peft_config is not None)
         if args.teacher is not None and teacher is None:
             teacher = load_teacher(args.teacher, tokenizer, args)
 
@@ -115,18 +115,17 @@ class ThinkTokTrainer(MeasuringTrainer):
             speaker = find_speaker(speaker, model, args, two_adapters)
             self._give_thinking_tokens(model, tokenizer, args, train_dataset, formatting_func, speaker, two_adapters)
             peft_config = add_thinking_rows(peft_config, model, self.vocabulary, (args.model_init_kwargs or {}).get("revision"))
-        loading, args.model_init_kwargs = args.model_init_kwargs, None  # used by now; SFTTrainer would warn
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-            **kwargs,
-        )
-        args.model_init_kwargs = loading
+        with used_by_now(args):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+                **kwargs,
+            )
         check_prepared(self.train_dataset, self.eval_dataset, model, args)
         if not self.plain:
             check_vocabulary(model.config, self._tokenizer, None)  # chat_template_path adds tokens

@@ -225,8 +225,8 @@ class Bench:
         }
         config = self.config(
             GRPOConfig,
-            per_device_train_batch_size=min(batch, count * G),
-            gradient_accumulation_steps=max(count * G // batch, 1),
+            per_device_train_batch_size=(rows := next(rows for rows in range(min(batch, count * G), 0, -1) if count * G % rows == 0)),
+            gradient_accumulation_steps=count * G // rows,
             num_generations=G,
             max_completion_length=L,
             generation_kwargs={"min_new_tokens": L},
@@ -270,7 +270,7 @@ class Bench:
             arms[name].train()
             if turn == turns - 1:
                 last = arms.pop(name)
-                if self.bench.peaks and name in ("ours", "sft"):
+                if self.bench.peaks and name in ("ours", "sft", "plain"):
                     peaks[name] = self.peak(last)
                 del last
                 gc.collect()
@@ -294,8 +294,7 @@ class Bench:
             if other in typical:
                 found[f"step_vs_{other}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other], strict=True))
                 found[f"gradient_vs_{other}"] = statistics.median(b / a for a, b in zip(passes["ours"], passes[other], strict=True))
-        if {"ours", "sft"} <= peaks.keys():
-            found["peak_memory_vs_sft"] = peaks["ours"] / peaks["sft"]
+        found |= {f"peak_memory_vs_{other}": peaks["ours"] / peaks[other] for other in ("sft", "plain") if {"ours", other} <= peaks.keys()}
         return found
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Is it the thoughts, or the compute, the text, or the length alone? A thinking run beside its controls, on the same places of text that none of them saw.
 
     python recipes/compare.py --config recipes/smollm2-135m/compare_quick.yaml
-    python recipes/compare.py --config recipes/smollm2-135m/compare_gsm8k.yaml --seeds 0 1 2 --accelerate_config accelerate_configs/multi_gpu.yaml
+    python recipes/compare.py --config recipes/smollm2-135m/compare_gsm8k.yaml --seeds 0 1 2 --use_cpu false \\
+        --accelerate_config accelerate_configs/multi_gpu.yaml
 
 The config is one of recipes/pretrain_think.py, with `test_documents`, and what is listed below. Five arms, each trained by that recipe under
 `accelerate launch`, with the same data order, seed and optimizer:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +26,7 @@ def in_process(script: Path, *options: str | Path | int) -> subprocess.Completed
     sys.argv = [str(script), *map(str, options)]
     sys.path.insert(0, str(script.parent))
     try:
-        with contextlib.chdir(ROOT):
+        with contextlib.chdir(ROOT), patch.dict(os.environ):
             return captured(lambda: runpy.run_path(str(script), run_name="__main__"))
     finally:
         sys.argv, sys.path[:] = arguments, path

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import json
+import logging
 import re
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -18,6 +20,8 @@ from trl import SFTConfig
 import hf_thinktok.loading as loading_module
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.cli import main
+from hf_thinktok.distributed import check_launcher
+from hf_thinktok.loading import check_arguments
 from hf_thinktok.results import COMPLETE_FILE
 from hf_thinktok.sources import STANDARD_LIBRARY
 from hf_thinktok.text import TextArguments, load_text
@@ -680,12 +684,14 @@ def test_rows_longer_than_a_table_of_positions(make_trainer, family):
     make_trainer("llama", max_length=None, train_dataset=rows)
 
 
-def test_data_parallel(train, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr(ThinkTokConfig, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="nn.DataParallel") as error:
-        train()
-    one_sentence(error, "accelerate launch", "CUDA_VISIBLE_DEVICES")
+def test_several_gpus_in_one_process_are_one(make_trainer, make_config, caplog):
+    """transformers would make nn.DataParallel of them, whose copies a tree cannot be divided among."""
+    args = make_config(max_steps=1)
+    args._n_gpu = 4
+    with caplog.at_level(logging.WARNING):
+        check_arguments(args, Dataset.from_dict({"text": CORPUS}), None, None, {})
+    assert args.n_gpu == 1
+    assert "4 GPUs are there and one process" in caplog.text
 
 
 def test_loading_on_one_process_alone(train, monkeypatch):
@@ -709,13 +715,16 @@ def test_gathering_what_is_whole(make_trainer):
 
 def test_context_parallel(train, make_config):
     class Parallelism:
-        cp_enabled, sp_enabled = True, False
+        cp_enabled, sp_enabled, tp_enabled = True, False, False
 
     args = make_config(max_steps=1)
     args.parallelism_config = Parallelism()
-    with pytest.raises(ValueError, match="cut rows apart") as error:
+    with pytest.raises(ValueError, match="cut rows or layers apart") as error:
         train(args=args)
     one_sentence(error, "data parallelism, ZeRO or FSDP2")
+    launched = SimpleNamespace(parallelism_config=Parallelism())  # a launcher's config is known to its accelerator alone
+    with pytest.raises(ValueError, match="cut rows or layers apart"):
+        check_launcher(launched, None, {})
 
 
 # ---------------------------------------------------------------- models

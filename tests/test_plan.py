@@ -108,6 +108,28 @@ def test_nodes_and_pairs_are_those_of_the_tree(options):
     assert one.visible_pairs == int(tree.visible().sum())
 
 
+def test_an_evaluation_draws_its_thoughts_before_it_scores_them():
+    """Keys and values of all layers and heads may take more than scoring."""
+    shape = {"num_hidden_layers": 16, "num_key_value_heads": LLAMA["num_attention_heads"]}
+    phases = made(shape, do_eval=True, per_device_eval_batch_size=2, lookahead=1).phases
+    twice = made(shape, per_device_train_batch_size=2, lookahead=1).phases
+    assert phases[Phase.EVALUATION][Part.CACHE] == pytest.approx(twice[Phase.THOUGHTS][Part.CACHE], rel=0.01)
+
+
+def test_an_optimizer_on_a_gpu_makes_a_number_for_each_parameter_unless_it_is_fused():
+    """PyTorch's choice there takes all square roots at once; on a CPU, one tensor's."""
+
+    def step(**options):
+        found = made(**options)
+        return sum(found.phases[Phase.STEP].values()), found
+
+    fused, _ = step(optim="adamw_torch_fused")
+    on_gpu, found = step(optim="adamw_torch")
+    on_cpu, _ = step(optim="adamw_torch", loading={"gpu": False})
+    assert on_gpu - fused == pytest.approx(4 * found.parameters, rel=0.02)
+    assert on_cpu < on_gpu
+
+
 def test_an_evaluation_is_planned_by_its_own_batch():
     def evaluation(rows: int) -> int:
         parts = made(do_eval=True, per_device_eval_batch_size=rows).phases[Phase.EVALUATION]

@@ -111,7 +111,15 @@ class TerminatedAfter(TrainerCallback):
         setattr(self, event, lambda args, state, control, **kwargs: os.kill(os.getpid(), signal.SIGTERM) if state.global_step == step else None)
 
 
-BEST = {"save_total_limit": 1, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+BEST = {
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
 
 
 def test_asked_to_end_it_keeps_the_checkpoint_to_go_on_from_beside_the_best(asked_to_end, tmp_path):

@@ -394,7 +394,15 @@ def test_rows_of_one_token_have_nothing_to_judge(make_trainer, options):
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
-@pytest.mark.parametrize("strategy", ["wrapped", "bfd"])
+def test_packed_rows_have_all_of_a_long_document(make_trainer):
+    """TRL's own default drops what is longer than a row."""
+    text = Dataset.from_dict({"text": [" ".join(CORPUS * 3), "the cat sat"]})
+    trainer = make_trainer(train_dataset=text, packing=True, max_length=32)
+    whole = sum(len(trainer.processing_class(row["text"])["input_ids"]) for row in text)
+    assert sum(map(len, trainer.train_dataset["input_ids"])) >= whole > 4 * 32
+
+
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
 def test_errors_of_packed_text_count_documents(make_trainer, strategy):
     """`wrapped` loses where documents begin, and in other rows they share the forks: held-out text is not packed with the training text."""
     documents = Dataset.from_dict({"text": [" ".join(CORPUS), *["the cat sat"] * 7]})
@@ -471,22 +479,37 @@ def test_supplied_thoughts_are_numbers_of_the_model_s_own_tokens(make_trainer, s
     make_trainer(**options)  # a model without any gets 16
 
 
-@pytest.mark.parametrize("how", ["reloaded", "template"])
-def test_tokens_after_the_thinking_tokens_are_refused(make_trainer, tmp_path, how):
+def test_tokens_after_the_thinking_tokens_are_refused(make_trainer):
     """They would never be learned, nor generated."""
-    if how == "reloaded":
-        trainer = make_trainer()
-        trainer.processing_class.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-        options = {"model": trainer.model, "tokenizer": trainer.processing_class}
-    else:
-        other = tiny_tokenizer()
-        other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-        other.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
-        other.save_pretrained(tmp_path / "other")
-        rows = Dataset.from_list([{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in CORPUS])
-        options = {"chat_template_path": str(tmp_path / "other"), "train_dataset": rows}
+    trainer = make_trainer()
+    trainer.processing_class.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     with pytest.raises(ValueError, match="after the thinking tokens, which are to be the last"):
-        make_trainer(**options)
+        make_trainer(model=trainer.model, tokenizer=trainer.processing_class)
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["of the same tokens", "with a token of its own"])
+def test_a_chat_template_comes_before_the_thinking_tokens(make_trainer, tmp_path, new):
+    """With what it needs, and without tokens for rows that are left over."""
+    other = tiny_tokenizer()
+    mark = "<|turn|>" if new else "turn: "
+    if new:
+        other.add_special_tokens({"additional_special_tokens": [mark]})
+    other.chat_template = "{% for m in messages %}" + mark + "{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    other.save_pretrained(tmp_path / "other")
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in CORPUS])
+    options = {"chat_template_path": str(tmp_path / "other"), "train_dataset": rows}
+    trainer = make_trainer(**options, max_steps=1)
+    trainer.train()
+    tokenizer, vocabulary = trainer.processing_class, trainer.vocabulary
+    assert tokenizer.chat_template == other.chat_template
+    assert trainer.args.chat_template_path == options["chat_template_path"]
+    assert "<|think_3|>" in tokenizer.get_vocab()
+    if new:
+        assert tokenizer.convert_tokens_to_ids(mark) < vocabulary.first_id
+        with pytest.raises(ValueError, match="needs the tokens <.turn.>, which an adapter's base has not"):
+            make_trainer(**options, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    else:
+        assert "<extra_id_0>" not in tokenizer.get_vocab()
 
 
 def test_seeds_differ_and_repeat(make_trainer):
@@ -813,6 +836,13 @@ def test_several_evaluation_sets_keep_their_names(make_trainer, corpus):
     assert "eval_long_gain" in result
 
 
+def test_the_best_model_is_that_which_thinks_best():
+    """Unless another metric is named: transformers' own is the loss of the text without thoughts."""
+    options = {"output_dir": "out", "load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "use_cpu": True}
+    found = [ThinkTokConfig(**options, **more) for more in ({}, {"num_forks": 0}, {"metric_for_best_model": "loss"})]
+    assert [(args.metric_for_best_model, args.greater_is_better) for args in found] == [("bits_think", False), ("loss", False), ("loss", False)]
+
+
 @pytest.mark.parametrize(("metric", "best"), [("bits_think", min), ("eval_far_bits_no_think", min), ("far_mean_think_length", min), ("far_gain", max)])
 def test_the_best_model_has_the_fewest_bits_and_the_largest_gain(make_trainer, corpus, metric, best):
     """Without greater_is_better; transformers would take the most of whatever is no loss."""
@@ -934,18 +964,29 @@ def test_tokens_per_second_are_of_training_whenever_evaluations_fall(make_traine
         def on_prediction_step(self, *args, **kwargs):
             self.now += 100
 
-    def speeds(eval_steps):
+    def speeds(eval_steps, sets=1):
         clock = Clock()
         monkeypatch.setattr("hf_thinktok.measuring.time", SimpleNamespace(perf_counter=lambda: clock.now))
         options = {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {}
-        trainer = make_trainer(max_steps=12, logging_steps=4, eval_dataset=corpus.select(range(4)), save_strategy="no", **options)
+        held_out = {f"part{i}": corpus.select(range(4)) for i in range(sets)} if sets > 1 else corpus.select(range(4))
+        trainer = make_trainer(max_steps=12, logging_steps=4, eval_dataset=held_out, save_strategy="no", **options)
         trainer.add_callback(clock)
         trainer.train()
         return [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
 
     plain = speeds(None)
     assert len(plain) == 3
-    assert speeds(4) == speeds(3) == pytest.approx(plain)
+    assert speeds(4) == speeds(3) == speeds(4, sets=2) == pytest.approx(plain)
+
+
+def test_nodes_per_second_are_of_nodes_that_are_there(make_trainer):
+    """Not of what fills up shorter rows."""
+    text = Dataset.from_dict({"text": [CORPUS[0], "the cat sat on the mat"] * 2})
+    trainer = make_trainer(train_dataset=text, stop="fixed", max_steps=1, num_forks=3, num_generations=2, max_think_length=2, lookahead=1)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "nodes_per_second" in entry)
+    nodes = entry["num_tokens"] * entry["nodes_per_second"] / entry["tokens_per_second"]
+    assert nodes == pytest.approx(entry["num_tokens"] + 2 * 3 * 2 * 2)  # rows, forks, thoughts, tokens
 
 
 def test_rewards_are_weighted_as_asked(make_trainer):

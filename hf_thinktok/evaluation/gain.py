@@ -23,7 +23,8 @@ class GainByDocument:
         """Sums per document of each row: judged tokens, summed log-probability of each arm (nats), forks, summed thought lengths."""
         present_BK = tokens_BK > 0
         columns = [tokens_BK.float(), *(logps_BK[arm] for arm in _ARMS), present_BK.float(), lengths_BK]
-        values_BKC = torch.stack([torch.where(present_BK, column, 0.0) for column in columns], -1).double()
+        values_BKC = torch.stack([torch.where(present_BK, column, 0.0) for column in columns], -1).cpu().double()  # not every device has them
+        documents_BK = documents_BK.cpu()
         num_documents = int(documents_BK.max()) + 1 if documents_BK.numel() else 0
         sums_BDC = values_BKC.new_zeros(len(values_BKC), max(num_documents, 1), values_BKC.shape[-1])
         sums_BDC.scatter_add_(1, documents_BK.clamp(min=0)[..., None].expand_as(values_BKC), values_BKC)

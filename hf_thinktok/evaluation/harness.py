@@ -182,8 +182,9 @@ class ThinkTokLM(HFLM):
                 logps_CV, real_C = self._predict(some_CPD), wanted_C.clamp(max=self.vocabulary.num_real - 1)
                 logps.append(logps_CV.gather(1, real_C[:, None])[:, 0].masked_fill(wanted_C > real_C, -torch.inf))  # the guard
                 first.append(logps_CV.argmax(-1))
-        logps_BK = torch.zeros(there_BK.shape, dtype=torch.float64, device=self.device).masked_scatter(there_BK, torch.cat(logps).double())
-        hits_BK = torch.ones_like(there_BK).masked_scatter(there_BK, torch.cat(first) == target_C)
+        there_BK = there_BK.cpu()
+        logps_BK = torch.zeros(there_BK.shape, dtype=torch.float64).masked_scatter(there_BK, torch.cat(logps).cpu().double())
+        hits_BK = torch.ones_like(there_BK).masked_scatter(there_BK, (torch.cat(first) == target_C).cpu())
         return list(zip(logps_BK.sum(1).tolist(), hits_BK.all(1).tolist(), strict=True))
 
     def _predict(self, hidden_CPD: Tensor) -> Tensor:

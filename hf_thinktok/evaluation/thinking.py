@@ -355,7 +355,7 @@ def _measure(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.
     found.logps["no_think"], found.correct["no_think"] = predicting(plain.target_logps_M)[:, :, None], predicting(plain.correct_M.float())[:, :, None]
 
     def flat(values_BK: Tensor) -> np.ndarray:
-        return values_BK[there_BK].double().cpu().numpy()
+        return values_BK[there_BK].cpu().double().numpy()
 
     summed = {arm: masked_sum(values_BKSH, mask_BKH[:, :, None]) for arm, values_BKSH in found.logps.items()}
     columns = {f"logps {arm}": flat(values_BKS.mean(-1).where(found.valid.get(arm, there_BK), math.nan)) for arm, values_BKS in summed.items()}
