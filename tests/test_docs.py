@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from commands import ROOT, captured, in_process
 from models import tiny_model, tiny_tokenizer
 
@@ -66,6 +67,12 @@ def test_plans_on_the_page_are_what_the_code_says(monkeypatch):
     now = importlib.import_module("memory").plan_of("SmolLM2-135M", "ZeRO-3, 8 GPUs")
     assert now["nodes"] == row["nodes"]
     assert now["phases"][now["peak_phase"]] == pytest.approx(row["phases"][row["peak_phase"]], rel=0.01), "run python recipes/memory.py plans"
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_launcher_s_config_is_one_that_accelerate_reads(config):
+    known = {"cpu": "NO", "single_gpu": "NO", "fsdp2": "FSDP"} | {f"zero{stage}": "DEEPSPEED" for stage in (1, 2, 3)}
+    assert load_config_from_file(str(config)).distributed_type == known.get(config.stem, "MULTI_GPU")
 
 
 def test_links_and_images_exist():
