@@ -86,8 +86,9 @@ def run_generate(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     # Without these options the model's own distribution, whatever values for them its generation config has.
-    sampling = {"do_sample": not args.greedy, "num_beams": 1, **({} if args.greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None} | chosen)}
-    sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    sampling = {"do_sample": not args.greedy, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    if not args.greedy:
+        sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None} | chosen
     sampling["tokenizer"] = tokenizer  # for stop_strings that the model's generation config may have
     if args.seed is not None:
         set_seed(args.seed)

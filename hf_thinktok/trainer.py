@@ -199,8 +199,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             if not sharded and one.device != args.device:  # DeepSpeed would do it later
                 one.to(args.device)
         tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
-        dtype, how = computes_in(self.accelerator), (args.engine, args.torch_compile)
-        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), *how, dtype) for one in tried]
+        dtype = computes_in(self.accelerator)
+        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine, args.torch_compile, dtype) for one in tried]
         self.engine = max(engines, key=lambda engine: engine.generality)  # exact for both
         self.engine.dtype = dtype
         if args.num_markovian and self.engine.name == "replicated":

@@ -223,9 +223,10 @@ class Bench:
             "prefix": [self.ids[: fork + 1] for fork in forks],
             "following": [self.ids[fork + 1 : fork + 1 + H] for fork in forks],
         }
+        rows = max(rows for rows in range(1, batch + 1) if count * G % rows == 0)  # so that a step judges as many as are counted
         config = self.config(
             GRPOConfig,
-            per_device_train_batch_size=(rows := next(rows for rows in range(min(batch, count * G), 0, -1) if count * G % rows == 0)),
+            per_device_train_batch_size=rows,
             gradient_accumulation_steps=count * G // rows,
             num_generations=G,
             max_completion_length=L,

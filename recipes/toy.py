@@ -138,13 +138,19 @@ def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int, asked_by_lengt
     """
     table: dict[str, dict[str, float]] = {}
     lengths: dict[str, float] = {}
-    hows = ("none",) if not trainer.args.thinks else ("think", "random") if trainer.args.blind or asked_by_length else ("think", "random", "none")
+    args, hows = trainer.args, ["think", "random", "none"]
+    if args.thoughts == "filler":
+        hows = ["think"]
+    elif not args.thinks:
+        hows = ["none"]
+    elif args.blind or asked_by_length:
+        hows.remove("none")
     for level in levels_of(test):
         rows = of_level(test, level, limit)
-        for how in hows if trainer.args.thoughts != "filler" else ("think",):
+        for how in hows:
             answers = answer(trainer, rows, how)
             table.setdefault(how, {})[str(level)] = answers.accuracy
-            if how == "think" and trainer.args.stop != "fixed":
+            if how == "think" and args.stop != "fixed":
                 lengths[str(level)] = float(answers.lengths_D.mean())
     return table, lengths
 
