@@ -130,32 +130,60 @@ def test_what_a_run_logs_is_explained(make_trainer, options):
     assert {name for name in logged - of_transformers if name.removesuffix("_stderr") not in explained} == set()
 
 
-def test_the_examples_from_python_run(tmp_path, monkeypatch, corpus):
-    """As they stand, but for the names of the model and of the text."""
+def _examples(page: str) -> list[str]:
+    """A page's blocks of Python as they stand, but for the name of the model."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [block.replace('"HuggingFaceTB/SmolLM2-135M"', '"tiny"').replace("max_new_tokens=64", "max_new_tokens=8") for block in blocks]
+
+
+@pytest.fixture
+def tiny_world(tmp_path, monkeypatch, corpus):
+    """A folder with a tiny model, where runs are short and the Hub's text is the tests' own."""
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny_tokenizer()
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained("tiny")
     tokenizer.save_pretrained("tiny")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)
-    task, reward, generation, tokens = blocks
     questions = make_task("pointer_chasing", nodes=4, levels=[1, 2, 3], train_rows=32, test_rows=4).train
     monkeypatch.setattr("datasets.load_dataset", lambda kind, *args, **kwargs: questions if kind == "json" else corpus)
-    names = {"max_length": 48, "use_cpu": True, "bf16": False, "max_steps": 1, "num_forks": 2, "report_to": "none"}
-    given = ", ".join(f"{name}={value!r}" for name, value in names.items())
+    short = {"max_steps": 2, "max_length": 48, "use_cpu": True, "bf16": False, "report_to": "none"}
+    monkeypatch.setattr("hf_thinktok.ThinkTokConfig", lambda folder, **options: ThinkTokConfig(folder, **options | short))
+
+
+def test_the_readme_s_examples_train_and_generate(tiny_world, capsys):
+    training, use = _examples("README.md")
     space: dict = {}
-    exec(
-        reward.replace('"HuggingFaceTB/SmolLM2-135M"', '"tiny"').replace('ThinkTokConfig("outputs/mine", ', f'ThinkTokConfig("outputs/mine", {given}, '), space
-    )
+    exec(training, space)
+    assert space["trainer"].state.global_step == 2
+    assert space["trainer"].args.packing
+    capsys.readouterr()
+    exec(use, {})
+    with_thoughts, without = capsys.readouterr().out.split("Question: ")[1:]
+    assert without.strip() in re.sub(r"<\|think_\d+\|>", "", with_thoughts)
+
+
+def test_the_examples_of_the_page_on_usage_run(tiny_world):
+    task, reward, generation, tokens = _examples("docs/usage.md")
+    space: dict = {}
+    exec(reward, space)
     space["trainer"].train()
     assert any("rewards/surprise" in entry for entry in space["trainer"].state.log_history)
     space["trainer"].save_model()
-    exec(generation.replace("max_new_tokens=64", "max_new_tokens=8"), space)
-    exec(task.replace('"HuggingFaceTB/SmolLM2-135M"', '"tiny"').replace("max_steps=400", 'max_steps=2, use_cpu=True, bf16=False, report_to="none"'), space)
+    exec(generation, space)
+    exec(task, space)
     space["trainer"].train()
     assert space["trainer"].state.global_step == 2
-    space["model"], space["tokenizer"] = tiny_model("llama", vocab_size=len(tokenizer)), tiny_tokenizer()
+    space["model"], space["tokenizer"] = tiny_model("llama", vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
     exec(tokens, space)
     assert space["vocabulary"].num_tokens == 32
+
+
+def test_the_metric_s_example_runs(monkeypatch):
+    (metric,) = _examples("docs/evaluation.md")
+    monkeypatch.chdir(ROOT)
+    space = {"with_thoughts": [-1.0, -2.0, -1.5, -2.5], "without": [-1.5, -2.5, -2.0, -3.0], "document_ids": [0, 0, 1, 1]}
+    exec(metric.replace("think_gain.compute", "found = think_gain.compute"), space)
+    assert space["found"]["think_gain"] > 0
+    assert set(space["found"]) >= {"think_gain", "low", "high"}
 
 
 def test_defaults_are_those_of_the_docstring():
