@@ -14,16 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_thinktok.bench_tables import draw_bench
 from hf_thinktok.card import render_card
-from hf_thinktok.results import as_text, draw_ablation, draw_task, read_json
+from hf_thinktok.pictures import draw_ablation, draw_bench, draw_task
+from hf_thinktok.results import as_text, read_json
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- (?P<name>\w+): (?P<sign>-?)(?P<keys>[^|>\\]+) \\?\| (?P<format>\S+) -->).*?(<!-- -->)")
 COMPARISONS = re.compile(r"(<!-- comparisons: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What thinking is compared with, and in which words.
-OVER = {"cpt": "the same text", "cpt_flops": "as much compute", "filler": "fillers", "think without thoughts": "itself without thoughts"}
+OVER = {
+    "cpt": "the same text", "cpt_flops": "as much compute", "filler": "fillers", "think without thoughts": "itself without thoughts",
+    "think with random thoughts": "itself with random ones",
+}  # fmt: skip
 PICTURE = re.compile(r"\(((?:docs/)?results/\S+\.svg)\)")
 # Models that runs made, by the name of their results file.
 CARDS = {path.stem: ROOT / "docs" / "results" / f"{path.stem}.json" for path in sorted((ROOT / "model_cards").glob("*.md"))}
@@ -40,8 +43,8 @@ def gains(names: list[str]) -> str:
     rows = [["text", "steps, seeds", *(f"over {meaning}" for meaning in OVER.values())], ["---"] * (2 + len(OVER))]
     for name in names:
         results = read_json(ROOT / "docs" / "results" / f"{name}.json")
-        found = (results["comparison"]["gains"][f"think over {arm}"] for arm in OVER)
-        cells = [f"{gain['bits_per_token']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" for gain in found]
+        found = (results["comparison"]["gains"].get(f"think over {arm}") for arm in OVER)
+        cells = [f"{gain['bits_per_token']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" if gain else "not measured" for gain in found]
         seeds = ", ".join(map(str, results["seeds"]))
         rows.append([results["config"]["dataset_name"], f"{results['training']['think']['steps']}; {seeds}", *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -64,6 +67,13 @@ def rendered(text: str) -> str:
     return FIGURE.sub(lambda match: match[1] + figure(match) + match[6], text)
 
 
+def draw(picture: Path, to: Path) -> None:
+    """Draws a picture from the results file beside it."""
+    results = read_json(picture.with_suffix(".json"))
+    kind = draw_ablation if "ablation" in results else draw_bench if "cells" in results else draw_task
+    kind(results, to)
+
+
 def card(name: str) -> str:
     """The card as `thinktok card` writes it, and below its title what is true here alone."""
     text = render_card(read_json(CARDS[name]), f"hf-thinktok/{name.replace('_', '-')}")
@@ -84,7 +94,5 @@ if __name__ == "__main__":
                 sys.exit(f"{page.name} does not agree with the results files: run python docs/render.py")
             continue
         for picture in PICTURE.findall(text):
-            results = json.loads((page.parent / picture).with_suffix(".json").read_text())
-            draw = draw_ablation if "ablation" in results else draw_bench if "cells" in results else draw_task
-            draw(results, page.parent / picture)
+            draw(page.parent / picture, page.parent / picture)
         page.write_text(text)

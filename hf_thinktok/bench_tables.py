@@ -1,6 +1,5 @@
-"""What steps cost, as tables and a picture: the results of `recipes/bench.py`."""
+"""What steps cost, as tables: the results of `recipes/bench.py`."""
 
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -68,22 +67,3 @@ def _median_and_range(seconds: list[float]) -> str:
         return ""
     digits = 2 if median(seconds) >= 1 else 3
     return f"{median(seconds):.{digits}f}" + (f" ({min(seconds):.{digits}f}-{max(seconds):.{digits}f})" if len(seconds) > 1 else "")
-
-
-def draw_bench(results: dict[str, Any], path: Path) -> None:
-    """Seconds of a step against each number of a cell, the others as in the first cell."""
-    from matplotlib.figure import Figure
-
-    first, names = results["cells"][0], "TKGLH"
-    figure = Figure(figsize=(15, 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
-        line = sorted((cell for cell in results["cells"] if all(cell[other] == first[other] for other in names if other != name)), key=lambda cell: cell[name])
-        for arm, colour in {"ours": "tab:blue", "sft": "tab:gray", "plain": "tab:orange", "trunk": "tab:green"}.items():
-            if known := [cell for cell in line if arm in cell["seconds"]]:
-                axes.plot([cell[name] for cell in known], [median(cell["seconds"][arm]) for cell in known], marker="o", color=colour, label=arm)
-        others = ", ".join(f"{other}={first[other]}" for other in names if other != name)
-        axes.set(xscale="log", yscale="log", xlabel=name, title=others)
-    figure.axes[0].set_ylabel("seconds of a step")
-    figure.axes[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

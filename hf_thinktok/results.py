@@ -215,7 +215,7 @@ def print_task(results: dict[str, Any], console: Console | None = None) -> None:
     levels = levels_of_runs(results["runs"])
     control = "" if results["control"] == "none" else f", {results['control']} control"
     table = level_table(f"{results['task']}: accuracy on test rows, %{control}", "thoughts", levels, trained_levels(results))
-    for how in _hows(results["runs"]):
+    for how in hows_of(results["runs"]):
         for run in results["runs"]:
             table.add_row(THOUGHTS[how], str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels))
         table.add_section()
@@ -240,7 +240,7 @@ def print_ablation(results: dict[str, Any], console: Console | None = None) -> N
     for column in ("seed", *levels, "steps"):
         table.add_column(column, justify="right")
     for name, runs in results["ablation"].items():
-        how = _hows(runs)[0]
+        how = hows_of(runs)[0]
         for run in runs:
             table.add_row(name, str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
             if lengths := run.get("think_length"):
@@ -299,61 +299,9 @@ def mean_lengths(lengths: dict[str, float], levels: list[str]) -> list[str]:
     return [f"{lengths[level]:.2f}" for level in levels]
 
 
-def _hows(runs: list[dict[str, Any]]) -> list[str]:
+def hows_of(runs: list[dict[str, Any]]) -> list[str]:
+    """How the questions were answered, the model's own thoughts first where it has any."""
     return [how for how in THOUGHTS if how in runs[0]["accuracy"]]
-
-
-def draw_task(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against level as a picture: one line for each seed, and what can be had without serial steps. Nothing where there is one level."""
-    if len(levels := levels_of_runs(results["runs"])) == 1:
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    places = [int(level) for level in levels]
-    for how, colour in zip(_hows(results["runs"]), ("tab:blue", "tab:orange", "tab:gray"), strict=False):
-        for i, run in enumerate(results["runs"]):
-            axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {THOUGHTS[how]}")
-    axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")
-    if max(places) > (longest := max(trained_levels(results))):
-        axes.axvspan(longest + 0.5, max(places) + 0.5, color="tab:green", alpha=0.12, label="harder than any trained")
-    axes.set(
-        xlabel="level",
-        ylabel="accuracy on test rows",
-        ylim=(0, 1.03),
-        title=f"{results['task']}, seeds {', '.join(str(run['seed']) for run in results['runs'])}",
-    )
-    axes.legend(loc="center", bbox_to_anchor=(0.6, 0.72), fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def draw_ablation(results: dict[str, Any], path: Path) -> None:
-    """Accuracy of variants against level, a mean over seeds, and where the models themselves end their thoughts, how long those are."""
-    from matplotlib.figure import Figure
-
-    variants = results["ablation"]
-    levels = levels_of_runs(next(iter(variants.values())))
-    ends_itself = any(run.get("think_length") for runs in variants.values() for run in runs)
-    figure = Figure(figsize=(10 if ends_itself else 6, 4), layout="constrained")
-    panels = figure.subplots(1, 1 + ends_itself, squeeze=False)[0]
-
-    def mean(runs: list[dict[str, Any]], table) -> list[float]:
-        return [sum(table(run)[level] for run in runs) / len(runs) for level in levels]
-
-    places = [int(level) for level in levels]
-    for name, runs in variants.items():
-        how = _hows(runs)[0]
-        panels[0].plot(places, mean(runs, lambda run, how=how: run["accuracy"][how]), marker="o", label=name)
-        if ends_itself and all(run.get("think_length") for run in runs):
-            panels[1].plot(places, mean(runs, lambda run: run["think_length"]), marker="o", label=name)
-    panels[0].set(xlabel="level", ylabel="accuracy on test rows", ylim=(0, 1.03), title=results["task"])
-    if ends_itself:
-        panels[1].set(xlabel="level", ylabel="mean length of thoughts", title="thinking tokens")
-    panels[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
 
 
 def verdict(results: dict[str, Any]) -> str:

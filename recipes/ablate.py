@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from hf_thinktok.errors import one_sentence
-from hf_thinktok.results import draw_ablation, print_ablation, read_json, write_json
+from hf_thinktok.pictures import draw_ablation
+from hf_thinktok.results import print_ablation, read_json, write_json
 
 TOY = Path(__file__).parent / "toy.py"
 

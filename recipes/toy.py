@@ -30,9 +30,10 @@ from hf_thinktok.data import levels_of
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.language import describe_language, single_figures
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
+from hf_thinktok.pictures import draw_task
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.report.language import draw_language, print_language
-from hf_thinktok.results import changed_options, draw_task, environment, print_task, write_json
+from hf_thinktok.results import changed_options, environment, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
 from hf_thinktok.worked_steps import worked_steps

@@ -7,7 +7,8 @@ import pytest
 from commands import ROOT, in_process
 from models import tiny_model, tiny_tokenizer
 
-from hf_thinktok.bench_tables import BENCH_ARMS, draw_bench
+from hf_thinktok.bench_tables import BENCH_ARMS
+from hf_thinktok.pictures import draw_bench
 from hf_thinktok.results import as_text
 
 

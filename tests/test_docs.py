@@ -26,6 +26,16 @@ def test_readme_is_rendered_from_results_files():
     assert done.returncode == 0, done.stderr[-500:]
 
 
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "results").glob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_are_drawn_from_results_files(picture, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    importlib.import_module("render").draw(picture, drawn := tmp_path / picture.name)
+    by = re.compile(r"Matplotlib v[\d.]+")
+    if by.search(drawn.read_text())[0] != by.search(picture.read_text())[0]:
+        pytest.skip("Another matplotlib draws a little differently.")
+    assert drawn.read_bytes() == picture.read_bytes(), "run python docs/render.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_figures_do_not_break_their_page(page):
     """Markdown ends a paragraph at a line that begins with a comment, and a cell of a table at every bar, in a comment too."""
