@@ -1,6 +1,7 @@
 """Model cards: what a results file says of a run, in the words of a card, with nothing added."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2 import Environment, PackageLoader
 from .models import EVALUABLE
 from .results import as_text, machine, minutes_of, read_json, whole_results
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
+from .tasks import TASKS, make_task
 from .tokens import ThinkingVocabulary
 
 # Where text comes from, and under which licence.
@@ -58,7 +60,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         "dataset": dataset if dataset != STANDARD_LIBRARY and not config.get("data_files") and _on_hub(dataset) else None,
         "text": _text(config),
         "num_tokens": num_tokens or config.get("num_think_tokens", 16),
-        "snippet": snippet(repository, config.get("use_peft", False)),
+        "snippet": snippet(repository, config.get("use_peft", False), _question(results)),
         "hardware": machine(results),
         "commit": results["commit"],
         "figures": as_text(results),
@@ -77,8 +79,8 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
 
 
 REWARDED = (
-    "At some places of the training text it thought several thoughts, and those were made likelier after which the true next tokens were likelier than after "
-    "the others."
+    "At some places of the training text it thought several thoughts, and those after which the true next tokens were more probable than after the others "
+    "were made more probable themselves."
 )
 
 
@@ -122,8 +124,8 @@ def use(trained: dict[str, Any], adapter: str | None) -> str:
     return said
 
 
-def snippet(repository: str, adapter: bool) -> str:
-    """How plain transformers, or PEFT, generate with a model, in Markdown."""
+def snippet(repository: str, adapter: bool, prompt: str | None = None) -> str:
+    """How plain transformers, or PEFT, generate with a model, in Markdown; of ordinary text where no prompt is given."""
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
     lines = [
@@ -132,12 +134,23 @@ def snippet(repository: str, adapter: bool) -> str:
         "",
         f'model = {loader}.from_pretrained("{repository}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        f'inputs = tokenizer({json.dumps(prompt or "Once upon a time")}, return_tensors="pt")',
         "output = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)",
         "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         "```",
     ]
     return "\n".join(lines)
+
+
+def _question(results: dict[str, Any]) -> str | None:
+    """One of the hardest that a task's model was asked; `None` of other models, and where the questions are in a file."""
+    if results.get("task") not in TASKS:
+        return None
+    options = results["task_options"] or {}
+    with contextlib.suppress(ValueError):  # options of another version's
+        prompt = make_task(results["task"], **options | {name: 100 for name in ("train_rows", "test_rows") if name in options}).test[-1]["prompt"]
+        return prompt if isinstance(prompt, str) else prompt[0]
+    return None
 
 
 def _text(config: dict[str, Any]) -> str:
@@ -205,7 +218,7 @@ def _task(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     options = config | {"task": results["task"], "task_options": results["task_options"], "seeds": [run["seed"] for run in results["runs"]]}
     return {
         "how": {
-            "none": "It thinks before each answer, and those thoughts were made likelier after which the true answer was likelier than after the others.",
+            "none": "It thinks before each answer, and thoughts after which the true answer was more probable than after others were made more probable.",
             "filler": "A control: it has fillers before each answer, which say nothing.",
             "no_think": "A control: it answers without thinking.",
         }[results.get("control", "none")],

@@ -95,12 +95,22 @@ def test_a_card_counts_the_tokens_that_the_model_has(tmp_path, capsys, folder):
     assert "<|think_4|>" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "question"),
+    [("serial_smollm2", r"k10\n(\d>\d\n){10}\d>"), ("s5", r"([abcd] ){16}="), ("mod_add_100", r"\d+ \+ \d+ ="), ("quickstart", "Once upon a time")],
+)
+def test_a_card_goes_on_with_what_its_model_reads(name, question):
+    card = render_card(json.loads((RESULTS / f"{name}.json").read_text()), "me/model")
+    (prompt,) = re.findall(r"tokenizer\((\".*\"), return_tensors", card)
+    assert re.fullmatch(question, json.loads(prompt))
+
+
 QUICKSTART = json.loads((RESULTS / "quickstart.json").read_text())
 
 
 @pytest.mark.parametrize("thoughts", ["filler", "gumbel", "continuous"])
 def test_a_card_says_nothing_of_rewards_where_there_were_none(thoughts):
-    given = "made likelier after which"
+    given = "more probable than after"
     assert given in render_card(QUICKSTART, "me/model")
     card = render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"thoughts": thoughts, "stop": "fixed"}}, "me/model")
     assert given not in card
