@@ -215,6 +215,7 @@ VARIANTS = {
     "s5_places_super": "s5_places",
     "pointer_chasing_costs": "pointer_chasing_stop",
     "pointer_chasing_deep": "pointer_chasing",
+    "pointer_chasing_deep_fillers": "pointer_chasing",
     "pointer_chasing_twice": "pointer_chasing",
     "serial_smollm2_walk_words": "serial_smollm2_walk",
     "gsm8k_steps_arms": "gsm8k_steps_cpu",
