@@ -15,7 +15,7 @@ from torch._subclasses.fake_impls import register_op_impl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trl.models.utils import add_hooks, prepare_deepspeed, remove_hooks
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import RepeatSampler, create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 __all__ = [
     "BaseTunerLayer",
@@ -25,7 +25,6 @@ __all__ = [
     "add_hooks",
     "check_target_module_exists",
     "create_model_from_path",
-    "disable_dropout_in_model",
     "fsdp2_prepare_model",
     "prepare_deepspeed",
     "remove_hooks",

@@ -56,8 +56,8 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     Args:
         trainer: a `ThinkTokTrainer`; its options say how thoughts end.
         dataset: columns `input_ids`, `labels` (-100 before the completion) and, where thoughts have given lengths, `think_length`.
-        how: `think`: the most likely thinking token at each step. `random`: uniformly random thoughts of the same lengths (with a learned stop as long
-            as the gate makes them), for `thoughts=continuous` those of other rows. `none`: no thought at all.
+        how: `think`: the most likely thinking token at each step; with `stop=sampled` where a thought ends is drawn. `random`: uniformly random thoughts of
+            the same lengths (with a learned stop as long as the gate makes them), for `thoughts=continuous` those of other rows. `none`: no thought at all.
         batch_size: rows at once, fewer where they are long.
         seed: of the random thoughts.
     """

@@ -105,7 +105,7 @@ class ThinkTokConfig(SFTConfig):
         thought_ce_weight (`float`, defaults to `0.0`):
             Weight of the cross-entropy of supplied thoughts.
         alternate (`list[int]`, *optional*):
-            `[n, m]`: n steps of prediction, then m steps of thinking, and so on.
+            `[n, m]`: n steps in which the speaker learns from thoughts, then m in which the thinker does, and so on. The text itself is learned in all of them.
 
         > Finding a language
 
@@ -204,13 +204,13 @@ class ThinkTokConfig(SFTConfig):
         beta (`float`, defaults to `0.0`):
             Weight of the KL divergence of thoughts from the initial model. It is part of the policy loss, so `think_loss_weight` multiplies it.
         num_iterations (`int`, defaults to `1`):
-            Optimizer steps on each rollout.
+            Optimizer steps on each rollout. What its thoughts are worth is found in the first of them, and kept.
         epsilon (`float`, defaults to `0.2`), epsilon_high (`float`, *optional*), delta (`float`, *optional*):
             Clipping of the importance ratio, which differs from 1 only with `num_iterations > 1`. For `cispo`, `epsilon_high` is the ratio's bound itself (5).
         importance_sampling_level (`str`, defaults to `"token"`):
             `token` or `sequence`.
-        disable_dropout (`bool`, defaults to `False`):
-            Set all dropout to 0, so that a rollout and its gradient pass agree.
+        disable_dropout (`bool`, defaults to `True`):
+            Set all dropout to 0, an adapter's as well: thoughts of one place are compared, and each would be judged under another mask.
 
         > Logging and safety
 
@@ -301,7 +301,7 @@ class ThinkTokConfig(SFTConfig):
     epsilon_high: float | None = option(None, "Clipping above, where it differs; for cispo the bound of the ratio itself (5).")
     delta: float | None = option(None, "Upper bound of the ratio for negative advantages.")
     importance_sampling_level: str = option("token", "One importance ratio per token or per thought.", ("token", "sequence"))
-    disable_dropout: bool = option(False, "Set all dropout to 0.")
+    disable_dropout: bool = option(True, "Set all dropout to 0: each of the thoughts that are compared would have a mask of its own.")
 
     log_completions: bool = option(False, "Print coloured sample thoughts at every log.")
     num_completions_to_print: int = option(6, "How many thoughts to print.")

@@ -360,8 +360,8 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "think_cost": (thinker_learns or config.objective == "marginal", "freeze=none or speaker, or objective=marginal"),
         "think_ce_weight": (speaker_learns, "freeze=none or thinker (a frozen speaker learns nothing from thoughts)"),
         "posterior_smoothing": (
-            speaker_learns and config.think_ce_weight > 0,
-            "think_ce_weight above 0, and freeze=none or thinker (it weighs what the speaker learns from)",
+            speaker_learns and config.think_ce_weight > 0 and not config.supply_thoughts,
+            "think_ce_weight above 0, freeze=none or thinker, and no supply_thoughts (it weighs what the speaker learns from)",
         ),
     }
     for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (config.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))

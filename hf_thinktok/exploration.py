@@ -6,12 +6,15 @@ few thoughts is the other trap. The parts here keep a run out of both; `docs/lab
 Shape suffixes as in tree.py; P candidates.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .rewards import failing, masked_mean
+
+logger = logging.getLogger(__name__)
 
 # Frequencies below this count as this: a bonus for never having been said has a limit.
 LEAST_FREQUENCY = 1e-4
@@ -78,10 +81,17 @@ class Coverage:
         return -self.frequency_C[codes].clamp(min=LEAST_FREQUENCY).log().sum(-1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"frequency": self.frequency_C}
+        return {"frequency": self.frequency_C, "counted": self._counted()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on counting, or with options that count other things begins anew."""
+        if len(state["frequency"]) != self.size or not torch.equal(state.get("counted", self._counted()), self._counted()):
+            logger.warning("The checkpoint counted other thoughts (coverage_of, max_think_length, num_think_tokens): how rare each is is counted anew.")
+            return
         self.frequency_C = state["frequency"].to(self.frequency_C)
+
+    def _counted(self) -> Tensor:
+        return torch.tensor([self.radix, self.length, self.by_place])
 
 
 def coverage_share(where: str, logps: Tensor) -> Tensor:

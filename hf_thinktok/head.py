@@ -43,7 +43,8 @@ class HeadInputs:
 
     Args:
         nodes_M: flat indices into the `batch * nodes` hidden states.
-        targets_M: the true next token of each, or -100 where only the gate or the thought is read; `None` where that is all that any is read for.
+        targets_M: the true next token of each, or -100 where only the gate or the thought is read; `None` where that is all that any is read for. `[M, U]`
+            gives log-probabilities of U tokens at each node.
         entropy: also give the entropy of the real prediction (fork positions by difficulty).
         spoken: only the first so many meet the real vocabulary. Of the others the thinking logits are given, the rest is 0, and the gate is not known.
         draw: draw each target from the real prediction instead: at temperature 1 with this generator, or the most likely one with `"greedy"`.
@@ -177,12 +178,12 @@ class _VocabularyPass(torch.autograd.Function):
     """Target logit, log Z_real, thinking logits: one pass, tile by tile over nodes; the backward makes each tile anew."""
 
     @staticmethod
-    def forward(ctx, hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, spoken, want_entropy, draw):
+    def forward(ctx, hidden_MD, weight_RD, bias_R, think_weight_ND, targets_MU, vocabulary, transform, spoken, want_entropy, draw):
         num_real, num_nodes = vocabulary.num_real, len(hidden_MD)
-        new = functools.partial(torch.zeros, num_nodes, device=hidden_MD.device, dtype=torch.float32)
-        target_logits, log_z_real, entropy = new(), new(), new() if want_entropy else None
+        new = functools.partial(torch.zeros, device=hidden_MD.device, dtype=torch.float32)
+        target_logits, log_z_real, entropy = new(targets_MU.shape), new(num_nodes), new(num_nodes) if want_entropy else None
         think_logits = hidden_MD.new_empty(num_nodes, vocabulary.num_tokens, dtype=torch.float32)
-        correct = torch.zeros(num_nodes, device=hidden_MD.device, dtype=torch.bool)
+        correct = torch.zeros(targets_MU.shape, device=hidden_MD.device, dtype=torch.bool)
         ctx.mixed = torch.is_autocast_enabled(hidden_MD.device.type)
         with _fp32_sums(hidden_MD, ctx.mixed) as dtype:
             rows_D, bias, silent_ND, silent_bias = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, dtype, spoken)
@@ -192,8 +193,8 @@ class _VocabularyPass(torch.autograd.Function):
                 real = logits[:, :num_real]
                 think_logits[tile] = logits[:, num_real:]
                 if draw is not None:
-                    targets_M[tile] = (real if draw == "greedy" else real + gumbel_noise(real.shape, draw)).argmax(-1)
-                target = real.gather(1, targets_M[tile].clamp(min=0)[:, None])[:, 0]
+                    targets_MU[tile] = (real if draw == "greedy" else real + gumbel_noise(real.shape, draw)).argmax(-1, keepdim=True)
+                target = real.gather(1, targets_MU[tile].clamp(min=0))
                 largest = real.amax(-1)
                 if entropy is None:
                     log_z = real.sub_(largest[:, None]).exp_().sum(-1).log_() + largest
@@ -201,15 +202,15 @@ class _VocabularyPass(torch.autograd.Function):
                     log_z = real.logsumexp(-1)
                     logps = real - log_z[:, None]
                     entropy[tile] = -(logps.exp() * logps).sum(-1)
-                target_logits[tile], log_z_real[tile], correct[tile] = target, log_z, target >= largest
-        ctx.save_for_backward(hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, log_z_real)
+                target_logits[tile], log_z_real[tile], correct[tile] = target, log_z, target >= largest[:, None]
+        ctx.save_for_backward(hidden_MD, weight_RD, bias_R, think_weight_ND, targets_MU, log_z_real)
         ctx.vocabulary, ctx.transform, ctx.spoken = vocabulary, transform, spoken
         ctx.mark_non_differentiable(correct, *([] if entropy is None else [entropy]))
         return target_logits, log_z_real, think_logits, correct, entropy
 
     @staticmethod
     def backward(ctx, grad_target, grad_log_z, grad_think, *_):
-        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, log_z_real = ctx.saved_tensors
+        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_MU, log_z_real = ctx.saved_tensors
         vocabulary, num_real = ctx.vocabulary, ctx.vocabulary.num_real
         grad_hidden = torch.empty_like(hidden_MD)
         with _fp32_sums(hidden_MD, ctx.mixed) as dtype:
@@ -239,7 +240,7 @@ class _VocabularyPass(torch.autograd.Function):
                 # In place: d loss / d logit is softmax times that of log Z, plus that of the target's logit.
                 logits[:, :num_real].sub_(log_z_real[tile, None]).exp_().mul_(grad_log_z[tile, None])
                 logits[:, num_real:] = grad_think[tile]
-                logits.scatter_add_(1, targets_M[tile].clamp(min=0)[:, None], grad_target[tile, None])
+                logits.scatter_add_(1, targets_MU[tile].clamp(min=0), grad_target[tile])
                 propagate(logits if slope is None else logits.mul_(slope), tile, hidden, rows_D, slice(0, last))
 
         grad_weight = grad_think_weight = None
@@ -285,17 +286,19 @@ def score(hidden_MD: Tensor, lm_head: torch.nn.Module, head: HeadInputs, vocabul
     think_weight_ND = None if trained_rows is None else trained_rows[: vocabulary.num_tokens]  # without the guard
     bias_R = getattr(lm_head, "bias", None)
     targets_M = torch.full_like(head.nodes_M, -100) if head.targets_M is None or head.draw is not None else head.targets_M  # what is drawn fills them
+    targets_MU = targets_M[:, None] if targets_M.ndim == 1 else targets_M
     spoken = len(hidden_MD) if head.spoken is None else head.spoken
     target_logits, log_z_real, think_logits, correct, entropy = _VocabularyPass.apply(
-        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_M, vocabulary, transform, spoken, head.entropy, head.draw
+        hidden_MD, weight_RD, bias_R, think_weight_ND, targets_MU, vocabulary, transform, spoken, head.entropy, head.draw
     )
     judged, drawn_M = targets_M >= 0, None if head.draw is None else targets_M
+    target_logps, correct = (values.view(targets_M.shape) for values in (target_logits - log_z_real[:, None], correct))
     log_z_think = None
     if head.detach_gate:  # another small product, for its gradient
         with torch.autocast(hidden_MD.device.type, enabled=False):
             *_, rows_ND, bias_N = _softmax_rows(weight_RD, bias_R, think_weight_ND, vocabulary, torch.float32, spoken=0)
             log_z_think = _logits(hidden_MD.detach().float(), rows_ND, bias_N, transform).logsumexp(-1)
-    return HeadOutputs(torch.where(judged, target_logits - log_z_real, 0.0), log_z_real, think_logits, correct & judged, entropy, drawn_M, log_z_think)
+    return HeadOutputs(torch.where(judged, target_logps, 0.0), log_z_real, think_logits, correct & judged, entropy, drawn_M, log_z_think)
 
 
 def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:

@@ -38,17 +38,18 @@ class MeasuringTrainer(CheckpointingTrainer):
         return self.accelerator.reduce(value.detach(), reduction="mean")
 
     def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], rollout: Rollout, scores: TreeScores) -> None:
-        """Averages the metrics over the forks of all ranks, or the labels of a text without any, and flags a step that is not finite: one synchronisation for
-        all."""
-        forks = (scores.valid_BK if tree.num_forks else scores.trunk_mask_BT).sum()
-        counts = torch.stack([(tree.documents_BT >= 0).sum(), tree.valid_BS.sum(), forks]).float()
+        """Averages the metrics over the forks of all ranks, and flags a step that is not finite: one synchronisation for all."""
+        labels_BT, right_BT = scores.trunk_mask_BT, scores.trunk_correct_BT
+        counts = torch.stack([(tree.documents_BT >= 0).sum(), tree.valid_BS.sum(), scores.valid_BK.sum(), labels_BT.sum(), right_BT[labels_BT].sum()]).float()
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
         gathered = self.accelerator.gather(torch.cat([counts, values])[None]).cpu()
         if not torch.isfinite(gathered).all():
             self.guard.flag()
-        tokens, nodes, num_forks = gathered[:, :3].sum(0).tolist()
-        means = (gathered[:, 4:] * gathered[:, 2:3]).sum(0) / max(num_forks, 1)
-        found = dict(zip(metrics, means.tolist(), strict=True)) if num_forks else {}  # a batch without forks has nothing to say
+        tokens, nodes, num_forks, labels, right = gathered[:, :5].sum(0).tolist()
+        means = (gathered[:, 6:] * gathered[:, 2:3]).sum(0) / max(num_forks, 1)
+        found = dict(zip(metrics, means.tolist(), strict=True)) if num_forks else {}  # a batch without forks has nothing to say of thoughts
+        if self.curriculum is not None and not num_forks and labels:  # an easy level may have no place to think at
+            found["accuracy"] = right / labels
         for name, value in found.items():
             if math.isfinite(value):  # one skipped step must not blank the average of a log
                 self._metrics["train"][name].append(value)

@@ -29,6 +29,21 @@ def evaluating(model) -> Iterator[None]:
         model.train(training)
 
 
+def disable_dropout(model: torch.nn.Module) -> int:
+    """Sets every probability of dropping something to 0: those of layers, and numbers that modules give to a function. Tells how many were not.
+
+    The config keeps what it says, and so does a checkpoint's.
+    """
+    found = 0
+    for module in model.modules():
+        names = ["p"] if isinstance(module, torch.nn.modules.dropout._DropoutNd) else [name for name in vars(module) if "drop" in name]
+        for name in names:
+            if isinstance(value := getattr(module, name), float) and value > 0:
+                setattr(module, name, 0.0)
+                found += 1
+    return found
+
+
 @contextlib.contextmanager
 def cast_at_every_use(model) -> Iterator[None]:
     """For a while autocast keeps no copies of this model's weights, as it does of those that need a gradient."""

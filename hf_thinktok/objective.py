@@ -200,6 +200,10 @@ def thinking_loss(
         return loss, metrics
 
     logps_BKGA, mask_BKGA = actions(scores, rollout, config)
+    if rollout.advantages_BKGL is not None:
+        advantages_BKGL = rollout.advantages_BKGL
+    elif config.num_iterations > 1:  # of the model that drew them, for the iterations to come
+        rollout.old_logps_BKGA, rollout.advantages_BKGL = logps_BKGA.detach(), advantages_BKGL
     diversity_loss, diversity_metrics = _diversity(scores, rollout, mask_BKGA[..., : rollout.thoughts_BKGL.shape[-1]], config, step, first_id)
     if config.thoughts == "gumbel":  # the cross-entropy above reaches thoughts through what the speaker reads
         return loss + diversity_loss, metrics | diversity_metrics
@@ -220,7 +224,10 @@ def thinking_loss(
     loss = loss + thinks * config.think_loss_weight * policy_loss
     loss = loss + thinks * diversity_loss
     if rollout.supplied and config.thought_ce_weight:
-        supplied_BK = masked_mean(scores.thought_logps_BKGL[:, :, 0], mask_BKGA[:, :, 0, : rollout.thoughts_BKGL.shape[-1]])
+        supplied_BKL = rollout.thoughts_BKGL[:, :, 0] - first_id
+        logps_BKLN = scores.think_logps_BKGLN[:, :, 0]  # whatever the temperature of sampling
+        logps_BKL = logps_BKLN.gather(-1, supplied_BKL.clamp(0, logps_BKLN.shape[-1] - 1)[..., None])[..., 0]
+        supplied_BK = masked_mean(logps_BKL, mask_BKGA[:, :, 0, : rollout.thoughts_BKGL.shape[-1]])
         loss = loss - thinks * config.thought_ce_weight * supplied_BK.sum() / num_forks
     return loss, metrics | policy_metrics | diversity_metrics
 

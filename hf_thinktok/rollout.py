@@ -39,6 +39,7 @@ class Rollout:
         markovian: so many of the last thoughts of each group see their latest token alone.
         old_logps_BKGA, reference_logps_BKGA: log-probabilities of its actions (`hf_thinktok.objective.actions`) under the model that was first trained on it,
             where it is trained on more than once, and under the reference model, where there is one.
+        advantages_BKGL: by that first model as well.
     """
 
     forks_BK: Tensor
@@ -54,6 +55,7 @@ class Rollout:
     filler: bool = False
     markovian: int = 0
     old_logps_BKGA: Tensor | None = None
+    advantages_BKGL: Tensor | None = None
     reference_logps_BKGA: Tensor | None = None
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .distributed import autocast
 from .exploration import Coverage, candidate_thoughts, coverage_share, ever, scheduled
+from .head import HeadInputs
 from .models import evaluating
 from .rewards import masked_sum
 from .rollout import Rollout, Sampling
@@ -132,10 +133,13 @@ def best_shared_thoughts(
     if ends_early:
         ends_BKE = torch.arange(1, candidates_PL.shape[1] + 1, device=lengths_BK.device).expand(*lengths_BK.shape, -1)
     first = int(ends_BKE.min())  # where all are of full length, the last token's prediction is all that is needed
+    nodes_Pl = torch.arange(candidates_PL.numel(), device=lengths_BK.device).view(candidates_PL.shape)[:, first - 1 :]
+    targets_U, asked_BK = targets_BK.clamp(min=0).unique(return_inverse=True)
+    head = HeadInputs(nodes_Pl.flatten(), targets_U.repeat(nodes_Pl.numel(), 1))
     with evaluating(model):
-        logits_PlV = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split).logits[:, first - 1 :]
-    logps_PlV = logits_PlV[..., : vocabulary.num_real].float().log_softmax(-1)
-    told_BKPE = logps_PlV[:, ends_BKE - first, targets_BK.clamp(min=0)[..., None]].permute(1, 2, 0, 3)
+        out = model(input_ids=vocabulary.first_id + candidates_PL, use_cache=False, speaks=split, head=head)
+    told_PlU = out.target_logps_M.view(*nodes_Pl.shape, -1)
+    told_BKPE = told_PlU[:, ends_BKE - first, asked_BK[..., None]].permute(1, 2, 0, 3)
     places = *targets_BK.shape, len(candidates_PL)
     among_them = best(told_BKPE, price, partial(bonus, candidates_PL.expand(*places, -1), lengths_BK[..., None].expand(places)))
     return _with_first(rollout, vocabulary.first_id + candidates_PL[among_them], targets_BK >= 0)

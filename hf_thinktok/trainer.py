@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
-from ._compat import disable_dropout_in_model
 from .advantages import ValueBaseline
 from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
@@ -25,17 +25,17 @@ from .config_checks import check_run
 from .curriculum import Curriculum, order_of_rows
 from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
-from .engine import choose_engine, small_twin
+from .engine import Pass, choose_engine, small_twin
 from .evaluation import GainByDocument
 from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text, used_by_now
 from .measuring import MeasuringTrainer
-from .models import evaluating, set_learning_rate, unwrapped
+from .models import disable_dropout, evaluating, set_learning_rate, unwrapped
 from .objective import actions, speak, thinking_loss
 from .peft import SPEAKER, add_speaker, add_thinking_rows, check_mergeable, is_speaker, rows_in_fp32
 from .revival import Revival
-from .rewards import RewardFunction, masked_mean, masked_sum, resolve_rewards
+from .rewards import RewardFunction, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
 from .scores import TreeScores, score_tree
 from .search import Explorer
@@ -43,6 +43,8 @@ from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import add_thinking_tokens, check_vocabulary
 from .tree import ThoughtTree, before
+
+logger = logging.getLogger(__name__)
 
 NO_LOGITS = "ThinkTokTrainer makes no logits, so there is nothing to predict: call evaluate."
 
@@ -137,8 +139,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             check_mergeable(self.model)
             rows_in_fp32(self.model)
             self.add_callback(SayWhatIsTrained())
-        if args.disable_dropout:  # an adapter's as well
-            disable_dropout_in_model(self.model)
+        if args.disable_dropout and (found := disable_dropout(self.model)):  # an adapter's as well
+            logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", found)
         check_optimizer(self.optimizer, self.model)
         self._begin_to_measure()
         self.add_callback(StartOver(self._start_over))
@@ -261,13 +263,9 @@ class ThinkTokTrainer(MeasuringTrainer):
                 first_id=self.vocabulary.first_id,
                 value=self.value and functools.partial(self.value, share=1 / self.current_gradient_accumulation_steps),
             )
-            if args.num_iterations > 1 and rollout.old_logps_BKGA is None:
-                rollout.old_logps_BKGA = actions(scores, rollout, args)[0].detach()
             loss = loss + weight * thinking
             if self.revival is not None:
                 self.revival.observe(rollout, scores)
-        elif self.curriculum is not None:  # an easy level may have no place to think at
-            metrics["accuracy"] = masked_mean(scores.trunk_correct_BT, scores.trunk_mask_BT, None)
         self._record(loss, metrics, tree, inputs, rollout, scores)
         return loss
 
@@ -428,8 +426,9 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _entropy(self, model, tokens_BT: Tensor, documents_BT: Tensor) -> Tensor:
         tree = ThoughtTree(documents_BT, tokens_BT.new_zeros(len(tokens_BT), 0), self.args.branching(tokens_BT.shape[1]))
         nodes_M = torch.arange(tokens_BT.numel(), device=tokens_BT.device)
+        speaks = self.args.policies == "split" and not self.args.blind  # who predicts the text
         with evaluating(model):
-            out = self.engine(model, tree, tokens_BT, HeadInputs(nodes_M, entropy=True))
+            (out,) = self.engine.run(model, tree, tokens_BT, [Pass(HeadInputs(nodes_M, entropy=True), speaks=speaks)])
         assert out.entropy_M is not None
         return out.entropy_M.view_as(tokens_BT)
 

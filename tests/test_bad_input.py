@@ -186,6 +186,10 @@ BAD_FITS = [
     ({"supply_thoughts": True, "stop": "fixed"}, ["supply_thoughts", "num_forks=1"]),
     ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "search": 8}, ["supply_thoughts and search", "choose one"]),
     ({"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 2}, ["num_generations=2", "set num_generations to 3"]),
+    (
+        {"supply_thoughts": True, "stop": "fixed", "num_forks": 1, "num_generations": 3, "objective": "marginal", "posterior_smoothing": 0.1},
+        ["posterior_smoothing=0.1 has no effect", "no supply_thoughts"],
+    ),
     ({"advantage": "value", "num_generations": 1, "scale_rewards": "group"}, ["scale_rewards=group", "set num_generations"]),
     ({"advantage": "loo", "num_generations": 1}, ["num_generations=1", "set num_generations to 2"]),
     ({"rollout": "free", "packing": True}, ["rollout=free", "packing=False"]),

@@ -90,6 +90,16 @@ def test_frequencies_are_a_running_average_and_the_rare_are_worth_more():
     assert torch.equal(again.rarity(codes), coverage.rarity(codes))
 
 
+@pytest.mark.parametrize("other", [{"by_place": True}, {"max_length": 3}, {"num_tokens": 5}], ids=str)
+def test_what_another_run_counted_is_no_start_for_other_counts(other, caplog):
+    counted = Coverage(**{"num_tokens": 4, "max_length": 2, "by_place": False} | other, decay=0.5, device=CPU)
+    counted.frequency_C.zero_()
+    coverage = Coverage(4, 2, 0.5, CPU)
+    coverage.load_state_dict(counted.state_dict())
+    assert (coverage.frequency_C > 0).all()
+    assert "counted anew" in caplog.text
+
+
 def test_tokens_are_counted_in_their_places():
     """Token 0 is common in the first place and unknown in the second; a place behind the end is a symbol of its own."""
     coverage = Coverage(3, 2, 0.0, CPU, by_place=True)

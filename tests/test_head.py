@@ -90,6 +90,24 @@ def text(model, vocabulary) -> tuple[Tensor, HeadInputs]:
     return ids_BT, HeadInputs(nodes_M, targets_M[nodes_M], entropy=True)
 
 
+def test_several_targets_of_a_node_are_scored_as_one_by_one():
+    hidden_MD, inputs = nodes()
+    targets_MU = torch.randint(VOCABULARY.num_real, (NODES, 3), generator=torch.Generator().manual_seed(5))
+    targets_MU[::4, 1] = -100
+    weights_U, gradients, scored = torch.tensor([1.0, -2.0, 0.5]), [], []
+    for told in ([targets_MU], list(targets_MU.T)):
+        hidden, linear = hidden_MD.clone().requires_grad_(), layer(True)
+        outs = [score(hidden, linear, HeadInputs(inputs.nodes_M, targets), VOCABULARY, LogitTransform(softcap=4.0)) for targets in told]
+        logps_MU = outs[0].target_logps_M if len(outs) == 1 else torch.stack([out.target_logps_M for out in outs], 1)
+        scored.append((logps_MU, outs[0].correct_M if len(outs) == 1 else torch.stack([out.correct_M for out in outs], 1)))
+        (logps_MU * weights_U).sum().backward()
+        gradients.append([hidden.grad, linear.weight.grad, linear.bias.grad])
+    torch.testing.assert_close(*[logps_MU for logps_MU, _ in scored])
+    assert torch.equal(*[correct_MU for _, correct_MU in scored])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("small_tiles", [False, True], ids=["tile", "tiles"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)

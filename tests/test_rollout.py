@@ -6,8 +6,10 @@ from plain_rows import thinker
 from questions import batch_of, one_rollout, questions
 from test_trainer import losses
 
+from hf_thinktok import ThinkTokConfig
 from hf_thinktok.callbacks import sample_thoughts_to_print
 from hf_thinktok.curriculum import BatchesAgain
+from hf_thinktok.objective import credit
 from hf_thinktok.rollout import Sampling, random_thoughts
 
 
@@ -62,6 +64,19 @@ def test_a_rollout_that_is_learned_from_again_remembers_who_drew_it(make_trainer
     torch.testing.assert_close(rollout.old_logps_BKGA[drawn], rollout.logps_BKGL[drawn], atol=1e-3, rtol=0)
     first, second = losses(trainer, "clip_ratio")
     assert first == 0 < second, "the second step is clipped where it went too far"
+
+
+def test_what_a_thought_is_worth_does_not_change_while_it_is_learned_from_again(make_trainer, monkeypatch):
+    trainer, told, found, policy_loss = make_trainer(num_iterations=3, stop="fixed", max_steps=6, learning_rate=0.05), [], [], ThinkTokConfig.policy_loss
+    monkeypatch.setattr(ThinkTokConfig, "policy_loss", lambda self: lambda *args, **more: (told.append(args[2]), policy_loss(self)(*args, **more))[1])
+    monkeypatch.setattr("hf_thinktok.objective.credit", lambda *args: (found.append(credit(*args)[1]), credit(*args))[1])
+    trainer.train()
+    assert len(told) == 6
+    for first in (0, 3):
+        assert torch.equal(told[first], found[first])
+        for again in (first + 1, first + 2):
+            assert torch.equal(told[again], told[first])
+            assert not torch.allclose(found[again], found[first], atol=1e-4), "the model has learned from them meanwhile"
 
 
 def test_batches_that_come_again_are_others_in_another_epoch():

@@ -329,6 +329,19 @@ def test_an_attempt_after_memory_ran_out_has_its_levels_to_pass_again(make_train
     assert trainer.curriculum.begins == [0]
 
 
+@pytest.mark.parametrize("memory", ["none", "persistent"])
+def test_a_level_without_a_place_to_think_is_passed_by_its_answers(make_trainer, monkeypatch, memory):
+    monkeypatch.setattr("hf_thinktok.curriculum.LEAST_STEPS", 1)
+    rows = Dataset.from_list(
+        [{"input_ids": [20, 21, 22, 23], "labels": [-100, -100, -100, 23], "level": 1 + i % 2, "think_length": [2 * (i % 2)]} for i in range(16)]
+    )
+    where = {"fork_positions": "markers", "fork_markers": [tiny_tokenizer().decode([22])], "lookahead": 1}
+    trainer = make_trainer(train_dataset=rows, memory=memory, stop="fixed", curriculum_threshold=0.9, max_steps=30, learning_rate=1e-2, **where)
+    trainer.train()
+    assert len(trainer.curriculum.begins) == 2
+    assert losses(trainer, "accuracy")
+
+
 def test_one_bad_step_does_not_hold_a_curriculum(make_trainer, corpus):
     class Bad(ThinkTokTrainer):
         def _score(self, *args):
@@ -665,11 +678,30 @@ for kind, folder in ((AutoPeftModelForCausalLM, "adapter"), (AutoModelForCausalL
 def test_an_adapter_keeps_its_precision_and_loses_its_dropout(make_trainer):
     adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
     model = tiny_model("llama", vocab_size=len(tiny_tokenizer())).bfloat16()
-    trainer = make_trainer(model=model, peft_config=adapter, disable_dropout=True, max_steps=1)
+    trainer = make_trainer(model=model, peft_config=adapter, max_steps=1)
     for name, parameter in trainer.model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     assert all(module.p == 0 for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout))
     trainer.train()
+
+
+DROPPING = {
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}, "opt": {"dropout": 0.5, "layerdrop": 0.5}, "llama": {"attention_dropout": 0.5},
+    "bloom": {"hidden_dropout": 0.5, "attention_dropout": 0.5}, "xglm": {"dropout": 0.5, "attention_dropout": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_thoughts_of_a_place_are_compared_without_dropout(make_trainer, family, caplog):
+    """Two thoughts that are the same are worth the same, which dropout would hide; the checkpoint goes on with its own."""
+    for disable in (True, False):
+        model = tiny_model(family, vocab_size=len(tiny_tokenizer()), **DROPPING[family])
+        trainer = make_trainer(model=model, num_think_tokens=1, stop="fixed", max_steps=1, disable_dropout=disable)
+        assert ("Dropout is off in" in caplog.text) is disable
+        caplog.clear()
+        trainer.train()
+        assert (losses(trainer, "reward_std")[0] < 1e-5) is disable
+        assert all(getattr(trainer.model.config, name) == 0.5 for name in DROPPING[family])
 
 
 def test_adapters_that_cannot_carry_thoughts(make_trainer):

@@ -18,8 +18,11 @@ from hf_thinktok import add_thinking_tokens
 from hf_thinktok.answers import answer
 from hf_thinktok.cli import main
 from hf_thinktok.curriculum import LAG, LEAST_STEPS
+from hf_thinktok.distributed import autocast
 from hf_thinktok.engine import ReplicatedEngine, TreeEngine
 from hf_thinktok.exploration import candidate_thoughts
+from hf_thinktok.head import HeadInputs
+from hf_thinktok.models import unwrapped
 from hf_thinktok.objective import actions, credit, speak
 from hf_thinktok.peft import is_speaker
 from hf_thinktok.scores import score_tree
@@ -263,6 +266,18 @@ def test_accumulated_batches_are_one_step_of_a_curriculum(make, replay):
     assert (curriculum.counts[1] > first) is (replay > 0), "with replay easier rows come back"
 
 
+def test_the_hardest_tokens_are_those_of_who_predicts_them(make_trainer, corpus):
+    trainer = make_trainer(policies="split", fork_positions="entropy", max_steps=1)
+    with torch.no_grad():
+        for weight in trainer.model.speaker.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    inputs = trainer.data_collator([trainer.train_dataset[0]])
+    entropy_BT = trainer._entropy(trainer.model, inputs["input_ids"], inputs["documents"])
+    for model, same in ((trainer.model.speaker, True), (trainer.model, False)):
+        logps = model.eval()(input_ids=inputs["input_ids"]).logits[..., : trainer.vocabulary.num_real].log_softmax(-1)
+        assert torch.allclose(entropy_BT, -(logps.exp() * logps).sum(-1), atol=1e-4) is same
+
+
 # ---------------------------------------------------------------- candidates
 
 
@@ -277,6 +292,22 @@ def test_blind_search_finds_the_best_of_all_thoughts(make, policies):
     for row in range(5):
         values = [plain_logps(speaker, trainer.vocabulary, [], thought, rows[row]["input_ids"][5]).item() for thought in every]
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
+
+
+def test_blind_search_tells_close_thoughts_apart_under_mixed_precision(make):
+    """A bf16 logit near 40 has steps of 0.25, and thoughts that mean little yet differ by less."""
+    rows = questions(levels=(3,))
+    trainer = make(rows, blind=True, search=N**2, bf16=True)
+    with torch.no_grad():
+        unwrapped(trainer.model).model.norm.weight.mul_(20.0)  # large logits
+    inputs, labels = batch_of(trainer, rows.select(range(5)))
+    rollout = one_rollout(trainer, inputs, labels)
+    thoughts_PL = trainer.vocabulary.first_id + torch.tensor(list(itertools.product(range(N), repeat=2)))
+    last_P = torch.arange(len(thoughts_PL)) * 2 + 1
+    with torch.no_grad(), autocast(trainer.accelerator):
+        for row in range(5):
+            told = trainer.model(input_ids=thoughts_PL, use_cache=False, head=HeadInputs(last_P, torch.full_like(last_P, rows[row]["input_ids"][5])))
+            assert rollout.thoughts_BKGL[row, 0, 0].tolist() == thoughts_PL[told.target_logps_M.argmax()].tolist()
 
 
 def test_blind_search_reads_thoughts_of_given_lengths(make):
