@@ -331,8 +331,7 @@ class ThinkTokConfig(SFTConfig):
         self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
         if self.policies == "split" and self.think_start and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True  # the speaker's, until thinking starts
-        chooses = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type == "reduce_lr_on_plateau"
-        if self.metric_for_best_model is None and chooses and self.thinks:
+        if self.metric_for_best_model is None and self.chooses_best and self.thinks:
             self.metric_for_best_model: str | None = "bits_think"  # a loss is that of the text without thoughts
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # transformers knows it of losses alone
             self.greater_is_better: bool | None = False
@@ -345,6 +344,11 @@ class ThinkTokConfig(SFTConfig):
     @property
     def thinks(self) -> bool:
         return self.num_think_tokens != 0 and self.num_forks != 0
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether evaluations are compared with each other."""
+        return self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type == "reduce_lr_on_plateau"
 
     @property
     def policy_learns(self) -> bool:

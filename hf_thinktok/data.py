@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from ._compat import DataCollatorForLanguageModeling
 from .distributed import embedding_rows
 from .models import has_position_table, longest_row
+from .tokens import ThinkingVocabulary
 
 # Rows looked at for missing text; more would make a large corpus wait.
 CHECKED_ROWS = 100_000
@@ -53,10 +54,10 @@ class TreeCollator(DataCollatorForLanguageModeling):
             raise ValueError("A row has labels of another number than its input_ids: give each token one (-100 for none), or drop the column 'labels'.")
         for column in self.columns:
             if column in examples[0] and column != "thoughts":
-                values = [torch.tensor(example[column], dtype=torch.long) for example in examples]  # of an empty list it would be another
+                values = [torch.as_tensor(example[column], dtype=torch.long) for example in examples]  # of an empty list it would be another
                 batch[column] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
         if "thoughts" in self.columns and "thoughts" in examples[0]:
-            thoughts = [torch.tensor(example["thoughts"], dtype=torch.long) for example in examples]
+            thoughts = [torch.as_tensor(example["thoughts"], dtype=torch.long) for example in examples]
             batch["thoughts"] = torch.nn.utils.rnn.pad_sequence(thoughts, batch_first=True, padding_value=-1)
         batch["documents"] = batch["attention_mask"] - 1
         for row, example in enumerate(examples):
@@ -116,6 +117,8 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
                 raise ValueError(f"The {name} data set has a message with {there} in {used[0]!r}, where {keys[0]} and {keys[1]} are due: rename its parts.")
     if "attention_mask" in columns and used == ("input_ids",) and any(0 in row["attention_mask"] for row in some):
         raise ValueError(f"The {name} data set has padded rows (0 in attention_mask), and padding would be trained on: tokenize without padding.")
+    if "seq_lengths" in columns and used == ("input_ids",):
+        _check_packed(dataset if stored else head, name, "labels" in columns, args)
     if "prompt" in columns and used not in READABLE_COLUMNS[:2]:
         raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     for column in used:
@@ -129,6 +132,16 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             raise ValueError(
                 f"Row {number} of the {name} data set has no text in {column!r}: drop empty rows, for example with dataset.filter(lambda row: {said})."
             )
+
+
+def _check_packed(rows, name: str, labelled: bool, args) -> None:
+    """Rows that were packed before: TRL would pack them again, or cut them and not their documents."""
+    packs = args.packing if name == "train" else args.eval_packing
+    if packs and not labelled:  # those that have labels are left as they are
+        raise ValueError(f"The {name} data set has seq_lengths, so it is packed, and packing=True would lose where documents begin: set packing=False.")
+    longest = max(map(sum, rows.with_format(None)["seq_lengths"] if isinstance(rows, Dataset) else (row["seq_lengths"] for row in rows)))
+    if args.max_length is not None and longest > args.max_length:
+        raise ValueError(f"The {name} data set has packed rows of {longest} tokens: set max_length={longest}, or pack to max_length={args.max_length}.")
 
 
 def _check_loss_columns(name: str, columns: Collection[str], args) -> None:
@@ -147,8 +160,14 @@ def _differ(labels: Any, ids: Any) -> bool:
 def formatted(dataset, formatter: Callable[[dict], str], args):
     """The texts that a `formatting_func` makes of rows, and what these say about thinking; TRL would look for a chat or a prompt first."""
     dropped = [column for column in next(iter(dataset)) if column not in (*task_columns(args), args.dataset_text_field)]
+
+    def text_of(row: dict[str, Any]) -> dict[str, str]:
+        if not isinstance(text := formatter(row), str):
+            raise ValueError(f"formatting_func made {text!r} of a row: it must return a text.")
+        return {args.dataset_text_field: text}
+
     with args.main_process_first(desc="formatting"):
-        return dataset.map(lambda row: {args.dataset_text_field: formatter(row)}, remove_columns=dropped)
+        return dataset.map(text_of, remove_columns=dropped)
 
 
 def _says_something(value: Any, is_text: bool) -> bool:
@@ -156,11 +175,11 @@ def _says_something(value: Any, is_text: bool) -> bool:
     return bool(value.strip()) if isinstance(value, str) else not is_text and value is not None and len(value) > 0
 
 
-def check_prepared(train_dataset, eval_dataset, model, args) -> None:
-    """What was made of the rows: there are some, and their ids are the model's. Of many rows the first are looked at.
+def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: ThinkingVocabulary | None) -> None:
+    """What was made of the rows: there are some, and their ids are the model's, of real tokens. Of many rows the first are looked at.
 
     Raises:
-        ValueError: none is left, or ids are not in the embedding.
+        ValueError: none is left, or ids are not in the embedding, or those of thinking tokens.
     """
     for name, dataset in named_sets(train_dataset, eval_dataset).items():
         if not isinstance(dataset, Dataset):
@@ -169,9 +188,11 @@ def check_prepared(train_dataset, eval_dataset, model, args) -> None:
             raise ValueError(f"No row of the {name} data set has a token to predict within max_length={args.max_length}: raise max_length.")
         if dataset.format["type"] == "custom":
             continue
-        largest = max(max(ids, default=0) for ids in dataset.with_format(None)[:LOOKED_AT_ROWS].get("input_ids", [[]]))
-        if largest >= (rows := embedding_rows(model)):
+        ids = set(itertools.chain.from_iterable(dataset.with_format(None)[:LOOKED_AT_ROWS].get("input_ids", [])))
+        if (largest := max(ids, default=0)) >= (rows := embedding_rows(model)):
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
+        if vocabulary is not None and (thoughts := ids.intersection(vocabulary.ids)):
+            raise ValueError(f"The {name} data set has the id {min(thoughts)}, a thinking token of this model: make its input_ids with the model's tokenizer.")
         if args.max_length is not None and not skips_preparing(args):
             continue  # rows were cut
         longest, positions = max(map(len, dataset.with_format(None)["input_ids"])), longest_row(model)
@@ -239,7 +260,7 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
 def column_of(dataset: Dataset | IterableDataset, column: str, head: Iterable[dict[str, Any]] | None = None) -> list[Any]:
     """The values of a column; of a stream those of its first rows, which are read where `head` does not have them."""
     if isinstance(dataset, Dataset):
-        return dataset[column][:]
+        return dataset.with_format(None)[column][:]
     return [row[column] for row in (dataset.take(STREAMED_ROWS) if head is None else head)]
 
 
@@ -263,4 +284,4 @@ def levels_of(dataset) -> list[int]:
         raise ValueError(
             "curriculum_threshold needs a map-style data set with a column `level` (whole numbers, harder rows higher): add it, or leave the option out."
         )
-    return sorted(set(dataset["level"][:]))
+    return sorted(set(column_of(dataset, "level")))

@@ -4,7 +4,7 @@ Shape suffixes as in tree.py.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,25 +143,36 @@ def check_positions(args: "ThinkTokConfig", model: PreTrainedModel) -> None:
 
 
 def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:
-    """Token id sequences of texts, each as at the beginning, behind a space and behind a letter: a tokenizer may have other tokens for each."""
+    """Token id sequences of texts, each as at the beginning, behind a space and behind a letter: a tokenizer may have other tokens for each. One of a single
+    token is also found at the end of a token that begins with other punctuation, as `=` in `)=`."""
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     letter, found = ids("a"), []
     for marker in markers:
         behind = ids("a" + marker)
         found += [ids(marker), ids(" " + marker), behind[len(letter) :] if behind[: len(letter)] == letter else behind]
+    if single := tuple(marker for marker in markers if len(ids(marker)) == 1):
+        added = tokenizer.get_added_vocab().values()
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+        for i in sorted({i for i, text in enumerate(texts) if text.endswith(single)}.difference(added)):
+            found += [[i] for marker in single if texts[i].endswith(marker) and not any(map(str.isalnum, texts[i].removesuffix(marker)))]
     return [list(one) for one in dict.fromkeys(map(tuple, found)) if one]
 
 
-def check_markers(markers: list[list[int]], texts: list[str], rows) -> None:
+def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: Callable[[dict], bool] | None) -> None:
     """Refuses markers after none of which the model could think.
 
+    Args:
+        rows: as they are trained on.
+        may_think: whether the model can at any place of a row; `None`: lists of lengths alone are looked at.
+
     Raises:
-        ValueError: no marker ends within the first rows, or a row has a list of lengths for another number of them.
+        ValueError: no marker ends within the first rows, or none where it can think; or a row has a list of lengths for another number of them.
     """
-    found = False
+    found, ends = may_think is None, False
     for number, row in enumerate(itertools.islice(rows, CHECKED_ROWS)):
         ends_1T = ends_of(markers, torch.as_tensor(row["input_ids"])[None])
-        found |= bool(ends_1T[:, :-1].any())
+        ends |= bool(ends_1T.any())
+        found = found or bool(ends_1T.any()) and may_think is not None and may_think(row)
         if isinstance(given := row.get("think_length"), list) and len(given) != (count := int(ends_1T.sum())):
             raise ValueError(
                 f"Row {number} has the lengths of {len(given)} thoughts in think_length, and {count} ends of fork_markers={texts}: give one for each "
@@ -169,6 +180,11 @@ def check_markers(markers: list[list[int]], texts: list[str], rows) -> None:
             )
         if found and not isinstance(given, list):
             return
+    if not found and ends:
+        raise ValueError(
+            f"After none of fork_markers={texts} the next token is one to predict, in the first {CHECKED_ROWS:,} rows, so nothing would be thought: let a "
+            "marker end where the answer begins, for example '### Response:\\n' for '### Response:'."
+        )
     if not found:
         raise ValueError(
             f"None of fork_markers={texts} ends anywhere in the first {CHECKED_ROWS:,} rows, so nothing would be thought: look at how they are written."

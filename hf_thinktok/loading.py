@@ -44,6 +44,10 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("train_dataset is missing: pass a datasets.Dataset or IterableDataset of text.")
     for name, dataset in named_sets(train_dataset, eval_dataset).items():
         check_dataset(dataset, name, args, formatting_func)
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if isinstance(eval_dataset, dict) and best and args.chooses_best and not best.startswith(tuple(f"{name}_" for name in eval_dataset)):
+        one = next(iter(eval_dataset), "")
+        raise ValueError(f"metric_for_best_model={best} is of no eval_dataset, which are {', '.join(eval_dataset)}: set metric_for_best_model={one}_{best}.")
     if skips_preparing(args):
         given = {name: getattr(args, name) for name in ("packing", "eval_packing", "shuffle_dataset", "completion_only_loss")}
         for name, value in ({"formatting_func": formatting_func} | given).items():
@@ -293,7 +297,7 @@ def used_by_now(args: ThinkTokConfig) -> Iterator[None]:
 
 
 def _is_tokenizer(template: str | None) -> bool:
-    return template is not None and not template.endswith(".jinja")
+    return template is not None and not template.endswith((".jinja", ".j2"))
 
 
 def check_no_adapter(name: str, **where: Any) -> None:
@@ -443,7 +447,9 @@ def there(what: str, name: Any) -> Iterator[None]:
 
 def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, formatter: Callable[[dict], str] | None = None):
     """Rows of the training text to calibrate thinking rows on, or the built-in sample where rows are no plain text."""
-    rows = [row if formatter is None else {column: formatter(row)} for row in dataset.take(STREAMED_ROWS)]
-    if isinstance(rows[0].get(column), str):
+    rows = list(dataset.take(8 if formatter else STREAMED_ROWS))
+    if formatter is not None:
+        rows = [{column: formatter(row)} for row in rows]
+    if columns_of_text(rows[0], column) == (column,) and isinstance(rows[0].get(column), str):
         return [row[column][:4096] for row in rows]
     return tokenizer.batch_decode([row["input_ids"][:1024] for row in rows]) if "input_ids" in rows[0] else SAMPLE_TEXT

@@ -11,7 +11,7 @@ from torch import Tensor
 from .callbacks import NonFiniteGuard, Spent, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
 from .curriculum import Curriculum
-from .data import check_dataset, formatted, named_sets
+from .data import check_dataset, columns_of_text, formatted, named_sets
 from .evaluation import GainByDocument
 from .revival import Revival
 from .rewards import masked_mean
@@ -93,6 +93,8 @@ class MeasuringTrainer(CheckpointingTrainer):
             return dataset
         if formatting_func is not None and "input_ids" not in columns:
             dataset = formatted(dataset, formatting_func, args)
+        elif (text := args.dataset_text_field) in columns and text not in columns_of_text(columns, text):
+            dataset = dataset.remove_columns(text)  # TRL does not read it, and would end this text and not the other
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:

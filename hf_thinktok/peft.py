@@ -139,8 +139,10 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
         raise ValueError(f"peft_config is for task_type={peft_config.task_type!s}, as which no thinking model can be loaded again: set task_type='CAUSAL_LM'.")
     ids = [*vocabulary.ids, vocabulary.guard_id]
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if getattr(outputs, "bias", None) is not None and inputs.weight is not outputs.weight:
+    if getattr(outputs, "bias", None) is not None:
         raise ValueError("The LM head of this model has a bias, which PEFT leaves out beside trained rows: train the whole model, without peft_config.")
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise ValueError("Each layer of this model embeds its input anew, with rows that an adapter would lose: train the whole model, without peft_config.")
     paths = {module: name for name, module in model.named_modules()}
     names = {module: paths[module].rsplit(".", 1)[-1] for module in (inputs, outputs)}
     for module, name in names.items():

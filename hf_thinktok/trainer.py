@@ -23,7 +23,7 @@ from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
 from .config_checks import check_run
 from .curriculum import Curriculum, order_of_rows
-from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, task_columns
+from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, named_sets, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import Pass, choose_engine, small_twin
 from .evaluation import GainByDocument
@@ -128,7 +128,7 @@ class ThinkTokTrainer(MeasuringTrainer):
                 formatting_func=formatting_func,
                 **kwargs,
             )
-        check_prepared(self.train_dataset, self.eval_dataset, model, args)
+        check_prepared(self.train_dataset, self.eval_dataset, model, args, None if self.plain else self.vocabulary)
         if not self.plain:
             check_vocabulary(model.config, self._tokenizer, None)  # chat_template_path adds tokens
         check_launcher(self.accelerator, self.model)
@@ -187,8 +187,9 @@ class ThinkTokTrainer(MeasuringTrainer):
                 check_feedback(base, args.continuous_layer, args.policies == "split")
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, columns=task_columns(args))
         self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
-        if args.fork_positions == "markers" and self.train_dataset is not None:
-            check_markers(self.markers, args.fork_markers, self.train_dataset)
+        if args.fork_positions == "markers":
+            for name, rows in named_sets(self.train_dataset, self.eval_dataset).items():
+                check_markers(self.markers, args.fork_markers, rows, self._may_think if name == "train" else None)
         longest = args.max_length or 1024
         branching = args.branching(min(longest, 1024))
         check_positions(args, base)
@@ -331,6 +332,11 @@ class ThinkTokTrainer(MeasuringTrainer):
         num_generations, length = rollout.thoughts_BKGL.shape[2:]
         branching = self.args.branching(inputs["input_ids"].shape[1], length, num_generations, rollout.markovian)
         return ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
+
+    def _may_think(self, row: dict[str, Any]) -> bool:
+        """Whether a row has a place to think at."""
+        inputs = self.data_collator([row])
+        return bool(may_think(self.args, unwrapped(self.model), inputs, self._labels(inputs), self.markers).any())
 
     def _forks(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
         args, tokens_BT, documents_BT, entropy_BT = self.args, inputs["input_ids"], inputs["documents"], None

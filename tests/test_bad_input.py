@@ -644,6 +644,79 @@ def test_rows_that_fill_no_batch(make_trainer, corpus):
     one_sentence(error)
 
 
+def test_rows_that_were_packed_before(make_trainer):
+    packed = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9]] * 4, "seq_lengths": [[2, 3]] * 4})
+    trainer = make_trainer(train_dataset=packed)
+    assert trainer.data_collator([trainer.train_dataset[0]])["documents"].tolist() == [[0, 0, 1, 1, 1]]
+    with pytest.raises(ValueError, match=r"has seq_lengths, so it is packed, and packing=True would lose where documents begin: set packing=False"):
+        make_trainer(train_dataset=packed, packing=True)
+    for labels in ({}, {"labels": packed["input_ids"][:]}):
+        with pytest.raises(ValueError, match=r"packed rows of 5 tokens: set max_length=5, or pack to max_length=4"):
+            make_trainer(train_dataset=Dataset.from_dict(packed[:] | labels), max_length=4)
+
+
+def test_ids_that_are_thoughts_here(make_trainer, thinker):
+    model, tokenizer, vocabulary = thinker
+    rows = lambda odd: Dataset.from_dict({"input_ids": [[5, 6, odd, 7]] * 4})
+    with pytest.raises(ValueError, match=rf"train data set has the id {vocabulary.first_id + 1}, a thinking token of this model: make its input_ids with"):
+        make_trainer(model=model, tokenizer=tokenizer, train_dataset=rows(vocabulary.first_id + 1))
+    make_trainer(model=model, tokenizer=tokenizer, train_dataset=rows(vocabulary.guard_id))  # a text may have that
+
+
+def test_a_text_column_that_is_not_read(make_trainer):
+    rows = Dataset.from_dict({"prompt": ["the cat"] * 12, "completion": [" sat"] * 12, "text": ["the dog"] * 9 + [None] * 3})
+    make_trainer(train_dataset=rows)
+
+
+def test_a_formatting_function_that_makes_no_text_of_a_later_row(make_trainer, corpus):
+    rows = corpus.add_column("number", list(range(len(corpus))))
+    with pytest.raises(ValueError, match=r"formatting_func made None of a row: it must return a text"):
+        make_trainer(train_dataset=rows, formatting_func=lambda row: row["text"] if row["number"] < 20 else None)
+
+
+def test_lengths_of_held_out_thoughts_fit_their_places(make_trainer):
+    rows = lambda lengths: Dataset.from_dict({"input_ids": [[5, 9, 6, 9, 7]] * 4, "think_length": [lengths] * 4})
+    where = {"fork_positions": "markers", "fork_markers": [tiny_tokenizer().decode([9])], "stop": "fixed"}
+    make_trainer(train_dataset=rows([1, 2]), eval_dataset=rows([2, 1]), **where)
+    with pytest.raises(ValueError, match=r"has the lengths of 1 thoughts in think_length, and 2 ends of fork_markers"):
+        make_trainer(train_dataset=rows([1, 2]), eval_dataset=rows([2]), **where)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_columns_about_thinking_may_be_arrays(make_trainer, kind):
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 8, "level": [1, 2] * 4, "think_length": [1, 2] * 4}).with_format(kind)
+    trainer = make_trainer(train_dataset=rows, stop="fixed", curriculum_threshold=0.9)
+    trainer.train()
+    assert trainer.curriculum.levels == [1, 2]
+
+
+def test_the_best_of_several_evaluations(train, corpus):
+    options = {"save_strategy": "best", "eval_strategy": "steps"}
+    several = {"long": corpus, "short": corpus}
+    with pytest.raises(ValueError, match=r"metric_for_best_model=bits_think is of no eval_dataset, which are long, short: set metric_for_best_model=long_bits"):
+        train(eval_dataset=several, options=options)
+
+
+@pytest.mark.parametrize("family", ["phi", "gptj"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_an_adapter_beside_a_head_with_a_bias(make_trainer, family, tie):
+    with pytest.raises(ValueError, match="LM head of this model has a bias, which PEFT leaves out beside trained rows: train the whole model"):
+        make_trainer(model=tiny_model(family, tie=tie, vocab_size=len(tiny_tokenizer())), peft_config=LoraConfig(r=2, target_modules="all-linear"))
+
+
+def test_an_adapter_beside_an_embedding_in_every_layer(make_trainer):
+    model = tiny_model("gemma4_text", vocab_size=len(tiny_tokenizer()), hidden_size_per_layer_input=8)
+    with pytest.raises(ValueError, match="Each layer of this model embeds its input anew, with rows that an adapter would lose: train the whole model"):
+        make_trainer(model=model, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+
+
+def test_a_template_in_a_file_is_no_tokenizer(make_trainer, tmp_path):
+    rows = Dataset.from_dict({"messages": [[{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]] * 8})
+    for name in ("template.jinja", "template.j2"):
+        (tmp_path / name).write_text("{% for message in messages %}{{ message['content'] }} {% endfor %}")
+        make_trainer(train_dataset=rows, chat_template_path=str(tmp_path / name))
+
+
 def test_a_quantized_model_without_an_adapter(train):
     with pytest.raises(ValueError, match="A quantized model is trained by an adapter") as error:
         train("nowhere", quantization_config=BitsAndBytesConfig(load_in_4bit=True))

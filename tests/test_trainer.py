@@ -16,8 +16,9 @@ from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from torch.nn.utils import parameters_to_vector
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
@@ -26,6 +27,7 @@ from hf_thinktok.cli import main
 from hf_thinktok.config_checks import LESS_IS_BETTER
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.evaluation import GainByDocument, evaluate_thinking
+from hf_thinktok.forks import ends_of, marker_ids
 from hf_thinktok.objective import speak
 
 
@@ -174,6 +176,27 @@ def test_a_marker_is_found_however_it_is_written(make_trainer, marker):
 def test_a_marker_that_is_nowhere_is_told(make_trainer):
     with pytest.raises(ValueError, match=r"None of fork_markers=\['@@@'\] ends anywhere"):
         make_trainer(fork_positions="markers", fork_markers=["@@@"])
+
+
+def test_a_marker_that_ends_where_nothing_is_to_be_predicted_is_told(make_trainer):
+    rows = Dataset.from_dict({"prompt": ["3 + 4 = ", "5 + 6 = "] * 4, "completion": ["7", "8"] * 4})
+    where = {"fork_positions": "markers", "stop": "fixed", "max_steps": 1, "completion_only_loss": True}
+    with pytest.raises(ValueError, match=r"After none of fork_markers=\[' \+'\] the next token is one to predict.* let a marker end where the answer begins"):
+        make_trainer(train_dataset=rows, fork_markers=[" +"], **where)
+    trainer = make_trainer(train_dataset=rows, fork_markers=["= "], **where)
+    trainer.train()
+    assert losses(trainer, "think_length") == [2.0]
+
+
+def test_a_marker_is_found_in_a_token_that_ends_with_it():
+    """A tokenizer may have a token for a bracket and what follows it. Neither a word's end nor a special token is a marker."""
+    vocab = {token: i for i, token in enumerate(["(", ")", "=", "x", "7", ")=", "x=", "=7"])}
+    own = Tokenizer(models.BPE(vocab=vocab, merges=[(")", "="), ("x", "=")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<=")
+    found = ends_of(
+        marker_ids(["="], tokenizer), torch.tensor([tokenizer("()=7")["input_ids"] + [vocab["x="], tokenizer.eos_token_id, vocab["="], vocab["=7"]]])
+    )
+    assert found.tolist() == [[False, True, False, False, False, True, False]]
 
 
 def test_packed_documents_do_not_see_each_other(make_trainer):
