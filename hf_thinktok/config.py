@@ -58,7 +58,7 @@ class ThinkTokConfig(SFTConfig):
         fork_positions (`str`, defaults to `"random"`):
             Where: `random`, `entropy` (the hardest next tokens, by the model without thinking), `stride` (evenly), `all`, or `markers` (after a text).
         fork_markers (`list[str]`, *optional*):
-            The texts, for `fork_positions="markers"`.
+            The texts, for `fork_positions="markers"`. Each ends where what it asks for begins: the next token has to be one to predict.
         num_generations (`int`, defaults to `4`):
             Thoughts G at each fork, compared with each other.
         max_think_length (`int`, defaults to `4`):

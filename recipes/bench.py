@@ -325,6 +325,8 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
     cells = [Cell.parse(text) for text in bench.cells]
     if len(rounds) != len(cells):
         raise SystemExit(f"rounds has {len(rounds)} numbers for {len(cells)} cells: give one for all, or one for each.")
+    if (adapter := get_peft_config(model)) is not None:
+        adapter.lora_dropout = 0.0  # ours has none, and it takes time
     label = f"{model.model_name_or_path}{', random weights' if bench.random_weights else ''}"
     results: dict[str, Any] = {"cells": [], "model": label, "config": options, "some_forks": bench.some_forks, **environment()}
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
@@ -334,7 +336,7 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
             AutoTokenizer.from_pretrained(name, **code).save_pretrained(made)
             name = made
         for cell, times in zip(cells, rounds, strict=True):
-            results["cells"].append(Bench(name, cell, bench, options, loading, folder, get_peft_config(model)).run(times, progress))
+            results["cells"].append(Bench(name, cell, bench, options, loading, folder, adapter).run(times, progress))
             write_json(Path(bench.results), results)
     print_bench(results)
 
