@@ -334,8 +334,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         return ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
 
     def _may_think(self, row: dict[str, Any]) -> bool:
-        """Whether a row has a place to think at."""
-        inputs = self.data_collator([row])
+        """Whether a row has a place to think at, however long the data would have it think there."""
+        inputs = self.data_collator([{name: value for name, value in row.items() if name != "think_length"}])
         return bool(may_think(self.args, unwrapped(self.model), inputs, self._labels(inputs), self.markers).any())
 
     def _forks(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:
