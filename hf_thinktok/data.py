@@ -260,7 +260,7 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
 def column_of(dataset: Dataset | IterableDataset, column: str, head: Iterable[dict[str, Any]] | None = None) -> list[Any]:
     """The values of a column; of a stream those of its first rows, which are read where `head` does not have them."""
     if isinstance(dataset, Dataset):
-        return dataset.with_format(None)[column][:]
+        return (dataset if dataset.format["type"] == "custom" else dataset.with_format(None))[column][:]  # a transform makes its columns as rows are read
     return [row[column] for row in (dataset.take(STREAMED_ROWS) if head is None else head)]
 
 

@@ -39,8 +39,9 @@ class MeasuringTrainer(CheckpointingTrainer):
 
     def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], rollout: Rollout, scores: TreeScores) -> None:
         """Averages the metrics over the forks of all ranks, and flags a step that is not finite: one synchronisation for all."""
-        labels_BT, right_BT = scores.trunk_mask_BT, scores.trunk_correct_BT
-        counts = torch.stack([(tree.documents_BT >= 0).sum(), tree.valid_BS.sum(), scores.valid_BK.sum(), labels_BT.sum(), right_BT[labels_BT].sum()]).float()
+        labels_BT, right_BT = scores.trunk_mask_BT, scores.trunk_correct_BT > 0.5
+        counted = tree.documents_BT >= 0, tree.valid_BS, scores.valid_BK, labels_BT, labels_BT & right_BT
+        counts = torch.stack([there.sum() for there in counted]).float()
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
         gathered = self.accelerator.gather(torch.cat([counts, values])[None]).cpu()
         if not torch.isfinite(gathered).all():
