@@ -118,7 +118,7 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
     if "attention_mask" in columns and used == ("input_ids",) and any(0 in row["attention_mask"] for row in some):
         raise ValueError(f"The {name} data set has padded rows (0 in attention_mask), and padding would be trained on: tokenize without padding.")
     if "seq_lengths" in columns and used == ("input_ids",):
-        _check_packed(dataset if stored else head, name, "labels" in columns, args)
+        _check_packed(column_of(dataset, "seq_lengths", head), name, "labels" in columns, args)
     if "prompt" in columns and used not in READABLE_COLUMNS[:2]:
         raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     for column in used:
@@ -134,12 +134,12 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             )
 
 
-def _check_packed(rows, name: str, labelled: bool, args) -> None:
+def _check_packed(lengths: Iterable[list[int]], name: str, labelled: bool, args) -> None:
     """Rows that were packed before: TRL would pack them again, or cut them and not their documents."""
     packs = args.packing if name == "train" else args.eval_packing
     if packs and not labelled:  # those that have labels are left as they are
         raise ValueError(f"The {name} data set has seq_lengths, so it is packed, and packing=True would lose where documents begin: set packing=False.")
-    longest = max(map(sum, rows.with_format(None)["seq_lengths"] if isinstance(rows, Dataset) else (row["seq_lengths"] for row in rows)))
+    longest = max(map(sum, lengths))
     if args.max_length is not None and longest > args.max_length:
         raise ValueError(f"The {name} data set has packed rows of {longest} tokens: set max_length={longest}, or pack to max_length={args.max_length}.")
 

@@ -150,51 +150,63 @@ def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:
     for marker in markers:
         behind = ids("a" + marker)
         found += [ids(marker), ids(" " + marker), behind[len(letter) :] if behind[: len(letter)] == letter else behind]
-    if single := tuple(marker for marker in markers if len(ids(marker)) == 1):
-        added = tokenizer.get_added_vocab().values()
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-        for i in sorted({i for i, text in enumerate(texts) if text.endswith(single)}.difference(added)):
-            found += [[i] for marker in single if texts[i].endswith(marker) and not any(map(str.isalnum, texts[i].removesuffix(marker)))]
+    if single := [marker for marker in markers if len(ids(marker)) == 1]:
+        added = set(tokenizer.get_added_vocab().values())
+        for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)):
+            ends = (marker for marker in single if text.endswith(marker))
+            found += [[i] for marker in ends if i not in added and not any(map(str.isalnum, text.removesuffix(marker)))]
     return [list(one) for one in dict.fromkeys(map(tuple, found)) if one]
 
 
-def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: Callable[[dict], bool] | None) -> None:
-    """Refuses markers after none of which the model could think.
-
-    Args:
-        rows: as they are trained on.
-        may_think: whether the model can at any place of a row; `None`: lists of lengths alone are looked at.
+def check_given_lengths(markers: list[list[int]], texts: list[str], rows) -> None:
+    """Lists of lengths have one for each end of a marker.
 
     Raises:
-        ValueError: no marker ends within the first rows, or none where it can think; or a row has a list of lengths for another number of them.
+        ValueError: one of the first rows has more or fewer.
     """
-    found, ends = may_think is None, False
     for number, row in enumerate(itertools.islice(rows, CHECKED_ROWS)):
-        ends_1T = ends_of(markers, torch.as_tensor(row["input_ids"])[None])
-        ends |= bool(ends_1T.any())
-        found = found or bool(ends_1T.any()) and may_think is not None and may_think(row)
-        if isinstance(given := row.get("think_length"), list) and len(given) != (count := int(ends_1T.sum())):
+        if not isinstance(given := row.get("think_length"), list):
+            return
+        if len(given) != (count := int(ends_of(markers, torch.as_tensor(row["input_ids"])[None]).sum())):
             raise ValueError(
                 f"Row {number} has the lengths of {len(given)} thoughts in think_length, and {count} ends of fork_markers={texts}: give one for each "
                 "(a row that is cut at max_length has lost its last ones)."
             )
-        if found and not isinstance(given, list):
-            return
-    if not found and ends:
+
+
+def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: Callable[[dict], bool]) -> None:
+    """Refuses markers after none of which the model could think.
+
+    Args:
+        rows: as they are trained on.
+        may_think: whether the model can at any place of a row.
+
+    Raises:
+        ValueError: no marker ends within the first rows, or none where it can think.
+    """
+    ends = False
+    for row in itertools.islice(rows, CHECKED_ROWS):
+        if ends_of(markers, torch.as_tensor(row["input_ids"])[None]).any():
+            ends = True
+            if may_think(row):
+                return
+    if ends:
         raise ValueError(
             f"After none of fork_markers={texts} the next token is one to predict, in the first {CHECKED_ROWS:,} rows, so nothing would be thought: let a "
             "marker end where the answer begins, for example '### Response:\\n' for '### Response:'."
         )
-    if not found:
-        raise ValueError(
-            f"None of fork_markers={texts} ends anywhere in the first {CHECKED_ROWS:,} rows, so nothing would be thought: look at how they are written."
-        )
+    raise ValueError(
+        f"None of fork_markers={texts} ends anywhere in the first {CHECKED_ROWS:,} rows, so nothing would be thought: look at how they are written."
+    )
 
 
 def ends_of(markers: list[list[int]], tokens_BT: Tensor) -> Tensor:
     """Positions where one of the markers (token id sequences) ends, `[B, T]` bool."""
-    found_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    single = [token for token, *more in markers if not more]
+    found_BT = torch.isin(tokens_BT, torch.tensor(single, dtype=tokens_BT.dtype, device=tokens_BT.device))  # there may be many
     for marker in markers:
+        if len(marker) == 1:
+            continue
         matches_BT = torch.ones_like(found_BT)
         for back, token in enumerate(reversed(marker)):
             here_BT = tokens_BT.roll(back, 1) == token

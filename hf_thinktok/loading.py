@@ -447,9 +447,7 @@ def there(what: str, name: Any) -> Iterator[None]:
 
 def sample_text(dataset: Dataset | IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, formatter: Callable[[dict], str] | None = None):
     """Rows of the training text to calibrate thinking rows on, or the built-in sample where rows are no plain text."""
-    rows = list(dataset.take(8 if formatter else STREAMED_ROWS))
-    if formatter is not None:
-        rows = [{column: formatter(row)} for row in rows]
+    rows = [row if formatter is None else {column: formatter(row)} for row in dataset.take(STREAMED_ROWS)]
     if columns_of_text(rows[0], column) == (column,) and isinstance(rows[0].get(column), str):
-        return [row[column][:4096] for row in rows]
+        return [text[:4096] for row in rows if isinstance(text := row[column], str)]  # another is told of when rows are prepared
     return tokenizer.batch_decode([row["input_ids"][:1024] for row in rows]) if "input_ids" in rows[0] else SAMPLE_TEXT

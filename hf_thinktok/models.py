@@ -1,10 +1,13 @@
 """What is asked of a model, whatever its architecture and whatever is wrapped around it."""
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # How a model must have been trained for its thoughts to be judged one by one.
 EVALUABLE = {"thoughts": ("discrete", "filler"), "memory": ("none",), "policies": ("shared",)}
@@ -29,8 +32,8 @@ def evaluating(model) -> Iterator[None]:
         model.train(training)
 
 
-def disable_dropout(model: torch.nn.Module) -> int:
-    """Sets every probability of dropping something to 0: those of layers, and numbers that modules give to a function. Tells how many were not.
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Sets every probability of dropping something to 0, and says so: those of layers, and numbers that modules give to a function.
 
     The config keeps what it says, and so does a checkpoint's.
     """
@@ -41,7 +44,8 @@ def disable_dropout(model: torch.nn.Module) -> int:
             if isinstance(value := getattr(module, name), float) and value > 0:
                 setattr(module, name, 0.0)
                 found += 1
-    return found
+    if found:
+        logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", found)
 
 
 @contextlib.contextmanager

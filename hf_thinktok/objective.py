@@ -23,7 +23,7 @@ from .config import ThinkTokConfig
 from .exploration import coverage_share, entropy_servo, ever, marginal_entropy, scheduled, thought_entropy
 from .losses import expected_length, stop_actions, stopping_logps
 from .rewards import RewardFunction, masked_mean, masked_sum, names_of, total_reward
-from .rollout import Rollout
+from .rollout import Rollout, of_thoughts
 from .scores import TreeScores
 
 
@@ -224,9 +224,7 @@ def thinking_loss(
     loss = loss + thinks * config.think_loss_weight * policy_loss
     loss = loss + thinks * diversity_loss
     if rollout.supplied and config.thought_ce_weight:
-        supplied_BKL = rollout.thoughts_BKGL[:, :, 0] - first_id
-        logps_BKLN = scores.think_logps_BKGLN[:, :, 0]  # whatever the temperature of sampling
-        logps_BKL = logps_BKLN.gather(-1, supplied_BKL.clamp(0, logps_BKLN.shape[-1] - 1)[..., None])[..., 0]
+        logps_BKL = of_thoughts(scores.think_logps_BKGLN[:, :, 0], rollout.thoughts_BKGL[:, :, 0], first_id)  # whatever the temperature of sampling
         supplied_BK = masked_mean(logps_BKL, mask_BKGA[:, :, 0, : rollout.thoughts_BKGL.shape[-1]])
         loss = loss - thinks * config.thought_ce_weight * supplied_BK.sum() / num_forks
     return loss, metrics | policy_metrics | diversity_metrics

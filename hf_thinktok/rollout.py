@@ -160,12 +160,12 @@ class Sampling:
 
 def thought_logps(think_logits: Tensor, thoughts: Tensor, vocabulary: ThinkingVocabulary, temperature: float) -> Tensor:
     """log p(z | c, think) of given thinking ids, from thinking logits `[..., N]`."""
-    return of_thoughts((think_logits / temperature).log_softmax(-1), thoughts, vocabulary)
+    return of_thoughts((think_logits / temperature).log_softmax(-1), thoughts, vocabulary.first_id)
 
 
-def of_thoughts(values: Tensor, thoughts: Tensor, vocabulary: ThinkingVocabulary) -> Tensor:
+def of_thoughts(values: Tensor, thoughts: Tensor, first_id: int) -> Tensor:
     """Those of given thinking ids, from values of each thinking token `[..., N]`."""
-    choice = (thoughts - vocabulary.first_id).clamp(0, vocabulary.num_tokens - 1)
+    choice = (thoughts - first_id).clamp(0, values.shape[-1] - 1)
     return values.gather(-1, choice[..., None])[..., 0]
 
 

@@ -142,7 +142,7 @@ def score_tree(
     if rollout.text:
         thought_logps_BKGL = at(logps, thinkers)
     elif temperature == 1.0:
-        thought_logps_BKGL = of_thoughts(think_BKGLN, rollout.thoughts_BKGL, vocabulary)
+        thought_logps_BKGL = of_thoughts(think_BKGLN, rollout.thoughts_BKGL, vocabulary.first_id)
     else:
         thought_logps_BKGL = thought_logps(think_BKGLN, rollout.thoughts_BKGL, vocabulary, temperature)
     return TreeScores(

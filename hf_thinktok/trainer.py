@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ from .data import TreeCollator, check_prepared, check_thinking_numbers, column_o
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import Pass, choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
+from .forks import check_given_lengths, check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text, used_by_now
 from .measuring import MeasuringTrainer
@@ -43,8 +42,6 @@ from .teacher import own_text, real_tokens_only, taught
 from .thoughts import check_feedback, control_thoughts, think_softly, thought_inputs
 from .tokens import add_thinking_tokens, check_vocabulary
 from .tree import ThoughtTree, before
-
-logger = logging.getLogger(__name__)
 
 NO_LOGITS = "ThinkTokTrainer makes no logits, so there is nothing to predict: call evaluate."
 
@@ -139,8 +136,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             check_mergeable(self.model)
             rows_in_fp32(self.model)
             self.add_callback(SayWhatIsTrained())
-        if args.disable_dropout and (found := disable_dropout(self.model)):  # an adapter's as well
-            logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", found)
+        if args.disable_dropout:  # an adapter's as well
+            disable_dropout(self.model)
         check_optimizer(self.optimizer, self.model)
         self._begin_to_measure()
         self.add_callback(StartOver(self._start_over))
@@ -188,8 +185,10 @@ class ThinkTokTrainer(MeasuringTrainer):
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, columns=task_columns(args))
         self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
         if args.fork_positions == "markers":
-            for name, rows in named_sets(self.train_dataset, self.eval_dataset).items():
-                check_markers(self.markers, args.fork_markers, rows, self._may_think if name == "train" else None)
+            for rows in named_sets(self.train_dataset, self.eval_dataset).values():
+                check_given_lengths(self.markers, args.fork_markers, rows)
+            if self.train_dataset is not None:
+                check_markers(self.markers, args.fork_markers, self.train_dataset, self._may_think)
         longest = args.max_length or 1024
         branching = args.branching(min(longest, 1024))
         check_positions(args, base)
