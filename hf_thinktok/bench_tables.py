@@ -34,10 +34,11 @@ def print_bench(results: dict[str, Any], console: Console | None = None) -> None
         table.add_column("T={T} K={K}\nG={G} L={L} H={H}".format(**cell), justify="right")
     table.add_row("nodes of a row", *(f"{cell['nodes']:,}" for cell in cells))
     for arm in _arms(cells):
-        some = f" ({results['some_forks']} forks)" if arm in ("replicated", "grpo") else ""
-        table.add_row(f"seconds: {arm}{some}", *(_median_and_range(cell["seconds"].get(arm, [])) for cell in cells))
+        table.add_row(f"seconds: {arm}", *(_median_and_range(cell["seconds"].get(arm, [])) for cell in cells))
         if arm == "ours":
             table.add_row("  of it the rollout", *(_median_and_range(cell["rollout_seconds"]) for cell in cells))
+        if arm in ("replicated", "grpo"):
+            table.add_row("  at so many forks", *(str(cell["some_forks"]) for cell in cells))
     table.add_section()
     for name, label in RATIOS.items():
         if any(name in cell for cell in cells):

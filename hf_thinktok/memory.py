@@ -117,17 +117,17 @@ def peak_bytes(trainer: Trainer) -> Iterator[list[int]]:
     found.append(peak)
 
 
-class PeakOfSecondStep(TrainerCallback):
-    """Measures the second step of a run, as the first one makes the optimizer's state; `found` has the bytes."""
+class PeakOfLastStep(TrainerCallback):
+    """Measures the last step of a run; `found` has the bytes. An optimizer makes its state in the first step that it ever takes: that one tells less."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
+        if state.global_step == state.max_steps - 1:
             self.measuring = peak_bytes(self.trainer)
             self.found = self.measuring.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2:
+        if state.global_step == state.max_steps:
             self.measuring.__exit__(None, None, None)

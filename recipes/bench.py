@@ -40,7 +40,7 @@ from hf_thinktok.bench_tables import BENCH_ARMS, print_bench
 from hf_thinktok.engine import TreeEngine
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs
-from hf_thinktok.memory import PeakOfSecondStep
+from hf_thinktok.memory import PeakOfLastStep
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model, standard_library
@@ -57,7 +57,9 @@ class BenchArguments:
     cells: list[str] = field(default_factory=lambda: ["256,16,4,8,8"], metadata={"help": "T,K,G,L,H of each cell."})
     arms: list[str] = field(default_factory=lambda: list(BENCH_ARMS), metadata={"help": "Which arms to time."})
     rounds: list[int] = field(default_factory=lambda: [5], metadata={"help": "How often the arms of each cell take turns."})
-    some_forks: int = field(default=2, metadata={"help": "Forks of the replicated and grpo arms: those in the middle of as many equal parts of the row."})
+    some_forks: list[int] = field(
+        default_factory=lambda: [2], metadata={"help": "Forks of the replicated and grpo arms of each cell: in the middle of as many equal parts of the row."}
+    )
     grpo_batch_size: int = field(default=8, metadata={"help": "Rows that GRPOTrainer runs at a time."})
     random_weights: bool = field(
         default=False,
@@ -165,11 +167,13 @@ class Bench:
         adapter: of all trainers, if any.
     """
 
-    def __init__(self, name: str, cell: Cell, bench: BenchArguments, options: dict[str, Any], loading: dict[str, Any], folder: str, adapter: Any = None):
+    def __init__(
+        self, name: str, cell: Cell, some_forks: int, bench: BenchArguments, options: dict[str, Any], loading: dict[str, Any], folder: str, adapter: Any = None
+    ):
         self.adapter = adapter
         # `train` begins with no memory of the GPU's in hand, and its first step waits for it.
         self.steps_of_turn = 2 if torch.cuda.is_available() else 1
-        self.name, self.cell, self.bench, self.options, self.loading, self.folder = name, cell, bench, options, loading, folder
+        self.name, self.cell, self.some_forks, self.bench, self.options, self.loading, self.folder = name, cell, some_forks, bench, options, loading, folder
         self.tokenizer = AutoTokenizer.from_pretrained(name, revision=loading.get("revision"), trust_remote_code=options.get("trust_remote_code", False))
         text = "\n".join(standard_library()["text"][:60])
         self.ids = self.tokenizer(text[: 16 * cell.nodes])["input_ids"]
@@ -216,7 +220,7 @@ class Bench:
 
     def grpo(self) -> GRPOTrainer:
         T, _, G, L, H = self.cell
-        count, batch = self.bench.some_forks, self.bench.grpo_batch_size
+        count, batch = self.some_forks, self.bench.grpo_batch_size
         forks = [int((i + 0.5) * T / count) for i in range(count)]
         prompts = {
             "prompt": [self.tokenizer.decode(self.ids[: fork + 1]) for fork in forks],
@@ -244,7 +248,7 @@ class Bench:
             "plain": self.plain,
             "dense": self.dense,
             "trunk": lambda: self.sft(self.cell.T),
-            "replicated": lambda: self.thinking(self.bench.some_forks, engine="replicated"),
+            "replicated": lambda: self.thinking(self.some_forks, engine="replicated"),
             "grpo": self.grpo,
         }
         if name not in made:
@@ -279,7 +283,7 @@ class Bench:
         progress.remove_task(task)
         timed = slice((turns - rounds + 1) * self.steps_of_turn - 1, turns * self.steps_of_turn, self.steps_of_turn)
         seconds = {name: watch.steps[timed] for name, watch in watches.items()}
-        found: dict[str, Any] = {**cell._asdict(), "nodes": cell.nodes, "seconds": seconds, "peak_bytes": peaks}
+        found: dict[str, Any] = {**cell._asdict(), "nodes": cell.nodes, "some_forks": self.some_forks, "seconds": seconds, "peak_bytes": peaks}
         typical = {name: statistics.median(each) for name, each in seconds.items()}
         if "ours" not in typical:
             return found
@@ -288,9 +292,9 @@ class Bench:
         rows = self.options["per_device_train_batch_size"]
         found |= {"rollout_seconds": rollouts, "pairs_per_second": rows * cell.K * cell.G / typical["ours"]}
         if "grpo" in typical:
-            found["pairs_per_second_vs_trl"] = found["pairs_per_second"] * typical["grpo"] / (self.bench.some_forks * cell.G)
+            found["pairs_per_second_vs_trl"] = found["pairs_per_second"] * typical["grpo"] / (self.some_forks * cell.G)
         if "replicated" in typical:
-            found["pairs_per_second_vs_replicated"] = found["pairs_per_second"] * typical["replicated"] / (rows * self.bench.some_forks * cell.G)
+            found["pairs_per_second_vs_replicated"] = found["pairs_per_second"] * typical["replicated"] / (rows * self.some_forks * cell.G)
         for other in ("sft", "plain", "dense"):
             if other in typical:
                 found[f"step_vs_{other}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other], strict=True))
@@ -300,11 +304,18 @@ class Bench:
 
     @staticmethod
     def peak(trainer: Trainer) -> int:
-        measured = PeakOfSecondStep(trainer)
+        """Of one more turn, the optimizer having its state from those before."""
+        measured = PeakOfLastStep(trainer)
         trainer.add_callback(measured)
-        trainer.args.max_steps = 2
         trainer.train()
         return measured.found[0]
+
+
+def one_for_each(name: str, numbers: list[int], cells: int) -> list[int]:
+    """An option's numbers for each cell, of which it may have one for all."""
+    if len(numbers) not in (1, cells):
+        raise SystemExit(f"{name} has {len(numbers)} numbers for {cells} cells: give one for all, or one for each.")
+    return numbers * cells if len(numbers) == 1 else numbers
 
 
 def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
@@ -321,22 +332,20 @@ def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> Non
     args = fit_to_cpu(args)
     options = {key: value for key, value in changed_options(args).items() if key not in ("output_dir", "model_init_kwargs")}
     options |= {name: getattr(args, name) for name in SHARED}
-    rounds = bench.rounds * len(bench.cells) if len(bench.rounds) == 1 else bench.rounds
     cells = [Cell.parse(text) for text in bench.cells]
-    if len(rounds) != len(cells):
-        raise SystemExit(f"rounds has {len(rounds)} numbers for {len(cells)} cells: give one for all, or one for each.")
+    rounds, some_forks = (one_for_each(name, getattr(bench, name), len(cells)) for name in ("rounds", "some_forks"))
     if (adapter := get_peft_config(model)) is not None:
         adapter.lora_dropout = 0.0  # ours has none, and it takes time
     label = f"{model.model_name_or_path}{', random weights' if bench.random_weights else ''}"
-    results: dict[str, Any] = {"cells": [], "model": label, "config": options, "some_forks": bench.some_forks, **environment()}
+    results: dict[str, Any] = {"cells": [], "model": label, "config": options, **environment()}
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
         if bench.random_weights:
             made = f"{folder}/model"
             save_random_weights(config, loading.get("dtype"), args.trust_remote_code, max(cell.nodes for cell in cells), made)
             AutoTokenizer.from_pretrained(name, **code).save_pretrained(made)
             name = made
-        for cell, times in zip(cells, rounds, strict=True):
-            results["cells"].append(Bench(name, cell, bench, options, loading, folder, adapter).run(times, progress))
+        for cell, times, forks in zip(cells, rounds, some_forks, strict=True):
+            results["cells"].append(Bench(name, cell, forks, bench, options, loading, folder, adapter).run(times, progress))
             write_json(Path(bench.results), results)
     print_bench(results)
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.dry_run import Phase
-from hf_thinktok.memory import PeakOfSecondStep, peak_bytes
+from hf_thinktok.memory import PeakOfLastStep, peak_bytes
 from hf_thinktok.plan import plan
 from hf_thinktok.results import environment, print_measured, print_plans, write_json
 from hf_thinktok.tasks import word_tokenizer
@@ -102,10 +102,10 @@ def measure(case: str) -> dict[str, Any]:
         text = Dataset.from_dict({"input_ids": torch.randint(3, shape["vocab_size"], (4 * args.train_batch_size, args.max_length)).tolist()})
         model = AutoModelForCausalLM.from_config(config_of(shape), **{"dtype": torch.float32} | how)
         trainer = ThinkTokTrainer(model, args, text, text if args.do_eval else None, processing_class=tokenizer, peft_config=adapter)
-        second = PeakOfSecondStep(trainer)
-        trainer.add_callback(second)
+        last = PeakOfLastStep(trainer)
+        trainer.add_callback(last)
         trainer.train()
-        found = second.found
+        found = last.found
         if args.do_eval:
             with peak_bytes(trainer) as found:
                 trainer.evaluate()

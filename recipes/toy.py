@@ -11,11 +11,14 @@ import copy
 import functools
 import itertools
 import json
+import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +50,13 @@ class ToyArguments:
     task_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Its difficulty, a mapping (JSON on the command line)."})
     model_shape: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Config of a model made from scratch (JSON on the command line), in place of model_name_or_path."}
+    )
+    word_sums: float = field(
+        default=0.0,
+        metadata={
+            "help": "Words of several parts, as 3>7, begin in a model made from scratch as the sum of a vector for each part at its place: normal numbers of "
+            "this standard deviation. 0: each as a vector of its own."
+        },
     )
     control: str = field(
         default="none",
@@ -121,7 +131,23 @@ def make_tokenizer(args: ThinkTokConfig, model: ModelConfig, task: Task) -> PreT
 def new_model(toy: ToyArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model from scratch."""
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
+    if toy.word_sums != 0:
+        begin_as_sums(model.get_input_embeddings().weight, tokenizer.get_vocab(), toy.word_sums)
+    return model
+
+
+@torch.no_grad()
+def begin_as_sums(weight_VD: torch.Tensor, vocabulary: dict[str, int], std: float) -> None:
+    """Embeddings of words of several parts become sums of one vector for each part at its place: those of `3>7` and `3>4` have one in common."""
+    if not 0 < std < math.inf:
+        raise ValueError(f"word_sums={std:g} must be a standard deviation, such as 1.0, or 0 for words that begin on their own.")
+    parts = {token: tuple(enumerate(re.findall(r"\w+", word))) for word, token in vocabulary.items()}
+    if not (composed := {token: found for token, found in sorted(parts.items()) if len(found) > 1}):
+        raise ValueError("word_sums: no word of this task has several parts, as 3>7 has. Leave it out.")
+    vectors: dict[tuple[int, str], torch.Tensor] = {}
+    for token, found in composed.items():
+        weight_VD[token] = sum(vectors.setdefault(part, std * torch.randn_like(weight_VD[0])) for part in found)
 
 
 def of_level(rows: Dataset, level: int, limit: int) -> Dataset:
@@ -241,6 +267,8 @@ if __name__ == "__main__":
         check_not_pushed(think_args)
         if not model_args.model_name_or_path and "model_type" not in (toy_args.model_shape or {}):
             raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
+        if model_args.model_name_or_path and toy_args.word_sums:
+            raise ValueError("word_sums has no effect with model_name_or_path, whose words have vectors: leave one of the two out.")
         if model_args.model_name_or_path and toy_args.model_shape:
             raise ValueError("model_shape has no effect with model_name_or_path: leave one of the two out.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)

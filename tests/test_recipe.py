@@ -217,6 +217,7 @@ VARIANTS = {
     "pointer_chasing_deep": "pointer_chasing",
     "pointer_chasing_deep_fillers": "pointer_chasing",
     "pointer_chasing_twice": "pointer_chasing",
+    "pointer_chasing_doubling": "pointer_chasing",
     "serial_smollm2_walk_words": "serial_smollm2_walk",
     "gsm8k_steps_arms": "gsm8k_steps_cpu",
 }

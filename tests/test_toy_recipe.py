@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from commands import ROOT, in_process
 from datasets import Dataset
@@ -245,6 +246,8 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
         (("--search", "-3"), "search=[-3.0] is no schedule"),
         (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
         (("--model_name_or_path", "somebody/model"), "error: model_shape has no effect with model_name_or_path: leave one of the two out."),
+        (("--word_sums", -1), "error: word_sums=-1 must be a standard deviation"),
+        (("--word_sums", 1), "error: word_sums: no word of this task has several parts"),
         (("--model_init_kwargs", '{"dtype": "bfloat16"}'), "error: The model is loaded already and model_init_kwargs would do nothing"),
         (("--push_to_hub", "true"), "error: push_to_hub would put several models into one place"),
         (("--resume_from_checkpoint", "true"), "error: There is no whole checkpoint in"),
@@ -261,6 +264,22 @@ def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert sentence in last
+
+
+def test_words_that_begin_as_sums_share_their_parts(monkeypatch):
+    """What tells two ends of an arrow apart is the same wherever it begins; words of one part stay as they were."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    words = [f"{a}>{b}" for a in range(12) for b in range(12)] + ["3", "3>", "k2", "<pad>"]
+    vocabulary = {word: token for token, word in enumerate(words)}
+    before_VD = torch.randn(len(words), 4000)
+    after_VD = before_VD.clone()
+    importlib.import_module("toy").begin_as_sums(after_VD, vocabulary, 0.5)
+    row = {word: after_VD[token] for word, token in vocabulary.items()}
+    torch.testing.assert_close(row["3>7"] - row["3>11"], row["10>7"] - row["10>11"])
+    torch.testing.assert_close(row["3>7"] - row["5>7"], row["3>3"] - row["5>3"])
+    assert row["3>7"].std().item() == pytest.approx(0.5 * 2**0.5, rel=0.1), "two vectors, each of this standard deviation"
+    assert not torch.equal(row["3>7"], row["7>3"]), "a node is another vector where an arrow ends"
+    assert torch.equal(after_VD[-4:], before_VD[-4:])
 
 
 def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
