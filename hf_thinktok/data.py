@@ -42,6 +42,9 @@ def task_columns(args) -> list[str]:
 class TreeCollator(DataCollatorForLanguageModeling):
     """TRL's padding collator, and `documents`: which document of a packed row each token belongs to, -1 for padding.
 
+    Rows are padded with their first token, as a model's own row for padding may be zero, where some layers have no gradient (Gemma 3n's, by a standard
+    deviation): nothing sees padding, and a zero times what is no number is none.
+
     Args:
         columns: of `TASK_COLUMNS`, which come along where the data has them; a row's `thoughts` are padded with -1.
     """
@@ -59,6 +62,7 @@ class TreeCollator(DataCollatorForLanguageModeling):
         if "thoughts" in self.columns and "thoughts" in examples[0]:
             thoughts = [torch.as_tensor(example["thoughts"], dtype=torch.long) for example in examples]
             batch["thoughts"] = torch.nn.utils.rnn.pad_sequence(thoughts, batch_first=True, padding_value=-1)
+        batch["input_ids"] = batch["input_ids"].where(batch["attention_mask"].bool(), batch["input_ids"][:, :1])
         batch["documents"] = batch["attention_mask"] - 1
         for row, example in enumerate(examples):
             if (lengths := example.get("seq_lengths")) is not None:

@@ -40,6 +40,7 @@ MODELS: list[tuple[str, str, dict]] = [
     ("qwen2", "window in some layers", QWEN_MIXED),
     ("qwen3", "window in some layers", QWEN_MIXED),
     *((family, "window in some layers", MIXED) for family in "gemma3_text gemma4_text cohere2 olmo3 exaone4".split()),
+    ("gemma3n_text", "window in some layers, per-layer embeddings, soft-capped logits", MIXED),
     ("gemma2", "window in some layers, soft-capped attention and logits", MIXED),
     ("modernbert-decoder", "window in some layers", {"local_attention": 8}),
     ("gpt_oss", "window in some layers, attention sinks, experts", MIXED),

@@ -67,6 +67,17 @@ TINY: dict[str, dict] = {
     "gemma4_text": BASE
     | HEAD
     | {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0, "sliding_window": 256},
+    "gemma3n_text": BASE
+    | HEAD
+    | {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 320,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 256,
+        "layer_types": ["full_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.95, 0.0],
+    },
     "modernbert-decoder": BASE | {"cls_token_id": 0, "sep_token_id": 0, "pad_token_id": 0},
     **dict.fromkeys("mixtral qwen3_moe olmoe granitemoe phimoe minimax_m2".split(), BASE | HEAD | MOE),
     "qwen2_moe": BASE | MOE | {"shared_expert_intermediate_size": 16},

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
+from models import tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
 from hf_thinktok.callbacks import NonFiniteGuard
@@ -47,6 +48,19 @@ class Weights(TrainerCallback):
 
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("num_forks", [0, 3])
+def test_padding_has_no_part_in_gradients_where_a_zero_has_none(make_trainer, num_forks):
+    """Gemma 3n takes standard deviations, whose gradient at a hidden state of zeros is no number; a model's row for padding may be zero."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("gemma3n_text", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.pad_token_id] = 0
+    rows = Dataset.from_list([{"input_ids": list(range(5, 5 + length))} for length in (20, 2, 9, 20)])  # two tokens have one place to think at
+    trainer = make_trainer(model=model, tokenizer=tokenizer, train_dataset=rows, num_forks=num_forks)
+    trainer.train()
+    assert logged(trainer, "skipped_steps") == [0, 0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
