@@ -357,7 +357,14 @@ def check_effect(config: "ThinkTokConfig") -> None:
         **dict.fromkeys(OF_LEARNING_THINKERS, (thinker_learns, "freeze=none or speaker (a frozen thinker learns nothing)")),
         **dict.fromkeys(OF_POLICY_LOSS, (config.policy_learns, POLICY_LEARNS)),
         **dict.fromkeys(OF_COMPARISON, (config.policy_learns or config.objective == "marginal", POLICY_LEARNS)),
-        "think_cost": (thinker_learns or config.objective == "marginal", "freeze=none or speaker, or objective=marginal"),
+        "think_cost": (
+            config.policy_learns
+            or config.objective == "marginal"
+            or ever(config.search)
+            or (thinker_learns and config.stop == "learned" and config.gate_loss_weight > 0),
+            f"{POLICY_LEARNS}, a gate that learns, objective=marginal, or search",
+        ),
+        "alternate": (thinker_learns and speaker_learns, "freeze=none (in the turn of a frozen one no thought would teach anything)"),
         "think_ce_weight": (speaker_learns, "freeze=none or thinker (a frozen speaker learns nothing from thoughts)"),
         "posterior_smoothing": (
             speaker_learns and config.think_ce_weight > 0 and not config.supply_thoughts,

@@ -312,6 +312,9 @@ NO_EFFECT = [
         for name, given in {"balance_coef": [0.1], "thought_entropy_target": [0.1], "think_cost": [0.1], "think_loss_weight": 2.0}.items()
     ),
     ({"freeze": "thinker", "coverage_coef": [0.1]}, ["coverage_coef=", "search"]),
+    ({"think_loss_weight": 0.0, "stop": "sampled", "think_cost": 0.1}, ["think_cost=.0.1.", "think_loss_weight above 0"]),
+    ({"think_loss_weight": 0.0, "gate_loss_weight": 0.0, "think_cost": 0.1}, ["think_cost=.0.1.", "a gate that learns"]),
+    *(({"freeze": frozen, "alternate": [1, 1]}, ["alternate=.1, 1.", "freeze=none"]) for frozen in ("thinker", "speaker")),
     ({"freeze": "speaker", "think_ce_weight": 2.0}, ["think_ce_weight=2.0", "freeze=none or thinker"]),
     ({"objective": "marginal", "stop": "fixed", "think_ce_weight": 0.0, "posterior_smoothing": 0.1}, ["posterior_smoothing=0.1", "think_ce_weight above 0"]),
     ({"num_completions_to_print": 3}, ["num_completions_to_print=3", "log_completions=True"]),
@@ -398,6 +401,8 @@ VALID = [
     {"num_iterations": 2, "think_loss_type": "cispo", "epsilon_high": 0.3},
     {"reward_funcs": ["accuracy", "prob"], "reward_weights": [1.0, 0.5], "scale_rewards": "batch"},
     {"stop": "sampled", "think_cost": 0.1, "objective": "marginal"},
+    {"think_loss_weight": 0.0, "think_cost": 0.1},  # the gate pays it
+    {"think_loss_weight": 0.0, "gate_loss_weight": 0.0, "think_cost": 0.1, "search": 4},  # a shorter thought is a better one
     {"log_completions": True, "num_completions_to_print": 2},
     {"beta": 0.1, "temperature": 0.7, "top_k": 2, "top_p": 0.9, "min_p": 0.1},
     {"num_forks": np.int64(3), "think_ce_weight": np.float32(0.5), "beta": 1},
