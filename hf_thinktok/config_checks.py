@@ -337,6 +337,10 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "continuous_layer": (config.thoughts == "continuous", "thoughts=continuous"),
         "scale_rewards": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
         **dict.fromkeys(("reward_funcs", "reward_weights"), (config.objective == "expected" and config.advantage != "token", REWARDED_BY_FUNCTIONS)),
+        "think_loss_type": (
+            config.stop != "learned" or (config.num_iterations > 1 and config.think_loss_type == "cispo"),
+            "stop=fixed or sampled (the types divide by how long thoughts are, and with stop=learned all are as long)",
+        ),
         "epsilon": (
             config.num_iterations > 1 and config.think_loss_type != "cispo",
             "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)",

@@ -254,6 +254,8 @@ NO_EFFECT = [
     ({"stop": "learned", "gate_loss_weight": 0.0, "detach_gate": True}, ["detach_gate=True", "gate_loss_weight above 0"]),
     ({"stop": "learned", "freeze": "thinker", "detach_gate": True}, ["detach_gate=True", "frozen thinker"]),
     ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=.0.1.", "stop=learned or stop=sampled"]),
+    ({"stop": "learned", "think_loss_type": "cispo"}, ["think_loss_type='cispo'", "stop=fixed or sampled"]),
+    ({"stop": "learned", "num_iterations": 2, "think_loss_type": "dapo"}, ["think_loss_type='dapo'", "stop=fixed or sampled"]),
     ({"objective": "marginal", "advantage": "loo"}, ["advantage='loo'", "objective=expected"]),
     ({"objective": "marginal", "scale_rewards": "group"}, ["scale_rewards='group'", "objective=expected"]),
     ({"objective": "marginal", "reward_funcs": ["prob"]}, ["reward_funcs=", "objective=expected"]),
