@@ -306,13 +306,14 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
 def check_effect(config: "ThinkTokConfig") -> None:
     """What would do nothing."""
     thinker_learns, speaker_learns = config.freeze != "thinker", config.freeze != "speaker"
+    gate_learns = thinker_learns and config.stop == "learned" and config.gate_loss_weight > 0
     effects = {
         "prompt_length": (config.rollout == "free", "rollout=free"),
         "fork_markers": (config.fork_positions == "markers", "fork_positions=markers"),
         "num_forks": (config.fork_positions != "all", "a fork_positions other than all"),
         "stop_smoothing": (config.stop == "learned", "stop=learned"),
         "gate_loss_weight": (config.stop == "learned", "stop=learned"),
-        "detach_gate": (config.stop == "learned" and config.gate_loss_weight > 0, "stop=learned and gate_loss_weight above 0"),
+        "detach_gate": (gate_learns, "stop=learned and gate_loss_weight above 0"),
         "think_cost": (config.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
         "advantage": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
         "posterior_temperature": (config.objective == "marginal", "objective=marginal"),
@@ -362,13 +363,10 @@ def check_effect(config: "ThinkTokConfig") -> None:
         **dict.fromkeys(OF_POLICY_LOSS, (config.policy_learns, POLICY_LEARNS)),
         **dict.fromkeys(OF_COMPARISON, (config.policy_learns or config.objective == "marginal", POLICY_LEARNS)),
         "think_cost": (
-            config.policy_learns
-            or config.objective == "marginal"
-            or ever(config.search)
-            or (thinker_learns and config.stop == "learned" and config.gate_loss_weight > 0),
+            config.policy_learns or gate_learns or config.objective == "marginal" or ever(config.search),
             f"{POLICY_LEARNS}, a gate that learns, objective=marginal, or search",
         ),
-        "alternate": (thinker_learns and speaker_learns, "freeze=none (in the turn of a frozen one no thought would teach anything)"),
+        "alternate": (config.freeze == "none", "freeze=none (in the turn of a frozen one no thought would teach anything)"),
         "think_ce_weight": (speaker_learns, "freeze=none or thinker (a frozen speaker learns nothing from thoughts)"),
         "posterior_smoothing": (
             speaker_learns and config.think_ce_weight > 0 and not config.supply_thoughts,

@@ -267,10 +267,9 @@ if __name__ == "__main__":
         check_not_pushed(think_args)
         if not model_args.model_name_or_path and "model_type" not in (toy_args.model_shape or {}):
             raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
-        if model_args.model_name_or_path and toy_args.word_sums:
-            raise ValueError("word_sums has no effect with model_name_or_path, whose words have vectors: leave one of the two out.")
-        if model_args.model_name_or_path and toy_args.model_shape:
-            raise ValueError("model_shape has no effect with model_name_or_path: leave one of the two out.")
+        for name in ("word_sums", "model_shape"):
+            if model_args.model_name_or_path and getattr(toy_args, name):
+                raise ValueError(f"{name} has no effect with model_name_or_path: leave one of the two out.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)
         the_task = make(**toy_args.task_options or {})
         if toy_args.control == "no_think" and the_task.asked_by_length:
