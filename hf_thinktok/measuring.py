@@ -32,38 +32,52 @@ class MeasuringTrainer(CheckpointingTrainer):
         self.add_callback(self.guard)
         self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
         self._gains, self._prefix = GainByDocument(), "eval"
+        self._recorded: tuple[list[str], Tensor, Tensor | None] | None = None  # of the micro-step under way
         self._printable: tuple[Tensor, Rollout, Tensor, Tensor] | None = None  # of the latest micro-step
 
     def _global_mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.detach(), reduction="mean")
 
     def _record(self, loss: Tensor, metrics: dict[str, Tensor], tree: ThoughtTree, inputs: dict[str, Tensor], rollout: Rollout, scores: TreeScores) -> None:
-        """Averages the metrics over the forks of all ranks, and flags a step that is not finite: one synchronisation for all."""
+        """What the forward pass found, of all ranks. It is looked at when the backward pass is under way (`_look`): a host that waited here would have nothing
+        for the device to do next."""
         labels_BT, right_BT = scores.trunk_mask_BT, scores.trunk_correct_BT > 0.5
         counted = tree.documents_BT >= 0, tree.valid_BS, scores.valid_BK, labels_BT, labels_BT & right_BT
         counts = torch.stack([there.sum() for there in counted]).float()
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
-        gathered = self.accelerator.gather(torch.cat([counts, values])[None]).cpu()
+        self._recorded = list(metrics), self.accelerator.gather(torch.cat([counts, values])[None]), inputs.get("level")
+        if self.args.log_completions and tree.num_forks:
+            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / math.log(2)
+            self._printable = (inputs["input_ids"], dataclasses.replace(rollout, soft_BKGLX=None), scores.labels_BKH, gains_BKG)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._recorded is not None:
+            self._look(*self._recorded)
+            self._recorded = None
+        return loss
+
+    def _look(self, names: list[str], recorded: Tensor, level_B: Tensor | None) -> None:
+        """Averages the metrics over the forks of all ranks, and flags a step that is not finite: one synchronisation for all."""
+        gathered = recorded.cpu()
         if not torch.isfinite(gathered).all():
             self.guard.flag()
         tokens, nodes, num_forks, labels, right = gathered[:, :5].sum(0).tolist()
         means = (gathered[:, 6:] * gathered[:, 2:3]).sum(0) / max(num_forks, 1)
-        found = dict(zip(metrics, means.tolist(), strict=True)) if num_forks else {}  # a batch without forks has nothing to say of thoughts
+        found = dict(zip(names, means.tolist(), strict=True)) if num_forks else {}  # a batch without forks has nothing to say of thoughts
         if self.curriculum is not None and not num_forks and labels:  # an easy level may have no place to think at
             found["accuracy"] = right / labels
         for name, value in found.items():
             if math.isfinite(value):  # one skipped step must not blank the average of a log
                 self._metrics["train"][name].append(value)
         if self.curriculum is not None and math.isfinite(found.get("accuracy", math.nan)):
-            self.curriculum.observe(self.state.global_step, int(inputs["level"][0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
+            assert level_B is not None
+            self.curriculum.observe(self.state.global_step, int(level_B[0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
             self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
         self.spent.tokens += int(tokens)
         self._tokens_since += tokens
         self._nodes_since += nodes
         self._metrics["train"]["num_tokens"] = [self.spent.tokens]
-        if self.args.log_completions and tree.num_forks:
-            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / math.log(2)
-            self._printable = (inputs["input_ids"], dataclasses.replace(rollout, soft_BKGLX=None), scores.labels_BKH, gains_BKG)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

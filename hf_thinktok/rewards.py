@@ -122,5 +122,6 @@ def total_reward(functions: list[RewardFunction], weights: list[float], **judgem
             found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"The reward {name_of(function)} returned {found}; it must return a tensor [B, K, G], here {list(lengths_BKG.shape)}.")
         values.append(value.float())
-    rewards_FBKG = torch.stack(values)
-    return torch.einsum("f,fbkg->bkg", rewards_FBKG.new_tensor(weights), rewards_FBKG), rewards_FBKG
+    # Weights stay on the host: to send them a GPU would be waited for.
+    total_BKG = sum((weight * value for weight, value in zip(weights, values, strict=True)), torch.zeros_like(values[0]))
+    return total_BKG, torch.stack(values)

@@ -101,21 +101,34 @@ class Stopwatch(TrainerCallback):
         self.rollouts: list[float] = []
 
     def on_step_begin(self, *args, **kwargs):
-        self.start, self.thinking = now(), 0.0
+        self.start, self.thinking = now(), []
 
     def on_step_end(self, *args, **kwargs):
         self.steps.append(now() - self.start)
-        self.rollouts.append(self.thinking)
+        self.rollouts.append(sum(seconds_between(*marks) for marks in self.thinking))
 
     def around(self, rollout: Callable) -> Callable:
         @functools.wraps(rollout)
         def timed(*args, **kwargs):
-            start = now()
+            start = mark()
             out = rollout(*args, **kwargs)
-            self.thinking += now() - start
+            self.thinking.append((start, mark()))
             return out
 
         return timed
+
+
+def mark() -> Any:
+    """A moment, on a GPU that of its own work: to wait for it in the middle of a step would make the step longer."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def save_random_weights(config: PretrainedConfig, dtype: Any, trust_remote_code: bool, longest: int, folder: str) -> None:

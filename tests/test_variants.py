@@ -336,7 +336,7 @@ def test_what_is_logged_is_what_the_policy_does(make, options):
     inputs, labels = batch_of(trainer, rows.select(range(8)))
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    trainer.compute_loss(trainer.model, dict(inputs))
+    trainer.training_step(trainer.model, dict(inputs))
     rollout = trainer._rollouts[0]
     scores = trainer._score(trainer.model, trainer._tree(inputs, rollout), inputs["input_ids"], labels, rollout)
     own_BG = scores.logps_BKGH[:, 0, 1:, 0].detach()
@@ -351,7 +351,7 @@ def test_the_gain_of_a_thought_that_stays_is_over_the_text_without_it(make):
     inputs, labels = batch_of(trainer, rows.select(range(4)))
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    trainer.compute_loss(trainer.model, dict(inputs))
+    trainer.training_step(trainer.model, dict(inputs))
     rollout, gains = trainer._rollouts[0], []
     for row in range(4):
         ids, fork = rows[row]["input_ids"], rollout.forks_BK[row, 0].item() + 1
