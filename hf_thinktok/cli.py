@@ -240,9 +240,8 @@ def run_plan(args: argparse.Namespace) -> None:
         with loading(name):
             shape = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=config.trust_remote_code)
         dtype = (shape.dtype or torch.float32) if options["dtype"] == "auto" else getattr(torch, str(options["dtype"]).removeprefix("torch."))
-        made = plan(
-            shape, config, dtype, options.get("attn_implementation"), get_peft_config(model), args.zero, args.fsdp2, args.num_processes, gpu=not args.cpu
-        )
+        how = {"zero": args.zero, "fsdp2": args.fsdp2, "num_processes": args.num_processes, "gpu": not args.cpu, "gpu_gib": args.gpu_gib}
+        made = plan(shape, config, dtype, options.get("attn_implementation"), get_peft_config(model), **how)
     if not args.json:
         print_plan(made, args.gpu_gib)
         return

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
 
 from ._compat import FakeTensorMode
-from .attention import TreeMask, by_kernels, run_length
+from .architectures import HALF, drops_attention
+from .attention import RUN_LENGTH_ELSEWHERE, TreeMask, by_kernels, run_length
 from .config import ThinkTokConfig
 from .engine import ReplicatedEngine, TreeEngine
 from .forks import choose_forks, eligible_forks
@@ -60,6 +62,26 @@ def count_flops() -> Iterator[FlopCounterMode]:
     }
     with by_kernels(), FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         yield counter
+
+
+class _Flex(torch.autograd.Function):
+    """What FlexAttention's kernels keep and make: inputs, mask and output, a number for each query and head, and no scores."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        ctx.mask = mask
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
+
+def attend_without_data(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, **kwargs) -> Tensor:
+    """In the place of `hf_thinktok.flex.attend`."""
+    return _Flex.apply(query, key, value, mask)
 
 
 class Phase(StrEnum):
@@ -121,7 +143,8 @@ class DryRun:
 
     def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, device: torch.device, autocast: torch.dtype | None, gradient_share: float):
         self.model, self.vocabulary, self.args, self.device, self.autocast_type = model, vocabulary, args, device, autocast
-        self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(None if args.torch_compile else run_length(device))
+        can_flex = device.type == "cuda" and not drops_attention(model.config)
+        self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(None if args.torch_compile else run_length(device), can_flex)
         model.register_forward_pre_hook(self._take_masks, with_kwargs=True)
         self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gradient_share)
         self._make_fake()
@@ -154,7 +177,7 @@ class DryRun:
 
     def _take_masks(self, model, args, kwargs) -> None:
         for mask in tree_leaves((args, kwargs)):
-            for part in mask.masks if isinstance(mask, TreeMask) else ():
+            for part in (*mask.masks, *(mask.parts if mask.block_mask is not None else ())) if isinstance(mask, TreeMask) else ():
                 self.live.add(part, Part.ATTENTION)
 
     def optimizer_step(self) -> dict[str, int]:
@@ -214,6 +237,15 @@ class DryRun:
                 phases[name] |= {Part.CACHE: self.live.live[Part.CACHE], Part.WORKING: phases[name][Part.WORKING] - grown}
         phases.pop("between", None)
         return phases
+
+    def stays(self, rows: Rows, rollout: dict[str, dict[str, int]]) -> int:
+        """The keys and values that are kept for the next rollout, whose passes are replayed on them (`TreeEngine.room`, for a process that has the model)."""
+        if self.device.type != "cuda" or self.args.memory == "persistent" or self.args.thoughts == "text" or Phase.THOUGHTS not in rollout:
+            return 0
+        branching, dtype = rows.tree.branching, self.autocast_type or self.model.dtype
+        capacity = rows.tree.trunk_length + rows.tree.num_forks * branching.num_generations * (branching.max_length - 1)
+        in_one_mask = capacity <= RUN_LENGTH_ELSEWHERE or (self.engine.flex and dtype in HALF and not self.args.torch_compile)
+        return rollout[Phase.THOUGHTS][Part.CACHE] if in_one_mask else 0
 
     def gradient_pass(self, rows: Rows) -> dict[str, int]:
         args = self.args

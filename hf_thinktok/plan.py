@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from . import head
+from . import flex, head
 from .architectures import check_supported
 from .config import ThinkTokConfig
-from .dry_run import DryRun, Phase, Rows, count_flops, model_without_data
+from .dry_run import DryRun, Phase, Rows, attend_without_data, count_flops, model_without_data
 from .errors import first_line
 from .loading import check_attention
 from .memory import Part
+from .replay import LARGEST_SHARE
 
 # DeepSpeed's defaults, in numbers: a bucket of gradients, and the parameters that ZeRO-3 may hold gathered, or steps at a time.
 ZERO_BUCKET, ZERO_GATHERED, ZERO_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
@@ -67,6 +68,7 @@ def plan(
     fsdp2: bool = False,
     num_processes: int = 1,
     gpu: bool = True,
+    gpu_gib: float | None = None,
 ) -> Plan:
     """Plans a training step of one process, on rows of `args.max_length` tokens, and with `args.do_eval` an evaluation.
 
@@ -74,7 +76,9 @@ def plan(
         config: of a causal LM, with thinking tokens or without.
         dtype, attn_implementation, peft_config: as the trainer gets them.
         zero: the stage of DeepSpeed's ZeRO; 0 for none.
-        gpu: the head multiplies low-precision numbers as on a GPU; on a CPU it makes fp32 copies of them.
+        gpu: the head multiplies low-precision numbers as on a GPU, long rows attend by FlexAttention, and rollouts are replayed; on a CPU the head makes fp32
+            copies.
+        gpu_gib: what the GPU has: keys and values stay for replayed rollouts up to a part of it.
 
     Raises:
         ValueError: one sentence on what cannot be planned.
@@ -83,16 +87,25 @@ def plan(
     check_supported(config)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     rows = Rows(args, args.per_device_train_batch_size, args.num_generations, args.num_markovian)
-    with patch.object(head, "sums_in_fp32", lambda hidden_MD: gpu), warnings.catch_warnings(action="ignore"):
+    without_kernels = patch.object(flex, "attend", attend_without_data)
+    with patch.object(head, "sums_in_fp32", lambda hidden_MD: gpu), without_kernels, warnings.catch_warnings(action="ignore"):
         model, vocabulary = model_without_data(config, args, dtype, attn_implementation, peft_config)
         sharding = _Sharding(model, compute, zero, fsdp2, num_processes, args.gather_for_rollout)
         with _one_sentence(config):
             run = DryRun(model, vocabulary, args, torch.device("cuda" if gpu else "cpu"), None if sharding.shards else compute, sharding.gradient_share)
-            parts = {Phase.STEP: run.optimizer_step()} | run.rollout(rows) | {Phase.PASS: run.gradient_pass(rows)}
-            phases = {phase: sharding(phase, parts[phase]) for phase in parts}
+            parts = {Phase.STEP: run.optimizer_step()} | (rollout := run.rollout(rows)) | {Phase.PASS: run.gradient_pass(rows)}
+            kept = run.stays(rows, rollout)
+            evaluated = {}
             if args.do_eval:  # thoughts are drawn, and then scored beside as many random ones
                 scored, drawn = (Rows(args, args.per_device_eval_batch_size, groups * args.num_generations) for groups in (2, 1))
-                evaluated = {Phase.EVALUATION: run.evaluation(scored)} | run.rollout(drawn)
+                evaluated = {Phase.EVALUATION: run.evaluation(scored)} | (rollout := run.rollout(drawn))
+                kept += run.stays(drawn, rollout)
+            kept = 0 if sharding.shards or (gpu_gib is not None and kept > LARGEST_SHARE * gpu_gib * 2**30) else kept
+            for one in (*parts.values(), *evaluated.values()):
+                if kept:
+                    one[Part.CACHE] = max(one.get(Part.CACHE, 0), kept)
+            phases = {phase: sharding(phase, parts[phase]) for phase in parts}
+            if evaluated:
                 phases[Phase.EVALUATION] = max((sharding(phase, evaluated[phase]) for phase in evaluated), key=lambda found: sum(found.values()))
     nodes = rows.tree.num_nodes if args.engine != "replicated" else rows.tree.paths()[1].numel() // args.per_device_train_batch_size
     return Plan(

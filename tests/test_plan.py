@@ -74,6 +74,31 @@ def test_a_plan_is_what_a_step_takes_on_a_gpu(tmp_path):
         assert 0.7 < row["ratio"] < 1.4, row
 
 
+ADAPTER = {"dtype": torch.bfloat16, "peft_config": LoraConfig(target_modules="all-linear", r=16)}
+PEAKS = {"bench_h200": ("SmolLM2-135M", {}), "bench_h200_lora": ("SmolLM2-1.7B", ADAPTER)}
+
+
+@pytest.mark.parametrize(("results", "cell"), [("bench_h200", 0), ("bench_h200", 1), ("bench_h200", 2), ("bench_h200_lora", 0), ("bench_h200_lora", 1)])
+def test_a_plan_is_what_a_step_took_on_a_gpu(memory, results, cell):
+    """Long rows by FlexAttention, short ones under a mask; with the keys and values that stay for the next rollout."""
+    found = json.loads((ROOT / f"docs/results/{results}.json").read_text())
+    one, (shape, loading) = found["cells"][cell], PEAKS[results]
+    names = {"max_length": "T", "num_forks": "K", "num_generations": "G", "max_think_length": "L", "lookahead": "H"}
+    options = found["config"] | {"use_cpu": True, "num_think_tokens": 16, "stop": "fixed", "fork_positions": "stride"}
+    args = ThinkTokConfig("nowhere", **options | {name: one[number] for name, number in names.items()})
+    assert 0.97 < plan(memory.config_of(memory.SHAPES[shape]), args, **loading).peak / one["peak_bytes"]["ours"] < 1.03
+
+
+def test_what_stays_for_the_next_rollout_is_limited_and_not_sharded():
+    shape = {"num_hidden_layers": 16}
+    cache = made(shape).phases[Phase.THOUGHTS][Part.CACHE]
+    assert made(shape).phases[Phase.PASS][Part.CACHE] == made(shape).phases[Phase.STEP][Part.CACHE] == cache
+    limited = {"gpu_gib": 15 * cache / 2**30}, {"zero": 2, "num_processes": 2}, {"gpu": False}
+    assert all(Part.CACHE not in made(shape, loading).phases[Phase.PASS] for loading in limited)
+    assert Part.CACHE in made(shape, {"gpu_gib": 17 * cache / 2**30}).phases[Phase.PASS]
+    assert Part.CACHE not in made(shape, memory="persistent", stop="sampled").phases[Phase.PASS], "passes of other lengths each time are not replayed"
+
+
 # ---------------------------------------------------------------- formulas
 
 
@@ -111,9 +136,10 @@ def test_nodes_and_pairs_are_those_of_the_tree(options):
 def test_an_evaluation_draws_its_thoughts_before_it_scores_them():
     """Keys and values of all layers and heads may take more than scoring."""
     shape = {"num_hidden_layers": 16, "num_key_value_heads": LLAMA["num_attention_heads"]}
-    phases = made(shape, do_eval=True, per_device_eval_batch_size=2, lookahead=1).phases
-    twice = made(shape, per_device_train_batch_size=2, lookahead=1).phases
-    assert phases[Phase.EVALUATION][Part.CACHE] == pytest.approx(twice[Phase.THOUGHTS][Part.CACHE], rel=0.01)
+    evaluated, on_cpu = {"do_eval": True, "per_device_eval_batch_size": 2, "lookahead": 1}, {"gpu": False}
+    one, two = (made(shape, on_cpu, per_device_train_batch_size=rows, lookahead=1).phases[Phase.THOUGHTS][Part.CACHE] for rows in (1, 2))
+    assert made(shape, on_cpu, **evaluated).phases[Phase.EVALUATION][Part.CACHE] == pytest.approx(two, rel=0.01)
+    assert made(shape, **evaluated).phases[Phase.PASS][Part.CACHE] == pytest.approx(one + two, rel=0.01), "on a GPU both stay"
 
 
 def test_an_optimizer_on_a_gpu_makes_a_number_for_each_parameter_unless_it_is_fused():
