@@ -177,8 +177,9 @@ class DryRun:
 
     def _take_masks(self, model, args, kwargs) -> None:
         for mask in tree_leaves((args, kwargs)):
-            for part in (*mask.masks, *(mask.parts if mask.block_mask is not None else ())) if isinstance(mask, TreeMask) else ():
-                self.live.add(part, Part.ATTENTION)
+            if isinstance(mask, TreeMask):
+                for part in mask.masks or tree_leaves(mask.parts):
+                    self.live.add(part, Part.ATTENTION)
 
     def optimizer_step(self) -> dict[str, int]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
@@ -244,7 +245,8 @@ class DryRun:
             return 0
         branching, dtype = rows.tree.branching, self.autocast_type or self.model.dtype
         capacity = rows.tree.trunk_length + rows.tree.num_forks * branching.num_generations * (branching.max_length - 1)
-        in_one_mask = capacity <= RUN_LENGTH_ELSEWHERE or (self.engine.flex and dtype in HALF and not self.args.torch_compile)
+        in_blocks = isinstance(self.engine, TreeEngine) and self.engine.flex and not self.args.torch_compile and dtype in HALF
+        in_one_mask = in_blocks or capacity <= RUN_LENGTH_ELSEWHERE
         return rollout[Phase.THOUGHTS][Part.CACHE] if in_one_mask else 0
 
     def gradient_pass(self, rows: Rows) -> dict[str, int]:
