@@ -241,6 +241,8 @@ def test_balance_and_servo_reach_soft_thoughts(make):
     inputs = trainer.data_collator(list(rows))
     values = [one.compute_loss(one.model.train(), dict(inputs)).item() for one in (trainer, plain)]
     assert values[0] < values[1] - 0.1
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, dict(inputs))
     assert trainer._metrics["train"]["mean_choice_entropy"]
 
 
