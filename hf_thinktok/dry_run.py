@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer
 
 from ._compat import FakeTensorMode
-from .architectures import HALF, drops_attention
-from .attention import RUN_LENGTH_ELSEWHERE, TreeMask, by_kernels, run_length
+from .architectures import drops_attention
+from .attention import TreeMask, by_kernels, run_length
 from .config import ThinkTokConfig
 from .engine import ReplicatedEngine, TreeEngine
 from .forks import choose_forks, eligible_forks
@@ -143,8 +143,9 @@ class DryRun:
 
     def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, device: torch.device, autocast: torch.dtype | None, gradient_share: float):
         self.model, self.vocabulary, self.args, self.device, self.autocast_type = model, vocabulary, args, device, autocast
-        can_flex = device.type == "cuda" and not drops_attention(model.config)
-        self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(None if args.torch_compile else run_length(device), can_flex)
+        length = None if args.torch_compile else run_length(device)
+        can_flex = length is not None and device.type == "cuda" and not drops_attention(model.config)
+        self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(length, can_flex)
         model.register_forward_pre_hook(self._take_masks, with_kwargs=True)
         self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gradient_share)
         self._make_fake()
@@ -243,11 +244,9 @@ class DryRun:
         """The keys and values that are kept for the next rollout, whose passes are replayed on them (`TreeEngine.room`, for a process that has the model)."""
         if self.device.type != "cuda" or self.args.memory == "persistent" or self.args.thoughts == "text" or Phase.THOUGHTS not in rollout:
             return 0
-        branching, dtype = rows.tree.branching, self.autocast_type or self.model.dtype
-        capacity = rows.tree.trunk_length + rows.tree.num_forks * branching.num_generations * (branching.max_length - 1)
-        in_blocks = isinstance(self.engine, TreeEngine) and self.engine.flex and not self.args.torch_compile and dtype in HALF
-        in_one_mask = in_blocks or capacity <= RUN_LENGTH_ELSEWHERE
-        return rollout[Phase.THOUGHTS][Part.CACHE] if in_one_mask else 0
+        capacity = rows.tree.branching.num_decoded(rows.tree.trunk_length, rows.tree.num_forks)
+        replayed = self.engine.can_replay(self.model, capacity, self.autocast_type or self.model.dtype)
+        return rollout[Phase.THOUGHTS][Part.CACHE] if replayed else 0
 
     def gradient_pass(self, rows: Rows) -> dict[str, int]:
         args = self.args

@@ -71,6 +71,10 @@ class _Engine:
 
     dtype: torch.dtype | None = None
 
+    def can_replay(self, model, capacity: int, dtype: torch.dtype) -> bool:
+        """Whether a rollout's passes over so many nodes of a row can be replayed, where there is a device for it."""
+        return False
+
     @contextlib.contextmanager
     def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
         """A place for the keys and values of a rollout's passes, where they can be replayed; see `hf_thinktok.replay`.
@@ -161,12 +165,15 @@ class TreeEngine(_Engine):
     def _mask(self, model, see: See, query_positions_BQ: Tensor, key_positions_BC: Tensor, flex: bool, speaks: bool = False) -> Tensor | dict[str, Tensor]:
         return attention_inputs(see, query_positions_BQ, key_positions_BC, _config(model, speaks), self._dtype(model), self.run_length, flex)
 
+    def can_replay(self, model, capacity: int, dtype: torch.dtype) -> bool:
+        # Not several runs, whose stretches differ from step to step.
+        in_one_mask = capacity <= (self.run_length or RUN_LENGTH_ELSEWHERE) or (self.flex and dtype in HALF)
+        return in_one_mask and _can_be_captured(model)
+
     @contextlib.contextmanager
     def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
         local, dtype = _local(model), self._dtype(model)
-        # Not several runs, whose stretches differ from step to step.
-        in_one_mask = capacity <= (self.run_length or RUN_LENGTH_ELSEWHERE) or (self.flex and dtype in HALF)
-        if not _can_be_captured(local) or not in_one_mask or local.device.type not in REPLAYED:
+        if local.device.type not in REPLAYED or not self.can_replay(local, capacity, dtype):
             yield None
             return
         capacity = -(-capacity // 8) * 8  # so that a copied mask's rows are where kernels want them

@@ -8,6 +8,7 @@ Bytes throughout.
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,10 +101,9 @@ def plan(
                 scored, drawn = (Rows(args, args.per_device_eval_batch_size, groups * args.num_generations) for groups in (2, 1))
                 evaluated = {Phase.EVALUATION: run.evaluation(scored)} | (rollout := run.rollout(drawn))
                 kept += run.stays(drawn, rollout)
-            kept = 0 if sharding.shards or (gpu_gib is not None and kept > LARGEST_SHARE * gpu_gib * 2**30) else kept
-            for one in (*parts.values(), *evaluated.values()):
-                if kept:
-                    one[Part.CACHE] = max(one.get(Part.CACHE, 0), kept)
+            limit = 0 if sharding.shards else math.inf if gpu_gib is None else LARGEST_SHARE * gpu_gib * 2**30
+            for one in (*parts.values(), *evaluated.values()) if kept <= limit else ():
+                one[Part.CACHE] = max(one.get(Part.CACHE, 0), kept)
             phases = {phase: sharding(phase, parts[phase]) for phase in parts}
             if evaluated:
                 phases[Phase.EVALUATION] = max((sharding(phase, evaluated[phase]) for phase in evaluated), key=lambda found: sum(found.values()))

@@ -221,7 +221,7 @@ def sample_thoughts(
     tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
 
     # Thoughts that stay are thought in passes of other lengths each time, and what is written comes from a generator of its own.
-    same_shapes, capacity = not branching.persistent and draw is None, tokens_BT.shape[1] + num_forks * groups * (length - 1)
+    same_shapes, capacity = not branching.persistent and draw is None, branching.num_decoded(tokens_BT.shape[1], num_forks)
     with evaluating(model), engine.room(model, batch, capacity) if same_shapes else contextlib.nullcontext() as room:
         decode = engine.decoder(model, room)
         done_B1 = torch.full((batch, 1), -1, device=device)

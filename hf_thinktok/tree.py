@@ -49,6 +49,10 @@ class Branching:
     def width(self) -> int:
         return self.max_length + self.num_reading
 
+    def num_decoded(self, trunk_length: int, num_forks: int) -> int:
+        """Nodes of a row that a rollout runs: the text, and of each thought all tokens but the last, which nothing is drawn from."""
+        return trunk_length + num_forks * self.num_generations * (self.max_length - 1)
+
 
 def before(values_BT: Tensor, places_BKH: Tensor) -> Tensor:
     """What stands at the token before each place: its prediction of it. Before the first token, which nothing judges, that one's own."""
