@@ -73,7 +73,7 @@ class ValueBaseline:
         self.moments: Tensor | None = None  # sums over forks of (1, x, y) times (1, x), each weighted by its age
 
     def __call__(self, hidden_BKD: Tensor, rewards_BK: Tensor, valid_BK: Tensor, share: float = 1.0) -> Tensor:
-        """The expected reward of each fork, nats; then learns from what it was. The first batch of all is expected to earn its mean.
+        """The expected reward of each fork, nats; then learns from what it was. The first batch with any is expected to earn its mean.
 
         Args:
             share: of an optimizer step, which this batch is.
@@ -84,14 +84,14 @@ class ValueBaseline:
         new_CC = self.reduce(row_MC.T @ row_MC)
         first = self.moments is None
         old_CC = new_CC if self.moments is None else self.moments.to(new_CC)  # a checkpoint's are in main memory
-        count = old_CC[0, 0].clamp(min=1)
+        count = old_CC[0, 0].clamp(min=torch.finfo(old_CC.dtype).tiny)  # a mean over ranks, which may be below 1
         mean_C = old_CC[0] / count
         covariance_CC = old_CC / count - mean_C.outer(mean_C)
         gram_DD = covariance_CC[1:-1, 1:-1]
         damping = self.ridge * gram_DD.diagonal().mean() + EPSILON
         slope_D = torch.linalg.solve(gram_DD + damping * torch.eye(len(gram_DD), device=gram_DD.device), covariance_CC[1:-1, -1])
         values_M = mean_C[-1] + (x_MD - mean_C[1:-1]) @ (torch.zeros_like(slope_D) if first else slope_D)
-        if torch.isfinite(new_CC).all():  # one reward that is not finite skips its step, and is forgotten
+        if torch.isfinite(new_CC).all() and new_CC[0, 0] > 0:  # one reward that is not finite skips its step, and is forgotten
             self.moments = new_CC if first else self.decay**share * old_CC + new_CC
         return values_M.view_as(rewards_BK)
 

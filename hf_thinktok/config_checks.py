@@ -24,6 +24,7 @@ FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report (`GainByDocument`), that of which the best model has least.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
+LENGTHS_VARY = ", and under blind max_think_length above 1"
 POLICY_LEARNS = "think_loss_weight above 0, and freeze=none or speaker"
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
@@ -307,14 +308,18 @@ def check_effect(config: "ThinkTokConfig") -> None:
     """What would do nothing."""
     thinker_learns, speaker_learns = config.freeze != "thinker", config.freeze != "speaker"
     gate_learns = thinker_learns and config.stop == "learned" and config.gate_loss_weight > 0
+    lengths_vary = config.max_think_length > 1 or not config.blind  # under blind the first token is always thought
     effects = {
         "prompt_length": (config.rollout == "free", "rollout=free"),
         "fork_markers": (config.fork_positions == "markers", "fork_positions=markers"),
         "num_forks": (config.fork_positions != "all", "a fork_positions other than all"),
-        "stop_smoothing": (config.stop == "learned", "stop=learned"),
-        "gate_loss_weight": (config.stop == "learned", "stop=learned"),
-        "detach_gate": (gate_learns, "stop=learned and gate_loss_weight above 0"),
-        "think_cost": (config.stop != "fixed", "stop=learned or stop=sampled (with stop=fixed every thought costs the same)"),
+        "stop": (config.stop != "sampled" or lengths_vary, "max_think_length above 1 under blind, where the first token is always thought"),
+        **dict.fromkeys(("stop_smoothing", "gate_loss_weight"), (config.stop == "learned" and lengths_vary, f"stop=learned{LENGTHS_VARY}")),
+        "detach_gate": (gate_learns and lengths_vary, f"stop=learned and gate_loss_weight above 0{LENGTHS_VARY}"),
+        "think_cost": (
+            config.stop != "fixed" and lengths_vary,
+            f"stop=learned or stop=sampled{LENGTHS_VARY} (with stop=fixed every thought costs the same)",
+        ),
         "advantage": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
         "posterior_temperature": (config.objective == "marginal", "objective=marginal"),
         "posterior_smoothing": (config.objective == "marginal", "objective=marginal"),
@@ -322,7 +327,10 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "speaker_learning_rate": (config.policies == "split", "policies=split"),
         "search_random": (ever(config.search), "search"),
         "markovian_share": (config.max_think_length > 1, "max_think_length above 1"),
-        "search_changes": (ever(config.search) and config.search_random > 0, "search and search_random"),
+        "search_changes": (
+            ever(config.search) and config.search_random > 0 and (config.search_changes or 0) < config.max_think_length,
+            "search, search_random, and max_think_length above it (else all of a thought is redrawn, as without it)",
+        ),
         **dict.fromkeys(("coverage_where", "coverage_decay"), (ever(config.coverage_coef), "coverage_coef")),
         "coverage_coef": (
             config.objective == "marginal" or (config.policy_learns and config.advantage != "token") or ever(config.search),

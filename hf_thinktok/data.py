@@ -240,14 +240,15 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
         if wrong := [number for number in numbers if not isinstance(number, int) or number < 0]:
             whole = "lists of whole numbers" if column == "thoughts" else "whole numbers"
             raise ValueError(f"The {name} data set's column {column!r} has {wrong[0]!r} where {whole} from 0 are due: mend it, or drop or rename the column.")
+        if args.blind and column == "think_length" and numbers is values and 0 in numbers:  # in a list it is a place without a fork
+            raise ValueError(
+                f"The {name} data set has a think_length of 0, and under blind nothing can be said without a thought: give each row 1 or more, or set "
+                "blind=False."
+            )
         found[column] = values if column == "thoughts" else numbers
     if (longest := max(found.get("think_length", ()), default=0)) > args.max_think_length:
         raise ValueError(
             f"The {name} data set asks for thoughts of {longest} tokens (column think_length): set max_think_length={longest}, or drop the column."
-        )
-    if args.blind and 0 in found.get("think_length", ()):
-        raise ValueError(
-            f"The {name} data set has a think_length of 0, and under blind nothing can be said without a thought: give each row 1 or more, or set blind=False."
         )
     if not args.supply_thoughts:
         return

@@ -73,7 +73,7 @@ class Coverage:
         """Counts the thoughts of a batch, `valid` `[...]`, which is a `share` of an optimizer step; `total` sums counts over ranks."""
         counts_C = total(torch.bincount(codes[valid].flatten(), minlength=self.size).float())
         thoughts = counts_C.sum().clamp(min=1) / codes.shape[-1]
-        kept = self.decay**share
+        kept = torch.where(counts_C.sum() > 0, self.decay**share, 1.0)  # a batch without forks says nothing
         self.frequency_C = kept * self.frequency_C + (1 - kept) * counts_C / thoughts
 
     def rarity(self, codes: Tensor) -> Tensor:

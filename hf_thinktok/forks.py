@@ -101,7 +101,7 @@ def may_think(args: "ThinkTokConfig", model: PreTrainedModel, inputs: dict[str, 
     eligible_BT = eligible_forks(labels_BT, inputs["documents"], unlabelled=args.reads_thinking) & has_room(args, model, inputs["documents"])
     if args.fork_positions != "markers":
         return eligible_BT
-    marked_BT = ends_of(markers, inputs["input_ids"])
+    marked_BT = ends_of(markers, inputs["input_ids"], inputs["documents"])
     if "think_length" in inputs and inputs["think_length"].ndim > 1:  # a number for each marked place, and none where it is 0
         marked_BT &= given_lengths(inputs["think_length"], marked_BT) > 0
     return eligible_BT & marked_BT
@@ -200,8 +200,9 @@ def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: C
     )
 
 
-def ends_of(markers: list[list[int]], tokens_BT: Tensor) -> Tensor:
-    """Positions where one of the markers (token id sequences) ends, `[B, T]` bool."""
+def ends_of(markers: list[list[int]], tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+    """Positions where one of the markers (token id sequences) ends, `[B, T]` bool: within a document, where rows have several."""
+    place_BT = document_positions(torch.zeros_like(tokens_BT) if documents_BT is None else documents_BT)
     single = [token for token, *more in markers if not more]
     found_BT = torch.isin(tokens_BT, torch.tensor(single, dtype=tokens_BT.dtype, device=tokens_BT.device))  # there may be many
     for marker in markers:
@@ -209,8 +210,6 @@ def ends_of(markers: list[list[int]], tokens_BT: Tensor) -> Tensor:
             continue
         matches_BT = torch.ones_like(found_BT)
         for back, token in enumerate(reversed(marker)):
-            here_BT = tokens_BT.roll(back, 1) == token
-            here_BT[:, :back] = False
-            matches_BT &= here_BT
+            matches_BT &= (tokens_BT.roll(back, 1) == token) & (place_BT >= back)
         found_BT |= matches_BT
     return found_BT

@@ -205,6 +205,7 @@ def thinking_loss(
     elif config.num_iterations > 1:  # of the model that drew them, for the iterations to come
         rollout.old_logps_BKGA, rollout.advantages_BKGL = logps_BKGA.detach(), advantages_BKGL
     diversity_loss, diversity_metrics = _diversity(scores, rollout, mask_BKGA[..., : rollout.thoughts_BKGL.shape[-1]], config, step, first_id)
+    diversity_loss = diversity_loss * scores.valid_BK.sum() / num_forks  # a mean over this rank's forks, of which it may have fewer than others
     if config.thoughts == "gumbel":  # the cross-entropy above reaches thoughts through what the speaker reads
         return loss + diversity_loss, metrics | diversity_metrics
     advantages_BKGA = advantages_BKGL.repeat(1, 1, 1, logps_BKGA.shape[-1] // advantages_BKGL.shape[-1])
@@ -232,11 +233,8 @@ def thinking_loss(
 
 def _turns(config: ThinkTokConfig, step: int) -> tuple[float, float]:
     """Whether speaker and thinker learn at this step."""
-    speaks = thinks = True
-    if config.alternate is not None:
-        predicting, thinking = config.alternate
-        speaks = step % (predicting + thinking) < predicting
-        thinks = not speaks
+    speaks = config.alternate is None or step % sum(config.alternate) < config.alternate[0]
+    thinks = config.alternate is None or not speaks
     return float(speaks and config.freeze != "speaker"), float(thinks and config.freeze != "thinker")
 
 
@@ -276,7 +274,7 @@ def _metrics(
     thought_BKGL = torch.where(rollout.said_BKGL, rollout.thoughts_BKGL, -1)
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
-    spread_BK = rewards_BKG.std(-1) if rewards_BKG.shape[-1] > 1 else torch.zeros_like(rewards_BKG[..., 0])
+    spread_BK = rewards_BKG.std(-1, correction=min(1, rewards_BKG.shape[-1] - 1))
     # What the model would really do: with a learned stop, its own lengths.
     spoken_BKGH = speech.logps_BKGH if speech.gate_logps_BKG is None else speech.gate_logps_BKG[..., None]
     gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None])

@@ -120,15 +120,15 @@ def score_tree(
     rows_B1 = torch.arange(len(targets_BS), device=targets_BS.device)[:, None] * targets_BS.shape[1]
     extra = [HiddenInputs((nodes.flatten(1) + rows_B1).flatten()) for nodes in hidden.values()]
     passes = [Pass([head, *extra], tree.thinker_nodes if split else None)]
-    speaking: list[HeadInputs] = []
+    heads = [head]
     if len(speaker_nodes):  # under `blind` there is nothing to read before thinking starts
         spoken_M = (judged_BS & ~own_BS).flatten().nonzero()[:, 0]
-        speaking.append(HeadInputs(spoken_M, targets_BS.flatten()[spoken_M]))
-        passes.append(Pass([*speaking], speaker_nodes, speaks=True))
+        heads.append(HeadInputs(spoken_M, targets_BS.flatten()[spoken_M]))
+        passes.append(Pass(heads[-1], speaker_nodes, speaks=True))
     (out, *states), *spoken = run(passes)
     if gate:
         gates = gates.index_put((full_M,), out.gate_logit_M)
-    for inputs, one in zip([head, *speaking], [out, *(one for (one,) in spoken)], strict=True):
+    for inputs, one in zip(heads, [out, *spoken], strict=True):
         logps, correct = logps.index_put((inputs.nodes_M,), one.target_logps_M), correct.index_put((inputs.nodes_M,), one.correct_M.float())
 
     def at(values: Tensor, nodes: Tensor) -> Tensor:

@@ -40,9 +40,11 @@ def real_tokens_only(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> 
     return model.requires_grad_(False)
 
 
-def taught(teacher, inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """A batch whose labels are drawn from the teacher's predictions, wherever there was a label. Each document is a row of its own to the teacher."""
+def taught(teacher, inputs: dict[str, Any], vocabulary: ThinkingVocabulary, generator: torch.Generator) -> dict[str, Any]:
+    """A batch whose labels are drawn from the teacher's predictions, wherever there was a label. Each document is a row of its own to the teacher, which
+    reads the first token in place of one that it has not: the guard, should a text contain it."""
     tokens_BT, documents_BT = inputs["input_ids"], inputs["documents"]
+    tokens_BT = tokens_BT.where(tokens_BT < vocabulary.num_real, 0)
     there_BT, place_BT = documents_BT >= 0, document_positions(documents_BT)
     row_BT = ((there_BT & (place_BT == 0)).flatten().cumsum(0) - 1).view_as(tokens_BT)
     rows_M, places_M = row_BT[there_BT], place_BT[there_BT]

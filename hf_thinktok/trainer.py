@@ -283,7 +283,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             writing = unwrap_model_for_generation(model, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing)
             with autocast(self.accelerator), writing as writer:  # as in `_sample`: weights are cast once
                 inputs = own_text(writer, inputs, self.args.prompt_length, self.vocabulary, self._tokenizer.eos_token_id, generator)
-        return taught(self.teacher, inputs, generator)
+        return taught(self.teacher, inputs, self.vocabulary, generator)
 
     def _rollout(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, turn: int, step: int) -> Rollout:
         """Thoughts for this batch: new ones, or with `num_iterations` those of the iteration before."""
@@ -455,8 +455,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         return actions(scores, rollout, self.args)[0].detach()
 
     def get_batch_samples(self, *args, **kwargs):
-        """Counts the forks of each of a step's batches as well, over all processes, as the base class counts tokens: a step's loss is a mean over all of them,
-        however its rows are divided. `Trainer` divides the loss by the number of batches where it counts no tokens."""
+        """Counts the forks of each of a step's batches as well (of the data's text, before `rollout: free` writes another), over all processes, as the base class
+        counts tokens: a step's loss is a mean over all of them, however its rows are divided. `Trainer` divides it by the batches where it counts no tokens."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         config, self._weights = self.args, None
         if config.thinks and len(batches) > 1 and self.state.global_step >= config.think_start:

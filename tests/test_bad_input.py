@@ -276,6 +276,10 @@ NO_EFFECT = [
     ({"speaker_learning_rate": 1e-3}, ["speaker_learning_rate=0.001", "policies=split"]),
     ({"search_random": 0.1}, ["search_random=0.1", "search"]),
     ({"search_changes": 1}, ["search_changes=1", "search"]),
+    ({"search_changes": 4, "search": 8, "max_think_length": 4, "stop": "fixed"}, ["search_changes=4", "max_think_length above it"]),
+    ({"blind": True, "max_think_length": 1, "stop": "sampled"}, ["stop='sampled'", "under blind"]),
+    ({"blind": True, "max_think_length": 1, "think_cost": 0.1}, ["think_cost=", "under blind max_think_length above 1"]),
+    ({"blind": True, "max_think_length": 1, "detach_gate": True}, ["detach_gate=True", "under blind max_think_length above 1"]),
     ({"coverage_decay": 0.1}, ["coverage_decay=0.1", "coverage_coef"]),
     ({"coverage_of": "token"}, ["coverage_of='token'", "coverage_coef"]),
     ({"coverage_of": "token", "coverage_coef": [0.1], "max_think_length": 1}, ["coverage_of='token'", "max_think_length above 1"]),
@@ -1045,6 +1049,15 @@ def test_data_that_does_not_fit_the_thoughts(train, options, columns, words):
     with pytest.raises(ValueError, match=words[0]) as error:
         train(train_dataset=thoughtful(**columns), options={"stop": "fixed", "num_forks": 1} | options)
     one_sentence(error, *words)
+
+
+def test_a_place_without_a_thought_is_nothing_to_blind(make_trainer):
+    """In a list a length of 0 says that nobody thinks there, so nothing has to be said without a thought."""
+    rows = Dataset.from_dict({"text": ["3 + 4 = 7, and 7 + 5 = 12"] * 2, "think_length": [[1, 0], [2, 1]]})
+    options = {"stop": "fixed", "num_forks": 2, "blind": True, "fork_positions": "markers", "fork_markers": [" ="], "max_think_length": 2}
+    trainer = make_trainer(train_dataset=rows, max_steps=1, **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["think_length"] == pytest.approx(4 / 3)
 
 
 def test_a_curriculum_needs_levels(make_trainer):

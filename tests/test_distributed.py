@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(600)  # DeepSpeed compiles a part of itself the
 NO_COMPILER = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="DeepSpeed compiles a part of itself, and there is no compiler")
 ZERO = {name: pytest.param(name, marks=NO_COMPILER) for name in ("zero1", "zero2", "zero3")}
 
+BATCHES_OF_ONE = {"per_device_train_batch_size": 1}  # of two ranks, one of a longer row
 # Running statistics (coverage, the value baseline) are over all ranks' batches, so they see more at once than one process does: not among these.
 CASES = {
     "learned stop": {},
@@ -47,8 +48,18 @@ CASES = {
         "save_steps": 3,
     },
     "text thoughts": {"thoughts": "text", "stop": "fixed", "max_think_length": 4, "lookahead": 2, "think_loss_type": "dapo"},
+    "varied thoughts, of which one process may have none": {
+        "fork_positions": "markers",
+        "fork_markers": [" =", " at"],
+        "num_forks": 8,
+        "stop": "fixed",
+        "balance_coef": 1.0,
+        "thought_entropy_target": 0.5,
+        "learning_rate": 0.05,
+        "max_steps": 4,
+        **BATCHES_OF_ONE,
+    },
 }
-BATCHES_OF_ONE = {"per_device_train_batch_size": 1}  # of two ranks, one of a longer row
 EPOCHS = {"num_train_epochs": 2, "max_steps": -1}
 UNEVEN = {
     "a short batch": {"per_device_train_batch_size": 3, **EPOCHS},

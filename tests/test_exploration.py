@@ -85,6 +85,8 @@ def test_frequencies_are_a_running_average_and_the_rare_are_worth_more():
     assert coverage.frequency_C[1].item() == pytest.approx(0.75 * second)
     rarity = coverage.rarity(torch.tensor([[0], [1]]))
     assert rarity.tolist() == pytest.approx([-math.log(0.75 * first + 0.25), -math.log(0.75 * second)])
+    coverage.update(codes, torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(coverage.rarity(torch.tensor([[0], [1]])), rarity), "a batch without thoughts changes nothing"
     again = Coverage(4, 1, 0.75, CPU)
     again.load_state_dict(coverage.state_dict())
     assert torch.equal(again.rarity(codes), coverage.rarity(codes))

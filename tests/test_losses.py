@@ -344,6 +344,16 @@ def test_a_value_baseline_foresees_what_hidden_states_tell():
     assert torch.equal(again(hidden, rewards, valid), expected)
 
 
+def test_a_value_baseline_begins_with_the_first_fork_that_is_there():
+    """A batch without one says nothing, and one of four ranks with a single one has its reward as the mean."""
+    hidden, rewards = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([[-5.0, -4.0, -6.0], [-5.5, -4.5, -5.0]])
+    value, none = ValueBaseline(), torch.zeros(2, 3, dtype=torch.bool)
+    value(hidden, rewards, none)
+    torch.testing.assert_close(value(hidden, rewards, ~none), torch.full((2, 3), -5.0))
+    of_four = ValueBaseline(lambda sums: sums / 4)
+    torch.testing.assert_close(of_four(hidden[:1, :1], rewards[:1, :1], ~none[:1, :1]), torch.tensor([[-5.0]]))
+
+
 def test_a_value_baseline_remembers_as_many_steps_in_however_many_batches_they_come():
     generator, whole, parts = torch.Generator().manual_seed(0), ValueBaseline(), ValueBaseline()
     for _ in range(60):

@@ -39,7 +39,7 @@ def test_labels_are_drawn_as_the_teacher_predicts(make):
     labels[0, 2] = -100
     inputs = {"input_ids": ids, "documents": documents, "labels": labels}
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.stack([taught(trainer.teacher, inputs, generator)["labels"] for _ in range(4000)])
+    drawn = torch.stack([taught(trainer.teacher, inputs, trainer.vocabulary, generator)["labels"] for _ in range(4000)])
     starts = {(0, 0), (0, 4), (1, 0)}
     for row, place in np.ndindex(2, 9):
         if documents[row, place] < 0 or (row, place) in starts or (row, place) == (0, 2):
@@ -57,10 +57,24 @@ def test_packed_documents_cost_the_teacher_no_more_than_their_own_length(make):
     widths = []
     trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     ids = torch.randint(10, 200, documents.shape)
-    taught(trainer.teacher, {"input_ids": ids, "documents": documents, "labels": ids}, torch.Generator())
+    taught(trainer.teacher, {"input_ids": ids, "documents": documents, "labels": ids}, trainer.vocabulary, torch.Generator())
     nothing = torch.full_like(documents, -1)
-    taught(trainer.teacher, {"input_ids": ids, "documents": nothing, "labels": torch.full_like(ids, -100)}, torch.Generator())
+    taught(trainer.teacher, {"input_ids": ids, "documents": nothing, "labels": torch.full_like(ids, -100)}, trainer.vocabulary, torch.Generator())
     assert widths == [(12, 3), (1, 1)], "and a rank without text makes its pass"
+
+
+def test_a_text_that_looks_like_a_thought_has_a_teacher(make):
+    """Its tokenizer has the guard for it, of which the teacher has no row."""
+    trainer, teacher = make("fork")
+    rows = torch.tensor([[10, 11, trainer.vocabulary.guard_id, 12], [10, 11, 0, 12]])
+    labels = rows.where(rows < trainer.vocabulary.num_real, -100)
+    assert teacher.get_input_embeddings().num_embeddings <= trainer.vocabulary.guard_id
+    found = [
+        taught(trainer.teacher, {"input_ids": row, "documents": torch.zeros_like(row), "labels": labels[:1]}, trainer.vocabulary, torch.Generator())["labels"]
+        for row in rows[:, None]
+    ]
+    assert torch.equal(*found)
+    assert (found[0] >= 0).tolist() == [[False, True, False, True]]
 
 
 def test_own_text_is_what_the_model_writes_without_its_thoughts(make):

@@ -199,6 +199,12 @@ def test_a_marker_is_found_in_a_token_that_ends_with_it():
     assert found.tolist() == [[False, True, False, False, False, True, False]]
 
 
+def test_a_marker_is_found_within_one_document():
+    tokens, documents = torch.tensor([[1, 5, 6, 5, 6, 5]]), torch.tensor([[0, 0, 0, 0, 1, 1]])
+    assert ends_of([[5, 6]], tokens).tolist() == [[False, False, True, False, True, False]]
+    assert ends_of([[5, 6]], tokens, documents).tolist() == [[False, False, True, False, False, False]]
+
+
 def test_packed_documents_do_not_see_each_other(make_trainer):
     rows = Dataset.from_dict({"text": CORPUS[:4]})
     packed = make_trainer(num_forks=0, packing=True, eval_packing=True, max_length=64, per_device_eval_batch_size=4, eval_dataset=rows, train_dataset=rows)

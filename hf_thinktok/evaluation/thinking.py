@@ -5,7 +5,7 @@ Shape suffixes as in tree.py; S samples, F forks of the whole text.
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,7 +194,7 @@ def evaluate_thinking(
     engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), max(len(ids) for _, ids in rows), num_forks)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
-    batches = list(_batches(rows, batch_size, tokenizer.pad_token_id or 0, base.device))
+    batches = [padded(rows[start : start + batch_size], tokenizer.pad_token_id or 0, base.device) for start in range(0, len(rows), batch_size)]
     with evaluating(model):
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
@@ -302,11 +302,6 @@ def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_documen
     if not rows:
         raise ValueError("There is no text to evaluate on: no document has two tokens.")
     return rows, num_bytes, num_tokens
-
-
-def _batches(rows: list[tuple[int, list[int]]], batch_size: int, pad: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(rows), batch_size):
-        yield padded(rows[start : start + batch_size], pad, device)
 
 
 def padded(rows: list[tuple[int, list[int]]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
