@@ -455,8 +455,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         return actions(scores, rollout, self.args)[0].detach()
 
     def get_batch_samples(self, *args, **kwargs):
-        """Counts the forks of each of a step's batches as well (of the data's text, before `rollout: free` writes another), over all processes, as the base class
-        counts tokens: a step's loss is a mean over all of them, however its rows are divided. `Trainer` divides it by the batches where it counts no tokens."""
+        """Counts the forks of each of a step's batches too (in the data's text, whatever `rollout: free` makes of it), over all processes, as the base class
+        counts tokens: a step's loss is a mean over all, however its rows are divided. `Trainer` divides it by the batches where it counts no tokens."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         config, self._weights = self.args, None
         if config.thinks and len(batches) > 1 and self.state.global_step >= config.think_start:
