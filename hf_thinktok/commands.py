@@ -61,18 +61,18 @@ def read_recipe(words: list[str], *kinds: type) -> tuple:
     """A training recipe's options, those of some kinds; whatever else its file says is of no concern here."""
     from trl import TrlParser
 
-    from .recipe_options import command_line, parse
+    from .recipe_options import command_line, parse, refuse_option
 
-    words = command_line(words)
+    words, parser = command_line(words), TrlParser(kinds, allow_abbrev=False)
     try:
         with warnings.catch_warnings(action="ignore"):
-            options, _, unknown = parse(TrlParser(kinds, allow_abbrev=False), words)
+            options, _, unknown = parse(parser, words)
+        if unknown:
+            refuse_option(parser, unknown[0], "The command line")
     except YAMLError as error:
         raise UsageError("--config needs a YAML file.") from error
     except ValueError as error:
         raise UsageError(first_line(error)) from error
-    if unknown:
-        raise UsageError(f"There is no option {unknown[0]}.")
     return tuple(options)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
+from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_folder, check_reporters, check_run, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -316,6 +316,7 @@ class ThinkTokConfig(SFTConfig):
         if self.packing and self.eval_packing is None:
             self.eval_packing = False  # forks are counted in rows, and gains are over documents
         check_values(self, ThinkTokConfig.__annotations__)
+        check_folder(self.output_dir)
         if self.num_think_tokens != 0:
             check_text(self)
         elif self.think_init_words:
@@ -325,7 +326,7 @@ class ThinkTokConfig(SFTConfig):
         if self.thinks:
             check_fit(self)
             check_effect(self)
-            if self.max_steps > 0:  # else it is known when the data is
+            if self.max_steps >= 0:  # else it is known when the data is
                 check_run(self, self.max_steps)
         # Where there is nothing but a CPU, or the launcher asks for it, bf16 and devices follow without another option.
         self.use_cpu: bool = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()

@@ -1,9 +1,12 @@
 """What a `ThinkTokConfig` is refused for, each with the sentence that mends it: impossible values, options that cannot go together, or do nothing."""
 
+import difflib
 import math
+import os
 from collections.abc import Collection
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -24,6 +27,7 @@ FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report (`GainByDocument`), that of which the best model has least.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
+EVALUATED = ("loss", "gain", "gain_over_random", *LESS_IS_BETTER)
 LENGTHS_VARY = ", and under blind max_think_length above 1"
 POLICY_LEARNS = "think_loss_weight above 0, and freeze=none or speaker"
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
@@ -71,6 +75,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 1,
+        "dataloader_num_workers": 0,
     }
     _check_numbers(config, (*(name for name in least if name in own), "num_think_tokens", "lookahead", "search_changes", "alternate"))
     for name, bound in least.items():
@@ -125,9 +130,23 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         )
 
 
+def check_folder(folder: str | None) -> None:
+    """Where a run writes, which else shows once the model is loaded."""
+    if folder is None:  # transformers has a name for it
+        return
+    if not folder:
+        raise ValueError("output_dir is empty: name a folder.")
+    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir={folder}: nothing can be written to {there}. Name another folder.")
+
+
 def check_reporters(config: "ThinkTokConfig") -> None:
     """What is missing there transformers says in a stack trace, once the model is loaded."""
     for name in config.report_to:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            near = difflib.get_close_matches(str(name), INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
+            raise ValueError(f"report_to={name} is not known: set {near}, another that transformers reports to, or none.")
         if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):  # whose package it does not look for
             raise ValueError(f"report_to={name}: its package is not installed. Install it, or set report_to=none.")
 
@@ -299,7 +318,8 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
         RunError: it has no step, or is over before thinking begins.
     """
     if steps < 1:
-        raise RunError(f"num_train_epochs={config.num_train_epochs} is a run of no step: set num_train_epochs above 0, or max_steps.")
+        named = "max_steps=0" if config.max_steps == 0 else f"num_train_epochs={config.num_train_epochs}"
+        raise RunError(f"{named} is a run of no step: set num_train_epochs above 0, or max_steps.")
     if config.think_start >= steps:
         raise RunError(f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0.")
 

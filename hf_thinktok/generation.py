@@ -172,7 +172,10 @@ class ThinkingBudget(LogitsProcessor):
         by_gate: bool = False,
     ):
         if not isinstance(vocabulary, ThinkingVocabulary):
-            raise ValueError(f"vocabulary must be a ThinkingVocabulary, such as ThinkingVocabulary.from_config(model.config); got {vocabulary!r}.")
+            raise ValueError(
+                "vocabulary must be a ThinkingVocabulary, such as ThinkingVocabulary.from_config(model.config), or of an adapter "
+                f"ThinkingVocabulary.stored_in(its folder); got {vocabulary!r}."
+            )
         if not isinstance(min_think_length, int) or min_think_length < 0:
             raise ValueError(f"min_think_length must be an integer, 0 or more; got {min_think_length!r}.")
         for name, value in (("max_think_length", max_think_length), ("max_total_think", max_total_think), ("prompt_length", prompt_length)):

@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
+import difflib
 import json
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from trl import ModelConfig, clone_chat_template
 from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
-from .config_checks import POLICY_LEARNS, REWARDED_BY_FUNCTIONS
+from .config_checks import EVALUATED, POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
@@ -32,6 +34,8 @@ from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 logger = logging.getLogger(__name__)
 
+# How the options of TRL's that are an adapter's begin.
+OF_ADAPTERS = ("lora_", "use_rslora", "use_dora")
 # What tokenizers split in different ways: digits, apostrophes, white space, a letter with its accent apart.
 SPLIT_TEXT = "It's 12345, isn't it?\n\n  Yes: a b_c\t(x) cafe\u0301 ."
 
@@ -48,6 +52,9 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
     if isinstance(eval_dataset, dict) and best and args.chooses_best and not best.startswith(tuple(f"{name}_" for name in eval_dataset)):
         one = next(iter(eval_dataset), "")
         raise ValueError(f"metric_for_best_model={best} is of no eval_dataset, which are {', '.join(eval_dataset)}: set metric_for_best_model={one}_{best}.")
+    near = difflib.get_close_matches(best, EVALUATED, n=1, cutoff=0.7)  # a trainer of one's own may have more
+    if args.thinks and args.chooses_best and not isinstance(eval_dataset, dict) and best not in EVALUATED and near:
+        raise ValueError(f"metric_for_best_model={args.metric_for_best_model} is not known; did you mean {near[0]}?")
     if skips_preparing(args):
         given = {name: getattr(args, name) for name in ("packing", "eval_packing", "shuffle_dataset", "completion_only_loss")}
         for name, value in ({"formatting_func": formatting_func} | given).items():
@@ -160,7 +167,14 @@ def _check_learners(args: ThinkTokConfig, model, speaker) -> None:
 
 
 def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What TRL's model options and `model_init_kwargs` say to `from_pretrained`."""
+    """What TRL's model options and `model_init_kwargs` say to `from_pretrained`.
+
+    Raises:
+        ValueError: there are options of an adapter, and no adapter.
+    """
+    given = [entry.name for entry in fields(ModelConfig) if entry.name.startswith(OF_ADAPTERS) and getattr(model, entry.name) != entry.default]
+    if given and not model.use_peft:
+        raise ValueError(f"{given[0]} has no effect without use_peft, which trains an adapter: set use_peft, or leave it out.")
     told = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     return {name: value for name, value in told.items() if value is not None} | (more or {})
 
@@ -232,6 +246,8 @@ def load_model(
         if isinstance(model, str):
             check_no_adapter(model, **{name: where[name] for name in ("revision", "subfolder") if name in where})
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
+    if isinstance(model, str) and args.resume_from_checkpoint is None and Path(model).is_dir() and Path(args.output_dir).absolute() == Path(model).absolute():
+        raise ValueError(f"output_dir={args.output_dir} is the model's own folder, which would be written over: name another.")
     check_supported(config)
     if tokenizer is None:
         tokenizer = load_tokenizer(model if isinstance(model, str) else config._name_or_path, **where)

@@ -86,8 +86,27 @@ def read_options(parser: TrlParser, words: Sequence[str] | None = None) -> tuple
     words = command_line() if words is None else words
     options, of_file, of_line = parse(parser, words)
     if of_file or of_line:
-        where = words[words.index("--config") + 1] if of_file else "The command line"
-        name = (of_file or of_line)[0].split("=")[0].removeprefix("--")
-        near = difflib.get_close_matches(name, [word.removeprefix("--") for action in parser._actions for word in action.option_strings], n=1)
-        raise ValueError(f"{where} has the option {name}, which is not known" + (f"; did you mean {near[0]}?" if near else "."))
+        refuse_option(parser, (of_file or of_line)[0], words[words.index("--config") + 1] if of_file else "The command line")
     return tuple(options)
+
+
+def read_config(kinds: Sequence[type], config: dict[str, Any], where: str) -> tuple[Any, ...]:
+    """The dataclasses as a config tells them.
+
+    Args:
+        where: what the config is of, as the beginning of a sentence.
+
+    Raises:
+        ValueError: an option is not known, of which the nearest is named, or a value cannot be.
+    """
+    parser = TrlParser(kinds, allow_abbrev=False)
+    if unknown := parser.set_defaults_with_config(**config):
+        refuse_option(parser, unknown[0], where)
+    return parser.parse_args_into_dataclasses([])
+
+
+def refuse_option(parser: TrlParser, option: str, where: str) -> None:
+    """Raises a ValueError that names the nearest option that is known."""
+    name = option.split("=")[0].removeprefix("--")
+    near = difflib.get_close_matches(name, [word.removeprefix("--") for action in parser._actions for word in action.option_strings], n=1)
+    raise ValueError(f"{where} has the option {name}, which is not known" + (f"; did you mean {near[0]}?" if near else "."))

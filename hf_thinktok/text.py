@@ -1,7 +1,7 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
 from dataclasses import dataclass, field, replace
-from glob import escape, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -44,18 +44,26 @@ class TextArguments:
         for name, least in (("max_documents", 1), ("held_out_documents", 0), ("test_documents", 0)):
             if (count := getattr(self, name)) is not None and count < least:
                 raise ValueError(f"{name}={count} must be at least {least}.")
+            if count == 1 and least == 0:
+                raise ValueError(f"{name}=1 is too few for an interval over documents: give 2 or more, or 0 for none.")
         if isinstance(self.data_files, str):
             self.data_files = [self.data_files]
         for name in self.data_files or []:
-            if not (Path(name).exists() or has_magic(name) or "://" in name):
+            if Path(name).is_dir():
+                raise ValueError(f"data_files names {name}, which is a folder: give the files in it, as in '{name}/*.jsonl', or dataset_name={name}.")
+            if not (Path(name).exists() or "://" in name or (has_magic(name) and glob(name, recursive=True))):
                 raise ValueError(f"data_files names {name}, and there is no such file: give its path from here, {Path.cwd()}, or a whole one.")
         if self.data_files and all(Path(name).is_file() and not Path(name).stat().st_size for name in self.data_files):
             raise ValueError(f"data_files has no text: {', '.join(self.data_files)} is empty.")
         if len(kinds := {kind_of(name) for name in self.data_files or []}) > 1:
             raise ValueError(f"data_files has files of several kinds ({', '.join(sorted(kinds))}): give files of one.")
+        if self.sample_by != "line" and kinds != {"text"}:
+            raise ValueError(f"sample_by={self.sample_by} has no effect here: it says what a document of a .txt file in data_files is. Leave it out.")
         given = [name for name in OF_DATA_SETS if getattr(self, name) != default_of(TextArguments, name)]
         if given and self.dataset_name == STANDARD_LIBRARY and not self.data_files:
             raise ValueError(f"{given[0]} has no effect with dataset_name={STANDARD_LIBRARY}, which is one text: leave it out.")
+        if self.text_template is not None and not columns_named(self.text_template):
+            raise ValueError(f"text_template={self.text_template!r} names no column, so that all documents would be alike: name one, as in '{{question}}'.")
         if self.text_template:  # from a shell they come as two characters each
             self.text_template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
 
@@ -65,6 +73,11 @@ class PretrainArguments(TextArguments):
     """The text that recipes/pretrain_think.py trains on, and what is reported of it."""
 
     report_documents: int = field(default=1, metadata={"help": "Held-out documents that the report shows token by token; 0: none."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.report_documents < 0:
+            raise ValueError(f"report_documents={self.report_documents} must be at least 0.")
 
 
 @dataclass
@@ -92,14 +105,21 @@ def kind_of(file: str) -> str:
 
 def load_text(script: TextArguments) -> Dataset | IterableDataset:
     """Rows with a `text` column. Rows without text are dropped: where it is empty or no string, or where a column that makes it is null."""
+    try:
+        return _rows_with_text(script)
+    except UnicodeDecodeError as error:  # some readers look at bytes when they are asked for
+        raise ValueError(f"{', '.join(script.data_files or [str(script.dataset_name)])} cannot be read as text in UTF-8: {error}.") from error
+
+
+def _rows_with_text(script: TextArguments) -> Dataset | IterableDataset:
     if script.data_files:
         kind = kind_of(script.data_files[0])
         options = {"sample_by": script.sample_by} if kind == "text" else {}
         files = [escape(name) if Path(name).exists() else name for name in script.data_files]
         try:
             text = load_dataset(kind, data_files=files, split="train", streaming=script.dataset_streaming, **options)
-        except DatasetGenerationError as error:
-            raise ValueError(f"{', '.join(script.data_files)} cannot be read as {kind}: {error.__cause__}") from error
+        except (DatasetGenerationError, EOFError, OSError, ValueError) as error:
+            raise ValueError(f"{', '.join(script.data_files)} cannot be read as {kind}: {error.__cause__ or error}") from error
     elif script.dataset_name == STANDARD_LIBRARY:
         return standard_library()
     elif script.dataset_name:
@@ -123,6 +143,18 @@ def load_text(script: TextArguments) -> Dataset | IterableDataset:
     return text
 
 
+def columns_named(template: str) -> list[str]:
+    """Columns that a template names.
+
+    Raises:
+        ValueError: it is none, as its braces do not match.
+    """
+    try:
+        return [name.partition(".")[0].partition("[")[0] for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"text_template={template!r} cannot be read: {error}.") from None
+
+
 def filled(template: str, row: dict[str, Any]) -> str:
     """A row's text; none where a column that the template names is null.
 
@@ -130,8 +162,7 @@ def filled(template: str, row: dict[str, Any]) -> str:
         ValueError: the row has no such column, or not of such a kind.
     """
     try:
-        named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-        if any(row[name.partition(".")[0].partition("[")[0]] is None for name in named):
+        if any(row[name] is None for name in columns_named(template)):
             return ""
         return template.format(**row)
     except KeyError as missing:

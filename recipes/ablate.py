@@ -12,12 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from toy import KINDS
 
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.pictures import draw_ablation
+from hf_thinktok.recipe_options import read_config
 from hf_thinktok.results import print_ablation, read_json, write_json
 
 TOY = Path(__file__).parent / "toy.py"
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file that is a mapping.
+
+    Raises:
+        ValueError: it is not there, or something else.
+    """
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or ' '.join(str(error).split())}.") from error
+    if not isinstance(told, dict) or not told:
+        raise ValueError(f"{path} must have {what}.")
+    return told
 
 
 def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str]) -> list[dict[str, Any]]:
@@ -32,7 +49,8 @@ def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], see
         output = folder / f"seed-{seed}"
         if not (output / "results.json").exists():
             command = [sys.executable, str(TOY), "--config", str(config), "--output_dir", str(output), "--seeds", str(seed), *more]
-            subprocess.run(command, check=True)
+            if subprocess.run(command).returncode:
+                raise SystemExit(f"error: {' '.join(command[1:])} failed, as is said above.")
         found.append(read_json(output / "results.json"))
     return found
 
@@ -46,7 +64,13 @@ if __name__ == "__main__":
     args, further = parser.parse_known_args()
     args.output_dir = args.output_dir or Path("outputs/toy", args.variants.stem)
     with one_sentence():
-        base, variants = (yaml.safe_load(path.read_text()) for path in (args.config, args.variants))
+        base = read_mapping(args.config, "the options of recipes/toy.py, by name")
+        variants = read_mapping(args.variants, "for each variant's name the options that it changes")
+        for name, changes in variants.items():
+            if not isinstance(changes, dict | None):
+                raise ValueError(f"{args.variants} has {changes!r} for {name}: give the options that it changes, as a mapping.")
+            variants[name] = changes or {}
+            read_config(KINDS, base | variants[name], f"{args.variants}, {name}:")
     results: dict[str, Any] = {"ablation": {}, "variants": variants, "commits": {}}
     for name, changes in variants.items():
         print(f"== {name}: {changes or 'nothing changed'}", flush=True)

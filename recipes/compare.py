@@ -39,7 +39,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress, track
 from transformers import AutoConfig
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, add_thinking_tokens
 from hf_thinktok.checkpoints import check_not_pushed, newest_checkpoint
@@ -52,7 +52,7 @@ from hf_thinktok.evaluation.tables import print_comparison
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
-from hf_thinktok.recipe_options import command_line, read_options, recipe_parser
+from hf_thinktok.recipe_options import command_line, read_config, read_options, recipe_parser
 from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import environment, write_json
 from hf_thinktok.sources import resolve_model
@@ -76,6 +76,17 @@ class CompareArguments(ReportArguments):
     report_documents: int = field(default=2, metadata={"help": "Documents of the test part that the report shows token by token."})
     accelerate_config: str | None = field(default=None, metadata={"help": "Config of `accelerate launch`; your own default where not given."})
 
+    def __post_init__(self):
+        for name, given, least in (
+            ("seeds", min(self.seeds, default=0), 0),
+            ("num_samples", self.num_samples, 1),
+            ("report_documents", self.report_documents, 0),
+        ):
+            if given < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.accelerate_config and not Path(self.accelerate_config).is_file():
+            raise ValueError(f"accelerate_config={self.accelerate_config} is no file: give its path from here, {Path.cwd()}, or a whole one.")
+
 
 class Grid:
     """The arms of a comparison as configs of recipes/pretrain_think.py, and what each of them costs."""
@@ -93,7 +104,7 @@ class Grid:
             cannot[kind] = {name: value for name, value in recipe.items() if name not in left_out} | changes
         self.configs = {"cpt": cannot["no_think"], "cpt_flops": cannot["no_think"], "filler": cannot["filler"], "think": recipe}
         self.configs |= {name: recipe | changes for name, changes in arms.items()}
-        self.options = {arm: self.parse(config) for arm, config in self.configs.items()}
+        self.options = {arm: read_config(KINDS, config, f"The arm {arm}") for arm, config in self.configs.items()}
         if self.options["think"][1].max_steps <= 0:
             raise ValueError("Arms are compared step by step: set max_steps.")
         if self.options["think"][1].resume_from_checkpoint:
@@ -108,18 +119,13 @@ class Grid:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
         steps = round(self.options["cpt"][1].max_steps * known / self.flops["cpt"])
         self.configs["cpt_flops"] = cannot["no_think"] | {"max_steps": steps}
-        self.options["cpt_flops"] = self.parse(self.configs["cpt_flops"])
+        self.options["cpt_flops"] = read_config(KINDS, self.configs["cpt_flops"], "The arm cpt_flops")
         self.flops["cpt_flops"] = self._flops(*self.options["cpt_flops"][1:])
 
     def costs(self, logs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Steps, FLOPs of one process and the end of the logs, by arm."""
         steps = {arm: options[1].max_steps for arm, options in self.options.items()}
         return {arm: {"steps": steps[arm], "flops": self.flops[arm], "seeds": logs[arm]} for arm in self.configs}
-
-    @staticmethod
-    def parse(config: dict[str, Any]) -> tuple[TextArguments, ThinkTokConfig, ModelConfig]:
-        parser = TrlParser(KINDS, allow_abbrev=False)
-        return parser.parse_args_into_dataclasses(parser.set_defaults_with_config(**config))
 
     @staticmethod
     def _flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
@@ -207,12 +213,12 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
 
 def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     output = Path(recipe.setdefault("output_dir", "outputs/compare"))
-    grid = Grid(recipe, chosen.arms or {})
-    script, args, model = grid.options["think"]
+    script, args, model = read_config(KINDS, recipe, "The config")
     check_column(args.dataset_text_field)
     if not (chosen.test_files or script.test_documents):
         raise ValueError("There is no text to report on: set test_documents, or test_files.")
     test = unseen_text(script, chosen.test_files)
+    grid = Grid(recipe, chosen.arms or {})
     base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test, model.model_revision)
     evaluations: dict[str, dict[int, Evaluation]] = {"base": dict.fromkeys(chosen.seeds, base)} | {arm: {} for arm in grid.configs}
     logs: dict[str, dict[str, Any]] = {arm: {} for arm in grid.configs}

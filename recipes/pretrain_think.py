@@ -40,6 +40,8 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
         raise ValueError("There is no model: give model_name_or_path.")
     check_column(args.dataset_text_field)
     train, held_out, _ = split(load_text(script), script)
+    if held_out is None and args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy={args.eval_strategy.value} has nothing to evaluate on: set held_out_documents to 2 or more, or leave it out.")
     args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
     args.eval_on_start |= held_out is not None and args.thinks  # within training, where launchers have set up what they run
     return ThinkTokTrainer(
@@ -84,7 +86,8 @@ def report(folder: str, documents: int, max_length: int) -> None:
     command = ["report", folder, "--output", str(Path(folder) / "report.html"), "--documents", str(documents), "--max_length", str(max_length)]
     launchers = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", *["OMP_NUM_THREADS"] * (int(os.environ.get("WORLD_SIZE", 1)) > 1))  # one thread to each process
     own = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    subprocess.run([sys.executable, "-m", "hf_thinktok.cli", *command], env=own)
+    if subprocess.run([sys.executable, "-m", "hf_thinktok.cli", *command], env=own).returncode:
+        print(f"There is no report, as is said above; once that is put right, `thinktok report {folder}` makes it.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ last line of the output is JSON with `seeds` and `accuracy`, a list over them.
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -76,6 +77,9 @@ class ToyArguments:
     stop_accuracy: float = field(default=0.999, metadata={"help": "Checked accuracy at which training ends."})
     test_rows: int = field(default=1000, metadata={"help": "Test rows of each level at most; 0 for all."})
     save_models: bool = field(default=False, metadata={"help": "Keep each seed's checkpoint."})
+
+
+KINDS = (ToyArguments, ThinkTokConfig, ModelConfig)
 
 
 class Progress(TrainerCallback):
@@ -261,7 +265,7 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
 
 if __name__ == "__main__":
     with one_sentence():
-        toy_args, think_args, model_args = read_options(recipe_parser(__doc__, ToyArguments, ThinkTokConfig, ModelConfig))
+        toy_args, think_args, model_args = read_options(recipe_parser(__doc__, *KINDS))
         read_mappings(toy_args, "task_options", "model_shape")
         check_unquantized(model_args)
         check_not_pushed(think_args)
@@ -271,6 +275,10 @@ if __name__ == "__main__":
             if model_args.model_name_or_path and getattr(toy_args, name):
                 raise ValueError(f"{name} has no effect with model_name_or_path: leave one of the two out.")
         make = worked_steps if toy_args.task == "worked_steps" else functools.partial(make_task, toy_args.task)
+        try:
+            inspect.signature(make).bind(**toy_args.task_options or {})
+        except TypeError as error:
+            raise ValueError(f"task_options={toy_args.task_options} do not fit task={toy_args.task}: {error}.") from None
         the_task = make(**toy_args.task_options or {})
         if toy_args.control == "no_think" and the_task.asked_by_length:
             raise ValueError("control=no_think: these task_options let the number of thoughts tell what is asked, as fill does: leave that out.")

@@ -71,6 +71,8 @@ def one_sentence(error, *words):
 
 
 BAD_VALUES = [
+    ({"dataloader_num_workers": -1}, ["dataloader_num_workers=-1", "at least 0"]),
+    ({"report_to": "wandbb"}, ["report_to=wandbb", "set wandb"]),
     ({"num_forks": 3.5}, ["num_forks=3.5 is not made of whole numbers"]),
     ({"num_forks": "3"}, ["num_forks='3' is not made of whole numbers"]),
     ({"num_generations": 2.0}, ["num_generations=2.0 is not made of whole numbers"]),
@@ -701,6 +703,19 @@ def test_columns_about_thinking_may_be_arrays(make_trainer, kind):
     assert trainer.curriculum.levels == [1, 2]
 
 
+@pytest.mark.parametrize(("folder", "words"), [("", ["output_dir is empty"]), ("/dev/null/out", ["output_dir=/dev/null/out", "written to /dev/null"])])
+def test_folders_that_nothing_can_be_written_to(folder, words):
+    with pytest.raises(ValueError, match=words[0]) as error:
+        ThinkTokConfig(folder)
+    one_sentence(error, *words)
+
+
+def test_a_best_metric_that_is_misspelt(train, corpus):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    with pytest.raises(ValueError, match="metric_for_best_model=eval_gian is not known; did you mean gain"):
+        train(options=best | {"metric_for_best_model": "eval_gian", "greater_is_better": True}, eval_dataset=corpus)
+
+
 def test_the_best_of_several_evaluations(train, corpus):
     options = {"save_strategy": "best", "eval_strategy": "steps"}
     several = {"long": corpus, "short": corpus}
@@ -1093,7 +1108,7 @@ def test_text_that_is_not_there_is_one_sentence():
     for name, count, least in (("max_documents", 0, 1), ("held_out_documents", -3, 0), ("test_documents", -1, 0)):
         with pytest.raises(ValueError, match=f"^{name}={count} must be at least {least}.$"):
             TextArguments(**{name: count})
-    assert TextArguments(data_files=["hf://datasets/me/mine/a.jsonl", "parts/*.jsonl"]).data_files
+    assert TextArguments(data_files=["hf://datasets/me/mine/a.jsonl"]).data_files
 
 
 @pytest.mark.parametrize("end", ["jsonl", "txt", "csv"])

@@ -373,11 +373,17 @@ def test_another_base_is_measured_again(grid, monkeypatch):
         (("--num_iterations", "2", "--output_dir", "{}/other"), "set num_iterations=1"),
         (("--packing", "false", "--output_dir", "{}/other"), "set packing=True"),
         (("--max-steps", "-1", "--output_dir", "{}/other"), "set max_steps"),
-        (("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"), "num_fork"),
         (("--arms", "more", "--output_dir", "{}/other"), "arms must be a mapping"),
         (("--arms", '{{"more": null}}', "--output_dir", "{}/other"), "arms has None for more"),
         (("--arms", '{{"cpt_flops": {{"max_steps": 7}}}}', "--output_dir", "{}/other"), "give the further arm another name"),
+        (
+            ("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"),
+            "The arm more has the option num_fork, which is not known; did you mean num_forks?",
+        ),
         (("--num_fork", "2"), "num_fork"),
+        (("--seeds", "-1"), "seeds=[-1] must be at least 0"),
+        (("--num_samples", "0"), "num_samples=0 must be at least 1"),
+        (("--accelerate_config", "nowhere.yaml"), "accelerate_config=nowhere.yaml is no file"),
     ],
 )
 def test_wrong_words_are_told_in_a_sentence(grid, words, sentence):

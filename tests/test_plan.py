@@ -280,7 +280,7 @@ def test_the_command_takes_a_recipe_and_changes_to_it(folder, tmp_path, capsys):
     [
         (["--model", "nowhere/at-all"], "neither a folder nor a Hub repository"),
         ([], "There is no model: give --model"),
-        (["--bogus", "3"], "There is no option --bogus"),
+        (["--bogus", "3"], "the option bogus, which is not known"),
         (["--num_forks", "many"], "num_forks.*invalid int value: 'many'"),
         (["--num_generations", "1"], "num_generations=1 leaves nothing to compare"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),

@@ -1,6 +1,7 @@
 """The recipe as a user starts it: a real `accelerate launch`, every option in --help, every YAML file readable."""
 
 import functools
+import gzip
 import importlib
 import json
 import re
@@ -109,12 +110,14 @@ def test_rows_without_text_are_left_out(tmp_path, rows, template, texts, streami
         ({"q": "a"}, "{q} {}", "names the column '', and the data has ['q']."),
         ({"q": "a"}, "{q.x}", "text_template='{q.x}' does not fit the data"),
         ({"q": "a"}, "{q[x]}", "text_template='{q[x]}' does not fit the data"),
-        ({"q": "a"}, "{q", "text_template='{q' does not fit the data"),
+        ({"q": "a"}, "{q", "text_template='{q' cannot be read"),
         ({"n": 1, "q": "a"}, None, "for example --text_template '{q}'"),
         ({"messages": [{"role": "user", "content": "a"}]}, None, "write it with the tokenizer's apply_chat_template"),
         ({"numbers": [1]}, None, "give data with a column of strings"),
         ({"prompt": "a", "completion": "b"}, None, "for example --text_template '{prompt}{completion}'"),
         ({"text": 1}, None, "No row of the data has text"),
+        ({"text": "a"}, "no column", "names no column, so that all documents would be alike"),
+        ({"text": "a"}, "{text", "text_template='{text' cannot be read"),
     ],
 )
 def test_data_and_templates_that_make_no_text(tmp_path, row, template, sentence):
@@ -151,6 +154,22 @@ def test_where_nothing_is_thought_the_run_ends_without_results(tiny_folder):
     assert not (tiny_folder / "out" / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a line"}' * 100, mtime=0)[:20]),
+        ("latin.jsonl", '{"text": "caf\xe9"}'.encode("latin-1")),
+        ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n{bad'),
+        ("header.csv", b"text\n"),
+        ("corrupt.parquet", b"PAR1"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read as"):
+        load_text(TextArguments(data_files=[str(tmp_path / name)]))
+
+
 def test_help_names_every_option():
     done = in_process(RECIPE, "--help")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -175,6 +194,17 @@ def test_help_names_every_option():
         (["--text_template", "{question}", "--per_device_train_batch_size", "64", "--dataloader_drop_last", "true"], "No step was taken"),
         (["--config", "{folder}/broken.yaml"], "the config is no YAML"),
         (["--data_files", "README.md"], "files that end in .txt, .jsonl"),
+        (["--data_files", "{folder}/no*.jsonl"], "and there is no such file"),
+        (["--data_files", "{folder}"], "which is a folder: give the files in it"),
+        (["--sample_by", "paragraph"], "sample_by=paragraph has no effect here"),
+        (["--held_out_documents", "1"], "held_out_documents=1 is too few for an interval"),
+        (["--report_documents", "-1"], "report_documents=-1 must be at least 0"),
+        (["--text_template", "{question}", "--lora_r", "4"], "lora_r has no effect without use_peft"),
+        (["--text_template", "{question}", "--held_out_documents", "0", "--eval_strategy", "steps"], "eval_strategy=steps has nothing to evaluate on"),
+        (["--text_template", "{question}", "--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type=warmup_stable_decay does not go with"),
+        (["--text_template", "{question}", "--output_dir", "{folder}/model"], "is the model's own folder, which would be written over"),
+        (["--max_steps", "0"], "max_steps=0 is a run of no step"),
+        (["--output_dir", "{folder}/data.txt/out"], "nothing can be written to {folder}/data.txt"),
         (["--data_files", "pyproject.toml", "README.md"], "pyproject.toml"),
         (["--data_files", "{folder}/data.txt", "{folder}/data.jsonl"], "several kinds (json, text)"),
         (["--data_files", "{folder}/broken.jsonl"], "broken.jsonl cannot be read as json"),
@@ -193,7 +223,7 @@ def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert sentence in last
+    assert sentence.replace("{folder}", str(tiny_folder)) in last
 
 
 CONFIGS = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "lm_eval")  # those are the harness's own

@@ -244,6 +244,7 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
         (("--load_in_4bit", "true"), "error: load_in_4bit and load_in_8bit have no effect here"),
         (("--task", "mod_ad"), "error: There is no task 'mod_ad'; did you mean 'mod_add'?"),
         (("--search", "-3"), "search=[-3.0] is no schedule"),
+        (("--task", "worked_steps", "--task_options", "{}"), "do not fit task=worked_steps: missing a required argument: 'file'"),
         (("--use_peft", "--lora_target_modules", "nowhere"), "nowhere"),
         (("--model_name_or_path", "somebody/model"), "error: model_shape has no effect with model_name_or_path: leave one of the two out."),
         (("--model_name_or_path", "somebody/model", "--word_sums", 1), "error: word_sums has no effect with model_name_or_path: leave one of the two out."),
@@ -265,6 +266,27 @@ def test_wrong_options_end_in_one_sentence(options, sentence, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert sentence in last
+
+
+@pytest.mark.parametrize(
+    ("variants", "sentence"),
+    [
+        ("- a list", "must have for each variant's name the options that it changes"),
+        ("", "must have for each variant's name the options that it changes"),
+        ("a: [1", "cannot be read"),
+        ("good: {}\nbad: 5", "has 5 for bad"),
+        ("good:\nbad: {num_fork: 3}", "bad: has the option num_fork, which is not known; did you mean num_forks?"),
+        ("good:\nbad: {stop: never}", "stop='never'"),
+    ],
+)
+def test_wrong_variants_are_found_before_the_first_is_run(variants, sentence, tmp_path):
+    (tmp_path / "variants.yaml").write_text(variants)
+    config = ROOT / "recipes" / "toy" / "mod_add_100.yaml"
+    done = in_process(ROOT / "recipes" / "ablate.py", "--config", config, "--variants", tmp_path / "variants.yaml", "--output_dir", tmp_path / "out")
+    assert done.returncode != 0
+    assert re.fullmatch(r"error: [^\n]*\n", done.stderr)
+    assert sentence in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_words_that_begin_as_sums_share_their_parts(monkeypatch):
@@ -309,7 +331,7 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
     again = in_process(*command, "--seeds", 6)
     assert again.returncode == 0
     assert [run["seed"] for run in json.loads((tmp_path / "out" / "results.json").read_text())["ablation"]["as it is"]] == [6]
-    variants.write_text(yaml.safe_dump({"as it is": {"think_cost": 0.1}}))
+    variants.write_text(yaml.safe_dump({"as it is": {"search": 8}}))
     changed = in_process(*command, "--seeds", 6)
     assert "holds a run with other settings" in changed.stderr
 
