@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_folder, check_reporters, check_run, check_text, check_values
+from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -316,7 +316,6 @@ class ThinkTokConfig(SFTConfig):
         if self.packing and self.eval_packing is None:
             self.eval_packing = False  # forks are counted in rows, and gains are over documents
         check_values(self, ThinkTokConfig.__annotations__)
-        check_folder(self.output_dir)
         if self.num_think_tokens != 0:
             check_text(self)
         elif self.think_init_words:

@@ -2,11 +2,9 @@
 
 import difflib
 import math
-import os
 from collections.abc import Collection
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -128,17 +126,6 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} entries and reward_funcs {len(config.reward_funcs)}: give one weight for each reward."
         )
-
-
-def check_folder(folder: str | None) -> None:
-    """Where a run writes, which else shows once the model is loaded."""
-    if folder is None:  # transformers has a name for it
-        return
-    if not folder:
-        raise ValueError("output_dir is empty: name a folder.")
-    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"output_dir={folder}: nothing can be written to {there}. Name another folder.")
 
 
 def check_reporters(config: "ThinkTokConfig") -> None:

@@ -704,9 +704,9 @@ def test_columns_about_thinking_may_be_arrays(make_trainer, kind):
 
 
 @pytest.mark.parametrize(("folder", "words"), [("", ["output_dir is empty"]), ("/dev/null/out", ["output_dir=/dev/null/out", "written to /dev/null"])])
-def test_folders_that_nothing_can_be_written_to(folder, words):
+def test_folders_that_nothing_can_be_written_to(train, folder, words):
     with pytest.raises(ValueError, match=words[0]) as error:
-        ThinkTokConfig(folder)
+        train(args=ThinkTokConfig(folder, max_steps=1, use_cpu=True))
     one_sentence(error, *words)
 
 
