@@ -204,7 +204,7 @@ def test_help_names_every_option():
         (["--text_template", "{question}", "--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type=warmup_stable_decay does not go with"),
         (["--text_template", "{question}", "--output_dir", "{folder}/model"], "is the model's own folder, which would be written over"),
         (["--max_steps", "0"], "max_steps=0 is a run of no step"),
-        (["--output_dir", "{folder}/data.txt/out"], "nothing can be written to {folder}/data.txt"),
+        (["--text_template", "{question}", "--output_dir", "{folder}/data.txt/out"], "nothing can be written to {folder}/data.txt"),
         (["--data_files", "pyproject.toml", "README.md"], "pyproject.toml"),
         (["--data_files", "{folder}/data.txt", "{folder}/data.jsonl"], "several kinds (json, text)"),
         (["--data_files", "{folder}/broken.jsonl"], "broken.jsonl cannot be read as json"),
