@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import math
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from yaml import YAMLError
 
 from .errors import UsageError, first_line, usage
 from .peft import load_whole
+from .results import unwritable
 from .tokens import ThinkingVocabulary
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
@@ -152,8 +152,7 @@ def whole(lowest: int, highest: float = math.inf):
 def file_to_write(text: str) -> Path:
     if (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if there := unwritable(path.absolute().parent):
         raise argparse.ArgumentTypeError(f"nothing can be written to {there}: name another file")
     return path
 

@@ -1,8 +1,9 @@
 """What a `ThinkTokConfig` is refused for, each with the sentence that mends it: impossible values, options that cannot go together, or do nothing."""
 
+import contextlib
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -309,6 +310,17 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
         raise RunError(f"{named} is a run of no step: set num_train_epochs above 0, or max_steps.")
     if config.think_start >= steps:
         raise RunError(f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0.")
+
+
+@contextlib.contextmanager
+def checked_scheduler(config: "ThinkTokConfig") -> Iterator[None]:
+    """Makes a `RunError` of what the making of a scheduler raises: which arguments it needs is its function's affair."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"lr_scheduler_type={config.lr_scheduler_type.value} does not go with lr_scheduler_kwargs={config.lr_scheduler_kwargs}: {error}"
+        ) from error
 
 
 def check_effect(config: "ThinkTokConfig") -> None:

@@ -30,6 +30,7 @@ from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, n
 from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
 from .peft import SPEAKER, has_adapter
+from .results import unwritable
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,10 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
         raise ValueError("train_dataset is missing: pass a datasets.Dataset or IterableDataset of text.")
     for name, dataset in named_sets(train_dataset, eval_dataset).items():
         check_dataset(dataset, name, args, formatting_func)
-    if args.should_save:
-        _check_folder(args.output_dir)
+    if not args.output_dir:
+        raise ValueError("output_dir is empty: name a folder.")
+    if args.should_save and (there := unwritable(Path(args.output_dir))):  # which else shows once the model is loaded
+        raise ValueError(f"output_dir={args.output_dir}: nothing can be written to {there}. Name another folder.")
     best = (args.metric_for_best_model or "").removeprefix("eval_")
     if isinstance(eval_dataset, dict) and best and args.chooses_best and not best.startswith(tuple(f"{name}_" for name in eval_dataset)):
         one = next(iter(eval_dataset), "")
@@ -79,15 +82,6 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
     check_parallelism(args.parallelism_config)
     if _uses_fsdp(args) and str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
         raise ValueError("New rows are calibrated on every process, and only the first would have weights: set fsdp_cpu_ram_efficient_loading: false.")
-
-
-def _check_folder(folder: str) -> None:
-    """Where a run writes, which else shows once the model is loaded."""
-    if not folder:
-        raise ValueError("output_dir is empty: name a folder.")
-    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"output_dir={folder}: nothing can be written to {there}. Name another folder.")
 
 
 def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adapters: bool, speaker, teacher, quantization_config=None) -> None:

@@ -12,7 +12,6 @@ from .callbacks import NonFiniteGuard, Spent, print_thoughts, sample_thoughts_to
 from .checkpoints import CheckpointingTrainer
 from .curriculum import Curriculum
 from .data import check_dataset, columns_of_text, formatted, named_sets
-from .errors import RunError
 from .evaluation import GainByDocument
 from .revival import Revival
 from .rewards import masked_mean
@@ -35,14 +34,6 @@ class MeasuringTrainer(CheckpointingTrainer):
         self._gains, self._prefix = GainByDocument(), "eval"
         self._recorded: tuple[list[str], Tensor, Tensor | None] | None = None  # of the micro-step under way
         self._printable: tuple[Tensor, Rollout, Tensor, Tensor] | None = None  # of the latest micro-step
-
-    def create_scheduler(self, *args, **kwargs):
-        try:
-            return super().create_scheduler(*args, **kwargs)
-        except (TypeError, ValueError) as error:  # what it needs or does not know is its function's affair
-            raise RunError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type.value} does not go with lr_scheduler_kwargs={self.args.lr_scheduler_kwargs}: {error}"
-            ) from error
 
     def _global_mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.detach(), reduction="mean")

@@ -139,6 +139,12 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         unfinished.unlink(missing_ok=True)
 
 
+def unwritable(folder: Path) -> Path | None:
+    """What keeps a folder from being made or written to: the nearest place to it that is there, if that is no folder or closed; else `None`."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return None if there.is_dir() and os.access(there, os.W_OK) else there
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Writes the file whole or not at all, without tokens for the Hub. A figure that is not a number, as an interval over one document, is null."""
     with written_whole(path) as file:

@@ -44,7 +44,8 @@ class TextArguments:
         for name, least in (("max_documents", 1), ("held_out_documents", 0), ("test_documents", 0)):
             if (count := getattr(self, name)) is not None and count < least:
                 raise ValueError(f"{name}={count} must be at least {least}.")
-            if count == 1 and least == 0:
+        for name in ("held_out_documents", "test_documents"):
+            if getattr(self, name) == 1:
                 raise ValueError(f"{name}=1 is too few for an interval over documents: give 2 or more, or 0 for none.")
         if isinstance(self.data_files, str):
             self.data_files = [self.data_files]
@@ -62,9 +63,10 @@ class TextArguments:
         given = [name for name in OF_DATA_SETS if getattr(self, name) != default_of(TextArguments, name)]
         if given and self.dataset_name == STANDARD_LIBRARY and not self.data_files:
             raise ValueError(f"{given[0]} has no effect with dataset_name={STANDARD_LIBRARY}, which is one text: leave it out.")
-        if self.text_template is not None and not columns_named(self.text_template):
-            raise ValueError(f"text_template={self.text_template!r} names no column, so that all documents would be alike: name one, as in '{{question}}'.")
-        if self.text_template:  # from a shell they come as two characters each
+        if self.text_template is not None:
+            if not columns_named(self.text_template):
+                raise ValueError(f"text_template={self.text_template!r} names no column, so that all documents would be alike: name one, as in '{{question}}'.")
+            # from a shell they come as two characters each
             self.text_template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
 
 

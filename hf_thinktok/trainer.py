@@ -20,7 +20,7 @@ from trl.models import unwrap_model_for_generation
 from .advantages import ValueBaseline
 from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
-from .config_checks import check_run
+from .config_checks import check_run, checked_scheduler
 from .curriculum import Curriculum, order_of_rows
 from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, named_sets, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
@@ -208,9 +208,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         if args.num_markovian and self.engine.name == "replicated":
             raise ValueError(f"markovian_share hides tokens by the packed tree's mask, which {base.config.model_type} cannot run: leave markovian_share out.")
         self.reference = self._reference_model() if args.beta > 0 else None
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)
+        self.teacher = None if teacher is None else prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)
         self.explore = Explorer(self)
         self.value = ValueBaseline(self._global_mean) if args.advantage == "value" else None
         if args.revive_every:
@@ -482,7 +480,8 @@ class ThinkTokTrainer(MeasuringTrainer):
     def create_scheduler(self, num_training_steps: int, *args, **kwargs):
         if self.args.thinks:
             check_run(self.args, num_training_steps)
-        return super().create_scheduler(num_training_steps, *args, **kwargs)
+        with checked_scheduler(self.args):
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
         """The speaker's parameters in groups of their own where its learning rate differs."""
