@@ -9,26 +9,18 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
-from huggingface_hub import HfApi
-from jinja2 import TemplateError
-from rich.console import Console
-from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING
 
 from . import __version__
-from .card import why_not_generated
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
 from .commands import LARGEST_SEED, add_loading, add_source, load, loading, naming_trust, number, read_prompt, read_recipe, read_vocabulary, source, whole
 from .errors import UsageError, usage
-from .forks import ends_of, marker_ids
-from .generation import THOUGHTS, ThinkingBudget, ThinkingStreamer, think_while_reading
-from .models import longest_row
-from .peft import adapters_in, merge
-from .results import NOT_PUSHED, TRAINING_STATE
-from .sources import resolve_model
-from .tokens import stored_options
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+# The libraries take seconds to load: each command loads what it runs with, once its options are read, and help and a mistyped option need none of it.
 
 
 def add_generate(subparsers) -> None:
@@ -54,7 +46,7 @@ def add_generate(subparsers) -> None:
     sampling.add_argument("--seed", type=whole(0, LARGEST_SEED), metavar="N", help="seed of the sampling (a new one each time)")
 
     thinking = parser.add_argument_group("thinking")
-    thinking.add_argument("--thoughts", choices=THOUGHTS, default="show", help="whether thoughts are printed (show)")
+    thinking.add_argument("--thoughts", choices=("show", "hide"), default="show", help="whether thoughts are printed (show)")
     thinking.add_argument("--min_think_length", type=whole(0), default=0, metavar="N", help="thinking tokens before every real token at least (0)")
     thinking.add_argument("--max_think_length", type=whole(0), metavar="N", help="thinking tokens in a row at most; 0: never think (no bound)")
     thinking.add_argument("--max_total_think", type=whole(0), metavar="N", help="thinking tokens in all at most (no bound)")
@@ -72,6 +64,15 @@ def add_generate(subparsers) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
+    import torch
+    from rich.console import Console
+
+    from .card import why_not_generated
+    from .forks import ends_of, marker_ids
+    from .generation import ThinkingBudget, ThinkingStreamer, think_while_reading
+    from .models import longest_row
+    from .tokens import stored_options
+
     chosen = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(args, name)) is not None}
     if args.greedy and chosen:
         raise UsageError(f"--greedy does not sample: leave out {', '.join(f'--{name}' for name in chosen)}.")
@@ -91,7 +92,7 @@ def run_generate(args: argparse.Namespace) -> None:
         sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None} | chosen
     sampling["tokenizer"] = tokenizer  # for stop_strings that the model's generation config may have
     if args.seed is not None:
-        set_seed(args.seed)
+        torch.manual_seed(args.seed)
     markers = marker_ids(args.think_after or trained.get("fork_markers", ()), tokenizer)
     thoughts, each = int(ends_of(markers, inputs)[0, :-1].sum()), trained.get("max_think_length", 1)
     if args.think_after and not thoughts:
@@ -135,6 +136,10 @@ def add_merge(subparsers) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .peft import adapters_in, merge
+
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"{args.output} exists: name a new folder.")
     read_vocabulary(args.adapter, args.revision)
@@ -165,6 +170,11 @@ def add_push(subparsers) -> None:
 
 
 def run_push(args: argparse.Namespace) -> None:
+    from huggingface_hub import HfApi
+    from rich.console import Console
+
+    from .results import NOT_PUSHED, TRAINING_STATE
+
     if not args.folder.is_dir():
         raise UsageError(f"{args.folder} is not a folder.")
     read_vocabulary(str(args.folder))
@@ -219,11 +229,14 @@ def add_plan(subparsers) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoConfig
     from trl import ModelConfig, get_peft_config
 
     from .config import ThinkTokConfig
     from .loading import check_no_adapter, init_kwargs, there
     from .plan import plan, print_plan
+    from .sources import resolve_model
     from .text import UnreadText
 
     text, config, model = read_recipe(args.recipe, UnreadText, ThinkTokConfig, ModelConfig)
@@ -249,8 +262,10 @@ def run_plan(args: argparse.Namespace) -> None:
     print(json.dumps(asdict(made) | {"peak": made.peak, "peak_phase": made.peak_phase} | fits, indent=2))
 
 
-def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> torch.Tensor:
+def _encode(prompt: str, tokenizer: "PreTrainedTokenizerBase", chat: bool) -> "torch.Tensor":
     """The prompt's ids, `[1, length]`."""
+    from jinja2 import TemplateError
+
     if not chat:
         return tokenizer(prompt, return_tensors="pt")["input_ids"]
     if tokenizer.chat_template is None:
@@ -282,6 +297,8 @@ def main(argv: list[str] | None = None) -> int:
         args.recipe, args.words = recipe, words[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that cannot write a character of the text gets it as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
+    from transformers.utils import logging as transformers_logging
+
     # Errors are told in a sentence below; the libraries' warnings and bars would run into the streamed text.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -6,9 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub.utils import validate_repo_id
-from rich.console import Console
-
 from .commands import LARGEST_SEED, TextHelp, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
 from .errors import UsageError, usage
 
@@ -43,6 +40,7 @@ def add_eval(subparsers) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    from rich.console import Console
     from rich.progress import track
 
     from .evaluation import evaluate_thinking
@@ -132,6 +130,8 @@ def add_card(subparsers) -> None:
 
 
 def run_card(args: argparse.Namespace) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
     from .card import read_results, render_card, thinking_tokens_of
     from .results import written_whole
 

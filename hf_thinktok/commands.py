@@ -8,17 +8,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
 from .errors import UsageError, first_line, usage
-from .peft import load_whole
-from .results import unwritable
-from .tokens import ThinkingVocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .tokens import ThinkingVocabulary
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -95,7 +94,9 @@ def read_prompt(args: argparse.Namespace) -> str:
     return prompt
 
 
-def read_vocabulary(path: str, revision: str | None = None) -> ThinkingVocabulary:
+def read_vocabulary(path: str, revision: str | None = None) -> "ThinkingVocabulary":
+    from .tokens import ThinkingVocabulary
+
     with loading(path):
         vocabulary = ThinkingVocabulary.stored_in(path, revision=revision)
     if vocabulary is None:
@@ -103,8 +104,12 @@ def read_vocabulary(path: str, revision: str | None = None) -> ThinkingVocabular
     return vocabulary
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(args: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model and tokenizer of `args.model`, an adapter on its base, in `args.dtype` on `args.device`."""
+    import torch
+
+    from .peft import load_whole
+
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.empty(0, device=device).cpu()  # the device meta holds nothing
@@ -118,6 +123,8 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
     """Makes one sentence of what `from_pretrained` raises."""
+    from safetensors import SafetensorError
+
     with usage(SafetensorError, LookupError, RuntimeError, TypeError, before=f"{path} cannot be loaded: "), naming_trust():
         try:
             yield
@@ -150,6 +157,8 @@ def whole(lowest: int, highest: float = math.inf):
 
 
 def file_to_write(text: str) -> Path:
+    from .results import unwritable
+
     if (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
     if there := unwritable(path.absolute().parent):

@@ -277,6 +277,8 @@ def _metrics(
     spread_BK = rewards_BKG.std(-1, correction=min(1, rewards_BKG.shape[-1] - 1))
     # What the model would really do: with a learned stop, its own lengths.
     spoken_BKGH = speech.logps_BKGH if speech.gate_logps_BKG is None else speech.gate_logps_BKG[..., None]
+    drawn = slice(int(rollout.chosen), own.stop)  # by the policy, and written down with what it gave them
+    differences_BKGL = (scores.thought_logps_BKGL - rollout.logps_BKGL).abs()
     gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None])
     metrics = {
         "reward": masked_mean(rewards_BKG[..., own], valid, None),
@@ -286,6 +288,7 @@ def _metrics(
         "accuracy": masked_mean(speech.own_correct_BKGH[:, :, own].float(), scores.mask_BKH[:, :, None], None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
         "think_gain": masked_mean(gained_BKG[..., own], valid, None) / math.log(2),
+        "sampling_logp_difference": masked_mean(differences_BKGL[:, :, drawn], (rollout.drawn_BKGL & valid[..., None])[:, :, drawn], None),
     }
     if not rollout.text:  # of the thinking vocabulary, which does not write text
         metrics["thought_entropy"] = thought_entropy(scores.think_logps_BKGLN, rollout.said_BKGL & valid[..., None])

@@ -1233,7 +1233,7 @@ def test_an_adapter_of_a_model_that_was_given_tokens_since(make_trainer, tmp_pat
 def test_an_adapter_without_a_base_is_pushed_with_a_word(tmp_path, monkeypatch, capsys):
     save_tiny(tmp_path, think_tokens=4)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
-    monkeypatch.setattr("hf_thinktok.cli.HfApi", MagicMock())
+    monkeypatch.setattr("huggingface_hub.HfApi", MagicMock())
     assert main(["push", str(tmp_path), "me/model"]) == 0
     assert "config names no base" in capsys.readouterr().err
 

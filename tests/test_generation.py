@@ -461,6 +461,15 @@ def test_wrong_inputs_are_told_in_one_sentence(folder, run, tmp_path, monkeypatc
         assert "error: " in error.splitlines()[-1]
 
 
+@pytest.mark.parametrize("words", [["--help"], ["eval", "--seed", "x", "model"], ["push", "--help"]], ids="-".join)
+def test_help_and_mistyped_options_wait_for_no_library(words):
+    says_what_was_loaded = "atexit.register(lambda: print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]))"
+    code = f"import atexit, sys; {says_what_was_loaded}; from hf_thinktok.cli import main; main({words})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "usage: thinktok" in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_help_names_every_option(run):
     code, output, _ = run("generate", "--help")
     assert code == 0

@@ -66,6 +66,32 @@ def test_a_rollout_that_is_learned_from_again_remembers_who_drew_it(make_trainer
     assert first == 0 < second, "the second step is clipped where it went too far"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"stop": "sampled"},
+        {"stop": "fixed", "search": [8], "objective": "marginal"},
+        {"thoughts": "text", "stop": "fixed", "max_think_length": 4},
+        {"thoughts": "gumbel", "stop": "fixed"},
+        {"markovian_share": 0.5, "stop": "fixed"},
+    ],
+    ids=lambda options: "-".join(map(str, options)),
+)
+def test_what_was_drawn_is_as_likely_in_the_training_pass(make_trainer, options):
+    """Drawn on the cached prefix, learned from in the packed tree, with what a search put in its place left out."""
+    trainer = make_trainer(max_steps=2, logging_steps=1, **options)
+    trainer.train()
+    assert all(0 <= difference < 1e-4 for difference in losses(trainer, "sampling_logp_difference"))
+
+
+def test_after_a_step_a_rollout_is_another_policys(make_trainer):
+    trainer = make_trainer(num_iterations=2, stop="fixed", max_steps=2, learning_rate=0.05, lr_scheduler_type="constant")
+    trainer.train()
+    same, moved = losses(trainer, "sampling_logp_difference")
+    assert same < 1e-4 < 1e-3 < moved
+
+
 def test_what_a_thought_is_worth_does_not_change_while_it_is_learned_from_again(make_trainer, monkeypatch):
     trainer, told, found, policy_loss = make_trainer(num_iterations=3, stop="fixed", max_steps=6, learning_rate=0.05), [], [], ThinkTokConfig.policy_loss
     monkeypatch.setattr(ThinkTokConfig, "policy_loss", lambda self: lambda *args, **more: (told.append(args[2]), policy_loss(self)(*args, **more))[1])
