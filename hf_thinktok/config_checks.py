@@ -260,6 +260,9 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "markovian_share hides tokens by the packed tree's mask: set engine=auto or tree.": config.markovian_share > 0 and config.engine == "replicated",
         "policies=split with beta is not supported: set beta=0.": config.policies == "split" and config.beta > 0,
         "policies=split with memory=persistent is not supported: set memory=none.": config.policies == "split" and config.memory == "persistent",
+        "policies=split has a thinker with nothing to decide where all thoughts are fillers of one length: set policies=shared.": (
+            config.policies == "split" and config.thoughts == "filler" and config.stop == "fixed"
+        ),
         "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
             config.blind and config.thoughts == "filler"
         ),

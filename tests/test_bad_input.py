@@ -221,6 +221,7 @@ BAD_FITS = [
     ({"curriculum_threshold": 0.9, "max_steps": 4, "num_iterations": 2, "save_steps": 2}, ["curriculum_threshold", "num_iterations"]),
     ({"policies": "split", "beta": 0.1}, ["policies=split", "beta=0"]),
     ({"policies": "split", "memory": "persistent"}, ["policies=split", "memory=none"]),
+    ({"thoughts": "filler", "stop": "fixed", "policies": "split"}, ["policies=split", "set policies=shared"]),
     ({"thoughts": "filler", "blind": True}, ["thoughts=filler", "blind=False"]),
     ({"thoughts": "filler", "stop": "sampled", "num_generations": 1}, ["num_generations=1", "set num_generations to 2 or more"]),
     ({"thoughts": "filler", "stop": "sampled", "search": 4}, ["search", "stop=fixed or stop=learned"]),
