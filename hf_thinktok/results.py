@@ -1,6 +1,7 @@
 """What a run writes down: its figures, and everything that it takes to get them again."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from .bench_tables import print_bench
 THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
 # What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; all options, with the token for the Hub; and what
 # recipes/compare.py writes beside each arm, with paths of this machine.
-NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin", "config.yaml", "log.txt")
+NOT_PUSHED = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin", "config.yaml", "log.txt", "origin.json")
 STATE_FILE = "thinktok_state.pt"
 # Written when all ranks have written everything else. A rename would say the same, but pushes to the Hub read from the folder meanwhile.
 COMPLETE_FILE = "complete"
@@ -40,6 +41,20 @@ TRAINING_STATE = (
     "zero_to_fp32.py",
 )
 LIBRARIES = ("hf-thinktok", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Of what some files hold, whatever their names."""
+    found = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:12]
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files of a model or an adapter that have its weights."""
+    return sorted(path for kind in ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin") for path in folder.glob(kind))
 
 
 def environment() -> dict[str, Any]:
@@ -188,10 +203,21 @@ def machine(results: dict[str, Any]) -> str:
     return f"{hardware['cores']} cores, {', '.join(hardware['gpus']) or hardware['cpu']}"
 
 
+def environments(results: Any) -> list[dict[str, Any]]:
+    """Of everything that a results file is made of: its own, and before it what its parts were run in, where that is written down."""
+    parts = results.values() if isinstance(results, dict) else results if isinstance(results, list) else ()
+    inner = [one for part in parts for one in environments(part)]
+    return [*inner, results] if isinstance(results, dict) and {"hardware", "versions", "commit"} <= results.keys() else inner
+
+
 def where(results: dict[str, Any]) -> str:
-    """The machine and the libraries of a run."""
-    versions = results["versions"]
-    return f"{machine(results)}; torch {versions['torch']}, transformers {versions['transformers']}"
+    """The machines, the libraries and the code of a run, or of its parts."""
+    every = environments(results)
+    commits = [one["commit"] for one in every] + [commit for seeds in results.get("commits", {}).values() for commit in seeds.values()]
+    libraries = (f"torch {one['versions']['torch']}, transformers {one['versions']['transformers']}" for one in every)
+    told = [dict.fromkeys(map(machine, every)), dict.fromkeys(libraries), dict.fromkeys((commit or "unknown")[:12] for commit in commits)]
+    machines, versions, codes = (" and ".join(one) for one in told)
+    return f"{machines}; {versions}; commit{'s' * (len(told[2]) > 1)} {codes}"
 
 
 def as_text(results: dict[str, Any]) -> str:
@@ -213,7 +239,7 @@ def as_text(results: dict[str, Any]) -> str:
     }
     next((printer for name, printer in kinds.items() if name in results), print_results)(results, console)
     lines = [line.rstrip() for line in file.getvalue().splitlines()]
-    return "\n".join([*lines, f"{where(results)}; commit {(results['commit'] or 'unknown')[:12]}\n"])
+    return "\n".join([*lines, f"{where(results)}\n"])
 
 
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:

@@ -71,14 +71,14 @@ if __name__ == "__main__":
                 raise ValueError(f"{args.variants} has {changes!r} for {name}: give the options that it changes, as a mapping.")
             variants[name] = changes or {}
             read_config(KINDS, base | variants[name], f"{args.variants}, {name}:")
-    results: dict[str, Any] = {"ablation": {}, "variants": variants, "commits": {}}
+    results: dict[str, Any] = {"ablation": {}, "variants": variants}
     for name, changes in variants.items():
         print(f"== {name}: {changes or 'nothing changed'}", flush=True)
         folder = args.output_dir / name.replace(" ", "_").replace(",", "")
         found = run_variant(folder, base, changes, args.seeds, further)
-        results["ablation"][name] = [run for one in found for run in one["runs"]]
-        results["commits"][name] = {str(seed): one["commit"] for seed, one in zip(args.seeds, found, strict=True)}
-        results |= {key: found[-1][key] for key in ("task", "task_options", "levels", "versions", "hardware", "commit")}
+        where = ("versions", "hardware", "commit")
+        results["ablation"][name] = [run | {key: one[key] for key in where} for one in found for run in one["runs"]]
+        results |= {key: found[-1][key] for key in ("task", "task_options", "levels", *where)}
         write_json(args.output_dir / "results.json", results)
     draw_ablation(results, args.output_dir / "accuracy.svg")
     print_ablation(results)

@@ -19,6 +19,7 @@ Writes results.json and report.html into output_dir.
 
 import argparse
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -54,7 +55,7 @@ from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.recipe_options import command_line, read_config, read_options, recipe_parser
 from hf_thinktok.report import Run, write_report
-from hf_thinktok.results import environment, write_json
+from hf_thinktok.results import digest, environment, read_json, weights_in, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.text import ReportArguments, TextArguments, check_column, unseen_text
 
@@ -140,21 +141,32 @@ class Grid:
             return None
 
 
-def train(arm: str, seed: int, config: dict[str, Any], folder: Path, launcher: str | None) -> dict[str, Any]:
-    """Trains one arm unless it is trained, and gives the end of its log."""
+def origin(script: TextArguments, model: ModelConfig) -> dict[str, str]:
+    """What is in the files that arms are made of, which may change under their names."""
+    files = [Path(found) for name in script.data_files or () for found in ([name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)))]
+    return {"model": digest(weights_in(Path(resolve_model(model.model_name_or_path)))), "text": digest(files)}
+
+
+def train(arm: str, seed: int, config: dict[str, Any], folder: Path, launcher: str | None, made_of: dict[str, str]) -> dict[str, Any]:
+    """Trains one arm unless it is trained, and gives the end of its log, with the code and machine that it was begun with."""
     config = config | {"seed": seed, "output_dir": str(folder)}
-    told, state = folder / "config.yaml", folder / "trainer_state.json"
+    told, state, begun = folder / "config.yaml", folder / "trainer_state.json", folder / "origin.json"
     if told.exists() and yaml.safe_load(told.read_text()) != config:
         raise ValueError(f"{folder} holds a run with other settings: name another output_dir, or remove that folder.")
+    if begun.exists() and read_json(begun)["made_of"] != made_of:
+        raise ValueError(f"{folder} holds a run of another model or text, as files have changed since: name another output_dir, or remove that folder.")
     if not state.exists():
         folder.mkdir(parents=True, exist_ok=True)
         told.write_text(yaml.safe_dump(config))
+        if not begun.exists():
+            write_json(begun, {"made_of": made_of, **environment()})
         command = [sys.executable, "-m", "accelerate.commands.launch", *(["--config_file", launcher] if launcher else []), str(PRETRAIN), "--config", str(told)]
         if checkpoint := newest_checkpoint(str(folder)):
             command += ["--resume_from_checkpoint", checkpoint]
         if run(command, folder / "log.txt", f"{arm}, seed {seed}"):
             raise ValueError(f"The arm {arm} of seed {seed} failed: {folder / 'log.txt'} says why.")
-    return json.loads(state.read_text())["log_history"][-1]
+    where = {name: value for name, value in read_json(begun).items() if name != "made_of"} if begun.exists() else {}  # an older run has none
+    return json.loads(state.read_text())["log_history"][-1] | where
 
 
 def run(command: list[str], log: Path, label: str) -> int:
@@ -181,12 +193,16 @@ def load(name: str, revision: str | None, args: ThinkTokConfig) -> tuple[Any, An
     return model, tokenizer
 
 
-def digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset, revision: str | None = None) -> Evaluation:
-    """What an arm does on the test part: measured, or from its file where that has the same settings."""
+def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset, base: str, revision: str | None = None) -> Evaluation:
+    """What an arm does on the test part: measured, or from its file where that has the same settings.
+
+    Args:
+        base: the digest of the weights that all arms start from.
+    """
     args, arms = grid.options["think"][1], grid.options
     asked = {
         "max_length": args.max_length, "rows_per_document": chosen.rows_per_document, "num_forks": args.num_forks,
@@ -194,7 +210,8 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
     }  # fmt: skip
     # A model's name may be a path of this machine's, and settings are published.
-    measured = {"model": digest(source if revision is None else f"{source}@{revision}"), "text": digest(*(row["text"] for row in test))}
+    name = "\0".join([source, str(revision), base, digest(weights_in(Path(resolve_model(source))))])
+    measured = {"model": digest_of(name), "text": digest_of("\0".join(row["text"] for row in test))}
     if path.exists():
         found = Evaluation.load(path)
         if (asked | measured).items() <= found.settings.items():
@@ -219,15 +236,16 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
         raise ValueError("There is no text to report on: set test_documents, or test_files.")
     test = unseen_text(script, chosen.test_files)
     grid = Grid(recipe, chosen.arms or {})
-    base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test, model.model_revision)
+    made_of = origin(script, model)
+    base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test, made_of["model"], model.model_revision)
     evaluations: dict[str, dict[int, Evaluation]] = {"base": dict.fromkeys(chosen.seeds, base)} | {arm: {} for arm in grid.configs}
     logs: dict[str, dict[str, Any]] = {arm: {} for arm in grid.configs}
     bf16, where = fit_to_cpu(args).bf16, environment()
     for done, seed in enumerate(chosen.seeds, 1):
         for arm, config in grid.configs.items():
             folder = output / f"{arm}-seed{seed}"
-            logs[arm][str(seed)] = train(arm, seed, config, folder, chosen.accelerate_config)
-            evaluations[arm][seed] = measure(arm, str(folder), folder / "evaluation.npz", grid, chosen, test)
+            logs[arm][str(seed)] = train(arm, seed, config, folder, chosen.accelerate_config, made_of)
+            evaluations[arm][seed] = measure(arm, str(folder), folder / "evaluation.npz", grid, chosen, test, made_of["model"])
         evaluations["base"] = dict.fromkeys(chosen.seeds[:done], base)
         results = {
             "comparison": Comparison(evaluations).summary(), "training": grid.costs(logs), "arms": grid.configs, "settings": base.settings | asdict(chosen),

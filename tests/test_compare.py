@@ -13,6 +13,7 @@ from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl import ModelConfig
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.dry_run import count_flops
@@ -20,7 +21,7 @@ from hf_thinktok.evaluation import Evaluation
 from hf_thinktok.evaluation.comparison import AT_RANDOM, SILENT, Comparison
 from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict, print_evaluation
 from hf_thinktok.plan import step_flops
-from hf_thinktok.results import COMPLETE_FILE, as_text
+from hf_thinktok.results import COMPLETE_FILE, as_text, digest, weights_in
 from hf_thinktok.text import TextArguments, load_text, split
 
 pytestmark = pytest.mark.timeout(900)  # the comparison that most tests look at is five trainings
@@ -326,7 +327,7 @@ def test_an_arm_goes_on_from_a_checkpoint_that_is_whole(tmp_path, monkeypatch):
     for step in (3, 5):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-3" / COMPLETE_FILE).touch()
-    script.train("think", 0, {}, tmp_path, None)
+    script.train("think", 0, {}, tmp_path, None, {})
     assert commands[0][-2:] == ["--resume_from_checkpoint", str(tmp_path / "checkpoint-3")]
 
 
@@ -356,10 +357,42 @@ def test_another_base_is_measured_again(grid, monkeypatch):
     test = split(load_text(grid_of_arms.options["think"][0]), grid_of_arms.options["think"][0]).test
     chosen = script.CompareArguments(num_samples=own["num_samples"])
     name, revision = config["model_name_or_path"], grid_of_arms.options["think"][2].model_revision
-    script.measure("base", name, path, grid_of_arms, chosen, test, revision)
-    for other in (("/some/other/model", revision), (name, "another")):
+    weights = digest(weights_in(Path(name)))
+    script.measure("base", name, path, grid_of_arms, chosen, test, weights, revision)
+    for other in (("/some/other/model", weights, revision), (name, "0123", revision), (name, weights, "another")):
         with pytest.raises(LookupError, match=other[0]):
-            script.measure("base", other[0], path, grid_of_arms, chosen, test, other[1])
+            script.measure("base", other[0], path, grid_of_arms, chosen, test, *other[1:])
+    file = folder / "model" / "model.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(LookupError, match=name):  # other weights in the same place
+        script.measure("base", name, path, grid_of_arms, chosen, test, weights, revision)
+    file.write_bytes(kept)
+
+
+def test_an_arm_is_of_the_files_and_the_code_that_it_was_begun_with(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    script, commits = importlib.import_module("compare"), iter("ab")
+    monkeypatch.setattr("hf_thinktok.results._commit", lambda: next(commits))
+    monkeypatch.setattr(script, "run", lambda command, log, label: (log.parent / "trainer_state.json").write_text('{"log_history": [{"loss": 1.0}]}') and 0)
+    save_tiny(tmp_path / "model")
+    text, model = tmp_path / "text[1].txt", ModelConfig(model_name_or_path=str(tmp_path / "model"))
+    text.write_text("one\ntwo")
+    found = [script.origin(TextArguments(data_files=[str(text)]), model)]
+    for _ in range(2):
+        log = script.train("think", 0, {}, tmp_path / "out", None, found[0])
+        assert log["commit"] == "a"
+        assert {"loss", "hardware", "versions"} <= log.keys()
+    text.write_text("one\nthree")
+    found.append(script.origin(TextArguments(data_files=[str(text)]), model))
+    text.write_text("one\ntwo")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    found.append(script.origin(TextArguments(data_files=[str(tmp_path / "*.txt")]), model))
+    assert len({one["text"] for one in found}) == len({one["model"] for one in found}) == 2
+    for other in found[1:]:
+        with pytest.raises(ValueError, match="another model or text"):
+            script.train("think", 0, {}, tmp_path / "out", None, other)
 
 
 @pytest.mark.parametrize(

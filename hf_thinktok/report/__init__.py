@@ -18,7 +18,7 @@ from ..evaluation.inspection import InspectedToken, inspect_text
 from ..evaluation.tables import comparison_says, comparison_tables, evaluation_says, evaluation_tables, in_order, placed
 from ..evaluation.thinking import PLACED, own_arm, own_length, pieces
 from ..peft import load_whole
-from ..results import run_table, verdict, where, whole_results, write_json, written_whole
+from ..results import run_table, verdict, weights_in, where, whole_results, write_json, written_whole
 from ..text import TextArguments, unseen_text
 from .charts import draw_costs, draw_curves, draw_intervals
 
@@ -73,8 +73,9 @@ class Run:
         """Inspects held-out text, or takes what was inspected before of the same text by the same weights."""
         file = folder / "inspection.json"
         model = folder / f"think-seed{self.results['seeds'][0]}" if "comparison" in self.results else folder
-        weights = {one.name: [one.stat().st_size, one.stat().st_mtime_ns] for kind in ("*.safetensors", "*.bin") for one in model.glob(kind)}
-        of = {"documents": documents, "max_length": max_length, "weights": weights, "config": self.results.get("config")}
+        weights = {one.name: [one.stat().st_size, one.stat().st_mtime_ns] for one in weights_in(model)}
+        text = {name: self.results.get("settings", {}).get(name) for name in ("text", "test_files")}
+        of = {"documents": documents, "max_length": max_length, "weights": weights, "text": text, "config": self.results.get("config")}
         seen = json.loads(file.read_text()) if file.exists() else {}
         if "of" not in seen or seen["of"] != of:
             try:
@@ -118,7 +119,7 @@ class Run:
         told = {name: results[name] for name in ("model", "config", "arms", "settings", "seeds", "versions", "hardware", "commit") if name in results}
         shown = {name: [(title, data) for title, data in group if data] for name, group in (("pictures", pictures), ("more", more))}
         return {
-            "name": self.name, "number": number, "says": says, "where": f"{where(results)}; commit {results['commit']}", "texts": self.texts,
+            "name": self.name, "number": number, "says": says, "where": where(results), "texts": self.texts,
             "tables": [as_cells(table) for table in tables], "note": self.note, "settings": json.dumps(told, indent=2), **shown,
         }  # fmt: skip
 
