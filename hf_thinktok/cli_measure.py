@@ -45,7 +45,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     from .evaluation import evaluate_thinking
     from .evaluation.tables import print_evaluation
-    from .results import environment, write_json
+    from .results import changed_options, environment, write_json
     from .text import ReportArguments, TextArguments, load_text, split, unseen_text
 
     # What can be wrong is looked at before the weights are read.
@@ -70,7 +70,7 @@ def run_eval(args: argparse.Namespace) -> None:
         names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
         chosen = {name: getattr(args, name) for name in names}
         found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
-    results = {"evaluation": found.summary(), "model": args.model, **environment()}
+    results = {"evaluation": found.summary(), "model": args.model, "config": changed_options(text, report), **environment()}
     print_evaluation(results)
     if args.output is not None:
         with usage():

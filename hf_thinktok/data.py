@@ -81,6 +81,8 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
     if isinstance(dataset, IterableDataset):
         if name == "train" and args.max_steps <= 0:
             raise ValueError("A streaming data set has no length: set max_steps.")
+        if name != "train" and args.world_size > 1:  # its last batch would be filled up, and nobody could tell with what
+            raise ValueError(f"The {name} data set is streamed, and {args.world_size} processes would count rows twice: give a Dataset.from_list(list(rows)).")
         head = list(dataset.take(STREAMED_ROWS))
     elif isinstance(dataset, Dataset):
         if len(dataset) == 0:

@@ -29,7 +29,8 @@ ABSENT = "-"
 ESTIMATORS = {
     "information": "bits, plug-in: from relative frequencies",
     "shuffled": f"the same estimate, answers or states shuffled over the questions, mean of {INFORMATION_SHUFFLES}: what chance alone gives",
-    "information_miller_madow": "plug-in, each entropy plus (distinct values - 1) / (2 questions ln 2)",
+    "information_miller_madow": "plug-in, each entropy plus (distinct values - 1) / (2 questions ln 2); null where a thought and its answer come together "
+    "less than twice on average, as it then corrects nothing",
     "topographic_similarity": f"Spearman correlation of distances over pairs of questions; null: mean and 95 % interval of {SIMILARITY_SHUFFLES} shuffles",
 }
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -98,6 +99,7 @@ def describe_language(
             }
         )
 
+    bias = (meanings_2M.shape[1] + 1 - len(words) - len(values)) / (2 * questions * math.log(2))
     # Where lengths differ, the length says something as well: capacity counts the thoughts of at most L tokens.
     capacity = length * math.log2(num_tokens) if present_QL.all() else math.log2(sum(num_tokens**tokens for tokens in range(length + 1)))
     answer_entropy = _entropy(answer_codes_Q)
@@ -117,7 +119,7 @@ def describe_language(
         "capacity": capacity,
         "information": told[-1],
         "information_shuffled": _shuffled_information(thought_codes_Q, answer_codes_Q, orders_SQ),
-        "information_miller_madow": told[-1] + (len(words) + len(values) - meanings_2M.shape[1] - 1) / (2 * questions * math.log(2)),
+        "information_miller_madow": told[-1] - bias if questions >= 2 * meanings_2M.shape[1] else None,
         "channel_use": told[-1] / capacity if capacity else None,
         "answer_share": told[-1] / answer_entropy if answer_entropy else None,
         # Both are over what occurs: thoughts per answer, and the share of questions whose thought occurs with several answers.

@@ -337,9 +337,13 @@ def hows_of(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """What the figures of a run carry, at two standard errors over documents."""
+    """What the figures of a run carry: a t test at 5 %, over documents. Fewer than five of them carry nothing, as in intervals."""
+    from .evaluation.intervals import FEWEST, t_quantile
+
+    documents = int(results["documents"])
+    margin = t_quantile(0.975, documents - 1) if documents >= FEWEST else math.nan
     gain, over_random = (results[name] for name in ("gain", "gain_over_random"))
-    sure, sure_over_random = (2 * results[f"{name}_stderr"] for name in ("gain", "gain_over_random"))
+    sure, sure_over_random = (margin * results[f"{name}_stderr"] for name in ("gain", "gain_over_random"))
     if results["config"].get("thoughts") == "filler":
         return conclusion(gain > sure, gain < -sure, False, ALL_ALIKE)
     return conclusion(

@@ -20,7 +20,6 @@ Writes results.json and report.html into output_dir.
 import argparse
 import functools
 import glob
-import hashlib
 import json
 import os
 import re
@@ -50,6 +49,7 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import ARMS, Comparison
 from hf_thinktok.evaluation.tables import print_comparison
+from hf_thinktok.evaluation.thinking import digest_of
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
@@ -193,10 +193,6 @@ def load(name: str, revision: str | None, args: ThinkTokConfig) -> tuple[Any, An
     return model, tokenizer
 
 
-def digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset, base: str, revision: str | None = None) -> Evaluation:
     """What an arm does on the test part: measured, or from its file where that has the same settings.
 
@@ -210,8 +206,8 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
     }  # fmt: skip
     # A model's name may be a path of this machine's, and settings are published.
-    name = "\0".join([source, str(revision), base, digest(weights_in(Path(resolve_model(source))))])
-    measured = {"model": digest_of(name), "text": digest_of("\0".join(row["text"] for row in test))}
+    model_digest = digest_of([source, str(revision), base, digest(weights_in(Path(resolve_model(source))))])
+    measured = {"model": model_digest, "text": digest_of(row["text"] for row in test)}
     if path.exists():
         found = Evaluation.load(path)
         if (asked | measured).items() <= found.settings.items():

@@ -20,6 +20,7 @@ from trl import SFTConfig
 import hf_thinktok.loading as loading_module
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.cli import main
+from hf_thinktok.data import check_dataset
 from hf_thinktok.distributed import check_launcher
 from hf_thinktok.loading import check_arguments
 from hf_thinktok.results import COMPLETE_FILE
@@ -1295,3 +1296,9 @@ def test_a_best_checkpoint_within_a_rollout(make_config):
         make_config(eval_steps=3, **options)
     one_sentence(error, "eval_steps must be a multiple of num_iterations")
     make_config(eval_steps=4, **options)
+
+
+def test_processes_do_not_divide_a_stream_to_evaluate_on():
+    rows, args = Dataset.from_dict({"text": ["a b c"]}).to_iterable_dataset(), SimpleNamespace(world_size=2, max_steps=1)
+    with pytest.raises(ValueError, match=r"eval data set is streamed, and 2 processes .*Dataset.from_list"):
+        check_dataset(rows, "eval", args, None)

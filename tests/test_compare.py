@@ -126,7 +126,7 @@ CONTROL_ARMS = ("cpt", "cpt_flops", "filler", f"think{SILENT}", f"think{AT_RANDO
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)), "Thinking helps: it beats every control."),
+        (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)), "Thinking helps: it beats every control, in the one seed that was run."),
         (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"base": (-0.2, -0.1)}, "Thinking helps"),
         (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"cpt_flops": (-0.1, 0.2)}, "cannot be told apart from cpt_flops; it beats cpt, filler"),
         (dict.fromkeys(CONTROL_ARMS, (0.1, 0.2)) | {"cpt": (-0.2, -0.1)}, "No gain from thinking is shown: it loses to cpt; it beats cpt_flops"),
@@ -141,6 +141,8 @@ def test_verdict_needs_every_control(gains, words):
 def test_an_arm_is_beaten_by_all_seeds_or_not_at_all():
     """Intervals are over documents, and leave seeds out."""
     gains = {arm: {"low": 0.1, "high": 0.2, "seeds": {str(seed): {"bits_per_token": 0.15} for seed in range(2)}} for arm in CONTROL_ARMS}
+    verdict = "Thinking helps: it beats every control."
+    assert comparison_verdict({"gains": {f"think over {arm}": gain for arm, gain in gains.items()}}) == verdict
     gains["filler"]["seeds"] = {"0": {"bits_per_token": 0.4}, "1": {"bits_per_token": -0.1}}
     gains["cpt_flops"]["seeds"] = {"0": {"bits_per_token": 0.25}, "1": {"bits_per_token": 0.05}}  # on one side, and as far from each other as from 0
     assert "its seeds leave open how it stands against cpt_flops, filler; it beats cpt, think" in comparison_verdict(
@@ -160,6 +162,18 @@ def test_one_document_has_no_interval(capsys):
     print_evaluation({"evaluation": evaluation(0, 0.5, documents=1).summary()})
     assert "+0.7" in (printed := capsys.readouterr().out)
     assert "nan" not in printed
+
+
+def test_a_control_at_fewer_places_says_at_how_many(capsys):
+    """Its bits are not those of the rows beside it."""
+    one = evaluation(0, 0.5)
+    places = len(one.documents_F)
+    one.logps["earlier"] = np.where(np.arange(places) % 4, one.logps["always"], np.nan)
+    one.correct["earlier"] = np.zeros(places)
+    print_evaluation({"evaluation": one.summary()})
+    printed = capsys.readouterr().out
+    assert f"from an earlier place of the row, {places * 3 // 4} places" in printed
+    assert printed.count(" places") == 2, "there, and in the title"
 
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):

@@ -58,13 +58,20 @@ def test_results_say_where_they_come_from():
     [(0.1, 0.1, "matters"), (0.1, 0.01, "not shown to matter"), (-0.1, 0.1, "hurts"), (0.01, 0.1, "told from zero"), (0.01, 0.0, "told from zero")],
 )
 def test_verdict_needs_two_standard_errors(gain, over_random, words):
-    figures = {"gain": gain, "gain_stderr": 0.02, "gain_over_random": over_random, "gain_over_random_stderr": 0.02, "config": {}}
+    figures = {"gain": gain, "gain_stderr": 0.02, "gain_over_random": over_random, "gain_over_random_stderr": 0.02, "config": {}, "documents": 60}
     assert words in verdict(figures)
+
+
+@pytest.mark.parametrize(("documents", "gain", "sure"), [(60, 0.041, True), (60, 0.039, False), (8, 0.046, False), (8, 0.048, True), (4, 1.0, False)])
+def test_few_documents_need_more(documents, gain, sure):
+    """Student's t for 59 and 7 degrees of freedom is 2.00 and 2.36."""
+    figures = {"gain": gain, "gain_stderr": 0.02, "gain_over_random": 0.0, "gain_over_random_stderr": 0.02, "config": {}, "documents": documents}
+    assert ("Thinking helps" in verdict(figures)) == sure
 
 
 def test_what_is_thought_matters_neither_for_fillers_nor_where_nothing_else_could_be():
     """A filler has unfamiliar tokens for its random thoughts, and one token nothing that differs from it."""
-    helps = {"gain": 0.1, "gain_stderr": 0.02, "gain_over_random": 0.1, "gain_over_random_stderr": 0.02, "config": {"thoughts": "filler"}}
+    helps = {"gain": 0.1, "gain_stderr": 0.02, "gain_over_random": 0.1, "gain_over_random_stderr": 0.02, "documents": 60, "config": {"thoughts": "filler"}}
     assert "the time, or any change of its input" in verdict(helps)
     assert "not shown to matter" in verdict(helps | {"gain_over_random": 0.0, "gain_over_random_stderr": 0.0, "config": {"num_think_tokens": 1}})
     assert "told from zero" in verdict(helps | {"gain_stderr": float("nan")})

@@ -126,7 +126,8 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
         plain = logps_of(model, ids)[fork]
         assert found.entropy_F[k] == pytest.approx(-(plain.exp() * plain).sum().item(), abs=1e-4)
     assert 0 < found.correct["always"].sum() < found.tokens_F.sum()
-    assert found.bytes_per_token == pytest.approx(len(tokenizer.decode(ids).encode()) / len(ids))
+    judging = [token for fork in forks_BK[0].tolist() for token in ids[fork + 1 : fork + 1 + lookahead]]
+    assert found.bytes_per_token == pytest.approx(sum(len(tokenizer.decode(token).encode()) for token in judging) / len(judging))
     assert (found.lengths_F >= 1).all() or not blind
 
 
@@ -165,8 +166,6 @@ def test_without_thoughts_nothing_depends_on_batches_or_samples(model):
     assert "other_document" not in one.logps  # a batch of one row has none
     first = evaluate_thinking(model, tokenizer, TEXT, max_length=16, rows_per_document=1, num_forks=4, num_samples=1)
     assert len(first.documents_F) == 4 * len(TEXT) < len(one.documents_F)
-    rows = [tokenizer(row["text"])["input_ids"][:16] for row in TEXT]
-    assert first.bytes_per_token == pytest.approx(sum(len(tokenizer.decode(ids).encode()) for ids in rows) / sum(map(len, rows)))
     assert np.isfinite(two.logps["other_document"]).any()
 
 
@@ -204,13 +203,17 @@ def test_a_shuffled_thought_is_in_another_order(length):
     assert (shuffled != rollout.thoughts_BKGL).any(-1).all()
 
 
-def test_a_begin_of_text_has_no_bytes(model):
+def test_bytes_are_those_of_the_tokens_that_judge(model):
+    """Bits per byte divide the bits of the judged tokens by their own bytes: rows of longer words do not lend theirs, and an end of text has none."""
     model, tokenizer = model
-    plain = evaluate_thinking(model, tokenizer, TEXT, num_forks=2, num_samples=0).bytes_per_token
-    begins = copy.deepcopy(tokenizer)
-    begins.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begins.eos_token} $A", special_tokens=[(begins.eos_token, begins.eos_token_id)])
-    assert begins("a")["input_ids"][0] == begins.eos_token_id
-    assert evaluate_thinking(model, begins, TEXT, num_forks=2, num_samples=0).bytes_per_token == pytest.approx(plain)
+    ends = copy.deepcopy(tokenizer)
+    ends.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {ends.eos_token}", special_tokens=[(ends.eos_token, ends.eos_token_id)])
+    texts = ["é" * 3, TEXT[0]["text"] * 2]
+    rows = [ends(text)["input_ids"] for text in texts]
+    found = evaluate_thinking(model, ends, texts, num_forks=max(map(len, rows)), num_samples=0, lookahead=1)
+    assert len(found.documents_F) == sum(len(ids) - 1 for ids in rows), "each token but the first is judged once"
+    first = sum(len(ends.decode(ids[0]).encode()) for ids in rows if not ends.decode(ids[0]).endswith("\N{REPLACEMENT CHARACTER}"))
+    assert found.bytes_per_token * len(found.documents_F) == pytest.approx(sum(len(text.encode()) for text in texts) - first)
 
 
 def test_every_row_of_a_text_begins_as_the_text_does(model):
@@ -220,7 +223,7 @@ def test_every_row_of_a_text_begins_as_the_text_does(model):
     begins.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begins.eos_token} $A", special_tokens=[(begins.eos_token, begins.eos_token_id)])
     ids = begins(TEXT[0]["text"])["input_ids"]
     for limit in (None, 2):
-        rows = [row for _, row in _rows(begins, TEXT[:1], "text", 8, limit)[0]]
+        rows = [row for _, row in _rows(begins, [TEXT[0]["text"]], 8, limit)]
         assert {row[0] for row in rows} == {begins.bos_token_id}
         assert [token for row in rows for token in row[1:]] == ids[1 : None if limit is None else 1 + 7 * limit]
         assert max(map(len, rows)) == 8

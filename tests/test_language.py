@@ -129,6 +129,7 @@ def test_chance_and_correction_measure_the_bias():
     # A thought of its own for each question has all of the answer, and as much by chance.
     report = describe(digits(np.arange(1000), 10, 3), answers, 10)
     assert report["information"] == pytest.approx(report["answer_entropy"]) == pytest.approx(report["information_shuffled"])
+    assert report["information_miller_madow"] is None, "nothing corrects a bias of all there is"
 
 
 def test_what_a_token_says_given_those_before():

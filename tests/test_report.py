@@ -19,7 +19,7 @@ from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text, print_inspection
 from hf_thinktok.report import Run, as_cells, for_page, write_page, write_report
 from hf_thinktok.report.charts import draw_costs
-from hf_thinktok.results import environment, run_table, verdict
+from hf_thinktok.results import environment, run_table
 
 TEXT = CORPUS[0] + ' <b>& "quoted"</b> </script><script>window.broken = true</script>'
 
@@ -334,15 +334,6 @@ def test_the_inspection_is_printed(folder, capsys):
     assert CORPUS[0].startswith(text)
     assert "Over 11 tokens thinking saves" in printed
     assert "likeliest after the thought" in (folder / "one.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("gain", "over_random", "words"),
-    [(0.03, 0.1, "told from zero"), (0.05, 0.03, "not shown to matter"), (0.05, 0.05, "matters."), (-0.03, 0.1, "told from zero")],
-)
-def test_verdict_needs_two_standard_errors(gain, over_random, words):
-    figures = {"gain": gain, "gain_stderr": 0.02, "gain_over_random": over_random, "gain_over_random_stderr": 0.02, "config": {}}
-    assert words in verdict(figures)
 
 
 def test_what_thinking_saves_is_printed():

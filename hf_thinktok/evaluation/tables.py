@@ -37,7 +37,8 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
         table.add_column(name, justify="left" if name == "thoughts" else "right")
     for arm, label in PLACED.items():
         if (one := found["arms"].get(arm)) is not None:
-            table.add_row(label, f"{one['bits_per_token']:.4f}", f"{one['bits_per_byte']:.4f}", f"{100 * one['accuracy']:.2f}")
+            fewer = one.get("forks", found["forks"]) < found["forks"]  # not to be compared with the rows beside it, but by the gains below
+            table.add_row(f"{label}, {one['forks']:,} places" if fewer else label, f"{one['bits_per_token']:.4f}", f"{one['bits_per_byte']:.4f}", f"{100 * one['accuracy']:.2f}")
             if "bits_per_token_marginal" in one and found["settings"]["num_samples"] > 1:
                 table.add_row(f"  mean probability of {found['settings']['num_samples']}", f"{one['bits_per_token_marginal']:.4f}", "", "")
     tables = [table]
@@ -192,6 +193,7 @@ def comparison_verdict(found: dict[str, Any]) -> str:
             told["it beats" if gain["low"] > 0 else "it loses to"].append(arm)
     told["it was not compared with"] = [arm for arm in needed if arm not in controls]
     if len(told["it beats"]) == len(needed):
-        return "Thinking helps: it beats every control."
+        seeds = min(len(gain["seeds"]) for gain in controls.values())
+        return f"Thinking helps: it beats every control{', in the one seed that was run' if seeds == 1 else ''}."
     parts = [f"{what} {', '.join(arms)}" for what, arms in told.items() if arms]
     return f"No gain from thinking is shown: {'; '.join(parts)}."

@@ -3,6 +3,7 @@
 Shape suffixes as in tree.py; S samples, F forks of the whole text.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -61,7 +62,7 @@ class Evaluation:
         entropy_F: entropy of the prediction without a thought, nats.
         kinds_F: what the first judged token is.
         lengths_F: (expected) thinking tokens where the model decides.
-        bytes_per_token: of the whole text, UTF-8.
+        bytes_per_token: of the judged tokens, UTF-8.
         settings: what it was measured with.
     """
 
@@ -100,7 +101,8 @@ class Evaluation:
             there_F = ~np.isnan(logps_F)
             tokens = self.tokens_F[there_F].sum()
             bits = -logps_F[there_F].sum() / tokens / math.log(2)
-            arms[arm] = {"bits_per_token": bits, "bits_per_byte": bits / self.bytes_per_token, "accuracy": self.correct[arm][there_F].sum() / tokens}
+            accuracy = self.correct[arm][there_F].sum() / tokens
+            arms[arm] = {"bits_per_token": bits, "bits_per_byte": bits / self.bytes_per_token, "accuracy": accuracy, "forks": int(there_F.sum())}
             if arm in self.marginal:
                 arms[arm]["bits_per_token_marginal"] = -self.marginal[arm].sum() / tokens / math.log(2)
         thoughts = [arm for arm in ("think", "always") if arm in self.logps]
@@ -190,7 +192,8 @@ def evaluate_thinking(
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     attach_head(base, vocabulary)
     branching = Branching(samples, length, ahead, blind=blind)
-    rows, num_bytes, num_tokens = _rows(tokenizer, dataset, text_field, min(max_length, room_for_text(base, length)), rows_per_document)
+    texts = _texts(dataset, text_field)
+    rows = _rows(tokenizer, texts, min(max_length, room_for_text(base, length)), rows_per_document)
     engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), max(len(ids) for _, ids in rows), num_forks)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
@@ -207,7 +210,8 @@ def evaluate_thinking(
         raise ValueError("There is no text to evaluate on: no document has two tokens of text.")
     settings = {
         "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
-        "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text_bytes": num_bytes, "engine": engine.name,
+        "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text": digest_of(texts),
+        "longest_row": len(rows[0][1]), "engine": engine.name,
         "thoughts": trained.get("thoughts", "discrete"), "stop": trained.get("stop", "learned"),
     }  # fmt: skip
     arms = [arm for arm in PLACED if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
@@ -220,7 +224,7 @@ def evaluate_thinking(
         entropy_F=joined["entropy"],
         kinds_F=joined["kinds"],
         lengths_F=joined["lengths"],
-        bytes_per_token=num_bytes / num_tokens,
+        bytes_per_token=joined["bytes"].sum() / joined["tokens"].sum(),
         settings=settings,
     )
 
@@ -282,26 +286,35 @@ def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
     return room
 
 
-def _rows(tokenizer, dataset, text_field: str, max_length: int, rows_per_document: int | None) -> tuple[list[tuple[int, list[int]]], int, int]:
-    """Each row's document and ids, the longest first, and the bytes and tokens of what is in rows."""
-    rows, num_bytes, num_tokens = [], 0, 0
+def digest_of(texts: Iterable[str]) -> str:
+    """Tells texts apart in settings, which are published and do not hold them."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def _texts(dataset, text_field: str) -> list[str]:
+    texts = []
     for document, one in enumerate([dataset] if isinstance(dataset, str) else dataset):
         text = one.get(text_field) if isinstance(one, dict) else one
         if not isinstance(text, str):
             there = f" (it has {', '.join(one)})" if isinstance(one, dict) else ""
             raise ValueError(f"Document {document} has no text in {text_field!r}{there}: name the column of the text with text_field, or give texts.")
-        encoded = tokenizer(text, return_special_tokens_mask=True)
-        ids = encoded["input_ids"]
+        texts.append(text)
+    return texts
+
+
+def _rows(tokenizer, texts: list[str], max_length: int, rows_per_document: int | None) -> list[tuple[int, list[int]]]:
+    """Each row's document and ids, the longest first."""
+    rows = []
+    for document, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"]
         begin = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []  # of every row, where of texts
         room = max_length - len(begin)
         kept = ids if rows_per_document is None else ids[: len(begin) + room * rows_per_document]
-        text = text if len(kept) == len(ids) else tokenizer.decode(kept, skip_special_tokens=True)
-        num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + encoded["special_tokens_mask"][: len(kept)].count(0)  # a BOS has no bytes
         rows += [(document, begin + kept[start : start + room]) for start in range(len(begin), len(kept), room)]
     rows = sorted((row for row in rows if len(row[1]) > 1), key=lambda row: (-len(row[1]), row[0]))
     if not rows:
         raise ValueError("There is no text to evaluate on: no document has two tokens.")
-    return rows, num_bytes, num_tokens
+    return rows
 
 
 def padded(rows: list[tuple[int, list[int]]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -357,9 +370,15 @@ def _measure(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.
     columns |= {f"marginal {arm}": flat(summed[arm].logsumexp(-1) - math.log(summed[arm].shape[-1])) for arm in ("think", "always") if arm in summed}
     columns |= {f"correct {arm}": flat(masked_sum(values_BKSH, mask_BKH[:, :, None]).mean(-1)) for arm, values_BKSH in found.correct.items()}
     texts_BT = [pieces(tokenizer, row) for row in tokens_BT.tolist()]
+    special = {*tokenizer.all_special_ids}  # these have a name and no bytes
+    sizes = [
+        [0 if i in special else len(text.encode()) for i, text in zip(ids, texts, strict=True)] for ids, texts in zip(tokens_BT.tolist(), texts_BT, strict=True)
+    ]
+    sizes_BKH = torch.tensor(sizes, device=mask_BKH.device).gather(1, places_BKH.flatten(1)).view(places_BKH.shape)
     return columns | {
         "documents": documents_BT.gather(1, forks_BK.clamp(min=0))[there_BK].cpu().numpy(),
         "tokens": mask_BKH.sum(-1)[there_BK].cpu().numpy(),
+        "bytes": sizes_BKH.where(mask_BKH, 0).sum(-1)[there_BK].cpu().numpy(),
         "entropy": flat(predicting(plain.entropy_M)[..., 0]),
         "kinds": np.array([kind_of(texts_BT[b][t]) for b, t in zip(there_BK.nonzero()[:, 0].tolist(), places_BKH[..., 0][there_BK].tolist(), strict=True)]),
         "lengths": flat(found.lengths_BK),
