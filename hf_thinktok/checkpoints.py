@@ -76,6 +76,10 @@ class CheckpointError(RunError):
     """There is no such checkpoint, or it does not fit the run."""
 
 
+class NoRepositoryError(ValueError):
+    """The Hub made no repository to push to."""
+
+
 class PushError(RuntimeError):
     """The Hub did not take what was uploaded."""
 
@@ -322,7 +326,7 @@ class CheckpointingTrainer(SFTTrainer):
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:
-            raise ValueError(
+            raise NoRepositoryError(
                 f"push_to_hub cannot make the repository ({first_line(error)}): mend that, or leave push_to_hub out and run `thinktok push` after training."
             ) from error
 
@@ -351,12 +355,13 @@ class CheckpointingTrainer(SFTTrainer):
             for entry in self.state.log_history:
                 metrics |= entry
             write_json(Path(self.args.output_dir, "training.json"), {"config": changed_options(self.args), "metrics": metrics} | environment())
+        self.save_model(_internal_call=True)  # the base class first makes the repository, which may fail
         try:
             with uploads_without(*NOT_PUSHED):
                 return super().push_to_hub(*args, **kwargs)
         except Exception as error:
-            folder = self.args.output_dir
-            raise PushError(f"{folder} is whole, but its upload failed: {first_line(error)} Go on with `thinktok push {folder} REPOSITORY`.") from error
+            folder, said = self.args.output_dir, first_line(error.__cause__ if isinstance(error, NoRepositoryError) and error.__cause__ else error)
+            raise PushError(f"{folder} is whole, but its upload failed: {said} Go on with `thinktok push {folder} REPOSITORY`.") from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():

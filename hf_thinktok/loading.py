@@ -29,7 +29,7 @@ from .config_checks import EVALUATED, POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
-from .peft import SPEAKER, has_adapter
+from .peft import SPEAKER, check_adapter, has_adapter
 from .results import unwritable
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
@@ -120,6 +120,7 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     if peft_config is not None and isinstance(model, PreTrainedModel):
         _check_base(model)
     if args.num_think_tokens != 0:
+        check_adapter(peft_config, two_adapters, args.beta)
         _check_plain(model=model, speaker=speaker, teacher=teacher)
     if args.thinks and peft_config is None:
         _check_learners(args, model, speaker)

@@ -16,6 +16,8 @@ from .tokens import ThinkingVocabulary, stored_options
 
 # The second model of `policies: split`, or the second adapter, and the folder it is saved in.
 SPEAKER = "speaker"
+# Ways to begin an adapter that take out of the base what they put into it.
+WRITE_INTO_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def add_speaker(model: PeftModel, peft_config: Any) -> None:
@@ -24,6 +26,28 @@ def add_speaker(model: PeftModel, peft_config: Any) -> None:
     for name, parameter in model.named_parameters():
         if is_speaker(name):
             parameter.requires_grad_(True)
+
+
+def check_adapter(peft_config: Any, split: bool, beta: float) -> None:
+    """Refuses kinds of adapters that would be trained for something else than what is run, measured or merged.
+
+    Args:
+        split: a second one is to stand on the same base.
+        beta: above 0 the base alone is a reference.
+
+    Raises:
+        ValueError: the option, and what to do.
+    """
+    if getattr(peft_config, "alora_invocation_tokens", None):
+        raise ValueError("alora_invocation_tokens works by where they are in rows of text, which trees of thoughts are not: leave it out.")
+    if getattr(peft_config, "layer_replication", None):
+        raise ValueError("layer_replication makes layers of the base's that share weights, and no merge can keep them apart: leave it out.")
+    start, biases = str(getattr(peft_config, "init_lora_weights", "")), getattr(peft_config, "bias", "none")
+    if (split or beta > 0) and start.startswith(WRITE_INTO_BASE):
+        needs = "a second adapter (policies=split) stands on" if split else "beta compares with"
+        raise ValueError(f"init_lora_weights={start} changes the base that {needs}: take another one, such as true.")
+    if beta > 0 and biases != "none":
+        raise ValueError(f"bias={biases} trains biases of the base that beta compares with: set bias=none, or beta=0.")
 
 
 def check_mergeable(model: PeftModel) -> None:

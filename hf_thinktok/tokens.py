@@ -213,6 +213,10 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
         raise ValueError(
             "The tokenizer has thinking tokens but the model has none: load both from the same checkpoint, or take the base model's own tokenizer."
         )
+    if existing is None:
+        _refuse_look_alikes(tokenizer)
+        if not getattr(config, "return_dict", True):
+            raise ValueError("The model's config has return_dict=False, and what it gives is looked up by name: set model.config.return_dict=True.")
     largest = max(tokenizer.get_vocab().values())
     if existing is not None:
         if tokenizer.convert_tokens_to_ids(TEMPLATE.format(0)) != existing.first_id or tokenizer.convert_tokens_to_ids(GUARD) != existing.guard_id:
@@ -231,6 +235,18 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
             )
     if largest >= num_rows:
         raise ValueError(f"The tokenizer has ids up to {largest} and the model {num_rows} embedding rows: they do not belong together.")
+
+
+def _refuse_look_alikes(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The guard is found in a text before tokens that are looked for in the normalized one, and would break those that it is a part of."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.content == GUARD or re.fullmatch(TEMPLATE.replace("|", r"\|").format(r"\d+"), token.content):
+            raise ValueError(f"The tokenizer has the token {token.content!r} already, which thinking tokens need for themselves: take one without it.")
+        if GUARD in token.content and token.normalized:
+            raise ValueError(
+                f"The tokenizer's token {token.content!r} would no longer be read, as thinking tokens begin with {GUARD!r} too: "
+                f"add it as AddedToken({token.content!r}, normalized=False), or under another name."
+            )
 
 
 def _ids_of_words(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
@@ -282,7 +298,7 @@ def _refuse_injection(tokenizer, vocabulary) -> None:
         if any(i in vocabulary.ids for i in tokenizer(text)["input_ids"]):
             raise ValueError(
                 f"{type(tokenizer).__name__} turns the literal text {text[:40]!r} into a thinking token, so anybody could write the model's thoughts. "
-                "Use a fast tokenizer (`AutoTokenizer.from_pretrained(..., use_fast=True)`)."
+                "It needs a tokenizer of the tokenizers library (one with a tokenizer.json, a PreTrainedTokenizerFast)."
             )
 
 

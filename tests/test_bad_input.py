@@ -19,6 +19,7 @@ from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
+from hf_thinktok.checkpoints import PushError
 from hf_thinktok.cli import main
 from hf_thinktok.data import check_dataset
 from hf_thinktok.distributed import check_launcher
@@ -1302,3 +1303,43 @@ def test_processes_do_not_divide_a_stream_to_evaluate_on():
     rows, args = Dataset.from_dict({"text": ["a b c"]}).to_iterable_dataset(), SimpleNamespace(world_size=2, max_steps=1)
     with pytest.raises(ValueError, match=r"eval data set is streamed, and 2 processes .*Dataset.from_list"):
         check_dataset(rows, "eval", args, None)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "words"),
+    [
+        ({"alora_invocation_tokens": [5, 6]}, {}, "alora_invocation_tokens works by where they are"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, {}, "layer_replication makes layers"),
+        ({"init_lora_weights": "pissa"}, {"beta": 0.1}, "init_lora_weights=pissa changes the base that beta compares with"),
+        ({"init_lora_weights": "olora"}, {"policies": "split", "gradient_checkpointing": False}, r"init_lora_weights=olora changes the base that a second adapter \(policies=split\) stands on"),
+        ({"bias": "lora_only"}, {"beta": 0.1}, "bias=lora_only trains biases of the base that beta compares with"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_adapters_that_would_be_trained_for_something_else(make_trainer, adapter, options, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(peft_config=LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | adapter), **options)
+
+
+def test_a_model_that_gives_tuples(make_trainer):
+    model = tiny_model(vocab_size=len(tiny_tokenizer()))
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="set model.config.return_dict=True"):
+        make_trainer(model=model)
+
+
+def test_a_push_without_a_hub_leaves_the_trained_model(make_trainer, monkeypatch):
+    """The base class makes the repository before it saves anything."""
+
+    def nobody(*args, **kwargs):
+        raise ConnectionError("There is no network.")
+
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", nobody)
+    with pytest.raises(PushError, match=r"is whole, but its upload failed: There is no network. Go on with `thinktok push") as error:
+        trainer.push_to_hub()
+    assert "leave push_to_hub out" not in str(error.value)
+    saved = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], weight, atol=0, rtol=0)

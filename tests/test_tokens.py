@@ -16,6 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
@@ -215,6 +216,25 @@ def test_new_rows_are_distinct_thoughts_of_ordinary_size(family, options, num_to
     assert mass_M.max() < 0.5  # nowhere does the model only think
     # Calibrated on contexts some of which end in a thought.
     assert THINK_MASS / 2 < think_mass_of(*scores(model, tokenizer, vocabulary, thoughts_every=THOUGHTS_EVERY)).mean() < THINK_MASS * 2
+
+
+def test_tokens_of_the_users_own_that_begin_as_thoughts_do_are_read_as_before_or_refused():
+    """The guard is matched in the text as it stands, others in what the normalizer makes of it, and so later."""
+    text, own = "a<|think_start|>b", "<|think_start|>"
+    for kept in (AddedToken(own, normalized=False), AddedToken(own, special=True, normalized=False)):
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens([kept])
+        before = tokenizer(text)["input_ids"]
+        add_thinking_tokens(tiny_model(vocab_size=len(tokenizer)), tokenizer, 4)
+        assert tokenizer(text)["input_ids"] == before
+    for broken, words in ((own, "normalized=False"), ("<|think_", "already"), ("<|think_3|>", "already")):
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens([broken])
+        size, before = len(tokenizer), tokenizer(text)["input_ids"]
+        for _ in range(2):
+            with pytest.raises(ValueError, match=re.escape(repr(broken)) + ".*" + words):
+                add_thinking_tokens(tiny_model(vocab_size=size), tokenizer, 4)
+        assert (len(tokenizer), tokenizer(text)["input_ids"]) == (size, before)
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])

@@ -38,7 +38,12 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
     for arm, label in PLACED.items():
         if (one := found["arms"].get(arm)) is not None:
             fewer = one.get("forks", found["forks"]) < found["forks"]  # not to be compared with the rows beside it, but by the gains below
-            table.add_row(f"{label}, {one['forks']:,} places" if fewer else label, f"{one['bits_per_token']:.4f}", f"{one['bits_per_byte']:.4f}", f"{100 * one['accuracy']:.2f}")
+            table.add_row(
+                f"{label}, {one['forks']:,} places" if fewer else label,
+                f"{one['bits_per_token']:.4f}",
+                f"{one['bits_per_byte']:.4f}",
+                f"{100 * one['accuracy']:.2f}",
+            )
             if "bits_per_token_marginal" in one and found["settings"]["num_samples"] > 1:
                 table.add_row(f"  mean probability of {found['settings']['num_samples']}", f"{one['bits_per_token_marginal']:.4f}", "", "")
     tables = [table]
