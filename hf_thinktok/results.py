@@ -213,7 +213,8 @@ def environments(results: Any) -> list[dict[str, Any]]:
 def where(results: dict[str, Any]) -> str:
     """The machines, the libraries and the code of a run, or of its parts."""
     every = environments(results)
-    commits = [one["commit"] for one in every] + [commit for seeds in results.get("commits", {}).values() for commit in seeds.values()]
+    parts = results.get("commits", {}).values()  # of runs, or of runs by seed
+    commits = [one["commit"] for one in every] + [commit for part in parts for commit in (part.values() if isinstance(part, dict) else [part])]
     libraries = (f"torch {one['versions']['torch']}, transformers {one['versions']['transformers']}" for one in every)
     told = [dict.fromkeys(map(machine, every)), dict.fromkeys(libraries), dict.fromkeys((commit or "unknown")[:12] for commit in commits)]
     machines, versions, codes = (" and ".join(one) for one in told)
