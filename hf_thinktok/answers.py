@@ -32,7 +32,7 @@ class Answers:
     """What came of each row, in the order of the data.
 
     Attributes:
-        correct_D: whether every token of the completion was the model's first choice.
+        correct_D: whether every token of the completion was the model's first choice; with `stop=learned` at lengths that together are likelier than not.
         thoughts_DL: the thoughts, numbers from 0 (those of text are vocabulary ids), padded with -1; nothing else for thoughts that are no tokens. With
             `stop=learned` those of the likeliest length.
         lengths_D: (expected) thinking tokens.

@@ -169,6 +169,15 @@ def test_without_thoughts_nothing_depends_on_batches_or_samples(model):
     assert np.isfinite(two.logps["other_document"]).any()
 
 
+def test_more_places_than_a_row_has_are_all_of_them(model):
+    """And cost no more: a tree of ten thousand places would not end."""
+    model, tokenizer = model
+    every, more = (evaluate_thinking(model, tokenizer, TEXT[:2], max_length=16, num_forks=forks, num_samples=1) for forks in (16, 10_000))
+    assert len(more.documents_F) > 16
+    for arm in ("no_think", "always", "random"):
+        np.testing.assert_allclose(more.logps[arm], every.logps[arm], atol=1e-6)
+
+
 def test_controls_are_what_they_say():
     vocabulary = thinker()[1]
     forks_BK = torch.tensor([[2, 5, 9], [1, 4, -1], [3, -1, -1], [-1, -1, -1]])

@@ -194,14 +194,16 @@ def evaluate_thinking(
     branching = Branching(samples, length, ahead, blind=blind)
     texts = _texts(dataset, text_field)
     rows = _rows(tokenizer, texts, min(max_length, room_for_text(base, length)), rows_per_document)
-    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), max(len(ids) for _, ids in rows), num_forks)
+    longest = len(rows[0][1])
+    places = min(num_forks, longest)
+    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), longest, places)
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
     batches = [padded(rows[start : start + batch_size], tokenizer.pad_token_id or 0, base.device) for start in range(0, len(rows), batch_size)]
     with evaluating(model):
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
-            forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), num_forks, "stride", generator)
+            forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), min(places, tokens_BT.shape[1]), "stride", generator)
             here = replace(branching, lookahead=min(ahead, tokens_BT.shape[1]))
             batch = _Batch(engine, model, vocabulary, here, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler)
             records.append(_measure(batch, tokenizer))
@@ -211,7 +213,7 @@ def evaluate_thinking(
     settings = {
         "max_length": max_length, "rows_per_document": rows_per_document, "num_forks": num_forks, "num_samples": num_samples, "max_think_length": length,
         "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text": digest_of(texts),
-        "longest_row": len(rows[0][1]), "engine": engine.name,
+        "longest_row": longest, "engine": engine.name,
         "thoughts": trained.get("thoughts", "discrete"), "stop": trained.get("stop", "learned"),
     }  # fmt: skip
     arms = [arm for arm in PLACED if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
