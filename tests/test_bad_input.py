@@ -1311,7 +1311,11 @@ def test_processes_do_not_divide_a_stream_to_evaluate_on():
         ({"alora_invocation_tokens": [5, 6]}, {}, "alora_invocation_tokens works by where they are"),
         ({"layer_replication": [[0, 2], [1, 2]]}, {}, "layer_replication makes layers"),
         ({"init_lora_weights": "pissa"}, {"beta": 0.1}, "init_lora_weights=pissa changes the base that beta compares with"),
-        ({"init_lora_weights": "olora"}, {"policies": "split", "gradient_checkpointing": False}, r"init_lora_weights=olora changes the base that a second adapter \(policies=split\) stands on"),
+        (
+            {"init_lora_weights": "olora"},
+            {"policies": "split", "gradient_checkpointing": False},
+            r"init_lora_weights=olora changes the base that a second adapter \(policies=split\) stands on",
+        ),
         ({"bias": "lora_only"}, {"beta": 0.1}, "bias=lora_only trains biases of the base that beta compares with"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
