@@ -95,16 +95,22 @@ def run_generate(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
     markers = marker_ids(args.think_after or trained.get("fork_markers", ()), tokenizer)
     thoughts, each = int(ends_of(markers, inputs)[0, :-1].sum()), trained.get("max_think_length", 1)
+    each = min([each, *(bound for bound in (args.max_think_length, args.max_total_think) if bound is not None)])
     if args.think_after and not thoughts:
         raise UsageError(f"None of --think_after {' '.join(map(repr, args.think_after))} ends within the prompt: look at how they are written.")
     length = inputs.shape[1] + thoughts * each
     room = longest_row(model) - length
     if room < 1:
         raise UsageError(f"The prompt has {length} tokens, which leaves no room in the model's context of {length + room}.")
+    before = 0  # thinking tokens in the prompt
     if thoughts:
         least = 0 if trained.get("stop") == "sampled" else None
-        inputs = think_while_reading(model, inputs, vocabulary, markers, each, least, **sampling)
+        bounds = {"max_total_think": args.max_total_think, "think_bias": args.think_bias}
+        read = think_while_reading(model, inputs, vocabulary, markers, each, least, **bounds, **sampling)
+        before, inputs = read.shape[1] - inputs.shape[1], read
         length = inputs.shape[1]
+        if args.max_total_think is not None:
+            budget.max_total_think = args.max_total_think - before
 
     start = time.perf_counter()
     output = model.generate(
@@ -119,7 +125,8 @@ def run_generate(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     total = output.shape[1] - length
     thought = int(vocabulary.is_thought(output[0, length:]).sum())
-    Console(stderr=True, highlight=False).print(f"{total - thought} tokens spoken, {thought} thought, {total / seconds:.1f} per second", style="dim")
+    read_with = f" and {before} while reading" if before else ""
+    Console(stderr=True, highlight=False).print(f"{total - thought} tokens spoken, {thought} thought{read_with}, {total / seconds:.1f} per second", style="dim")
 
 
 def add_merge(subparsers) -> None:

@@ -30,7 +30,7 @@ from .engine import ReplicatedEngine, TreeEngine
 from .forks import choose_forks, eligible_forks
 from .head import HeadInputs, attach_head
 from .memory import LiveBytes, Part
-from .models import evaluating
+from .models import disable_dropout, evaluating
 from .objective import thinking_loss
 from .peft import add_thinking_rows
 from .rewards import resolve_rewards
@@ -108,6 +108,8 @@ def model_without_data(config: PretrainedConfig, args: ThinkTokConfig, dtype: to
         if peft_config is not None:
             model = get_peft_model(base, add_thinking_rows(peft_config, base, vocabulary))
     attach_head(base, vocabulary)
+    if args.disable_dropout:
+        disable_dropout(model)
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {})
         layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}

@@ -148,7 +148,8 @@ class ThinkingBudget(LogitsProcessor):
         min_think_length: thinking tokens before every real token at least.
         max_think_length: thinking tokens in a row at most; 0: never think; `None`: no bound.
         max_total_think: thinking tokens in one generation at most, the prompt's not counted; `None`: no bound.
-        think_bias: nats added to every thinking logit, so that the odds of thinking change by `exp(think_bias)`.
+        think_bias: nats added to every thinking logit, so that the odds of thinking change by `exp(think_bias)`. With beams, whose scores are sums, give
+            `generate` the option `renormalize_logits=True`.
         prompt_length: tokens (padding included) of the prompt, for `max_total_think`. `None`: a generation is recognised by its prompts and by growing
             one token at a time, so one object serves many `generate` calls; call `reset` before a prompt that is what the last call returned. Give it for
             assisted decoding, which takes tokens back.
@@ -209,7 +210,9 @@ class ThinkingBudget(LogitsProcessor):
             full_B |= run_B >= self.max_think_length
         if self.max_total_think is not None:
             full_B |= self.vocabulary.is_thought(input_ids[:, self._start(input_ids) :]).sum(-1) >= self.max_total_think
-        must_B = (run_B < self.min_think_length) & ~full_B
+        can_think_B = (thinking_V & (scores > -math.inf)).any(-1)  # what another processor ruled out cannot be asked for
+        full_B &= (~thinking_V & (scores > -math.inf)).any(-1)
+        must_B = (run_B < self.min_think_length) & ~full_B & can_think_B
         if self.by_gate:
             thinks_B = torch.where(thinking_V, scores, -math.inf).logsumexp(-1) > torch.where(thinking_V, -math.inf, scores).logsumexp(-1)
             full_B |= ~thinks_B & ~must_B
@@ -233,7 +236,15 @@ class ThinkingBudget(LogitsProcessor):
 
 
 def think_while_reading(
-    model, input_ids: Tensor, vocabulary: ThinkingVocabulary, markers: list[list[int]], think_length: int, least: int | None = None, **options
+    model,
+    input_ids: Tensor,
+    vocabulary: ThinkingVocabulary,
+    markers: list[list[int]],
+    think_length: int,
+    least: int | None = None,
+    max_total_think: int | None = None,
+    think_bias: float = 0.0,
+    **options,
 ) -> Tensor:
     """A prompt with a thought after each of its markers, as a model reads that was trained with `fork_positions: markers` and `memory: persistent`.
 
@@ -244,6 +255,8 @@ def think_while_reading(
         markers: the ids of each marker (`forks.marker_ids`).
         think_length: thinking tokens of each thought, or at most.
         least: at least so many, and then as the model's gate wants; `think_length` where not given.
+        max_total_think: thinking tokens in the whole prompt at most; `None`: no bound.
+        think_bias: as in `ThinkingBudget`.
         options: for `model.generate`, such as `do_sample`.
 
     Returns:
@@ -254,14 +267,20 @@ def think_while_reading(
     """
     if len(input_ids) != 1:
         raise ValueError(f"think_while_reading reads one prompt at a time and got a batch of {len(input_ids)}.")
-    budget = ThinkingBudget(vocabulary, think_length if least is None else least, think_length, by_gate=options.get("do_sample") is False)
-    read, begin = input_ids[:, :0], 0
+    if think_length == 0:
+        return input_ids
+    samples = options.get("do_sample", model.generation_config.do_sample)
+    budget = ThinkingBudget(vocabulary, think_length if least is None else least, think_length, think_bias=think_bias, by_gate=not samples)
+    read, begin, left = input_ids[:, :0], 0, math.inf if max_total_think is None else max_total_think
     for end in (1 + ends_of(markers, input_ids)[0, :-1].nonzero().flatten()).tolist():
         read, begin = torch.cat([read, input_ids[:, begin:end]], 1), end
-        end_of_text = read.shape[1]
+        if left == 0:
+            continue
+        end_of_text, most = read.shape[1], int(min(think_length, left))
         budget.reset()
-        plain = {"attention_mask": torch.ones_like(read), "max_new_tokens": think_length, "return_dict_in_generate": False}
+        plain = {"attention_mask": torch.ones_like(read), "max_new_tokens": most, "return_dict_in_generate": False}
         read = model.generate(read, logits_processor=[budget], **plain, **options)
         thought_T = vocabulary.is_thought(read[0, end_of_text:]).long().cumprod(0)
-        read = read[:, : end_of_text + int(thought_T.sum())]  # a word that the gate would rather say is not the prompt's
+        left -= (thought := int(thought_T.sum()))
+        read = read[:, : end_of_text + thought]  # a word that the gate would rather say is not the prompt's
     return torch.cat([read, input_ids[:, begin:]], 1)

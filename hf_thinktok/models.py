@@ -44,7 +44,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
             if isinstance(value := getattr(module, name), float) and value > 0:
                 setattr(module, name, 0.0)
                 found += 1
-    if found:
+    if found and not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has nothing to say
         logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", found)
 
 

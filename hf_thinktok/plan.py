@@ -128,7 +128,7 @@ def step_flops(config: PretrainedConfig, args: ThinkTokConfig, attn_implementati
     check_supported(config)
     rows = Rows(args, args.per_device_train_batch_size, args.num_generations, args.num_markovian)
     with warnings.catch_warnings(action="ignore"):
-        model, vocabulary = model_without_data(config, args, torch.float32, attn_implementation, peft_config)
+        model, vocabulary = model_without_data(config, args, torch.bfloat16, attn_implementation, peft_config)  # which experts want
         with _one_sentence(config):
             run = DryRun(model, vocabulary, args, torch.device("cpu"), None, gradient_share=1.0)
             with count_flops() as rollout:

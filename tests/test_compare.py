@@ -80,6 +80,13 @@ def test_flops_without_data_are_those_of_a_real_step(options, tmp_path):
     assert counter.get_total_flops() / args.max_steps == pytest.approx(planned, rel=0.03)
 
 
+def test_flops_of_experts_are_counted():
+    """They multiply in 16 bits alone."""
+    shape = SHAPE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "head_dim": 16}
+    small, large = (step_flops(AutoConfig.for_model(**shape, moe_intermediate_size=size), ThinkTokConfig(**STEP)) for size in (32, 64))
+    assert 0 < small < large
+
+
 def evaluation(seed: int, gain: float, thinks: bool = True, stop: str = "learned", documents: int = 30) -> Evaluation:
     draw = np.random.default_rng(seed)
     count = 8 * documents

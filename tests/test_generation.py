@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import save_tiny, tiny_model, tiny_tokenizer, with_own_code
 from peft import LoraConfig, get_peft_model
+from plain_rows import thinker
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedTokenizerFast
@@ -538,3 +539,35 @@ def test_a_new_prompt_of_the_next_length_is_a_new_generation():
     used_up = lambda *ids: budget(torch.tensor([ids]), scores)[0, vocabulary.first_id].isinf().item()
     assert [used_up(5, 6), used_up(5, 6, 320), used_up(5, 6, 320, 320)] == [False, False, True]
     assert not used_up(7, 8, 320, 320, 9), "what a prompt holds is not counted"
+
+
+def test_what_others_rule_out_is_not_asked_for():
+    """A row without any finite score cannot be drawn from."""
+    _, vocabulary = thinker()
+    thinking = vocabulary.is_thought(torch.arange(vocabulary.guard_id))
+    for banned, bounds in ((thinking, {"min_think_length": 2}), (~thinking, {"max_think_length": 0})):
+        scores = torch.zeros(1, vocabulary.guard_id).masked_fill(banned, -torch.inf)
+        allowed = ThinkingBudget(vocabulary, **bounds)(torch.tensor([[5]]), scores)
+        assert torch.equal(allowed > -torch.inf, ~banned[None])
+
+
+def test_thoughts_of_a_prompt_keep_to_their_bounds(reading):
+    model, inputs, vocabulary, markers = reading
+    count = lambda **options: int(vocabulary.is_thought(think_while_reading(model, inputs, vocabulary, markers, **options)).sum())
+    places = count(think_length=1)
+    assert places >= 2
+    assert count(think_length=2) == 2 * places
+    assert count(think_length=2, max_total_think=3) == 3
+    assert count(think_length=2, max_total_think=0) == count(think_length=0) == 0
+    sampled = {"do_sample": True, "top_k": 0}
+    assert count(think_length=2, least=0, think_bias=-1000.0, **sampled) == 0
+    assert count(think_length=2, least=0, think_bias=1000.0, **sampled) == 2 * places
+    assert count(think_length=2, least=0, think_bias=1000.0) == 2 * places, "without sampling, and without a word about it, by the gate"
+
+
+@pytest.fixture
+def reading():
+    """A model, a prompt, and markers that it has."""
+    model, vocabulary = thinker(scale=1.0)
+    inputs = torch.tensor([[7, 9, 5, 11, 9, 13, 9]])
+    return model, inputs, vocabulary, [[9]]

@@ -204,6 +204,33 @@ def test_without_sampling_it_thinks_where_that_is_likelier_than_to_speak():
     assert [bool(((ids >= first) & (ids < guard)).any()) for ids in made] == [True, False]
 
 
+def test_a_sampled_generation_draws_thoughts_of_which_each_is_improbable():
+    """Sixty words are each likelier than any thought, and thinking as a whole is likelier than speaking: transformers' fifty likeliest are words."""
+    model, first, guard = with_a_gate_at(0.0)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias[:] = -20.0
+        head.bias[first:guard] = math.log(120 / (guard - first))
+        head.bias[1:61] = max(0.0, head.bias[first].item()) + 0.1
+    made, generate = [], model.generate
+    model.generate = lambda **kwargs: made.append(generate(**kwargs)) or made[-1]
+    options = {"until": ["@@"], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0}
+    for top_k in ({}, {"top_k": 50}):
+        harness(model, batch_size=1, max_think_length=2).generate_until(asked("generate_until", [(CORPUS[0], options | top_k)]))
+    assert [bool(((ids >= first) & (ids < guard)).any()) for ids in made] == [True, False], "a task that names top_k is taken at its word"
+
+
+@pytest.mark.parametrize("thoughts", ["none", "own"])
+def test_likelihoods_are_computed_in_the_precision_that_was_asked_for(thoughts):
+    model, found = thinker(scale=1.0)[0], []
+    lm = harness(model, thoughts=thoughts, batch_size=1, mixed_precision_dtype="bfloat16")
+    lm.loglikelihood(asked("loglikelihood", PAIRS[:1]), disable_tqdm=True)  # an engine is checked in fp32
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    lm.loglikelihood(asked("loglikelihood", PAIRS[1:2]), disable_tqdm=True)
+    assert {*found} == {torch.bfloat16}
+
+
 def test_an_adapter_is_read_with_its_base(make_trainer, tmp_path):
     trainer = make_trainer(model=str(save_tiny(tmp_path / "base")), tokenizer=tiny_tokenizer(), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     trainer.save_model(adapter := str(tmp_path / "adapter"))
@@ -224,6 +251,7 @@ def test_no_thoughts_as_the_harness_reads_the_word():
         ({"thoughts": "loud"}, "thoughts='loud' is not known"),
         ({"thoughts": "none", "max_think_length": 2}, "max_think_length has no effect with thoughts=none"),
         ({"batch_size": "auto"}, "batch_size=auto is found out without thoughts"),
+        ({"batch_size": 1, "max_think_length": 127}, "max_think_length=127 leaves no room for text in max_length=128"),
     ],
 )
 def test_wrong_options_are_told_in_a_sentence(options, sentence):

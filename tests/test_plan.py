@@ -200,6 +200,14 @@ def test_other_architectures_are_planned_as_they_are(family, options):
     assert one.peak > 4 * 4 * one.parameters
 
 
+def test_dropout_that_the_trainer_turns_off_takes_no_memory():
+    """GPT-2's is 0.1 unless its config says otherwise, and attention with dropout keeps all its weights."""
+    shape = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}
+    peaks = [made(shape | one, **options).peak for one, options in (({}, {}), ({"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, {}))]
+    assert peaks[0] == peaks[1]
+    assert made(shape, disable_dropout=False).peak > peaks[0]
+
+
 def test_what_launchers_add():
     def parts(**sharding):
         one = made(loading=sharding | {"num_processes": 4}, bf16=True)

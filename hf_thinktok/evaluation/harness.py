@@ -62,12 +62,14 @@ class ThinkTokLM(HFLM):
 
     Likelihoods of a continuation: before each of its tokens the model thinks greedily, and forgets the thought once the token follows. Generation: the
     model thinks into its text, as plain `generate` has it, and the task sees the text without thoughts; where nothing is sampled it thinks where that is
-    likelier than to speak, which the likeliest id does not say.
+    likelier than to speak, which the likeliest id does not say. Where a task samples and names no `top_k`, the whole distribution is sampled from, whatever
+    `thoughts`: transformers' 50 would leave out thinking tokens, of which each is improbable.
 
     Args:
         thoughts: `none`; `own`, as far as its gate wants them; `always`, thoughts of full length before every token.
         max_think_length: thinking tokens of a thought at most; as trained where not given.
-        max_total_think: thinking tokens of a generation at most, which come on top of the task's own limit of tokens.
+        max_total_think: thinking tokens of a generation at most, which come on top of the task's own limit of tokens, as far as the
+            model's context goes.
         think_bias: nats added to thinking logits in a generation.
         kwargs: those of the harness's `hf`.
 
@@ -96,6 +98,8 @@ class ThinkTokLM(HFLM):
             pretrained.to(kwargs.get("device") or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         super().__init__(pretrained, **kwargs)
         base, self.vocabulary, length, blind, self.filler, _ = check_evaluable(self.model, max_think_length)
+        if thoughts != "none" and self.max_length - length < 2:
+            raise ValueError(f"max_think_length={length} leaves no room for text in max_length={self.max_length}: lower it.")
         if thoughts != "none" and not isinstance(self.batch_size, int):
             raise ValueError(f"batch_size={self.batch_size} is found out without thoughts: give a number.")
         if blind:
@@ -118,7 +122,9 @@ class ThinkTokLM(HFLM):
         self.budget.by_gate = not generation_kwargs.get("do_sample")
         if self.budget.by_gate:
             generation_kwargs.pop("temperature", None)  # the harness's 0, which transformers warns of
-        with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
+        else:
+            generation_kwargs.setdefault("top_k", 0)
+        with self._autocast():
             made_BT = self.model.generate(
                 input_ids=context,
                 max_length=more,
@@ -132,6 +138,9 @@ class ThinkTokLM(HFLM):
         text_BT = (~self.vocabulary.is_thought(made_BT[:, context.shape[1] :])).cumsum(1)
         made_BT[:, context.shape[1] :][text_BT > max_length - context.shape[1]] = self.eot_token_id
         return made_BT
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
@@ -165,9 +174,9 @@ class ThinkTokLM(HFLM):
         forks = [[len(row) - 1 - count + k for k in range(count)] + [-1] * (most - count) for row, count in zip(rows, places, strict=True)]
         forks_BK = torch.tensor(forks, device=self.device)
         if self.engine is None:
-            self.engine = choose_engine(self.base, self.vocabulary, self.branching, tokens_BT.shape[1], most)
+            self.engine = choose_engine(self.base, self.vocabulary, self.branching, tokens_BT.shape[1], most, computes_in=self.mixed_precision_dtype)
         sampling, generator = Sampling(top_k=1, filler=self.filler), torch.Generator(self.device)
-        with evaluating(self.model):
+        with evaluating(self.model), self._autocast():
             rollout = sample_thoughts(self.engine, self.model, tokens_BT, documents_BT, forks_BK, self.branching, sampling, self.vocabulary, generator)
             tree = ThoughtTree(documents_BT, forks_BK, self.branching)
             there_BK = forks_BK >= 0
