@@ -9,6 +9,7 @@ Bytes throughout. Shape suffixes as in tree.py.
 import contextlib
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
@@ -54,7 +55,11 @@ def count_flops() -> Iterator[FlopCounterMode]:
     def sum_of_product(total, one, other, *args, **kwargs) -> int:  # PyTorch's own fails where sums have a type of their own
         return 2 * one[0] * one[1] * other[1]
 
+    def grouped(one, other, *args, **kwargs) -> int:  # of experts: rows of one by the matrices of the other, or sums over rows of each group
+        return 2 * math.prod(one[-2:]) * other[-1]
+
     kernels = {
+        aten._grouped_mm: grouped,
         aten.addmm: sum_of_product,
         aten.addmm_: sum_of_product,
         aten._scaled_dot_product_flash_attention_for_cpu: attention,

@@ -81,10 +81,14 @@ def test_flops_without_data_are_those_of_a_real_step(options, tmp_path):
 
 
 def test_flops_of_experts_are_counted():
-    """They multiply in 16 bits alone."""
-    shape = SHAPE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "head_dim": 16}
-    small, large = (step_flops(AutoConfig.for_model(**shape, moe_intermediate_size=size), ThinkTokConfig(**STEP)) for size in (32, 64))
-    assert 0 < small < large
+    """They multiply in 16 bits alone, by a kernel that PyTorch's counter does not know. Wider ones, or more for each token, add their three products."""
+    shape = SHAPE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "moe_intermediate_size": 32}
+    flops = [
+        step_flops(AutoConfig.for_model(**shape | more), ThinkTokConfig(**STEP)) for more in ({}, {"moe_intermediate_size": 64}, {"num_experts_per_tok": 2})
+    ]
+    T, K, G, L, rows, one_expert = 64, 8, 4, 4, 2, 2 * 3 * SHAPE["hidden_size"] * 32
+    computed = 3 * (T + K * G * L) + T + K * G * (L - 1)  # in a forward and a backward pass, and in a rollout
+    assert flops[1] - flops[0] == flops[2] - flops[0] == SHAPE["num_hidden_layers"] * rows * one_expert * computed
 
 
 def evaluation(seed: int, gain: float, thinks: bool = True, stop: str = "learned", documents: int = 30) -> Evaluation:
