@@ -1,6 +1,7 @@
 """Teaches pretrained language models to think in tokens of their own."""
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,6 +9,9 @@ if TYPE_CHECKING:
     from .generation import ThinkingBudget, ThinkingStreamer, think_while_reading
     from .tokens import ThinkingVocabulary, add_thinking_tokens
     from .trainer import ThinkTokTrainer
+
+# TRL and PEFT call what transformers 5.23 has renamed, and nobody who uses this can change that.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 __version__ = "0.1.0"
 __all__ = [

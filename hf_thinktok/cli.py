@@ -55,7 +55,7 @@ def add_generate(subparsers) -> None:
         nargs="+",
         metavar="TEXT",
         help="think in the prompt, which goes before this option, as well, after each of these texts, a thought of as many tokens as in training, or as its "
-        "gate wants (where the model was trained so, after its own texts)",
+        "gate wants (where the model was trained so, after its own texts). The options above are about what is generated",
     )
     thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
 
@@ -95,7 +95,6 @@ def run_generate(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
     markers = marker_ids(args.think_after or trained.get("fork_markers", ()), tokenizer)
     thoughts, each = int(ends_of(markers, inputs)[0, :-1].sum()), trained.get("max_think_length", 1)
-    each = min([each, *(bound for bound in (args.max_think_length, args.max_total_think) if bound is not None)])
     if args.think_after and not thoughts:
         raise UsageError(f"None of --think_after {' '.join(map(repr, args.think_after))} ends within the prompt: look at how they are written.")
     length = inputs.shape[1] + thoughts * each
@@ -105,12 +104,9 @@ def run_generate(args: argparse.Namespace) -> None:
     before = 0  # thinking tokens in the prompt
     if thoughts:
         least = 0 if trained.get("stop") == "sampled" else None
-        bounds = {"max_total_think": args.max_total_think, "think_bias": args.think_bias}
-        read = think_while_reading(model, inputs, vocabulary, markers, each, least, **bounds, **sampling)
+        read = think_while_reading(model, inputs, vocabulary, markers, each, least, **sampling)
         before, inputs = read.shape[1] - inputs.shape[1], read
         length = inputs.shape[1]
-        if args.max_total_think is not None:
-            budget.max_total_think = args.max_total_think - before
 
     start = time.perf_counter()
     output = model.generate(

@@ -242,8 +242,6 @@ def think_while_reading(
     markers: list[list[int]],
     think_length: int,
     least: int | None = None,
-    max_total_think: int | None = None,
-    think_bias: float = 0.0,
     **options,
 ) -> Tensor:
     """A prompt with a thought after each of its markers, as a model reads that was trained with `fork_positions: markers` and `memory: persistent`.
@@ -255,8 +253,6 @@ def think_while_reading(
         markers: the ids of each marker (`forks.marker_ids`).
         think_length: thinking tokens of each thought, or at most.
         least: at least so many, and then as the model's gate wants; `think_length` where not given.
-        max_total_think: thinking tokens in the whole prompt at most; `None`: no bound.
-        think_bias: as in `ThinkingBudget`.
         options: for `model.generate`, such as `do_sample`.
 
     Returns:
@@ -270,17 +266,14 @@ def think_while_reading(
     if think_length == 0:
         return input_ids
     samples = options.get("do_sample", model.generation_config.do_sample)
-    budget = ThinkingBudget(vocabulary, think_length if least is None else least, think_length, think_bias=think_bias, by_gate=not samples)
-    read, begin, left = input_ids[:, :0], 0, math.inf if max_total_think is None else max_total_think
+    budget = ThinkingBudget(vocabulary, think_length if least is None else least, think_length, by_gate=not samples)
+    read, begin = input_ids[:, :0], 0
     for end in (1 + ends_of(markers, input_ids)[0, :-1].nonzero().flatten()).tolist():
         read, begin = torch.cat([read, input_ids[:, begin:end]], 1), end
-        if left == 0:
-            continue
-        end_of_text, most = read.shape[1], int(min(think_length, left))
+        end_of_text = read.shape[1]
         budget.reset()
-        plain = {"attention_mask": torch.ones_like(read), "max_new_tokens": most, "return_dict_in_generate": False}
+        plain = {"attention_mask": torch.ones_like(read), "max_new_tokens": think_length, "return_dict_in_generate": False}
         read = model.generate(read, logits_processor=[budget], **plain, **options)
         thought_T = vocabulary.is_thought(read[0, end_of_text:]).long().cumprod(0)
-        left -= (thought := int(thought_T.sum()))
-        read = read[:, : end_of_text + thought]  # a word that the gate would rather say is not the prompt's
+        read = read[:, : end_of_text + int(thought_T.sum())]  # a word that the gate would rather say is not the prompt's
     return torch.cat([read, input_ids[:, begin:]], 1)

@@ -169,6 +169,11 @@ def test_without_thoughts_nothing_depends_on_batches_or_samples(model):
     assert np.isfinite(two.logps["other_document"]).any()
 
 
+def test_a_model_that_was_not_trained_is_judged_by_one_token(model):
+    """And not by all that follows, in a tree of each row for each of its places."""
+    assert evaluate_thinking(*model, TEXT[:2], num_forks=2, num_samples=1).tokens_F.tolist() == [1] * 4
+
+
 def test_more_places_than_a_row_has_are_all_of_them(model):
     """And cost no more: a tree of ten thousand places would not end."""
     model, tokenizer = model

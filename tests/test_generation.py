@@ -551,23 +551,17 @@ def test_what_others_rule_out_is_not_asked_for():
         assert torch.equal(allowed > -torch.inf, ~banned[None])
 
 
-def test_thoughts_of_a_prompt_keep_to_their_bounds(reading):
-    model, inputs, vocabulary, markers = reading
-    count = lambda **options: int(vocabulary.is_thought(think_while_reading(model, inputs, vocabulary, markers, **options)).sum())
-    places = count(think_length=1)
-    assert places >= 2
-    assert count(think_length=2) == 2 * places
-    assert count(think_length=2, max_total_think=3) == 3
-    assert count(think_length=2, max_total_think=0) == count(think_length=0) == 0
-    sampled = {"do_sample": True, "top_k": 0}
-    assert count(think_length=2, least=0, think_bias=-1000.0, **sampled) == 0
-    assert count(think_length=2, least=0, think_bias=1000.0, **sampled) == 2 * places
-    assert count(think_length=2, least=0, think_bias=1000.0) == 2 * places, "without sampling, and without a word about it, by the gate"
-
-
-@pytest.fixture
-def reading():
-    """A model, a prompt, and markers that it has."""
+def test_a_prompt_is_read_by_the_gate_unless_sampled():
+    """Plain `generate` samples where it is told to, and so does this."""
     model, vocabulary = thinker(scale=1.0)
-    inputs = torch.tensor([[7, 9, 5, 11, 9, 13, 9]])
-    return model, inputs, vocabulary, [[9]]
+    inputs, markers = torch.tensor([[7, 9, 5, 11, 9, 13, 9]]), [[9]]
+    count = lambda *lengths: int(vocabulary.is_thought(think_while_reading(model, inputs, vocabulary, markers, *lengths)).sum())
+    assert (count(2), count(0)) == (4, 0), "after the prompt's last marker there is none"
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    with torch.no_grad():  # each of many thoughts is less likely than the likeliest word, and all together are likelier than words
+        head.weight.zero_()
+        head.bias[:] = -20.0
+        head.bias[vocabulary.first_id : vocabulary.guard_id] = 0.0
+        head.bias[5] = 0.1
+    assert count(2, 0) == 4

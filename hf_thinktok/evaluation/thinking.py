@@ -175,7 +175,7 @@ def evaluate_thinking(
             `rows_per_document` are taken.
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
             probability, a tighter bound (IWAE, Burda et al. 2016). 0: only the text without thoughts is measured, at the same places.
-        max_think_length, lookahead: as the model was trained where not given.
+        max_think_length, lookahead: as the model was trained where not given; 4 and 1 for one that was not.
         progress: wraps the batches, as `tqdm` does.
 
     Raises:
@@ -188,7 +188,7 @@ def evaluate_thinking(
         if number is not None and number < least:
             raise ValueError(f"{name}={number} must be at least {least}.")
     base, vocabulary, length, blind, filler, trained = check_evaluable(model, max_think_length)
-    ahead = lookahead or trained.get("lookahead") or max_length
+    ahead = lookahead or trained.get("lookahead", 1) or max_length  # null is all that follows
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     attach_head(base, vocabulary)
     branching = Branching(samples, length, ahead, blind=blind)
