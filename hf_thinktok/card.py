@@ -60,7 +60,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         "dataset": dataset if dataset != STANDARD_LIBRARY and not config.get("data_files") and _on_hub(dataset) else None,
         "text": _text(config),
         "num_tokens": num_tokens or config.get("num_think_tokens", 16),
-        "snippet": snippet(repository, config.get("use_peft", False), _question(results)),
+        "snippet": snippet(repository, config.get("use_peft", False), *_question(results)),
         "hardware": machine(results),
         "commit": results["commit"],
         "figures": as_text(results),
@@ -124,33 +124,52 @@ def use(trained: dict[str, Any], adapter: str | None) -> str:
     return said
 
 
-def snippet(repository: str, adapter: bool, prompt: str | None = None) -> str:
-    """How plain transformers, or PEFT, generate with a model, in Markdown; of ordinary text where no prompt is given."""
+def snippet(repository: str, adapter: bool, prompt: str | None = None, think_length: int | None = None) -> str:
+    """How plain transformers, or PEFT, generate with a model, in Markdown; of ordinary text where no prompt is given.
+
+    Args:
+        think_length: of the thought that is to come before the answer, where the gate was not taught; the answer is one token.
+    """
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    adapters = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    imports = adapters if adapter else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    budget: list[str] = []
+    how = "max_new_tokens=64, do_sample=True, temperature=1.0, top_p=1.0, top_k=0"
+    if think_length:
+        imports += ["from hf_thinktok import ThinkingBudget, ThinkingVocabulary"]
+        budget += [
+            f'vocabulary = ThinkingVocabulary.stored_in("{repository}")',
+            f"budget = ThinkingBudget(vocabulary, min_think_length={think_length}, max_think_length={think_length})",
+        ]
+        how = f"max_new_tokens={think_length + 1}, do_sample=False, logits_processor=[budget]"
     lines = [
         "```python",
-        *(imports if adapter else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]),
+        *imports,
         "",
         f'model = {loader}.from_pretrained("{repository}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
         f'inputs = tokenizer({json.dumps(prompt or "Once upon a time")}, return_tensors="pt")',
-        "output = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)",
+        *budget,
+        f"output = model.generate(**inputs, {how})",
         "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         "```",
     ]
     return "\n".join(lines)
 
 
-def _question(results: dict[str, Any]) -> str | None:
-    """One of the hardest that a task's model was asked; `None` of other models, and where the questions are in a file."""
+def _question(results: dict[str, Any]) -> tuple[str, int | None] | tuple[()]:
+    """One of the hardest that a task's model was asked, and how long it thinks before it answers, where that is given; nothing of other models, and where the
+    questions are in a file."""
     if results.get("task") not in TASKS:
-        return None
+        return ()
     options = results["task_options"] or {}
     with contextlib.suppress(ValueError):  # options of another version's
-        prompt = make_task(results["task"], **options | {name: 100 for name in ("train_rows", "test_rows") if name in options}).test[-1]["prompt"]
-        return prompt if isinstance(prompt, str) else prompt[0]
-    return None
+        row = make_task(results["task"], **options | {name: 100 for name in ("train_rows", "test_rows") if name in options}).test[-1]
+        config = results["config"]
+        generates = results.get("control", "none") == "none" and why_not_generated(config) is None
+        given = generates and config.get("stop") == "fixed" and isinstance(row.get("think_length"), int)
+        return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][0], row["think_length"] if given else None
+    return ()
 
 
 def _text(config: dict[str, Any]) -> str:

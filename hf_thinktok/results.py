@@ -204,15 +204,15 @@ def machine(results: dict[str, Any]) -> str:
 
 
 def environments(results: Any) -> list[dict[str, Any]]:
-    """Of everything that a results file is made of: its own, and before it what its parts were run in, where that is written down."""
+    """The parts of a results file that say what they were run in."""
     parts = results.values() if isinstance(results, dict) else results if isinstance(results, list) else ()
-    inner = [one for part in parts for one in environments(part)]
-    return [*inner, results] if isinstance(results, dict) and {"hardware", "versions", "commit"} <= results.keys() else inner
+    told = [part for part in parts if isinstance(part, dict) and {"hardware", "versions", "commit"} <= part.keys()]
+    return told + [one for part in parts for one in environments(part)]
 
 
 def where(results: dict[str, Any]) -> str:
     """The machines, the libraries and the code of a run, or of its parts."""
-    every = environments(results)
+    every = [*environments(results), results]
     parts = results.get("commits", {}).values()  # of runs, or of runs by seed
     commits = [one["commit"] for one in every] + [commit for part in parts for commit in (part.values() if isinstance(part, dict) else [part])]
     libraries = (f"torch {one['versions']['torch']}, transformers {one['versions']['transformers']}" for one in every)

@@ -105,6 +105,20 @@ def test_a_card_goes_on_with_what_its_model_reads(name, question):
     assert re.fullmatch(question, json.loads(prompt))
 
 
+@pytest.mark.parametrize(("name", "length"), [("serial_smollm2", 9), ("serial_smollm2_no_think", 0), ("serial_smollm2_stop", 0), ("mod_add_100", 0)])
+def test_a_card_makes_a_model_think_as_long_as_it_was_told_to(name, length, tmp_path):
+    """Whose gate was taught, thinks by itself; a control does not, and what thinks for a second model cannot."""
+    save_tiny(tmp_path, think_tokens=4)
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    results["config"] |= {"use_peft": False}
+    code = re.search(r"```python\n(.*?)```", render_card(results, "me/model"), re.DOTALL)[1].replace('"me/model"', repr(str(tmp_path)))
+    assert ("ThinkingBudget" in code) == (length > 0)
+    if length:
+        exec(code, found := {})
+        said = found["output"][0, found["inputs"]["input_ids"].shape[1] :]
+        assert found["vocabulary"].is_thought(said).tolist() == [True] * length + [False]
+
+
 QUICKSTART = json.loads((RESULTS / "quickstart.json").read_text())
 
 
