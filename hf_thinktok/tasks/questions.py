@@ -400,6 +400,8 @@ def reachability(nodes: int = 8, edges: int = 12) -> Recipe:
     A line `k2` for the steps, one `a>b` for each edge in random order, and the question `0 to 5 ?`. `inputs` are the two ends, then those of each
     edge in order. The thought is the set of nodes within 1, 2, ... steps, node i being bit i. How many edges leave the start and enter the end says
     nothing: either answer is as frequent for each such pair of numbers. Beyond level 1, where one edge is looked up, no other shortcut is counted.
+    There are some: a logistic regression on counts over the whole graph (edges into the start and out of the end, nodes without any) is right in 56, 59, 65
+    and 72 % of levels 2 to 5 with 8 nodes and 12 edges. Accuracy a little above `shortcut` is no sign of steps.
     """
     check_whole(3, 16, nodes=nodes)
     check_whole(1, nodes * (nodes - 1), edges=edges)
@@ -446,6 +448,8 @@ def three_sat(clauses: int | None = None) -> Recipe:
     Clauses are different, each of three variables, in random order. The thought tries the assignments 0, 1, 2, ... (variable i is true if bit i - 1
     is set): the first one not yet refused, after each try but the last; it stays where all clauses are true. So it has 2^level - 1 ids. How one-sided
     the signs are, the sum over variables of (positive - negative)^2, says nothing: either answer is as frequent for each such sum. No shortcut is counted.
+    There are some: a logistic regression on counts, of which the most is said by how often two variables have the same signs together, is right in 69, 64 and
+    63 % of levels 4 to 6.
 
     Args:
         clauses: by default as many that 0.8 assignments are expected to make all of them true, which makes either answer about equally likely.
