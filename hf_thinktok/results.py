@@ -364,7 +364,7 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
 
 def run_table(results: dict[str, Any]) -> Table:
     """Held-out text before and after a run."""
-    table = Table(title=f"Held-out text, {results['judged_tokens']:.0f} tokens of {results['documents']:.0f} documents: bits per token")
+    table = Table(title=f"Held-out text, {results['judged_tokens']:.0f} tokens of {results['documents']:.0f} documents: bits per token", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     labels = {"base": "before training", "no_think": "trained, without thinking", "think": "trained, thinking", "random_thought": "trained, a random thought"}

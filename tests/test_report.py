@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     (path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     results = {
         "bits_per_token": {"base": 5.0, "no_think": 4.5, "think": 4.25, "random_thought": 4.625}, "gain": 0.25, "gain_stderr": 0.0625,
-        "gain_over_random": 0.375, "gain_over_random_stderr": 0.125, "mean_think_length": 1.5, "steps_per_second": 0.5, "documents": 4, "judged_tokens": 64,
+        "gain_over_random": 0.375, "gain_over_random_stderr": 0.125, "mean_think_length": 1.5, "steps_per_second": 0.5, "documents": 40, "judged_tokens": 64,
         "config": {"data_files": [str(path / "data.jsonl")], "held_out_documents": 4, "max_length": 32}, **environment(),
     }  # fmt: skip
     (path / "results.json").write_text(json.dumps(results))
