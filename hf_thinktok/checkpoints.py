@@ -355,13 +355,16 @@ class CheckpointingTrainer(SFTTrainer):
             for entry in self.state.log_history:
                 metrics |= entry
             write_json(Path(self.args.output_dir, "training.json"), {"config": changed_options(self.args), "metrics": metrics} | environment())
-        self.save_model(_internal_call=True)  # the base class first makes the repository, which may fail
         try:
             with uploads_without(*NOT_PUSHED):
                 return super().push_to_hub(*args, **kwargs)
         except Exception as error:
-            folder, said = self.args.output_dir, first_line(error.__cause__ if isinstance(error, NoRepositoryError) and error.__cause__ else error)
-            raise PushError(f"{folder} is whole, but its upload failed: {said} Go on with `thinktok push {folder} REPOSITORY`.") from error
+            folder = self.args.output_dir
+            why: BaseException = error
+            if isinstance(error, NoRepositoryError):  # the base class saves once there is a repository, and the other ranks, who make none, do so now
+                self.save_model(_internal_call=True)
+                why = error.__cause__ or error
+            raise PushError(f"{folder} is whole, but its upload failed: {first_line(why)} Go on with `thinktok push {folder} REPOSITORY`.") from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (speaker := Path(checkpoint_folder, SPEAKER)).is_dir() and self.is_world_process_zero():

@@ -236,13 +236,7 @@ class ThinkingBudget(LogitsProcessor):
 
 
 def think_while_reading(
-    model,
-    input_ids: Tensor,
-    vocabulary: ThinkingVocabulary,
-    markers: list[list[int]],
-    think_length: int,
-    least: int | None = None,
-    **options,
+    model, input_ids: Tensor, vocabulary: ThinkingVocabulary, markers: list[list[int]], think_length: int, least: int | None = None, **options
 ) -> Tensor:
     """A prompt with a thought after each of its markers, as a model reads that was trained with `fork_positions: markers` and `memory: persistent`.
 

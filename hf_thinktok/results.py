@@ -43,7 +43,12 @@ TRAINING_STATE = (
 LIBRARIES = ("hf-thinktok", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
 
 
-def digest(files: Iterable[Path]) -> str:
+def digest_of(texts: Iterable[str]) -> str:
+    """Tells texts apart in settings, which are published and do not hold them."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def digest_of_files(files: Iterable[Path]) -> str:
     """Of what some files hold, whatever their names."""
     found = hashlib.sha256()
     for path in files:

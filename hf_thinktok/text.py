@@ -52,7 +52,7 @@ class TextArguments:
         for name in self.data_files or []:
             if Path(name).is_dir():
                 raise ValueError(f"data_files names {name}, which is a folder: give the files in it, as in '{name}/*.jsonl', or dataset_name={name}.")
-            if not (Path(name).exists() or "://" in name or (has_magic(name) and glob(name, recursive=True))):
+            if "://" not in name and not files_of(name):
                 raise ValueError(f"data_files names {name}, and there is no such file: give its path from here, {Path.cwd()}, or a whole one.")
         if self.data_files and all(Path(name).is_file() and not Path(name).stat().st_size for name in self.data_files):
             raise ValueError(f"data_files has no text: {', '.join(self.data_files)} is empty.")
@@ -95,6 +95,13 @@ class ReportArguments:
     """The text that results are reported on, where it is no part of the one that is trained on."""
 
     test_files: list[str] | None = field(default=None, metadata={"help": "Local files to report on, in place of test_documents."})
+
+
+def files_of(name: str) -> list[Path]:
+    """The local files that a name of `data_files` stands for: itself, or those of its pattern."""
+    if Path(name).exists():
+        return [Path(name)]
+    return sorted(map(Path, glob(name, recursive=True))) if has_magic(name) else []
 
 
 def kind_of(file: str) -> str:

@@ -19,7 +19,6 @@ Writes results.json and report.html into output_dir.
 
 import argparse
 import functools
-import glob
 import json
 import os
 import re
@@ -49,15 +48,14 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import ARMS, Comparison
 from hf_thinktok.evaluation.tables import print_comparison
-from hf_thinktok.evaluation.thinking import digest_of
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
 from hf_thinktok.recipe_options import command_line, read_config, read_options, recipe_parser
 from hf_thinktok.report import Run, write_report
-from hf_thinktok.results import digest, environment, read_json, weights_in, write_json
+from hf_thinktok.results import digest_of, digest_of_files, environment, read_json, weights_in, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import ReportArguments, TextArguments, check_column, unseen_text
+from hf_thinktok.text import ReportArguments, TextArguments, check_column, files_of, unseen_text
 
 PRETRAIN = Path(__file__).parent / "pretrain_think.py"
 KINDS = (TextArguments, ThinkTokConfig, ModelConfig)
@@ -143,8 +141,8 @@ class Grid:
 
 def origin(script: TextArguments, model: ModelConfig) -> dict[str, str]:
     """What is in the files that arms are made of, which may change under their names."""
-    files = [Path(found) for name in script.data_files or () for found in ([name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)))]
-    return {"model": digest(weights_in(Path(resolve_model(model.model_name_or_path)))), "text": digest(files)}
+    files = [file for name in script.data_files or () for file in files_of(name)]
+    return {"model": digest_of_files(weights_in(Path(resolve_model(model.model_name_or_path)))), "text": digest_of_files(files)}
 
 
 def train(arm: str, seed: int, config: dict[str, Any], folder: Path, launcher: str | None, made_of: dict[str, str]) -> dict[str, Any]:
@@ -206,7 +204,7 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
     }  # fmt: skip
     # A model's name may be a path of this machine's, and settings are published.
-    model_digest = digest_of([source, str(revision), base, digest(weights_in(Path(resolve_model(source))))])
+    model_digest = digest_of([source, str(revision), base, digest_of_files(weights_in(Path(resolve_model(source))))])
     measured = {"model": model_digest, "text": digest_of(row["text"] for row in test)}
     if path.exists():
         found = Evaluation.load(path)

@@ -21,7 +21,7 @@ from hf_thinktok.evaluation import Evaluation
 from hf_thinktok.evaluation.comparison import AT_RANDOM, SILENT, Comparison
 from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict, print_evaluation
 from hf_thinktok.plan import step_flops
-from hf_thinktok.results import COMPLETE_FILE, as_text, digest, weights_in
+from hf_thinktok.results import COMPLETE_FILE, as_text, digest_of_files, weights_in
 from hf_thinktok.text import TextArguments, load_text, split
 
 pytestmark = pytest.mark.timeout(900)  # the comparison that most tests look at is five trainings
@@ -382,7 +382,7 @@ def test_another_base_is_measured_again(grid, monkeypatch):
     test = split(load_text(grid_of_arms.options["think"][0]), grid_of_arms.options["think"][0]).test
     chosen = script.CompareArguments(num_samples=own["num_samples"])
     name, revision = config["model_name_or_path"], grid_of_arms.options["think"][2].model_revision
-    weights = digest(weights_in(Path(name)))
+    weights = digest_of_files(weights_in(Path(name)))
     script.measure("base", name, path, grid_of_arms, chosen, test, weights, revision)
     for other in (("/some/other/model", weights, revision), (name, "0123", revision), (name, weights, "another")):
         with pytest.raises(LookupError, match=other[0]):

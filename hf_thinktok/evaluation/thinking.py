@@ -3,7 +3,6 @@
 Shape suffixes as in tree.py; S samples, F forks of the whole text.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from ..generation import PieceDecoder
 from ..head import HeadInputs, attach_head
 from ..models import EVALUABLE, evaluating, longest_row, unwrapped
 from ..objective import speak
-from ..results import written_whole
+from ..results import digest_of, written_whole
 from ..rewards import masked_sum
 from ..rollout import Rollout, Sampling, random_thoughts, sample_thoughts
 from ..scores import score_tree
@@ -195,15 +194,14 @@ def evaluate_thinking(
     texts = _texts(dataset, text_field)
     rows = _rows(tokenizer, texts, min(max_length, room_for_text(base, length)), rows_per_document)
     longest = len(rows[0][1])
-    places = min(num_forks, longest)
-    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), longest, places)
+    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), longest, min(num_forks, longest))
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
     batches = [padded(rows[start : start + batch_size], tokenizer.pad_token_id or 0, base.device) for start in range(0, len(rows), batch_size)]
     with evaluating(model):
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
-            forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), min(places, tokens_BT.shape[1]), "stride", generator)
+            forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), min(num_forks, tokens_BT.shape[1]), "stride", generator)
             here = replace(branching, lookahead=min(ahead, tokens_BT.shape[1]))
             batch = _Batch(engine, model, vocabulary, here, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler)
             records.append(_measure(batch, tokenizer))
@@ -286,11 +284,6 @@ def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
     if (room := longest_row(model) - max_think_length) < 2:
         raise ValueError(f"max_think_length={max_think_length} leaves no room for text in the model's {longest_row(model)} positions: lower it.")
     return room
-
-
-def digest_of(texts: Iterable[str]) -> str:
-    """Tells texts apart in settings, which are published and do not hold them."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def _texts(dataset, text_field: str) -> list[str]:
