@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from huggingface_hub import HfApi
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from torch._decomp import decomposition_table
@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 __all__ = [
+    "DUMMY_TARGET_MODULES",
     "BaseTunerLayer",
     "DataCollatorForLanguageModeling",
     "FakeTensorMode",

@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import snapshot_download
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from ._compat import BaseTunerLayer, check_target_module_exists
+from ._compat import DUMMY_TARGET_MODULES, BaseTunerLayer, check_target_module_exists
 from .tokens import ThinkingVocabulary, stored_options
 
 # The second model of `policies: split`, or the second adapter, and the folder it is saved in.
 SPEAKER = "speaker"
 # Ways to begin an adapter that take out of the base what they put into it.
 WRITE_INTO_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def thinking_tokens_alone() -> LoraConfig:
+    """An adapter without layers: the thinking rows of the embeddings are trained, and nothing else. Without thoughts the model says what it said before."""
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type="CAUSAL_LM")
 
 
 def add_speaker(model: PeftModel, peft_config: Any) -> None:
