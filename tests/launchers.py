@@ -40,10 +40,10 @@ def launch(launcher: str, script: Path, *arguments: str | Path) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
 
 
-def launch_tiny(launcher: str, runs: dict[Path, dict]) -> subprocess.CompletedProcess:
+def launch_tiny(launcher: str, *runs: tuple[Path, dict]) -> subprocess.CompletedProcess:
     """Makes runs with these options in turn, each in its folder."""
     words: list[str | Path] = []
-    for folder, options in runs.items():
+    for folder, options in runs:
         folder.mkdir(exist_ok=True)
         words += folder, json.dumps(BATCH | LAUNCHERS[launcher][1] | options)
     return launch(launcher, HERE / "tiny_run.py", *words)
@@ -51,7 +51,7 @@ def launch_tiny(launcher: str, runs: dict[Path, dict]) -> subprocess.CompletedPr
 
 def launched(launcher: str, folder: Path, options: dict) -> dict:
     """What two processes make of a run."""
-    done = launch_tiny(launcher, {folder: options})
+    done = launch_tiny(launcher, (folder, options))
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "result.pt")
 

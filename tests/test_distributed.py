@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import in_process
-from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, launched, weight_gap
+from launchers import HERE, LAUNCHERS, alone, launch, launch_tiny, weight_gap
 from models import CORPUS, EAGER_REVIVAL, save_tiny, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -102,6 +102,7 @@ def runs_of(launcher: str, folder: Path) -> dict[str, dict]:
         runs |= SAVED | {f"{name}, resumed": SAVED[name] | {"resume": str(folder / name / "checkpoint-1")} for name in SAVED}
         runs |= {name: {"model_folder": model} | options for name, options in UNLIKE.items()}
         runs["texts of their own"]["teacher"] = model
+        runs["in low precision"] = {"model_folder": model, "optim": "adamw_torch", "bf16": True}
     return runs
 
 
@@ -113,7 +114,7 @@ class Made(dict):
         self.launcher, self.folder, self.options = launcher, folder, runs_of(launcher, folder)
         anew = {name for name, options in self.options.items() if "resume" in options and launcher in RESUMED_ANEW}
         parts = [name for name in self.options if name not in anew], sorted(anew)
-        self.said = "".join(launch_tiny(launcher, {folder / name: self.options[name] for name in part}).stderr for part in parts if part)
+        self.said = "".join(launch_tiny(launcher, *((folder / name, self.options[name]) for name in part)).stderr for part in parts if part)
         super().__init__({name: torch.load(result) for name in self.options if (result := folder / name / "result.pt").exists()})
 
     def __missing__(self, name: str):
@@ -198,9 +199,9 @@ def test_ranks_whose_rows_have_fewer_places_to_think_at_make_as_many_passes(made
     made("fsdp2").assert_as_alone("fewer places", tmp_path)
 
 
-def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(tmp_path):
-    options = {"model_folder": save_tiny(tmp_path / "model"), "optim": "adamw_torch", "bf16": True}
-    together, one = launched("fsdp2", tmp_path / "two", options), alone(tmp_path / "one", options)
+def test_fsdp2_in_low_precision_scores_as_exactly_as_one_process(made, tmp_path):
+    together, one = made("fsdp2")["in low precision"], alone(tmp_path, made("fsdp2").options["in low precision"])
+    assert one["precision"] == together["precision"] == "bf16"
     assert together["losses"] == pytest.approx(one["losses"], abs=0.02)
     # Rewards compare log-probabilities; as bf16 numbers around 5 they would be 0.03 apart from each other.
     assert together["reward_std"] == pytest.approx(one["reward_std"], rel=0.05)
@@ -227,12 +228,12 @@ def test_what_has_two_policies_or_an_adapter_is_saved_by_one_rank_and_resumed(ma
 
 def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     options = {"streaming": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
-    ended = launch_tiny("ddp", {tmp_path / "two": options | {"terminate_step": 1}})
+    ended = launch_tiny("ddp", (tmp_path / "two", options | {"terminate_step": 1}))
     assert "SIGTERM: saved after step 2" in ended.stderr
-    resumed = launched("ddp", tmp_path / "two", options | {"resume": True})
-    one = alone(tmp_path / "one", options)
-    assert_same(one, resumed, "ddp")
-    assert weight_gap(resumed, launched("ddp", tmp_path / "two", options | {"resume": True})) == 0  # it had ended
+    resumed = (tmp_path / "two", options | {"resume": True})
+    done = launch_tiny("ddp", resumed, resumed)  # the second time it had ended, and nothing is made again
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(alone(tmp_path / "one", options), torch.load(tmp_path / "two" / "result.pt"), "ddp")
 
 
 @pytest.mark.parametrize("reshard", [True, False], ids=["given back", "kept"])
@@ -265,15 +266,15 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
 def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
     """The first and the last of these would train, alone, and say nothing."""
     monkeypatch.setitem(LAUNCHERS, "cpu mode", (["--cpu"], {}))
-    done = launch_tiny("cpu mode", {tmp_path: {}})
+    done = launch_tiny("cpu mode", (tmp_path, {}))
     assert "ValueError: The launcher was asked for several processes and started one" in done.stderr
 
-    done = launch_tiny("fsdp2", {tmp_path: {"fsdp2_on_cpu": "SHARDED_STATE_DICT"}})
+    done = launch_tiny("fsdp2", (tmp_path, {"fsdp2_on_cpu": "SHARDED_STATE_DICT"}))
     assert "ValueError: FSDP2 would save no model so" in done.stderr
 
-    done = launch_tiny("fsdp2", {tmp_path: {"adapter": True}})
+    done = launch_tiny("fsdp2", (tmp_path, {"adapter": True}))
     assert "ValueError: With FSDP2 an adapter needs an LM head of its own" in done.stderr
 
     if not torch.cuda.is_available():
         monkeypatch.setitem(LAUNCHERS, "as on GPUs", (["--config_file", str(HERE.parent / "accelerate_configs/fsdp2.yaml")], {}))
-        assert "ValueError: The launcher's config asks for FSDP, and MULTI_CPU came up" in launch_tiny("as on GPUs", {tmp_path: {}}).stderr
+        assert "ValueError: The launcher's config asks for FSDP, and MULTI_CPU came up" in launch_tiny("as on GPUs", (tmp_path, {})).stderr

@@ -161,7 +161,8 @@ def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, tmp_path, fa
 @pytest.mark.parametrize("trouble", [("PUT", "/lfs/", "drop"), ("POST", "/commit/", "500")], ids=["dropped", "refused"])
 def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_path, trouble):
     hub.trouble = [trouble] * 20  # clients try again
-    error = python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", "{}", expect=1)
+    program = f"import time\ntime.sleep = lambda seconds: None\n{PUSH}"  # and wait before they do
+    error = python(hub, tmp_path / "home", "-c", program, tmp_path / "out", tmp_path / "logits.pt", "{}", expect=1)
     assert f"{tmp_path / 'out'} is whole, but its upload failed: " in error
     assert hub.repos["me/thinker"] == [{}]
     hub.trouble = []

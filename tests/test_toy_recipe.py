@@ -5,13 +5,14 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from commands import ROOT, in_process
+from commands import ROOT, InProcess, in_process
 from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
@@ -315,12 +316,13 @@ def test_words_that_begin_as_sums_share_their_parts(monkeypatch):
     assert torch.equal(after_VD[-4:], before_VD[-4:])
 
 
-def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path):
+def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", InProcess(subprocess.run, ROOT / "recipes" / "toy.py", started=1))
     variants = tmp_path / "variants.yaml"
     variants.write_text(yaml.safe_dump({"as it is": {}, "without search": {"search": 0, "search_random": 0.5}}))
     small = ["--max_steps", 1, "--per_device_train_batch_size", 8, "--check_every", 0, "--test_rows", 8, "--think_start", 0]
     small += ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}"]
-    command = [ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_100.yaml", "--variants", variants]
+    command = [ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_30.yaml", "--variants", variants]
     command += ["--seeds", 5, "--output_dir", tmp_path / "out", *small]
     assert re.fullmatch(r"error: [^\n]*nowhere\.yaml[^\n]*\n", in_process(*command, "--variants", "nowhere.yaml").stderr)
     first = in_process(*command)

@@ -29,6 +29,7 @@ from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.evaluation import GainByDocument, evaluate_thinking
 from hf_thinktok.forks import ends_of, marker_ids
 from hf_thinktok.objective import speak
+from hf_thinktok.peft import merge, thinking_tokens_alone
 
 
 def losses(trainer, key="loss"):
@@ -664,6 +665,26 @@ def test_adapter_trains_itself_and_the_thinking_rows_only(make_trainer, tie):
         assert len(then) == trainer.vocabulary.num_tokens + 1
         assert torch.equal(after[-1], then[-1]), "nothing trains the guard"
         assert not (after[:-1] == then[:-1]).all(-1).any()
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_thinking_tokens_alone_leave_text_as_it_was(make_trainer, tmp_path, tie):
+    tokenizer = tiny_tokenizer()
+    base = tiny_model("llama", vocab_size=len(tokenizer), tie=tie).eval()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=str(tmp_path / "base"), tokenizer=tokenizer, peft_config=thinking_tokens_alone(), max_steps=3, learning_rate=1e-2)
+    before = weights(trainer)
+    trainer.train()
+    changed = [name for name, value in weights(trainer).items() if not torch.equal(value, before[name])]
+    assert len(changed) == (1 if tie else 2)
+    trainer.save_model(str(tmp_path / "adapter"))
+    merged, _ = merge(str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(
+            merged.eval()(input_ids=ids).logits[..., : trainer.vocabulary.num_real], base(input_ids=ids).logits[..., : trainer.vocabulary.num_real]
+        )
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])

@@ -112,6 +112,7 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
         spread = [entry["reward_std"] for entry in trainer.state.log_history if "reward_std" in entry]
         result = {"losses": losses, "reward_std": spread, "weights": weights, "world": trainer.accelerator.num_processes, "sharded": sharded}
         result["revived"] = trainer.revival.revived if trainer.revival is not None else 0
+        result["precision"] = trainer.accelerator.mixed_precision
         torch.save(result | {"launcher": trainer.accelerator.distributed_type.value}, f"{folder}/result.pt")
     return trainer
 
