@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+from hf_thinktok.cli import main as thinktok
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,39 +23,41 @@ def started(*command: str | Path | int, **options) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, **{"cwd": ROOT, "timeout": 900} | options)
 
 
+class InProcess:
+    """In the place of `subprocess.run` or `subprocess.Popen`: one command is run in this process, any other one as before.
+
+    Args:
+        real: what it stands for.
+        word: the word by which the command is known; those behind it are its arguments.
+        call: what runs it.
+        started: so many are started as processes first.
+    """
+
+    def __init__(self, real: Callable, word: str | Path, call: Callable[..., subprocess.CompletedProcess], started: int = 0):
+        self.real, self.word, self.call, self.started = real, str(word), call, started
+
+    def __call__(self, command, **options):
+        if self.word not in command or self.started:
+            self.started -= self.word in command
+            return self.real(command, **options)
+        done = self.call(*command[command.index(self.word) + 1 :])
+        options.get("stdout", sys.stdout).write(done.stdout)
+        options.get("stdout", sys.stderr).write(done.stderr)
+        return SimpleNamespace(poll=lambda: done.returncode, returncode=done.returncode)
+
+
 def in_process(script: Path, *options: str | Path | int) -> subprocess.CompletedProcess:
-    """Runs a script in this process, and takes back what it did to it; an error that is no exit is raised."""
+    """Runs a script in this process, and the report that it ends with; takes back what it did to the process. An error that is no exit is raised."""
     arguments, path, handler = sys.argv, list(sys.path), signal.getsignal(signal.SIGTERM)
     sys.argv = [str(script), *map(str, options)]
     sys.path.insert(0, str(script.parent))
+    command_line = InProcess(subprocess.run, "hf_thinktok.cli", lambda *words: captured(lambda: thinktok([*words])))
     try:
-        with contextlib.chdir(ROOT), patch.dict(os.environ):
+        with contextlib.chdir(ROOT), patch.dict(os.environ), patch("subprocess.run", command_line):
             return captured(lambda: runpy.run_path(str(script), run_name="__main__"))
     finally:
         sys.argv, sys.path[:] = arguments, path
         signal.signal(signal.SIGTERM, handler)
-
-
-class InProcess:
-    """In the place of `subprocess.run` or `subprocess.Popen`: a script is run in this process, anything else as before.
-
-    Args:
-        real: what it stands for.
-        script: whose commands are run here, all words before its name left out.
-        started: so many of them are started as processes first.
-    """
-
-    def __init__(self, real: Callable, script: Path, started: int = 0):
-        self.real, self.script, self.started = real, str(script), started
-
-    def __call__(self, command, **options):
-        if self.script not in command or self.started:
-            self.started -= self.script in command
-            return self.real(command, **options)
-        done = in_process(Path(self.script), *command[command.index(self.script) + 1 :])
-        if "stdout" in options:
-            options["stdout"].write(done.stdout + done.stderr)
-        return SimpleNamespace(poll=lambda: done.returncode, returncode=done.returncode)
 
 
 def captured(call: Callable[[], object]) -> subprocess.CompletedProcess:

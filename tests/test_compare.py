@@ -3,6 +3,7 @@
 import importlib
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -265,7 +266,8 @@ hub_token: hf_secret
 env: {{SOME_KEY: sk_secret}}
 """
     )
-    with patch("subprocess.Popen", InProcess(subprocess.Popen, ROOT / "recipes" / "pretrain_think.py", started=1)):  # one arm under accelerate launch
+    pretrain = ROOT / "recipes" / "pretrain_think.py"
+    with patch("subprocess.Popen", InProcess(subprocess.Popen, pretrain, partial(in_process, pretrain), started=1)):  # one arm under accelerate launch
         done = compare(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, json.loads((folder / "out" / "results.json").read_text())

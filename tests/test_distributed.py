@@ -74,6 +74,10 @@ UNLIKE = {
     "fewer places": {"stop": "fixed", "memory": "persistent", "num_forks": 40, "gather_for_rollout": False, **BATCHES_OF_ONE},
     "texts of their own": {"rollout": "free", "prompt_length": 4, "optim": "adamw_torch", **BATCHES_OF_ONE},
 }
+REFUSED = {
+    "FSDP2 would save no model so": {"fsdp2_on_cpu": "SHARDED_STATE_DICT", "refused": True},
+    "With FSDP2 an adapter needs an LM head of its own": {"adapter": True, "refused": True},
+}
 RESUMED_ANEW = ("zero3", "fsdp2")  # where parameters are divided: by processes that did not write the checkpoint
 KINDS = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 
@@ -102,7 +106,7 @@ def runs_of(launcher: str, folder: Path) -> dict[str, dict]:
         runs |= SAVED | {f"{name}, resumed": SAVED[name] | {"resume": str(folder / name / "checkpoint-1")} for name in SAVED}
         runs |= {name: {"model_folder": model} | options for name, options in UNLIKE.items()}
         runs["texts of their own"]["teacher"] = model
-        runs["in low precision"] = {"model_folder": model, "optim": "adamw_torch", "bf16": True}
+        runs |= {"in low precision": {"model_folder": model, "optim": "adamw_torch", "bf16": True}} | REFUSED
     return runs
 
 
@@ -263,17 +267,16 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
         check_launcher(Accelerator(cpu=True), tiny_model(), {"WORLD_SIZE": "2"})
 
 
-def test_what_a_launcher_cannot_do_is_refused(tmp_path, monkeypatch):
-    """The first and the last of these would train, alone, and say nothing."""
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_fsdp2_cannot_do_is_refused(made, sentence):
+    assert sentence not in made("fsdp2")
+    assert f"ValueError: {sentence}" in made("fsdp2").said
+
+
+def test_processes_that_would_train_alone_and_say_nothing_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(LAUNCHERS, "cpu mode", (["--cpu"], {}))
     done = launch_tiny("cpu mode", (tmp_path, {}))
     assert "ValueError: The launcher was asked for several processes and started one" in done.stderr
-
-    done = launch_tiny("fsdp2", (tmp_path, {"fsdp2_on_cpu": "SHARDED_STATE_DICT"}))
-    assert "ValueError: FSDP2 would save no model so" in done.stderr
-
-    done = launch_tiny("fsdp2", (tmp_path, {"adapter": True}))
-    assert "ValueError: With FSDP2 an adapter needs an LM head of its own" in done.stderr
 
     if not torch.cuda.is_available():
         monkeypatch.setitem(LAUNCHERS, "as on GPUs", (["--config_file", str(HERE.parent / "accelerate_configs/fsdp2.yaml")], {}))

@@ -41,7 +41,7 @@ TINY_OPTIONS = (
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml")
 
 
-@pytest.mark.parametrize(("config", "start"), [("quickstart", functools.partial(started, *LAUNCH)), ("gsm8k", started)], ids=["quickstart", "gsm8k"])
+@pytest.mark.parametrize(("config", "start"), [("quickstart", functools.partial(started, *LAUNCH)), ("gsm8k", in_process)], ids=["quickstart", "gsm8k"])
 def test_a_config_trains_evaluates_and_saves(tiny_folder, config, start):
     done = start(
         RECIPE,

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,7 +308,8 @@ def test_words_that_begin_as_sums_share_their_parts(monkeypatch):
 
 
 def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", InProcess(subprocess.run, ROOT / "recipes" / "toy.py", started=1))
+    toy = ROOT / "recipes" / "toy.py"
+    monkeypatch.setattr(subprocess, "run", InProcess(subprocess.run, toy, partial(in_process, toy), started=1))
     variants = tmp_path / "variants.yaml"
     variants.write_text(yaml.safe_dump({"as it is": {}, "without search": {"search": 0, "search_random": 0.5}}))
     small = ["--max_steps", 1, "--per_device_train_batch_size", 8, "--check_every", 0, "--test_rows", 8, "--think_start", 0]

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from unittest.mock import patch
 
 import torch
@@ -118,8 +119,15 @@ def main(folder: str, options: dict) -> ThinkTokTrainer:
 
 
 if __name__ == "__main__":
-    for run_folder, run_options in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        main(run_folder, json.loads(run_options))
+    for run_folder, told in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        run_options = json.loads(told)
+        refused = run_options.pop("refused", False)
+        try:
+            main(run_folder, run_options)
+        except ValueError:
+            if not refused:
+                raise
+            traceback.print_exc()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         sys.stdout.flush()
