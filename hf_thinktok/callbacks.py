@@ -3,12 +3,15 @@
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
+
+from .results import environment
 
 logger = logging.getLogger(__name__)
 
@@ -42,22 +45,32 @@ class StartOver(TrainerCallback):
 
 class Spent(TrainerCallback):
     """What a run took in all its sessions: tokens of text, and seconds of the steps alone; `train_runtime` has the evaluations between and before them,
-    and of a resumed run the rest."""
+    and of a resumed run the rest. And where they were: the code, the libraries and the machine of each."""
 
     def __init__(self):
         self.tokens, self.seconds, self.start = 0, 0.0, 0.0
+        self.here: dict[str, Any] = {}
+        self.sessions: list[dict[str, Any]] = []
+
+    def elsewhere(self, where: dict[str, Any]) -> dict[str, Any]:
+        """For the results of a run that was resumed: what it was trained in besides."""
+        others = [session for session in self.sessions if session != where]
+        return {"sessions": others} if others else {}
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.here = self.here or environment()
+        if self.here not in self.sessions:
+            self.sessions.append(self.here)
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.start
 
-    def state_dict(self) -> dict[str, float]:
-        return {"tokens": self.tokens, "seconds": self.seconds}
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "seconds": self.seconds, "sessions": self.sessions}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.tokens, self.seconds = int(state["tokens"]), state["seconds"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens, self.seconds, self.sessions = int(state["tokens"]), state["seconds"], state.get("sessions", [])  # older checkpoints do not say
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -68,7 +68,7 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
         if trainer.is_world_process_zero() and before is None:
             print(f"Nothing was thought in the held-out text (fork_positions={args.fork_positions}), so there is nothing to report.", file=sys.stderr)
         elif trainer.is_world_process_zero():
-            results = training_results(before, after, training, config) | where
+            results = training_results(before, after, training, config) | where | trainer.spent.elsewhere(where)
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
             has_results = True

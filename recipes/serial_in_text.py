@@ -126,9 +126,10 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
     load = functools.partial(load_whole, dtype="float32", trust_remote_code=args.trust_remote_code)
     before = on_text(*load(folder, revision=model.model_revision), held_out, mixed, args, thinks=False)
+    where = environment()
     results: dict[str, Any] = {
         "task": task.name, "mixture": [], "levels": levels_of(task.train), "shortcut": {str(level): best for level, best in task.shortcut.items()},
-        "config": changed_options(mixed, text, args, model), **environment(),
+        "config": changed_options(mixed, text, args, model), **where,
     }  # fmt: skip
     args = replace(args, model_init_kwargs=init_kwargs(model, args.model_init_kwargs))
     for done, seed in enumerate(mixed.seeds, 1):
@@ -146,13 +147,13 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             with one_sentence(RunError):
                 trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
             trainer.save_model(output)
-            steps = trainer.state.global_step
+            steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
             if arm == "think" and mixed.settle_steps:
                 trainer = settled(trainer, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed), mixed.settle_steps)
                 trainer.save_model(output := trainer.args.output_dir)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
-            results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps})
+            results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps, **elsewhere})
         results |= {"text": Comparison(evaluations).summary(), "seeds": mixed.seeds[:done]}
         write_json(Path(args.output_dir) / "results.json", results)
     print_mixture(results)

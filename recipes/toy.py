@@ -213,9 +213,16 @@ def figures_of(report: dict[str, Any]) -> dict[str, float]:
 
 
 def run(
-    toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig, task: Task, tokenizer: PreTrainedTokenizerBase, train: Dataset, test: Dataset
+    toy: ToyArguments,
+    args: ThinkTokConfig,
+    model: ModelConfig,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    test: Dataset,
+    where: dict[str, Any],
 ) -> dict[str, Any]:
-    """Trains and measures one model on tokenised rows."""
+    """Trains and measures one model on tokenised rows. `where` the results say that it was."""
     set_seed(args.seed)
     args = control_of(args, toy.control)
     own = copy.deepcopy(tokenizer)  # it learns the thinking tokens
@@ -239,14 +246,16 @@ def run(
     return {
         "seed": args.seed, "accuracy": accuracy, "think_length": lengths, "language": language, "seconds": trainer.spent.seconds,
         "steps": trainer.state.global_step, "curve": [entry["check"] for entry in trainer.state.log_history if "check" in entry],
+        **trainer.spent.elsewhere(where),
     }  # fmt: skip
 
 
 def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
+    where = environment()  # of the start: a checkout may move on meanwhile
     results = {
         "task": task.name, "task_options": toy.task_options, "control": toy.control, "chance": task.chance, "config": changed_options(toy, args, model),
         "levels": levels_of(task.train), "shortcut": {str(level): accuracy for level, accuracy in task.shortcut.items()}, "runs": [],
-        **environment(),  # of the start: a checkout may move on meanwhile
+        **where,
     }  # fmt: skip
     folders = [str(Path(args.output_dir) / f"seed-{seed}") for seed in toy.seeds]
     with one_sentence():
@@ -255,7 +264,7 @@ def main(task: Task, toy: ToyArguments, args: ThinkTokConfig, model: ModelConfig
     train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     for seed, folder, checkpoint in zip(toy.seeds, folders, checkpoints, strict=True):
         own = replace(args, seed=seed, output_dir=folder, resume_from_checkpoint=checkpoint)
-        results["runs"].append(run(toy, own, model, task, tokenizer, train, test))
+        results["runs"].append(run(toy, own, model, task, tokenizer, train, test, where))
         write_json(Path(args.output_dir) / "results.json", results)
     draw_task(results, Path(args.output_dir) / "accuracy.svg")
     print_task(results)

@@ -90,7 +90,7 @@ def test_a_plan_is_what_a_step_took_on_a_gpu(memory, results, cell):
 
 
 def test_what_stays_for_the_next_rollout_is_limited_and_not_sharded():
-    shape = {"num_hidden_layers": 16}
+    shape = {"num_hidden_layers": 4}
     cache = made(shape).phases[Phase.THOUGHTS][Part.CACHE]
     assert made(shape).phases[Phase.PASS][Part.CACHE] == made(shape).phases[Phase.STEP][Part.CACHE] == cache
     limited = {"gpu_gib": 15 * cache / 2**30}, {"zero": 2, "num_processes": 2}, {"gpu": False}

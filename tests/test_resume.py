@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_run import KilledAtStep, main
 from transformers import TrainerCallback
 
-from hf_thinktok import ThinkTokTrainer
+from hf_thinktok import ThinkTokTrainer, results
 from hf_thinktok.checkpoints import COMPLETE_FILE, STATE_FILE, CheckpointError, newest_checkpoint
 
 HERE = Path(__file__).parent
@@ -349,6 +349,22 @@ def test_totals_are_those_of_all_sessions(make_trainer, tmp_path):
         one, other = ([entry[name] for entry in each.state.log_history if name in entry] for each in (whole, resumed))
         assert one == other
     assert other == [1, 1, 1]
+
+
+@pytest.mark.parametrize("further", [0, 1])
+def test_results_of_a_resumed_run_name_the_code_of_all_its_steps(make_trainer, tmp_path, monkeypatch, further):
+    """Also where what had ended is measured once more."""
+    monkeypatch.setattr(results, "_commit", lambda: "the first")
+    trainer = make_trainer(**EACH_STEP, max_steps=2)
+    trainer.train()
+    assert trainer.spent.elsewhere(results.environment()) == {}
+    monkeypatch.setattr(results, "_commit", lambda: "a later one")
+    resumed = make_trainer(**EACH_STEP, max_steps=2 + further)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    here = results.environment()
+    assert results.where({"runs": [resumed.spent.elsewhere(here)]} | here).endswith("; commits the first and a later one")
+    resumed.train()
+    assert resumed.spent.elsewhere(here) == {}, "a run that starts over"
 
 
 @pytest.mark.parametrize("options", [{}, {"num_think_tokens": 0}], ids=["", "no thinking"])
