@@ -44,6 +44,18 @@ for revision, seed in ((None, 0), ("v1", 1)):
         part.push_to_hub("me/base", revision=revision)
 """
 
+PUSHES = """
+import json, sys
+from pathlib import Path
+from hf_thinktok.cli import main
+folder, base = sys.argv[1:]
+assert main(["push", folder, "me/again"]) == 0
+print("its base becomes a folder", file=sys.stderr)
+config = Path(folder, "adapter_config.json")
+config.write_text(config.read_text().replace('"me/base"', json.dumps(base)))
+assert main(["push", folder, "me/again"]) == 0
+"""
+
 PULL_ADAPTER = """
 import sys
 sys.modules["hf_thinktok"] = None
@@ -104,19 +116,17 @@ def test_checkpoints_are_pushed_as_revisions(hub, tmp_path):
 
 def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
     """Its revision of it, and not another; a base that is not on the Hub is told of."""
-    python(hub, tmp_path / "home", "-c", BASE)
     options = json.dumps({"adapter": True, "model_folder": "me/base", "model_init_kwargs": {"revision": "v1"}})
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
+    python(hub, tmp_path / "home", "-c", BASE + PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
     files = hub.repos["me/thinker"][-1]
     assert "model.safetensors" not in files
     assert len(files["adapter_model.safetensors"]) < len(hub.repos["me/base"][-1]["model.safetensors"]) / 2
     python(hub, tmp_path / "other", "-c", PULL_ADAPTER, tmp_path / "logits.pt")
 
-    push, config = ("-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/again"), tmp_path / "out" / "adapter_config.json"
-    assert "base is a folder" not in python(hub, tmp_path / "home", *push)
     (tmp_path / "base").mkdir()
-    config.write_text(config.read_text().replace('"me/base"', json.dumps(str(tmp_path / "base"))))
-    assert "base is a folder of this machine" in python(hub, tmp_path / "home", *push)
+    on_the_hub, here = python(hub, tmp_path / "home", "-c", PUSHES, tmp_path / "out", tmp_path / "base").split("its base becomes a folder")
+    assert "base is a folder" not in on_the_hub
+    assert "base is a folder of this machine" in here
     assert "adapter_model.safetensors" in hub.repos["me/again"][-1]
 
 
@@ -175,9 +185,8 @@ def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_pat
 def test_a_name_without_an_owner_is_the_users_own(hub, tmp_path):
     (tmp_path / "thinker").mkdir()
     (tmp_path / "thinker" / "inspection.json").write_text('{"texts": ["held out"]}')
-    command = ("-m", "hf_thinktok.cli", "push", save_tiny(tmp_path / "thinker", think_tokens=4), "my-model")
-    python(hub, tmp_path / "home", *command, "--revision", "v1")
-    python(hub, tmp_path / "home", *command)
+    program = "import sys; from hf_thinktok.cli import main; assert main(sys.argv[1:] + ['--revision', 'v1']) == main(sys.argv[1:]) == 0"
+    python(hub, tmp_path / "home", "-c", program, "push", save_tiny(tmp_path / "thinker", think_tokens=4), "my-model")
     assert {"model.safetensors", "tokenizer.json"} <= set(hub.repos["me/my-model"][-1]) & set(hub.repos["me/my-model@v1"][-1])
     assert not HELD_OUT & set(hub.repos["me/my-model"][-1])
 
