@@ -234,10 +234,12 @@ def test_all_ranks_save_and_end_when_one_is_asked_to(tmp_path):
     options = {"streaming": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
     ended = launch_tiny("ddp", (tmp_path / "two", options | {"terminate_step": 1}))
     assert "SIGTERM: saved after step 2" in ended.stderr
-    resumed = (tmp_path / "two", options | {"resume": True})
-    done = launch_tiny("ddp", resumed, resumed)  # the second time it had ended, and nothing is made again
+    newest = {"resume": str(tmp_path / "two" / "checkpoint-4")}  # of the run that this launch resumes first
+    done = launch_tiny("ddp", (tmp_path / "two", options | {"resume": True}), (tmp_path / "again", options | newest))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(alone(tmp_path / "one", options), torch.load(tmp_path / "two" / "result.pt"), "ddp")
+    resumed, again = (torch.load(tmp_path / name / "result.pt") for name in ("two", "again"))
+    assert_same(alone(tmp_path / "one", options), resumed, "ddp")
+    assert weight_gap(resumed, again) == 0  # it had ended
 
 
 @pytest.mark.parametrize("reshard", [True, False], ids=["given back", "kept"])
