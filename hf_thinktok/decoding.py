@@ -32,12 +32,14 @@ class Decoder(Protocol):
         scored_BM: Tensor,
         think_only: bool = False,
         draw: Draw | None = None,
+        keep: int | None = None,
     ) -> HeadOutputs:
         """Adds `nodes_BQ` (those marked in `real_BQ`; the rest is padding) and scores the nodes at the places `scored_BM` among them.
 
         Args:
             think_only: only the thinking logits are wanted.
             draw: draw the next real token of each.
+            keep: so many nodes of earlier calls, the first ones, are all that is still wanted of them.
         """
 
 
@@ -56,7 +58,9 @@ class CachedDecoder:
         self.real_BC: Tensor | None = None
         self.done = 0
 
-    def __call__(self, tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None) -> HeadOutputs:
+    def __call__(self, tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None, keep=None) -> HeadOutputs:
+        if keep is not None:
+            self._forget(keep)
         self.columns_BC, self.real_BC = self._beside(self.columns_BC, nodes_BQ), self._beside(self.real_BC, real_BQ)
         places_Q = torch.arange(self.done, self.done + nodes_BQ.shape[1], device=nodes_BQ.device)
         self.done += nodes_BQ.shape[1]
@@ -78,6 +82,17 @@ class CachedDecoder:
 
         parts = tree_map(lambda one: one.parts if isinstance(one, TreeMask) else one, mask)
         return room(run_again, {"inputs": inputs, "scored_BM": scored_BM, "places_Q": places_Q, "parts": parts}, nodes_BQ.numel(), think_only)
+
+    def _forget(self, keep: int) -> None:
+        """Others take the places behind the first ones."""
+        assert self.columns_BC is not None
+        assert self.real_BC is not None
+        if self.room is None:
+            self.cache.crop(keep - self.done)  # a negative number: so many fewer
+            self.columns_BC, self.real_BC = self.columns_BC[:, :keep], self.real_BC[:, :keep]
+        else:
+            self.real_BC[:, keep:] = False
+        self.done = keep
 
     def _read(self, ids_BQ: Tensor) -> dict[str, Tensor]:
         if self.room is None or not isinstance(self.model, PeftModel):

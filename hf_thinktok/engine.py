@@ -200,7 +200,7 @@ class ReplicatedEngine(_Engine):
         return (rows_R[:, None], nodes_RP.clamp(min=0)), where_BS.flatten(), {}
 
     def decoder(self, model, room: Room | None = None) -> Decoder:
-        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None) -> HeadOutputs:
+        def decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only=False, draw=None, keep=None) -> HeadOutputs:
             return self(model, tree, tokens_BS, unjudged(nodes_BQ.gather(1, scored_BM), tree.num_nodes, think_only, draw))
 
         return decode

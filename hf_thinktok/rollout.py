@@ -194,8 +194,9 @@ def sample_thoughts(
 ) -> Rollout:
     """Thinks G thoughts after each fork.
 
-    With `memory: none` all forks are thought at once: one pass over the trunk, then L - 1 of `[B, K*G]`. With `persistent` a thought may depend on the
-    thoughts that stayed in the text before it, so forks are thought in order, each on the cache of what came before: K*L smaller passes.
+    With `memory: none` forks are thought at once: one pass over the trunk, then L - 1 of `[B, K*G]`, or as many for each part of the forks where there are
+    many (`Branching.forks_at_once`). With `persistent` a thought may depend on the thoughts that stayed in the text before it, so forks are thought in order,
+    each on the cache of what came before: K*L smaller passes.
 
     Args:
         generator: on the tokens' device; its state decides the draw entirely.
@@ -215,7 +216,8 @@ def sample_thoughts(
         noise_BKGLN = gumbel_noise((*thoughts_BKGL.shape, vocabulary.num_tokens), generator)
         rollout = replace(rollout, noise_BKGLN=noise_BKGLN)
     branching = replace(branching, lookahead=1, blind=False)  # what judges a thought comes later
-    turns = [slice(k, k + 1) for k in range(num_forks)] if branching.persistent else [slice(0, num_forks)]
+    at_once = branching.forks_at_once(num_forks)
+    parts = [slice(first, min(first + at_once, num_forks)) for first in range(0, num_forks, at_once)]
     if not sampling.draw_stops:  # where ends are known beforehand one layout serves every pass
         lengths_BKG.copy_(longest_BKG)
     tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
@@ -225,25 +227,27 @@ def sample_thoughts(
     with evaluating(model), engine.room(model, batch, capacity) if same_shapes else contextlib.nullcontext() as room:
         decode = engine.decoder(model, room)
         done_B1 = torch.full((batch, 1), -1, device=device)
-        for turn in turns:
-            tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
-            forks_BF = forks_BK[:, turn]
-            nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF, None if room is None else tokens_BT.shape[1])
-            if turn.start > 0:  # with the text goes what it sees and was not run yet, the last token of the thought that stays in it
-                kept_B1 = tree.branch_nodes(length).view(num_forks, groups)[turn.start - 1, :1].expand(batch, 1)
-                nodes_BQ, real_BQ, scored_BF = torch.cat([kept_B1, nodes_BQ], 1), nn.functional.pad(real_BQ, (1, 0), value=True), scored_BF + 1
-            done_B1 = torch.maximum(done_B1, forks_BF.amax(1, keepdim=True))
-            out = decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BF, think_only=not sampling.draw_stops)
-            think_BFGN = out.think_logits_MN.view(batch, -1, 1, vocabulary.num_tokens).expand(-1, -1, groups, -1)
-            gate_BFG = out.gate_logit_M.view(batch, -1, 1).expand(-1, -1, groups)
+        for part in parts:
+            if part.start == 0 or branching.persistent:  # the text up to the forks that it has all for
+                turn = part if branching.persistent else slice(0, num_forks)
+                tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
+                forks_BF = forks_BK[:, turn]
+                nodes_BQ, real_BQ, scored_BF = _stretch(done_B1, forks_BF, None if room is None else tokens_BT.shape[1])
+                if turn.start > 0:  # with the text goes what it sees and was not run yet, the last token of the thought that stays in it
+                    kept_B1 = tree.branch_nodes(length).view(num_forks, groups)[turn.start - 1, :1].expand(batch, 1)
+                    nodes_BQ, real_BQ, scored_BF = torch.cat([kept_B1, nodes_BQ], 1), nn.functional.pad(real_BQ, (1, 0), value=True), scored_BF + 1
+                done_B1 = torch.maximum(done_B1, forks_BF.amax(1, keepdim=True))
+                read, num_read = decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BF, think_only=not sampling.draw_stops), nodes_BQ.shape[1]
+            of_turn = slice(part.start - turn.start, part.stop - turn.start)
+            think_BFGN, gate_BFG = (values[:, of_turn].expand(-1, -1, groups, *values.shape[3:]) for values in _by_branch(read, batch, 1))
             thinking_BFG = torch.ones(gate_BFG.shape, dtype=torch.bool, device=device)
-            longest_BFG = longest_BKG[:, turn]
+            longest_BFG = longest_BKG[:, part]
             written_BFG, written_logps_BFG = torch.zeros_like(longest_BFG), torch.zeros_like(gate_BFG)  # what a text thought goes on with
             for depth in range(1, length + 1):
                 if sampling.draw_stops:
                     if depth > sampling.min_length:
                         thinking_BFG = thinking_BFG & (torch.rand(gate_BFG.shape, generator=generator, device=device) < gate_BFG.sigmoid())
-                    lengths_BKG[:, turn] += thinking_BFG & (depth <= longest_BFG)
+                    lengths_BKG[:, part] += thinking_BFG & (depth <= longest_BFG)
                     tree = ThoughtTree(documents_BT, forks_BK, branching, lengths_BKG)
                 if sampling.text:
                     chosen_BFG = between_markers(written_BFG, depth - 1, longest_BFG, vocabulary)
@@ -251,17 +255,18 @@ def sample_thoughts(
                 elif sampling.filler:
                     chosen_BFG, logps_BFG = torch.full_like(longest_BFG, vocabulary.first_id), torch.zeros_like(gate_BFG)
                 else:
-                    noise_BFGN = noise_BKGLN[:, turn, :, depth - 1] if sampling.gumbel else None
+                    noise_BFGN = noise_BKGLN[:, part, :, depth - 1] if sampling.gumbel else None
                     chosen_BFG = vocabulary.first_id + sampling.choose(think_BFGN, generator, noise_BFGN)
                     logps_BFG = thought_logps(think_BFGN, chosen_BFG, vocabulary, sampling.temperature)
-                thoughts_BKGL[:, turn, :, depth - 1], logps_BKGL[:, turn, :, depth - 1] = chosen_BFG, logps_BFG
+                thoughts_BKGL[:, part, :, depth - 1], logps_BKGL[:, part, :, depth - 1] = chosen_BFG, logps_BFG
                 if depth == length:
                     break
                 tokens_BS = tree.tokens(tokens_BT, thoughts_BKGL)
-                nodes_BQ = tree.branch_nodes(depth).view(num_forks, groups)[turn].reshape(1, -1).expand(batch, -1)
+                nodes_BQ = tree.branch_nodes(depth).view(num_forks, groups)[part].reshape(1, -1).expand(batch, -1)
                 every_BQ = torch.arange(nodes_BQ.shape[1], device=device).expand_as(nodes_BQ)
                 think_only = not sampling.draw_stops and not sampling.text
-                out = decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), every_BQ, think_only, draw)
+                keep = num_read if depth == 1 and part.start > turn.start else None  # no thought sees those of the part before
+                out = decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), every_BQ, think_only, draw, keep)
                 think_BFGN, gate_BFG = _by_branch(out, batch, groups)
                 if out.drawn_M is not None:
                     written_BFG, written_logps_BFG = out.drawn_M.view(gate_BFG.shape), out.target_logps_M.view(gate_BFG.shape)

@@ -28,6 +28,9 @@ from torch import Tensor
 
 TRUNK = -1
 
+# Thoughts of a row that are drawn at a time: as many as keep a large GPU busy. Keys and values of more would be at hand for nothing.
+MOST_BRANCHES = 512
+
 
 @dataclass(frozen=True)
 class Branching:
@@ -49,9 +52,17 @@ class Branching:
     def width(self) -> int:
         return self.max_length + self.num_reading
 
+    def forks_at_once(self, num_forks: int) -> int:
+        """At so many forks of a row thoughts are drawn at a time: one after the other where they stay in the text, else in parts of about equal size."""
+        if self.persistent:
+            return 1
+        parts = -(-num_forks * self.num_generations // MOST_BRANCHES)
+        return -(-num_forks // max(parts, 1))
+
     def num_decoded(self, trunk_length: int, num_forks: int) -> int:
-        """Nodes of a row that a rollout runs: the text, and of each thought all tokens but the last, which nothing is drawn from."""
-        return trunk_length + num_forks * self.num_generations * (self.max_length - 1)
+        """Nodes of a row that a rollout has at hand at most: the text, and of the thoughts drawn at a time all tokens but the last, which nothing is drawn
+        from."""
+        return trunk_length + self.forks_at_once(num_forks) * self.num_generations * (self.max_length - 1)
 
 
 def before(values_BT: Tensor, places_BKH: Tensor) -> Tensor:

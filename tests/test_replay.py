@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from plain_rows import thinker
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_thinktok import architectures, engine, flex, replay
-from hf_thinktok.engine import TreeEngine
+from hf_thinktok import architectures, engine, flex, replay, tree
+from hf_thinktok.engine import Engine, ReplicatedEngine, TreeEngine
 from hf_thinktok.rollout import Sampling, sample_thoughts
 from hf_thinktok.tree import Branching
 
@@ -47,12 +47,13 @@ def captures(monkeypatch) -> Captures:
     return made
 
 
-def think(how: TreeEngine, model, vocabulary, step: int, draw_stops: bool = False, groups: int = 2):
+def think(how: Engine, model, vocabulary, step: int, draw_stops: bool = False, groups: int = 2, top_k: int = 0):
     generator = torch.Generator().manual_seed(step)
     tokens_BT, documents_BT = torch.randint(vocabulary.num_real, (B, T), generator=generator), torch.zeros(B, T, dtype=torch.long)
     documents_BT[1, 9:] = 1
     forks_BK = torch.tensor([[2, 7, 12], [3, 8, -1]] if step % 2 else [[2, 9, T - 2], [3, 11, T - 5]])
-    return sample_thoughts(how, model, tokens_BT, documents_BT, forks_BK, Branching(groups, 4, 3), Sampling(draw_stops=draw_stops), vocabulary, generator)
+    branching, sampling = Branching(groups, 4, 3), Sampling(draw_stops=draw_stops, top_k=top_k)
+    return sample_thoughts(how, model, tokens_BT, documents_BT, forks_BK, branching, sampling, vocabulary, generator)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,29 @@ def test_replayed_passes_draw_the_thoughts_of_a_growing_cache(captures, family, 
         assert torch.equal(found.lengths_BKG, wanted.lengths_BKG)
         torch.testing.assert_close(found.logps_BKGL, wanted.logps_BKGL, atol=1e-5, rtol=0)
     assert len(captures) == 2, "the pass over the text, and that of all others"
+
+
+@pytest.mark.parametrize("draw_stops", [False, True], ids=["fixed", "sampled"])
+def test_thoughts_drawn_in_parts_take_each_others_places(captures, monkeypatch, draw_stops):
+    """Replayed as on a growing cache, which forgets them, and each drawn from what it alone sees: the most likely ones are those of all at once."""
+    model, vocabulary = thinker("llama", "sdpa")
+    at_once = think(TreeEngine(7), model, vocabulary, 0, top_k=1)
+    whole, parted = TreeEngine(256), TreeEngine(256)
+    for step in range(2):
+        think(whole, model, vocabulary, step, draw_stops)
+    monkeypatch.setattr(tree, "MOST_BRANCHES", 4)  # two forks, then the third
+    captures.clear()
+    for step in range(6):
+        wanted, found = (think(one, model, vocabulary, step, draw_stops) for one in (TreeEngine(7), parted))
+        assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
+        assert torch.equal(found.lengths_BKG, wanted.lengths_BKG)
+        torch.testing.assert_close(found.logps_BKGL, wanted.logps_BKGL, atol=1e-5, rtol=0)
+    assert len(captures) == 3, "the text, and passes of two sizes"
+    assert whole.kept_bytes * (T + 4 * 3) / (T + 6 * 3) == pytest.approx(parted.kept_bytes, rel=0.06), "places for four branches and not for six"
+    for one in (TreeEngine(7), ReplicatedEngine()):
+        found = think(one, model, vocabulary, 0, top_k=1)
+        assert torch.equal(found.thoughts_BKGL, at_once.thoughts_BKGL)
+        torch.testing.assert_close(found.logps_BKGL, at_once.logps_BKGL, atol=1e-5, rtol=0)
 
 
 def test_a_capture_compiles_nothing(captures, monkeypatch):
