@@ -32,7 +32,7 @@ from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
-from hf_thinktok.peft import has_adapter, load_whole, merge
+from hf_thinktok.peft import load_whole, thinking_tokens_alone
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
@@ -59,7 +59,11 @@ class MixtureArguments:
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
     settle_steps: int = field(
         default=0,
-        metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which layers rest and only the gate learns."},
+        metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which thinking tokens alone are trained: the gate."},
+    )
+    on_twin: bool = field(
+        default=False,
+        metadata={"help": "The thinking model is its twin, and learns thoughts and when to think them in `settle_steps` alone."},
     )
 
 
@@ -77,33 +81,35 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
     return concatenate_datasets([chosen.select_columns(["input_ids", "labels"]), text]).shuffle(seed=seed)
 
 
-def settling(args: ThinkTokConfig, steps: int) -> ThinkTokConfig:
-    """Options of the steps in which the gate settles: nothing is explored, rewarded or said, and thoughts are drawn as before."""
-    left_out = {*control("no_think", args.stop)[0]} - {"temperature", "top_k", "top_p", "min_p"}
+def settling(args: ThinkTokConfig, steps: int, on_twin: bool) -> ThinkTokConfig:
+    """Options of the steps in which layers rest. Only on a twin, which has learned nothing of thoughts, are these explored, rewarded and spoken after."""
     changes = {
         "output_dir": f"{args.output_dir}/settled", "max_steps": steps, "learning_rate": SETTLE_LEARNING_RATE, "max_grad_norm": 1.0, "weight_decay": 0.0,
-        "detach_gate": True, "text_ce_weight": 0.0, "think_ce_weight": 0.0, "think_loss_weight": 0.0, "think_start": 0, "save_strategy": "no",
-        "model_init_kwargs": None,
+        "text_ce_weight": 0.0, "think_start": 0, "save_strategy": "no", "model_init_kwargs": None,
     }  # fmt: skip
-    return at_defaults(args, left_out, **changes)
+    if on_twin:
+        return replace(args, **changes)
+    left_out = {*control("no_think", args.stop)[0]} - {"temperature", "top_k", "top_p", "min_p"}
+    return at_defaults(args, left_out, **changes, detach_gate=True, think_ce_weight=0.0, think_loss_weight=0.0)
 
 
-def settled(trainer: ThinkTokTrainer, rows: Dataset, steps: int) -> ThinkTokTrainer:
-    """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
+def settled(folder: str, args: ThinkTokConfig, rows: Dataset) -> ThinkTokTrainer:
+    """Trains the thinking tokens alone on layers that no longer change: in training they do for every text, and few rows tell the gate where thoughts pay.
 
-    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing
-    needs clipping at the norm of the text's gradient. The adapter is merged.
+    What the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing needs clipping at the norm of the text's
+    gradient.
+
+    Args:
+        folder: the model, or its adapter.
     """
-    args = trainer.args
-    load = merge if has_adapter(trainer.model) else load_whole
-    model, tokenizer = load(args.output_dir, dtype="float32", trust_remote_code=args.trust_remote_code)
-    model.requires_grad_(False)
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        table.requires_grad_(True)
-    gate = ThinkTokTrainer(model, settling(args, steps), train_dataset=rows, processing_class=tokenizer)
+    model, tokenizer = load_whole(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
+    base = f"{args.output_dir}/base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trainer = ThinkTokTrainer(base, args, train_dataset=rows, processing_class=tokenizer, peft_config=thinking_tokens_alone())
     with one_sentence(RunError):
-        gate.train()
-    return gate
+        trainer.train()
+    return trainer
 
 
 def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: ThinkTokConfig, thinks: bool) -> Evaluation:
@@ -117,8 +123,9 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
 def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     folder = resolve_model(model.model_name_or_path)
     outputs = {(seed, arm): str(Path(args.output_dir) / f"{arm}-seed{seed}") for seed in mixed.seeds for arm in ("cpt", "think")}
+    whole = [which for which in outputs if which[1] == "cpt" or not mixed.on_twin]  # those with layers that are trained
     with one_sentence():
-        checkpoints = dict(zip(outputs, resume_points(args.resume_from_checkpoint, [*outputs.values()]), strict=True))
+        checkpoints = dict(zip(whole, resume_points(args.resume_from_checkpoint, [outputs[which] for which in whole]), strict=True))
     with one_sentence(), there("model", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
@@ -137,20 +144,25 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
         for arm in ("cpt", "think"):
             set_seed(seed)
             output = outputs[seed, arm]
-            trainer = ThinkTokTrainer(
-                folder,
-                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
-                train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
-                processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
-                peft_config=get_peft_config(model),
-            )
-            with one_sentence(RunError):
-                trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
-            trainer.save_model(output)
-            steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
+            options = replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output)
+            if (seed, arm) in whole:
+                trainer = ThinkTokTrainer(
+                    folder,
+                    options,
+                    train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
+                    processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
+                    peft_config=get_peft_config(model),
+                )
+                with one_sentence(RunError):
+                    trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
+                trainer.save_model(output)
+                steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
+            else:  # what was trained is the twin
+                output = outputs[seed, "cpt"]
             if arm == "think" and mixed.settle_steps:
-                trainer = settled(trainer, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed), mixed.settle_steps)
-                trainer.save_model(output := trainer.args.output_dir)
+                options = settling(options, mixed.settle_steps, mixed.on_twin)
+                trainer = settled(output, options, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed))
+                trainer.save_model(output := options.output_dir)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps, **elsewhere})
@@ -180,7 +192,9 @@ if __name__ == "__main__":
                 raise ValueError(f"settle_steps={mixture_args.settle_steps} train the gate, and stop={think_args.stop} has none that learns: leave them out.")
             if (think_args.policies, think_args.thoughts) != ("shared", "discrete"):
                 raise ValueError("settle_steps are for one model with thoughts of tokens: leave them out, or take policies=shared and thoughts=discrete.")
-            settling(think_args, mixture_args.settle_steps)  # what it refuses is told now, not after training
+            settling(think_args, mixture_args.settle_steps, mixture_args.on_twin)  # what it refuses is told now, not after training
+        elif mixture_args.on_twin:
+            raise ValueError("on_twin trains thinking tokens in settle_steps, and there are none: give a number of them.")
         check_unquantized(model_args)
         check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)
