@@ -32,7 +32,7 @@ from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
-from hf_thinktok.peft import load_whole, thinking_tokens_alone
+from hf_thinktok.peft import load_whole
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
@@ -59,11 +59,11 @@ class MixtureArguments:
     task_share: float = field(default=0.1, metadata={"help": "Part of the training rows that are the task's."})
     settle_steps: int = field(
         default=0,
-        metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which thinking tokens alone are trained: the gate."},
+        metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which layers rest and only the gate learns."},
     )
     on_twin: bool = field(
         default=False,
-        metadata={"help": "The thinking model is its twin, and learns thoughts and when to think them in `settle_steps` alone."},
+        metadata={"help": "The thinking model is its twin, which still thinks as the model did that it began as, and learns in `settle_steps` when to."},
     )
 
 
@@ -81,35 +81,34 @@ def mixture(task_rows: Dataset, text_rows: Dataset, share: float, seed: int) -> 
     return concatenate_datasets([chosen.select_columns(["input_ids", "labels"]), text]).shuffle(seed=seed)
 
 
-def settling(args: ThinkTokConfig, steps: int, on_twin: bool) -> ThinkTokConfig:
-    """Options of the steps in which layers rest. Only on a twin, which has learned nothing of thoughts, are these explored, rewarded and spoken after."""
+def settling(args: ThinkTokConfig, steps: int) -> ThinkTokConfig:
+    """Options of the steps in which the gate settles: nothing is explored, rewarded or said, and thoughts are drawn as before."""
+    left_out = {*control("no_think", args.stop)[0]} - {"temperature", "top_k", "top_p", "min_p"}
     changes = {
         "output_dir": f"{args.output_dir}/settled", "max_steps": steps, "learning_rate": SETTLE_LEARNING_RATE, "max_grad_norm": 1.0, "weight_decay": 0.0,
-        "text_ce_weight": 0.0, "think_start": 0, "save_strategy": "no", "model_init_kwargs": None,
+        "detach_gate": True, "text_ce_weight": 0.0, "think_ce_weight": 0.0, "think_loss_weight": 0.0, "think_start": 0, "save_strategy": "no",
+        "model_init_kwargs": None,
     }  # fmt: skip
-    if on_twin:
-        return replace(args, **changes)
-    left_out = {*control("no_think", args.stop)[0]} - {"temperature", "top_k", "top_p", "min_p"}
-    return at_defaults(args, left_out, **changes, detach_gate=True, think_ce_weight=0.0, think_loss_weight=0.0)
+    return at_defaults(args, left_out, **changes)
 
 
 def settled(folder: str, args: ThinkTokConfig, rows: Dataset) -> ThinkTokTrainer:
-    """Trains the thinking tokens alone on layers that no longer change: in training they do for every text, and few rows tell the gate where thoughts pay.
+    """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
 
-    What the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing needs clipping at the norm of the text's
-    gradient.
+    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing
+    needs clipping at the norm of the text's gradient.
 
     Args:
-        folder: the model, or its adapter.
+        folder: the model, or its adapter, which is merged.
     """
     model, tokenizer = load_whole(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
-    base = f"{args.output_dir}/base"
-    model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    trainer = ThinkTokTrainer(base, args, train_dataset=rows, processing_class=tokenizer, peft_config=thinking_tokens_alone())
+    model.requires_grad_(False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.requires_grad_(True)
+    gate = ThinkTokTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     with one_sentence(RunError):
-        trainer.train()
-    return trainer
+        gate.train()
+    return gate
 
 
 def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: ThinkTokConfig, thinks: bool) -> Evaluation:
@@ -160,7 +159,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
             else:  # what was trained is the twin
                 output = outputs[seed, "cpt"]
             if arm == "think" and mixed.settle_steps:
-                options = settling(options, mixed.settle_steps, mixed.on_twin)
+                options = settling(options, mixed.settle_steps)
                 trainer = settled(output, options, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed))
                 trainer.save_model(output := options.output_dir)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
@@ -192,9 +191,9 @@ if __name__ == "__main__":
                 raise ValueError(f"settle_steps={mixture_args.settle_steps} train the gate, and stop={think_args.stop} has none that learns: leave them out.")
             if (think_args.policies, think_args.thoughts) != ("shared", "discrete"):
                 raise ValueError("settle_steps are for one model with thoughts of tokens: leave them out, or take policies=shared and thoughts=discrete.")
-            settling(think_args, mixture_args.settle_steps, mixture_args.on_twin)  # what it refuses is told now, not after training
+            settling(think_args, mixture_args.settle_steps)  # what it refuses is told now, not after training
         elif mixture_args.on_twin:
-            raise ValueError("on_twin trains thinking tokens in settle_steps, and there are none: give a number of them.")
+            raise ValueError("on_twin leaves it to settle_steps to learn when to think, and there are none: give a number of them.")
         check_unquantized(model_args)
         check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)
