@@ -13,6 +13,7 @@ with intervals over its documents.
 
 import copy
 import functools
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def settled(folder: str, args: ThinkTokConfig, rows: Dataset) -> ThinkTokTrainer
     model.requires_grad_(False)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         table.requires_grad_(True)
+    shutil.rmtree(args.output_dir, ignore_errors=True)  # an adapter that an earlier call left there would be loaded in the place of what is saved
     gate = ThinkTokTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     with one_sentence(RunError):
         gate.train()

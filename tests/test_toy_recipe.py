@@ -126,7 +126,10 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     assert (tmp_path / "out" / "think-seed0" / "settled" / "model.safetensors").exists()
     # Or the thinking model is the twin, and learns when to think: without thoughts they are one.
     assert in_process(*command, "--on_twin", "true").stderr.splitlines()[-1].startswith("error: on_twin leaves it to settle_steps")
+    stale = tmp_path / "out" / "think-seed0" / "settled" / "adapter_config.json"
+    stale.write_text("{}")
     grown = in_process(*command, "--resume_from_checkpoint", "true", "--on_twin", "true", "--settle_steps", 3)
+    assert not stale.exists(), "it would be loaded in the model's place"
     assert grown.returncode == 0, grown.stderr[-2000:]
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     arms = found["text"]["arms"]
