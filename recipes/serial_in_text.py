@@ -62,10 +62,6 @@ class MixtureArguments:
         default=0,
         metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which layers rest and only the gate learns."},
     )
-    on_twin: bool = field(
-        default=False,
-        metadata={"help": "The thinking model is its twin, which still thinks as the model did that it began as, and learns in `settle_steps` when to."},
-    )
 
 
 def with_ids(text: Dataset, tokenizer, length: int) -> Dataset:
@@ -93,16 +89,14 @@ def settling(args: ThinkTokConfig, steps: int) -> ThinkTokConfig:
     return at_defaults(args, left_out, **changes)
 
 
-def settled(folder: str, args: ThinkTokConfig, rows: Dataset) -> ThinkTokTrainer:
+def settled(trainer: ThinkTokTrainer, rows: Dataset, steps: int) -> ThinkTokTrainer:
     """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
 
     Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing
-    needs clipping at the norm of the text's gradient.
-
-    Args:
-        folder: the model, or its adapter, which is merged.
+    needs clipping at the norm of the text's gradient. The adapter is merged.
     """
-    model, tokenizer = load_whole(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
+    args = settling(trainer.args, steps)
+    model, tokenizer = load_whole(trainer.args.output_dir, dtype="float32", trust_remote_code=args.trust_remote_code)
     model.requires_grad_(False)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         table.requires_grad_(True)
@@ -124,9 +118,8 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
 def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     folder = resolve_model(model.model_name_or_path)
     outputs = {(seed, arm): str(Path(args.output_dir) / f"{arm}-seed{seed}") for seed in mixed.seeds for arm in ("cpt", "think")}
-    whole = [which for which in outputs if which[1] == "cpt" or not mixed.on_twin]  # those with layers that are trained
     with one_sentence():
-        checkpoints = dict(zip(whole, resume_points(args.resume_from_checkpoint, [outputs[which] for which in whole]), strict=True))
+        checkpoints = dict(zip(outputs, resume_points(args.resume_from_checkpoint, [*outputs.values()]), strict=True))
     with one_sentence(), there("model", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
@@ -145,25 +138,20 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
         for arm in ("cpt", "think"):
             set_seed(seed)
             output = outputs[seed, arm]
-            options = replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output)
-            if (seed, arm) in whole:
-                trainer = ThinkTokTrainer(
-                    folder,
-                    options,
-                    train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
-                    processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
-                    peft_config=get_peft_config(model),
-                )
-                with one_sentence(RunError):
-                    trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
-                trainer.save_model(output)
-                steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
-            else:  # what was trained is the twin
-                output = outputs[seed, "cpt"]
+            trainer = ThinkTokTrainer(
+                folder,
+                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
+                train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
+                processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
+                peft_config=get_peft_config(model),
+            )
+            with one_sentence(RunError):
+                trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
+            trainer.save_model(output)
+            steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
             if arm == "think" and mixed.settle_steps:
-                options = settling(options, mixed.settle_steps)
-                trainer = settled(output, options, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed))
-                trainer.save_model(output := options.output_dir)
+                trainer = settled(trainer, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed), mixed.settle_steps)
+                trainer.save_model(output := trainer.args.output_dir)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps, **elsewhere})
@@ -194,8 +182,6 @@ if __name__ == "__main__":
             if (think_args.policies, think_args.thoughts) != ("shared", "discrete"):
                 raise ValueError("settle_steps are for one model with thoughts of tokens: leave them out, or take policies=shared and thoughts=discrete.")
             settling(think_args, mixture_args.settle_steps)  # what it refuses is told now, not after training
-        elif mixture_args.on_twin:
-            raise ValueError("on_twin leaves it to settle_steps to learn when to think, and there are none: give a number of them.")
         check_unquantized(model_args)
         check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)
