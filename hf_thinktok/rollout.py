@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from .distributed import is_sharded
 from .engine import Engine
 from .head import Draw, HeadOutputs, gumbel_noise
 from .models import evaluating
@@ -216,7 +217,8 @@ def sample_thoughts(
         noise_BKGLN = gumbel_noise((*thoughts_BKGL.shape, vocabulary.num_tokens), generator)
         rollout = replace(rollout, noise_BKGLN=noise_BKGLN)
     branching = replace(branching, lookahead=1, blind=False)  # what judges a thought comes later
-    at_once = branching.forks_at_once(num_forks)
+    # Where every pass gathers layers all processes have to make as many, however many forks their rows have.
+    at_once = num_forks if is_sharded(model) and not branching.persistent else branching.forks_at_once(num_forks)
     parts = [slice(first, min(first + at_once, num_forks)) for first in range(0, num_forks, at_once)]
     if not sampling.draw_stops:  # where ends are known beforehand one layout serves every pass
         lengths_BKG.copy_(longest_BKG)

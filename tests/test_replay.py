@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from plain_rows import thinker
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_thinktok import architectures, engine, flex, replay, tree
+from hf_thinktok import architectures, engine, flex, replay, rollout, tree
 from hf_thinktok.engine import Engine, ReplicatedEngine, TreeEngine
 from hf_thinktok.rollout import Sampling, sample_thoughts
 from hf_thinktok.tree import Branching
@@ -96,6 +96,20 @@ def test_thoughts_drawn_in_parts_take_each_others_places(captures, monkeypatch, 
         found = think(one, model, vocabulary, 0, top_k=1)
         assert torch.equal(found.thoughts_BKGL, at_once.thoughts_BKGL)
         torch.testing.assert_close(found.logps_BKGL, at_once.logps_BKGL, atol=1e-5, rtol=0)
+
+
+def test_a_sharded_model_makes_as_many_passes_for_any_number_of_forks(monkeypatch):
+    """Processes gather its layers together, and their rows may have more forks or fewer."""
+    model, vocabulary = thinker("llama", "sdpa")
+    monkeypatch.setattr(tree, "MOST_BRANCHES", 4)
+    passes = []
+    model.register_forward_pre_hook(lambda *args: passes.append(1))
+    think(TreeEngine(), model, vocabulary, 0)
+    assert len(passes) == 1 + 2 * 3, "the text, and three tokens of each of two parts"
+    passes.clear()
+    monkeypatch.setattr(rollout, "is_sharded", lambda model: True)
+    think(TreeEngine(), model, vocabulary, 0)
+    assert len(passes) == 1 + 3
 
 
 def test_a_capture_compiles_nothing(captures, monkeypatch):
