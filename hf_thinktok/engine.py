@@ -75,6 +75,10 @@ class _Engine:
         """Whether a rollout's passes over so many nodes of a row can be replayed, where there is a device for it."""
         return False
 
+    def forks_at_once(self, model, branching: Branching, num_forks: int) -> int:
+        """At so many forks of a row a rollout draws thoughts at a time."""
+        return 1 if branching.persistent else num_forks
+
     @contextlib.contextmanager
     def room(self, model, batch: int, capacity: int) -> Iterator[Room | None]:
         """A place for the keys and values of a rollout's passes, where they can be replayed; see `hf_thinktok.replay`.
@@ -164,6 +168,10 @@ class TreeEngine(_Engine):
 
     def _mask(self, model, see: See, query_positions_BQ: Tensor, key_positions_BC: Tensor, flex: bool, speaks: bool = False) -> Tensor | dict[str, Tensor]:
         return attention_inputs(see, query_positions_BQ, key_positions_BC, _config(model, speaks), self._dtype(model), self.run_length, flex)
+
+    def forks_at_once(self, model, branching: Branching, num_forks: int) -> int:
+        # Where every pass gathers layers all processes have to make as many, however many forks their rows have.
+        return super().forks_at_once(model, branching, num_forks) if is_sharded(model) else branching.forks_at_once(num_forks)
 
     def can_replay(self, model, capacity: int, dtype: torch.dtype) -> bool:
         # Not several runs, whose stretches differ from step to step.

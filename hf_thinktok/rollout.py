@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .distributed import is_sharded
 from .engine import Engine
 from .head import Draw, HeadOutputs, gumbel_noise
 from .models import evaluating
@@ -196,7 +195,7 @@ def sample_thoughts(
     """Thinks G thoughts after each fork.
 
     With `memory: none` forks are thought at once: one pass over the trunk, then L - 1 of `[B, K*G]`, or as many for each part of the forks where there are
-    many (`Branching.forks_at_once`). With `persistent` a thought may depend on the thoughts that stayed in the text before it, so forks are thought in order,
+    many (`Engine.forks_at_once`). With `persistent` a thought may depend on the thoughts that stayed in the text before it, so forks are thought in order,
     each on the cache of what came before: K*L smaller passes.
 
     Args:
@@ -217,8 +216,7 @@ def sample_thoughts(
         noise_BKGLN = gumbel_noise((*thoughts_BKGL.shape, vocabulary.num_tokens), generator)
         rollout = replace(rollout, noise_BKGLN=noise_BKGLN)
     branching = replace(branching, lookahead=1, blind=False)  # what judges a thought comes later
-    # Where every pass gathers layers all processes have to make as many, however many forks their rows have.
-    at_once = num_forks if is_sharded(model) and not branching.persistent else branching.forks_at_once(num_forks)
+    at_once = engine.forks_at_once(model, branching, num_forks)
     parts = [slice(first, min(first + at_once, num_forks)) for first in range(0, num_forks, at_once)]
     if not sampling.draw_stops:  # where ends are known beforehand one layout serves every pass
         lengths_BKG.copy_(longest_BKG)

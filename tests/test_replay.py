@@ -56,6 +56,12 @@ def think(how: Engine, model, vocabulary, step: int, draw_stops: bool = False, g
     return sample_thoughts(how, model, tokens_BT, documents_BT, forks_BK, branching, sampling, vocabulary, generator)
 
 
+def assert_same_thoughts(found: rollout.Rollout, wanted: rollout.Rollout) -> None:
+    assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
+    assert torch.equal(found.lengths_BKG, wanted.lengths_BKG)
+    torch.testing.assert_close(found.logps_BKGL, wanted.logps_BKGL, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("family", "attn", "changes"),
     [("llama", "sdpa", {}), ("gpt2", "eager", {}), ("mistral", "sdpa", {"sliding_window": 8}), ("gemma3_text", "sdpa", MIXED), ("gemma3_text", "eager", MIXED)],
@@ -68,10 +74,7 @@ def test_replayed_passes_draw_the_thoughts_of_a_growing_cache(captures, family, 
     model, vocabulary = thinker(family, attn, **changes)
     how = TreeEngine(**given)
     for step in range(5):
-        wanted, found = (think(one, model, vocabulary, step, draw_stops) for one in (TreeEngine(7), how))
-        assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
-        assert torch.equal(found.lengths_BKG, wanted.lengths_BKG)
-        torch.testing.assert_close(found.logps_BKGL, wanted.logps_BKGL, atol=1e-5, rtol=0)
+        assert_same_thoughts(think(how, model, vocabulary, step, draw_stops), think(TreeEngine(7), model, vocabulary, step, draw_stops))
     assert len(captures) == 2, "the pass over the text, and that of all others"
 
 
@@ -86,20 +89,15 @@ def test_thoughts_drawn_in_parts_take_each_others_places(captures, monkeypatch, 
     monkeypatch.setattr(tree, "MOST_BRANCHES", 4)  # two forks, then the third
     captures.clear()
     for step in range(6):
-        wanted, found = (think(one, model, vocabulary, step, draw_stops) for one in (TreeEngine(7), parted))
-        assert torch.equal(found.thoughts_BKGL, wanted.thoughts_BKGL)
-        assert torch.equal(found.lengths_BKG, wanted.lengths_BKG)
-        torch.testing.assert_close(found.logps_BKGL, wanted.logps_BKGL, atol=1e-5, rtol=0)
+        assert_same_thoughts(think(parted, model, vocabulary, step, draw_stops), think(TreeEngine(7), model, vocabulary, step, draw_stops))
     assert len(captures) == 3, "the text, and passes of two sizes"
     assert whole.kept_bytes * (T + 4 * 3) / (T + 6 * 3) == pytest.approx(parted.kept_bytes, rel=0.06), "places for four branches and not for six"
     for one in (TreeEngine(7), ReplicatedEngine()):
-        found = think(one, model, vocabulary, 0, top_k=1)
-        assert torch.equal(found.thoughts_BKGL, at_once.thoughts_BKGL)
-        torch.testing.assert_close(found.logps_BKGL, at_once.logps_BKGL, atol=1e-5, rtol=0)
+        assert_same_thoughts(think(one, model, vocabulary, 0, top_k=1), at_once)
 
 
 def test_a_sharded_model_makes_as_many_passes_for_any_number_of_forks(monkeypatch):
-    """Processes gather its layers together, and their rows may have more forks or fewer."""
+    """Processes gather its layers together, and their rows may have more forks or fewer. Nor has the replicated path any use of parts: it runs every path."""
     model, vocabulary = thinker("llama", "sdpa")
     monkeypatch.setattr(tree, "MOST_BRANCHES", 4)
     passes = []
@@ -107,7 +105,10 @@ def test_a_sharded_model_makes_as_many_passes_for_any_number_of_forks(monkeypatc
     think(TreeEngine(), model, vocabulary, 0)
     assert len(passes) == 1 + 2 * 3, "the text, and three tokens of each of two parts"
     passes.clear()
-    monkeypatch.setattr(rollout, "is_sharded", lambda model: True)
+    think(ReplicatedEngine(), model, vocabulary, 0)
+    assert len(passes) == 1 + 3
+    passes.clear()
+    monkeypatch.setattr(engine, "is_sharded", lambda model: True)
     think(TreeEngine(), model, vocabulary, 0)
     assert len(passes) == 1 + 3
 
