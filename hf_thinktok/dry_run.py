@@ -146,10 +146,20 @@ class DryRun:
         device: what the run will be on; the dry run is on none.
         autocast: the type that the launcher casts to, if it does.
         gradient_share: as in `LiveBytes`. Where it is below 1, as where they are accumulated, gradients are there all the time.
+        sharded: whether the launcher shares out parameters, so that thoughts are drawn all at once (`TreeEngine.forks_at_once`).
     """
 
-    def __init__(self, model, vocabulary: ThinkingVocabulary, args: ThinkTokConfig, device: torch.device, autocast: torch.dtype | None, gradient_share: float):
-        self.model, self.vocabulary, self.args, self.device, self.autocast_type = model, vocabulary, args, device, autocast
+    def __init__(
+        self,
+        model,
+        vocabulary: ThinkingVocabulary,
+        args: ThinkTokConfig,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+        gradient_share: float = 1.0,
+        sharded: bool = False,
+    ):
+        self.model, self.vocabulary, self.args, self.device, self.autocast_type, self.sharded = model, vocabulary, args, device, autocast, sharded
         length = None if args.torch_compile else run_length(device)
         can_flex = length is not None and device.type == "cuda" and not drops_attention(model.config)
         self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(length, can_flex)
@@ -217,33 +227,38 @@ class DryRun:
             self.engine(self.model, tree, torch.zeros_like(tree.documents_BT), HeadInputs(nodes_M, entropy=True))
 
     def rollout(self, rows: Rows) -> dict[str, dict[str, int]]:
-        """The pass over the text, and the last one over all thoughts, on the largest cache.
+        """The pass over the text, and the last one over the thoughts that are drawn at a time, on the largest cache.
 
         Nothing for the replicated path: it keeps no cache, and its passes are shorter than the gradient pass.
         """
-        branching, sampling = rows.tree.branching, self.args.sampling()
+        branching, sampling, num_forks = rows.tree.branching, self.args.sampling(), rows.tree.num_forks
         if self.engine.name == "replicated" or not sampling.draws or not self.args.thinks:
             return {}
-        depth = branching.max_length - (not branching.persistent)  # only text behind a thought reads its last token
+        depths = range(1, branching.max_length + branching.persistent)  # only text behind a thought reads its last token
+        at_once = num_forks if branching.persistent or self.sharded else branching.forks_at_once(num_forks)
         tree = ThoughtTree(rows.tree.documents_BT, rows.tree.forks_BK, replace(branching, lookahead=1, blind=False))
-        before = [tree.branch_nodes(earlier) for earlier in range(1, depth)]
-        stretches = {Phase.TEXT: [torch.arange(tree.trunk_length)], "between": before, Phase.THOUGHTS: [tree.branch_nodes(depth)] if depth else []}
-        phases = {}
+        passes: list[tuple[str, Tensor, bool]] = [(Phase.TEXT, torch.arange(tree.trunk_length), False)]
+        for part in torch.arange(num_forks).split(at_once) if depths else ():
+            *before, last = (tree.branch_nodes(depth).view(num_forks, -1)[part].flatten() for depth in depths)
+            anew = bool(part[0] > 0)  # what was drawn before is forgotten
+            passes += [("between", torch.cat(before), anew)] if before else []
+            passes.append((Phase.THOUGHTS, last, anew and not before))
+        phases: dict[str, dict[str, int]] = {}
         with self.live, self._autocast(), evaluating(self.model):
             tokens_BS = torch.zeros_like(tree.position_ids_BS)
             decode = self.engine.decoder(self.model)
-            for name, nodes in stretches.items():
-                if not nodes:
-                    continue
-                nodes_BQ = torch.cat(nodes).expand(len(tokens_BS), -1)
+            for name, nodes_Q, anew in passes:
+                nodes_BQ = nodes_Q.expand(len(tokens_BS), -1)
+                real_BQ, think_only = torch.ones_like(nodes_BQ, dtype=torch.bool), not (sampling.draw_stops or sampling.text)
                 scored_BM = rows.tree.forks_BK if name == Phase.TEXT else torch.arange(nodes_BQ.shape[1]).expand_as(nodes_BQ)
                 self.live.since()
-                decode(tree, tokens_BS, nodes_BQ, torch.ones_like(nodes_BQ, dtype=torch.bool), scored_BM, not (sampling.draw_stops or sampling.text))
-                phases[name] = self.live.since()
+                decode(tree, tokens_BS, nodes_BQ, real_BQ, scored_BM, think_only, keep=tree.trunk_length if anew else None)
+                found = self.live.since()
                 self.live.settle(Part.CACHE)
                 # At the peak the larger cache is nearly made, and the smaller one nearly gone.
-                grown = min(self.live.live[Part.CACHE] - phases[name].get(Part.CACHE, 0), phases[name][Part.WORKING])
-                phases[name] |= {Part.CACHE: self.live.live[Part.CACHE], Part.WORKING: phases[name][Part.WORKING] - grown}
+                grown = min(self.live.live[Part.CACHE] - found.get(Part.CACHE, 0), found[Part.WORKING])
+                found |= {Part.CACHE: self.live.live[Part.CACHE], Part.WORKING: found[Part.WORKING] - grown}
+                phases.setdefault(name, found)  # the first part of the thoughts is the largest
         phases.pop("between", None)
         return phases
 

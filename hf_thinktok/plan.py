@@ -93,7 +93,8 @@ def plan(
         model, vocabulary = model_without_data(config, args, dtype, attn_implementation, peft_config)
         sharding = _Sharding(model, compute, zero, fsdp2, num_processes, args.gather_for_rollout)
         with _one_sentence(config):
-            run = DryRun(model, vocabulary, args, torch.device("cuda" if gpu else "cpu"), None if sharding.shards else compute, sharding.gradient_share)
+            device, autocast = torch.device("cuda" if gpu else "cpu"), None if sharding.shards else compute
+            run = DryRun(model, vocabulary, args, device, autocast, sharding.gradient_share, sharding.divides)
             parts = {Phase.STEP: run.optimizer_step()} | (rollout := run.rollout(rows)) | {Phase.PASS: run.gradient_pass(rows)}
             kept = run.stays(rows, rollout)
             evaluated = {}
@@ -130,7 +131,7 @@ def step_flops(config: PretrainedConfig, args: ThinkTokConfig, attn_implementati
     with warnings.catch_warnings(action="ignore"):
         model, vocabulary = model_without_data(config, args, torch.bfloat16, attn_implementation, peft_config)  # which experts want
         with _one_sentence(config):
-            run = DryRun(model, vocabulary, args, torch.device("cpu"), None, gradient_share=1.0)
+            run = DryRun(model, vocabulary, args, torch.device("cpu"))
             with count_flops() as rollout:
                 run.look_for_hard_places(rows)
                 run.rollout(rows)
@@ -148,7 +149,7 @@ class _Sharding:
     """
 
     def __init__(self, model, compute: torch.dtype | None, zero: int, fsdp2: bool, num_processes: int, gathers: bool):
-        self.zero, self.fsdp2, self.processes, self.shards = zero, fsdp2, num_processes, zero > 0 or fsdp2
+        self.zero, self.fsdp2, self.processes, self.shards, self.divides = zero, fsdp2, num_processes, zero > 0 or fsdp2, zero == 3 or fsdp2
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         self.frozen, self.frozen_bytes = sum(p.numel() for p in frozen), sum(p.nbytes for p in frozen)
         if self.shards and compute is not None:
@@ -184,7 +185,7 @@ class _Sharding:
                 parts[Part.PARAMETERS] = (fp32 + self.frozen_bytes) * share
             if self.zero == 3:
                 parts[Part.PARAMETERS] *= share
-            if (self.fsdp2 or self.zero == 3) and phase != Phase.STEP:
+            if self.divides and phase != Phase.STEP:
                 parts[Part.GATHERED] = self.gathered if phase == Phase.PASS else self.gathered_for_rollout
         return {part: round(parts[part]) for part in Part if parts.get(part)}
 

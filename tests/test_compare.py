@@ -69,8 +69,11 @@ DRAWN = {"lookahead": 3, "stop": "sampled"}
 AGAIN = {"num_iterations": 4, "stop": "fixed", "max_steps": 4}
 
 
+@pytest.mark.parametrize("at_once", [512, 12])
 @pytest.mark.parametrize("options", [{}, {"num_forks": 0}, DRAWN, DRAWN | {"thoughts": "filler"}, {"fork_positions": "entropy"}, AGAIN])
-def test_flops_without_data_are_those_of_a_real_step(options, tmp_path):
+def test_flops_without_data_are_those_of_a_real_step(options, at_once, tmp_path, monkeypatch):
+    """Whether its 32 thoughts are drawn all at once or in three parts."""
+    monkeypatch.setattr("hf_thinktok.tree.MOST_BRANCHES", at_once)
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
     full = [{"text": " ".join(CORPUS * 4)}] * 4

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import forks
 from hub_server import HubServer
 from models import CORPUS, save_tiny
 
@@ -69,27 +70,52 @@ assert ids.max() < len(tokenizer)
 """
 
 
+def environment(hub, home) -> dict[str, str]:
+    """With the server as its Hub, which libraries read when they are loaded."""
+    without = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    of_hub = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_TOKEN": "hf_none"}
+    return without | of_hub | {"ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(scope="module")
+def pushing(tmp_path_factory):
+    """The server, the cache of those who push to it, and what runs their commands."""
+    home = tmp_path_factory.mktemp("home")
+    with HubServer() as server, forks(**environment(server, home)) as run:
+        yield server, home, run
+
+
 @pytest.fixture
-def hub():
-    with HubServer() as server:
-        yield server
+def hub(pushing):
+    server, home, _ = pushing
+    shutil.rmtree(home, ignore_errors=True)  # where nothing was kept
+    server.repos, server.large, server.trouble = {}, {}, []
+    return server
 
 
-def python(hub, home, *command, expect=0):
-    """Runs Python with the server as its Hub and an empty cache; gives standard error."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_TOKEN": "hf_none"}
-    environment |= {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done.stderr
+@pytest.fixture
+def python(hub, pushing):
+    """Runs Python on a machine that has pushed before; gives standard error."""
+
+    def run(*command, expect=0):
+        done = pushing[2](*command)
+        assert done.returncode == expect, done.stderr[-3000:]
+        return done.stderr
+
+    return run
 
 
-def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
+def elsewhere(hub, home, *command):
+    """Runs Python in a process that has loaded nothing of this package, with an empty cache."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment(hub, home), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_pushed_model_is_loaded_by_name(hub, python, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(HERE.parent / "docs/results/quickstart.json", tmp_path / "out/results.json")
     os.utime(tmp_path / "out/results.json", (time.time() + 600,) * 2)  # as a recipe writes it, when training is done
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", "{}")
+    python("-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", "{}")
     files = hub.repos["me/thinker"][-1]
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(files)
     assert not any("checkpoint" in path for path in files)
@@ -101,30 +127,30 @@ def test_a_pushed_model_is_loaded_by_name(hub, tmp_path):
     training = json.loads(files["training.json"])
     assert (training["config"]["num_think_tokens"], training["metrics"]["step"]) == (4, 3)
     assert not [name for name, content in files.items() if b"hf_secret" in content]
-    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "main")
+    elsewhere(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "main")
 
 
-def test_checkpoints_are_pushed_as_revisions(hub, tmp_path):
+def test_checkpoints_are_pushed_as_revisions(hub, python, tmp_path):
     options = json.dumps({"save_strategy": "steps", "save_steps": 1, "max_steps": 2})
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
-    python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out/checkpoint-2", "me/thinker", "--revision", "step-2")
+    python("-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
+    python("-m", "hf_thinktok.cli", "push", tmp_path / "out/checkpoint-2", "me/thinker", "--revision", "step-2")
     pushed, last = (hub.repos[name][-1] for name in ("me/thinker@step-2", "me/thinker"))
     assert (tmp_path / "out/checkpoint-1/model.safetensors").read_bytes() != pushed["model.safetensors"] == last["model.safetensors"]
     assert not [name for name in pushed if re.search("optimizer|scheduler|rng_state|_state|complete|args", name)]
-    python(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "step-2")
+    elsewhere(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "step-2")
 
 
-def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
+def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, python, tmp_path):
     """Its revision of it, and not another; a base that is not on the Hub is told of."""
     options = json.dumps({"adapter": True, "model_folder": "me/base", "model_init_kwargs": {"revision": "v1"}})
-    python(hub, tmp_path / "home", "-c", BASE + PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
+    python("-c", BASE + PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
     files = hub.repos["me/thinker"][-1]
     assert "model.safetensors" not in files
     assert len(files["adapter_model.safetensors"]) < len(hub.repos["me/base"][-1]["model.safetensors"]) / 2
-    python(hub, tmp_path / "other", "-c", PULL_ADAPTER, tmp_path / "logits.pt")
+    elsewhere(hub, tmp_path / "other", "-c", PULL_ADAPTER, tmp_path / "logits.pt")
 
     (tmp_path / "base").mkdir()
-    on_the_hub, here = python(hub, tmp_path / "home", "-c", PUSHES, tmp_path / "out", tmp_path / "base").split("its base becomes a folder")
+    on_the_hub, here = python("-c", PUSHES, tmp_path / "out", tmp_path / "base").split("its base becomes a folder")
     assert "base is a folder" not in on_the_hub
     assert "base is a folder of this machine" in here
     assert "adapter_model.safetensors" in hub.repos["me/again"][-1]
@@ -133,12 +159,12 @@ def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, tmp_path):
 HELD_OUT = {"inspection.json", "report.html"}
 
 
-def test_every_save_is_pushed_with_both_models_and_no_held_out_text(hub, tmp_path):
+def test_every_save_is_pushed_with_both_models_and_no_held_out_text(hub, python, tmp_path):
     (tmp_path / "out").mkdir()
     for name in HELD_OUT:
         (tmp_path / "out" / name).write_text('{"texts": ["held out"]}')
     options = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    python(hub, tmp_path / "home", "-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps(options | {"policies": "split", "stop": "fixed"}))
+    python("-c", PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps(options | {"policies": "split", "stop": "fixed"}))
     _, *during, last = hub.repos["me/thinker"]
     assert during
     for commit in (*during, last):
@@ -148,7 +174,7 @@ def test_every_save_is_pushed_with_both_models_and_no_held_out_text(hub, tmp_pat
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, tmp_path, fails):
+def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, python, tmp_path, fails):
     """A push that fails then costs nothing, and the card has the figures."""
     hub.trouble = [("POST", "/commit/", "500")] * 20 if fails else []
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in CORPUS))
@@ -158,7 +184,7 @@ def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, tmp_path, fa
         "report_to": "none", "save_strategy": "no", "push_to_hub": "true", "hub_model_id": "me/thinker", "hub_token": "hf_secret",
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    said = python(hub, tmp_path / "home", HERE.parent / "recipes" / "pretrain_think.py", *words, expect=int(fails))
+    said = python(HERE.parent / "recipes" / "pretrain_think.py", *words, expect=int(fails))
     assert {"results.json", "report.html", "trainer_state.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
     pushed = [commit for commit in hub.repos["me/thinker"] if "model.safetensors" in commit]
     assert len(pushed) == (0 if fails else 1)
@@ -169,30 +195,30 @@ def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, tmp_path, fa
 
 
 @pytest.mark.parametrize("trouble", [("PUT", "/lfs/", "drop"), ("POST", "/commit/", "500")], ids=["dropped", "refused"])
-def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, tmp_path, trouble):
+def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, python, tmp_path, trouble):
     hub.trouble = [trouble] * 20  # clients try again
     program = f"import time\ntime.sleep = lambda seconds: None\n{PUSH}"  # and wait before they do
-    error = python(hub, tmp_path / "home", "-c", program, tmp_path / "out", tmp_path / "logits.pt", "{}", expect=1)
+    error = python("-c", program, tmp_path / "out", tmp_path / "logits.pt", "{}", expect=1)
     assert f"{tmp_path / 'out'} is whole, but its upload failed: " in error
     assert hub.repos["me/thinker"] == [{}]
     hub.trouble = []
-    python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/thinker")
+    python("-m", "hf_thinktok.cli", "push", tmp_path / "out", "me/thinker")
     pushed = hub.repos["me/thinker"][-1]
     assert {"config.json", "tokenizer.json"} <= set(pushed)
     assert pushed["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()
 
 
-def test_a_name_without_an_owner_is_the_users_own(hub, tmp_path):
+def test_a_name_without_an_owner_is_the_users_own(hub, python, tmp_path):
     (tmp_path / "thinker").mkdir()
     (tmp_path / "thinker" / "inspection.json").write_text('{"texts": ["held out"]}')
     program = "import sys; from hf_thinktok.cli import main; assert main(sys.argv[1:] + ['--revision', 'v1']) == main(sys.argv[1:]) == 0"
-    python(hub, tmp_path / "home", "-c", program, "push", save_tiny(tmp_path / "thinker", think_tokens=4), "my-model")
+    python("-c", program, "push", save_tiny(tmp_path / "thinker", think_tokens=4), "my-model")
     assert {"model.safetensors", "tokenizer.json"} <= set(hub.repos["me/my-model"][-1]) & set(hub.repos["me/my-model@v1"][-1])
     assert not HELD_OUT & set(hub.repos["me/my-model"][-1])
 
 
-def test_what_cannot_be_pushed(hub, tmp_path):
+def test_what_cannot_be_pushed(hub, python, tmp_path):
     (tmp_path / "empty").mkdir()
-    error = python(hub, tmp_path / "home", "-m", "hf_thinktok.cli", "push", tmp_path / "empty", "me/thinker", expect=2)
+    error = python("-m", "hf_thinktok.cli", "push", tmp_path / "empty", "me/thinker", expect=2)
     assert "has no thinking tokens" in error or "cannot be loaded" in error
     assert hub.repos == {}

@@ -79,8 +79,9 @@ PEAKS = {"bench_h200": ("SmolLM2-135M", {}), "bench_h200_lora": ("SmolLM2-1.7B",
 
 
 @pytest.mark.parametrize(("results", "cell"), [("bench_h200", 0), ("bench_h200", 1), ("bench_h200", 2), ("bench_h200_lora", 0), ("bench_h200_lora", 1)])
-def test_a_plan_is_what_a_step_took_on_a_gpu(memory, results, cell):
+def test_a_plan_is_what_a_step_took_on_a_gpu(memory, results, cell, monkeypatch):
     """Long rows by FlexAttention, short ones under a mask; with the keys and values that stay for the next rollout."""
+    monkeypatch.setattr("hf_thinktok.tree.MOST_BRANCHES", 1024)  # these were measured when thoughts were all drawn at once
     found = json.loads((ROOT / f"docs/results/{results}.json").read_text())
     one, (shape, loading) = found["cells"][cell], PEAKS[results]
     names = {"max_length": "T", "num_forks": "K", "num_generations": "G", "max_think_length": "L", "lookahead": "H"}
@@ -119,6 +120,13 @@ def test_a_layer_keeps_what_the_page_says(dtype, bf16, numbers):
 def test_the_cache_holds_the_text_and_all_thoughts_but_their_last_tokens():
     cache = made(per_device_train_batch_size=2).phases[Phase.THOUGHTS][Part.CACHE]
     assert cache == pytest.approx(2 * (256 + 8 * 4 * 3) * 2 * 2 * 2 * 16 * 4, rel=0.05)  # rows, nodes, layers, keys and values, heads, size, fp32
+
+
+@pytest.mark.parametrize(("loading", "at_once"), [({}, 33), ({"zero": 2, "num_processes": 2}, 33), ({"zero": 3, "num_processes": 2}, 66)])
+def test_the_cache_holds_the_thoughts_that_are_drawn_at_a_time(loading, at_once):
+    """528 of them in two parts, but where layers are gathered for each pass."""
+    cache = made({"num_hidden_layers": 4}, loading, num_forks=66, num_generations=8).phases[Phase.THOUGHTS][Part.CACHE]
+    assert cache == pytest.approx((256 + at_once * 8 * 3) * 4 * 2 * 2 * 16 * 4, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,11 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from commands import started
+from forks import forks
 from models import save_tiny, tiny_model, tiny_tokenizer, with_own_code
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -36,12 +35,14 @@ def uninterrupted(tmp_path_factory):
     return torch.load(folder / "result.pt")
 
 
-def run(folder: Path, options: dict) -> subprocess.CompletedProcess:
-    return started(HERE / "tiny_run.py", folder, json.dumps(options))
+@pytest.fixture(scope="module")
+def run():
+    with forks(**os.environ) as python:
+        yield lambda folder, options: python(HERE / "tiny_run.py", folder, json.dumps(options))
 
 
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: "-".join(f"{name}={at}" for name, at in kill.items()))
-def test_killed_and_resumed_is_never_killed(uninterrupted, kill, tmp_path):
+def test_killed_and_resumed_is_never_killed(uninterrupted, run, kill, tmp_path):
     done = run(tmp_path, OPTIONS | MEMORIES | kill)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not (tmp_path / "result.pt").exists()
@@ -54,7 +55,7 @@ def test_killed_and_resumed_is_never_killed(uninterrupted, kill, tmp_path):
 
 
 @pytest.mark.parametrize("data", [{}, {"streaming": True}], ids=["rows", "stream"])
-def test_asked_to_end_it_saves_and_says_how_to_go_on(data, tmp_path):
+def test_asked_to_end_it_saves_and_says_how_to_go_on(run, data, tmp_path):
     options = OPTIONS | MEMORIES | data | {"save_steps": 100}
     handler = signal.getsignal(signal.SIGTERM)
     (tmp_path / "whole").mkdir()
