@@ -48,6 +48,14 @@ def disable_dropout(model: torch.nn.Module) -> None:
         logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", found)
 
 
+def untie(model) -> None:
+    """Gives the LM head rows of its own, which begin as those of the embedding that it shared them with; nothing where it has them."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
 @contextlib.contextmanager
 def cast_at_every_use(model) -> Iterator[None]:
     """For a while autocast keeps no copies of this model's weights, as it does of those that need a gradient."""

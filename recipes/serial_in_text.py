@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, concatenate_datasets
 from toy import by_level, tokenized
 from transformers import AutoTokenizer, set_seed
@@ -33,6 +34,7 @@ from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
 from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
+from hf_thinktok.models import untie
 from hf_thinktok.peft import load_whole
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
@@ -42,8 +44,8 @@ from hf_thinktok.text import TextArguments, check_column, load_text, split
 
 # Tokens of a document at least; shorter ones are headings.
 SHORTEST = 16
-# When layers rest: embedding rows move further than weights would, and the gate hears the task as often as text.
-SETTLE_LEARNING_RATE = 1e-3
+# When layers rest: one direction of the LM head has far to go, and the gate hears the task as often as text.
+SETTLE_LEARNING_RATE = 4e-3
 SETTLE_TASK_SHARE = 0.5
 
 
@@ -61,6 +63,10 @@ class MixtureArguments:
     settle_steps: int = field(
         default=0,
         metadata={"help": "Further steps of the thinking model, on as many rows of the task as of text, in which layers rest and only the gate learns."},
+    )
+    on_twin: bool = field(
+        default=False,
+        metadata={"help": "The thinking model is its twin, which thinks as the model did that it began as, and learns in `settle_steps` when to."},
     )
 
 
@@ -89,19 +95,31 @@ def settling(args: ThinkTokConfig, steps: int) -> ThinkTokConfig:
     return at_defaults(args, left_out, **changes)
 
 
-def settled(trainer: ThinkTokTrainer, rows: Dataset, steps: int) -> ThinkTokTrainer:
+def settled(folder: str, args: ThinkTokConfig, rows: Dataset) -> ThinkTokTrainer:
     """Lets the gate come to rest on layers that no longer change: in training they do for every text, and few rows tell it where thoughts pay.
 
-    Thinking rows alone are trained, so what the model says of a text without thoughts stays as it is: the task may be heard louder here, and nothing
-    needs clipping at the norm of the text's gradient. The adapter is merged.
+    One direction is learned, along which the rows that thinking tokens are chosen by move alike. So the model thinks elsewhere, and what it thinks and how
+    that is read stay as they are, and so does what it says without thoughts: the task may be heard louder here, and nothing needs clipping at the norm of
+    the text's gradient. These rows are of an LM head of its own, and a model with tied embeddings gets one.
+
+    Args:
+        folder: the model, or its adapter, which is merged.
     """
-    args = settling(trainer.args, steps)
-    model, tokenizer = load_whole(trainer.args.output_dir, dtype="float32", trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_whole(folder, dtype="float32", trust_remote_code=args.trust_remote_code)
+    untie(model)
     model.requires_grad_(False)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         table.requires_grad_(True)
     shutil.rmtree(args.output_dir, ignore_errors=True)  # an adapter that an earlier call left there would be loaded in the place of what is saved
     gate = ThinkTokTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    thinking = slice(gate.vocabulary.first_id, gate.vocabulary.guard_id)
+
+    def alike(grad_RD: torch.Tensor) -> torch.Tensor:
+        shared_RD = torch.zeros_like(grad_RD)
+        shared_RD[thinking] = grad_RD[thinking].sum(0)
+        return shared_RD
+
+    model.get_output_embeddings().weight.register_hook(alike)
     with one_sentence(RunError):
         gate.train()
     return gate
@@ -118,8 +136,9 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
 def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     folder = resolve_model(model.model_name_or_path)
     outputs = {(seed, arm): str(Path(args.output_dir) / f"{arm}-seed{seed}") for seed in mixed.seeds for arm in ("cpt", "think")}
+    trained = {which: path for which, path in outputs.items() if which[1] == "cpt" or not mixed.on_twin}
     with one_sentence():
-        checkpoints = dict(zip(outputs, resume_points(args.resume_from_checkpoint, [*outputs.values()]), strict=True))
+        checkpoints = dict(zip(trained, resume_points(args.resume_from_checkpoint, [*trained.values()]), strict=True))
     with one_sentence(), there("model", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
@@ -138,20 +157,25 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
         for arm in ("cpt", "think"):
             set_seed(seed)
             output = outputs[seed, arm]
-            trainer = ThinkTokTrainer(
-                folder,
-                replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output),
-                train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
-                processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
-                peft_config=get_peft_config(model),
-            )
-            with one_sentence(RunError):
-                trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
-            trainer.save_model(output)
-            steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
+            options = replace(args if arm == "think" else control_of(args, "no_think"), seed=seed, output_dir=output)
+            if (seed, arm) in trained:
+                trainer = ThinkTokTrainer(
+                    folder,
+                    options,
+                    train_dataset=mixture(task_train, train_rows, mixed.task_share, seed),
+                    processing_class=copy.deepcopy(tokenizer),  # it learns the thinking tokens
+                    peft_config=get_peft_config(model),
+                )
+                with one_sentence(RunError):
+                    trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
+                trainer.save_model(output)
+                steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
+            else:
+                output = outputs[seed, "cpt"]
             if arm == "think" and mixed.settle_steps:
-                trainer = settled(trainer, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed), mixed.settle_steps)
-                trainer.save_model(output := trainer.args.output_dir)
+                options = settling(options, mixed.settle_steps)
+                trainer = settled(output, options, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed))
+                trainer.save_model(output := options.output_dir)
             accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps, **elsewhere})
@@ -182,6 +206,8 @@ if __name__ == "__main__":
             if (think_args.policies, think_args.thoughts) != ("shared", "discrete"):
                 raise ValueError("settle_steps are for one model with thoughts of tokens: leave them out, or take policies=shared and thoughts=discrete.")
             settling(think_args, mixture_args.settle_steps)  # what it refuses is told now, not after training
+        elif mixture_args.on_twin:
+            raise ValueError("on_twin leaves it to settle_steps to learn when to think, and there are none: give a number of them.")
         check_unquantized(model_args)
         check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)

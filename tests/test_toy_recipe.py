@@ -24,6 +24,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, results
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.peft import load_whole
 from hf_thinktok.tasks import make_task
+from hf_thinktok.tokens import ThinkingVocabulary
 
 TOYS = sorted(path for path in (ROOT / "recipes" / "toy").glob("*.yaml") if "\ntask:" in path.read_text() and "\nmodel_shape:" in path.read_text())
 PEERS = sorted(path for path in (ROOT / "recipes" / "peers").glob("*.yaml") if "dataset_name" in path.read_text())
@@ -127,7 +128,22 @@ def test_a_task_in_text_is_measured_on_both(tmp_path):
     assert arms["think"]["bits_per_token"] != before["think"]["bits_per_token"]
     assert arms["think without thoughts"]["bits_per_token"] == pytest.approx(before["think without thoughts"]["bits_per_token"], abs=1e-5)  # but for merging
     assert all(arms[arm] == before[arm] for arm in ("base", "cpt"))
-    assert (tmp_path / "out" / "think-seed0" / "settled" / "model.safetensors").exists()
+    gate, whole = (load_whole(str(tmp_path / "out" / "think-seed0" / folder), dtype="float32")[0] for folder in ("settled", ""))
+    vocabulary = ThinkingVocabulary.from_config(gate.config)
+    ids = slice(vocabulary.first_id, vocabulary.guard_id)
+    embedding, moved = whole.get_input_embeddings().weight, gate.get_output_embeddings().weight - whole.get_output_embeddings().weight
+    torch.testing.assert_close(gate.get_input_embeddings().weight, embedding)
+    assert moved[ids].abs().max() > 1e-3
+    torch.testing.assert_close(moved[ids], moved[ids].mean(0).expand_as(moved[ids]), msg="what is thought has changed")
+    # Or the thinking model is the twin, and learns when to think: without thoughts they are one.
+    assert in_process(*command, "--on_twin", "true").stderr.splitlines()[-1].startswith("error: on_twin leaves it to settle_steps")
+    grown = in_process(*command, "--resume_from_checkpoint", "true", "--on_twin", "true", "--settle_steps", 3)
+    assert grown.returncode == 0, grown.stderr[-2000:]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    arms = found["text"]["arms"]
+    assert arms["cpt"] == before["cpt"]
+    assert arms["think without thoughts"]["bits_per_token"] == arms["cpt"]["bits_per_token"] != arms["think"]["bits_per_token"]
+    assert found["mixture"][1]["accuracy"]["none"] == twin["accuracy"]["none"]
     fixed = in_process(
         command[0], "--model_name_or_path", tmp_path / "model", "--data_files", tmp_path / "text.txt", "--held_out_documents", 8, "--stop", "fixed",
         "--settle_steps", 3, "--output_dir", tmp_path / "fixed",

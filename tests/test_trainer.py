@@ -28,6 +28,7 @@ from hf_thinktok.config_checks import LESS_IS_BETTER
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.evaluation import GainByDocument, evaluate_thinking
 from hf_thinktok.forks import ends_of, marker_ids
+from hf_thinktok.models import untie
 from hf_thinktok.objective import speak
 from hf_thinktok.peft import merge, thinking_tokens_alone
 
@@ -752,6 +753,23 @@ def test_thoughts_of_a_place_are_compared_without_dropout(make_trainer, family, 
         trainer.train()
         assert (losses(trainer, "reward_std")[0] < 1e-5) is disable
         assert all(getattr(trainer.model.config, name) == 0.5 for name in DROPPING[family])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_says_the_same_until_it_is_changed(family, tied, tmp_path):
+    model, ids = tiny_model(family, tie=tied), torch.arange(5)[None]
+    before = model(ids).logits
+    untie(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] += 1.0
+    model.tie_weights()  # as loaders and wrappers do
+    model.save_pretrained(tmp_path)
+    for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        after = one(ids).logits
+        assert not torch.equal(after[..., 7], before[..., 7])
+        after[..., 7] = before[..., 7]
+        torch.testing.assert_close(after, before)
 
 
 def test_adapters_that_cannot_carry_thoughts(make_trainer):
