@@ -95,6 +95,9 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     quantized = quantization_config or (args.model_init_kwargs or {}).get("quantization_config") or getattr(model, "quantization_method", None)
     if quantized and peft_config is None:
         raise ValueError("A quantized model is trained by an adapter beside it: give peft_config (--use_peft).")
+    whole = peft_config is None and not (isinstance(model, torch.nn.Module) and has_adapter(model))
+    if whole and Path(args.output_dir, "adapter_config.json").exists():
+        raise ValueError(f"output_dir={args.output_dir} holds an adapter, which would be loaded in the place of the whole model: name another folder.")
     if speaker is not None and args.policies != "split":
         raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
     if speaker is not None and peft_config is not None:

@@ -1167,6 +1167,17 @@ def test_adapters_that_transformers_put_into_a_model(train, what):
     one_sentence(error, "merge_and_unload")
 
 
+def test_a_whole_model_is_not_saved_beside_an_adapter(train, make_config):
+    """Loaders take the adapter where there is one."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter.save_pretrained(make_config().output_dir)
+    with pytest.raises(ValueError, match="holds an adapter") as error:
+        train()
+    one_sentence(error, "in the place of the whole model", "name another folder")
+    with pytest.raises(ValueError, match=NOWHERE):  # the next thing that is wrong
+        train(peft_config=adapter)
+
+
 def test_an_adapter_on_the_hub_in_place_of_a_model(make_trainer, tmp_path, monkeypatch):
     """As it lies in the Hub's cache, where transformers would load its base, with thinking rows that nothing trains."""
     cached = tmp_path / "models--me--mine"
