@@ -170,7 +170,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
                     trainer.train(resume_from_checkpoint=checkpoints[seed, arm])
                 trainer.save_model(output)
                 steps, elsewhere = trainer.state.global_step, trainer.spent.elsewhere(where)
-            else:
+            else:  # what was trained is the twin, and so are the steps
                 output = outputs[seed, "cpt"]
             if arm == "think" and mixed.settle_steps:
                 options = settling(options, mixed.settle_steps)

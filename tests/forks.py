@@ -7,39 +7,31 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
 
-class Forks:
-    """Runs Python's command lines (`-c`, `-m` or a script) one after another.
+@contextlib.contextmanager
+def forks(**environment: str) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Gives what runs Python's command lines (`-c`, `-m` or a script), one after another.
 
     Args:
         environment: of the process that loads the libraries, which read theirs then.
     """
+    environment |= {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as loaded:
 
-    def __init__(self, environment: dict[str, str]):
-        environment = environment | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        def python(*command: str | Path | int) -> subprocess.CompletedProcess:
+            with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as errors:
+                print(json.dumps([out.name, errors.name, *map(str, command)]), file=loaded.stdin, flush=True)
+                return subprocess.CompletedProcess("", int(loaded.stdout.readline()), out.read(), errors.read())
 
-    def __call__(self, *command: str | Path | int) -> subprocess.CompletedProcess:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as errors:
-            print(json.dumps([out.name, errors.name, *map(str, command)]), file=self.process.stdin, flush=True)
-            return subprocess.CompletedProcess("", int(self.process.stdout.readline()), out.read(), errors.read())
-
-
-@contextlib.contextmanager
-def forks(**environment: str) -> Iterator[Forks]:
-    one = Forks(environment)
-    try:
-        yield one
-    finally:
-        one.process.kill()
-        one.process.communicate()
+        try:
+            yield python
+        finally:
+            loaded.kill()
 
 
 def run(kind: str, *words: str) -> None:
