@@ -16,9 +16,10 @@ HERE = Path(__file__).parent
 # accelerate's own CPU modes run a single process without a word; as for GPUs, with these options, two of them meet over gloo.
 DDP = ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"]
 GLOO = {"use_cpu": False, "ddp_backend": "gloo"}
+ZERO = ("zero1", "zero2", "zero3")
 LAUNCHERS: dict[str, tuple[list[str], dict]] = {
     "ddp": (DDP, {"use_cpu": True}),
-    **{name: (["--config_file", str(HERE.parent / f"accelerate_configs/{name}.yaml")], GLOO) for name in ("zero1", "zero2", "zero3")},
+    **{name: (["--config_file", str(HERE.parent / f"accelerate_configs/{name}.yaml")], GLOO) for name in ZERO},
     "fsdp2": (DDP, {"use_cpu": True, "fsdp2_on_cpu": "FULL_STATE_DICT"}),
 }
 BATCH = {"per_device_train_batch_size": 2}
@@ -33,10 +34,9 @@ def free_port() -> int:
 def launch(launcher: str, script: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     """Runs a script in two processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[launcher][0], "--num_processes", "2", "--mixed_precision", "no"]
-    command += ["--main_process_port", str(free_port()), str(script), *map(str, arguments)]
+    command += ["--main_process_port", str(free_port()), *([str(HERE / "over_gloo.py")] if launcher in ZERO else []), str(script), *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    # DeepSpeed looks for ninja on the path.
-    environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+    environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
 
 
