@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from huggingface_hub import HfApi
 from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES, BaseTunerLayer, check_target_module_exists
@@ -30,6 +31,7 @@ __all__ = [
     "prepare_deepspeed",
     "remove_hooks",
     "running_adapter",
+    "same_processes",
     "trainable_token_rows",
     "uploads_without",
 ]
@@ -56,6 +58,18 @@ def running_adapter(model: torch.nn.Module, name: str) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+@contextlib.contextmanager
+def same_processes() -> Iterator[None]:
+    """Training arguments that are made within leave accelerate's state as it is. They begin it anew, and a trainer that there is would no longer find it."""
+    states = [(kind._shared_state, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
+    try:
+        yield
+    finally:
+        for state, before in states:
+            state.clear()
+            state.update(before)
 
 
 @contextlib.contextmanager

@@ -226,10 +226,13 @@ class DryRun:
         with self.live, self._autocast(), evaluating(self.model):
             self.engine(self.model, tree, torch.zeros_like(tree.documents_BT), HeadInputs(nodes_M, entropy=True))
 
-    def rollout(self, rows: Rows) -> dict[str, dict[str, int]]:
+    def rollout(self, rows: Rows, every_part: bool = False) -> dict[str, dict[str, int]]:
         """The pass over the text, and the last one over the thoughts that are drawn at a time, on the largest cache.
 
         Nothing for the replicated path: it keeps no cache, and its passes are shorter than the gradient pass.
+
+        Args:
+            every_part: draw all thoughts, for what is counted beside; else the first part of them, which is the largest.
         """
         branching, sampling, num_forks = rows.tree.branching, self.args.sampling(), rows.tree.num_forks
         if self.engine.name == "replicated" or not sampling.draws or not self.args.thinks:
@@ -238,7 +241,8 @@ class DryRun:
         at_once = num_forks if branching.persistent or self.sharded else branching.forks_at_once(num_forks)
         tree = ThoughtTree(rows.tree.documents_BT, rows.tree.forks_BK, replace(branching, lookahead=1, blind=False))
         passes: list[tuple[str, Tensor, bool]] = [(Phase.TEXT, torch.arange(tree.trunk_length), False)]
-        for part in torch.arange(num_forks).split(at_once) if depths else ():
+        parts = torch.arange(num_forks).split(at_once) if depths else ()
+        for part in parts if every_part else parts[:1]:
             *before, last = (tree.branch_nodes(depth).view(num_forks, -1)[part].flatten() for depth in depths)
             anew = bool(part[0] > 0)  # what was drawn before is forgotten
             passes += [("between", torch.cat(before), anew)] if before else []
@@ -258,7 +262,7 @@ class DryRun:
                 # At the peak the larger cache is nearly made, and the smaller one nearly gone.
                 grown = min(self.live.live[Part.CACHE] - found.get(Part.CACHE, 0), found[Part.WORKING])
                 found |= {Part.CACHE: self.live.live[Part.CACHE], Part.WORKING: found[Part.WORKING] - grown}
-                phases.setdefault(name, found)  # the first part of the thoughts is the largest
+                phases.setdefault(name, found)
         phases.pop("between", None)
         return phases
 

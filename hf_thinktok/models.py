@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,19 @@ def evaluating(model) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+@contextlib.contextmanager
+def without_autocast(model) -> Iterator[None]:
+    """Takes off for a while the autocast that accelerate leaves around the `forward` of a model that was trained in this process."""
+    while hasattr(model, "module"):
+        model = model.module
+    wrapped = {name: vars(model)[name] for name in ("forward", "_original_forward") if name in vars(model)}
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    try:
+        yield
+    finally:
+        vars(model).update(wrapped)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -134,7 +134,7 @@ def step_flops(config: PretrainedConfig, args: ThinkTokConfig, attn_implementati
             run = DryRun(model, vocabulary, args, torch.device("cpu"))
             with count_flops() as rollout:
                 run.look_for_hard_places(rows)
-                run.rollout(rows)
+                run.rollout(rows, every_part=True)
             with count_flops() as gradient:
                 run.gradient_pass(rows)
     return (rollout.get_total_flops() // args.num_iterations + gradient.get_total_flops()) * args.gradient_accumulation_steps

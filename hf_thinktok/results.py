@@ -106,9 +106,12 @@ def without_tokens(options: dict[Any, Any]) -> dict[Any, Any]:
 
 def changed_options(*groups: Any) -> dict[str, Any]:
     """The options that differ from their defaults: what makes this run, in one session or several, without tokens for the Hub."""
+    from ._compat import same_processes
+
     changed: dict[str, Any] = {}
     for group in groups:
-        plain = type(group)(output_dir=group.output_dir) if hasattr(group, "output_dir") else type(group)()
+        with same_processes():
+            plain = type(group)(output_dir=group.output_dir) if hasattr(group, "output_dir") else type(group)()
         told = {name: value for name, value in without_tokens(vars(group)).items() if not name.startswith("_") and not name.endswith("_state")}
         changed |= {name: value for name, value in told.items() if value != getattr(plain, name, None) and name != "resume_from_checkpoint"}
     return changed

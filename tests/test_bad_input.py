@@ -1358,3 +1358,4 @@ def test_a_push_without_a_hub_leaves_the_trained_model(make_trainer, monkeypatch
     saved = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
     for name, weight in trainer.model.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], weight, atol=0, rtol=0)
+    trainer.train()  # the trainer goes on

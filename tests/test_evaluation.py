@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, captured
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_rows import thinker
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
-from hf_thinktok import add_thinking_tokens
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
+from hf_thinktok.evaluation.inspection import inspect_text
 from hf_thinktok.evaluation.intervals import ratio_interval, t_quantile
 from hf_thinktok.evaluation.tables import evaluation_verdict
 from hf_thinktok.evaluation.thinking import CONTROLS, _rows, control_sources, kind_of, pieces
@@ -370,6 +373,25 @@ def test_arguments_and_data_that_cannot_be_evaluated(model):
     for same in (texts, texts[0]):
         rows = TEXT if same is texts else TEXT[:1]
         assert evaluate_thinking(*model, same, num_samples=1).summary()["arms"] == evaluate_thinking(*model, rows, num_samples=1).summary()["arms"]
+
+
+def test_a_trainers_model_is_measured_as_its_checkpoint_is_and_goes_on(tmp_path):
+    """Training leaves autocast around it, under which its logits are other ones."""
+    options = {"bf16": True, "use_cpu": True, "max_length": 48, "max_steps": 1, "num_think_tokens": 4, "num_forks": 2, "num_generations": 2}
+    args = ThinkTokConfig(str(tmp_path), report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, **options)
+    text = Dataset.from_list(TEXT)
+    trainer = ThinkTokTrainer(save_tiny(tmp_path / "base"), args, train_dataset=text, eval_dataset=text)
+    trainer.train()
+    trainer.save_model()
+    before = trainer.evaluate()["eval_loss"]
+    measured, loaded = (
+        evaluate_thinking(model, trainer.processing_class, TEXT, num_forks=4, num_samples=1).logps
+        for model in (trainer.model, AutoModelForCausalLM.from_pretrained(tmp_path))
+    )
+    for arm, logps_F in loaded.items():
+        np.testing.assert_allclose(measured[arm], logps_F, atol=1e-5, err_msg=arm)
+    assert len(inspect_text(trainer.model, trainer.processing_class, TEXT[0]["text"])) > 0
+    assert trainer.evaluate()["eval_loss"] == before
 
 
 def test_an_adapter_is_evaluated_on_a_base_that_has_thinking_tokens(model, tmp_path):

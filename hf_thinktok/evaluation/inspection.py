@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures import LogitTransform
 from ..engine import Pass, choose_engine
 from ..head import HiddenInputs, attach_head
-from ..models import evaluating
+from ..models import evaluating, without_autocast
 from ..objective import speak
 from ..rollout import Sampling, sample_thoughts
 from ..scores import score_tree
@@ -71,15 +71,15 @@ def inspect_text(
     ids = tokenizer(text)["input_ids"][: min(max_length, room_for_text(base, length))]
     if len(ids) < 2:
         raise ValueError("There is nothing to inspect: the text has fewer than two tokens.")
-    attach_head(base, vocabulary)
     tokens_BT = torch.tensor([ids], device=base.device)
     documents_BT = torch.zeros_like(tokens_BT)
     labels_BT = torch.where(tokens_BT < vocabulary.num_real, tokens_BT, -100)
     forks_BK = torch.arange(len(ids) - 1, device=base.device)[None]
     branching = Branching(1, length, 1, blind=blind)
-    engine = choose_engine(base, vocabulary, branching, len(ids), forks_BK.shape[1])
     sampling = Sampling(top_k=1, filler=filler)
-    with evaluating(model):
+    with without_autocast(model), evaluating(model):
+        attach_head(base, vocabulary)
+        engine = choose_engine(base, vocabulary, branching, len(ids), forks_BK.shape[1])
         rollout = sample_thoughts(engine, model, tokens_BT, documents_BT, forks_BK, branching, sampling, vocabulary, torch.Generator(base.device))
         tree = ThoughtTree(documents_BT, forks_BK, branching, rollout.lengths_BKG)
         tokens_BS = tree.tokens(tokens_BT, rollout.thoughts_BKGL)

@@ -20,7 +20,7 @@ from ..engine import Engine, choose_engine
 from ..forks import choose_forks, eligible_forks
 from ..generation import PieceDecoder
 from ..head import HeadInputs, attach_head
-from ..models import EVALUABLE, evaluating, longest_row, unwrapped
+from ..models import EVALUABLE, evaluating, longest_row, unwrapped, without_autocast
 from ..objective import speak
 from ..results import digest_of, written_whole
 from ..rewards import masked_sum
@@ -189,16 +189,16 @@ def evaluate_thinking(
     base, vocabulary, length, blind, filler, trained = check_evaluable(model, max_think_length)
     ahead = lookahead or trained.get("lookahead", 1) or max_length  # null is all that follows
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
-    attach_head(base, vocabulary)
     branching = Branching(samples, length, ahead, blind=blind)
     texts = _texts(dataset, text_field)
     rows = _rows(tokenizer, texts, min(max_length, room_for_text(base, length)), rows_per_document)
     longest = len(rows[0][1])
-    engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), longest, min(num_forks, longest))
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
     batches = [padded(rows[start : start + batch_size], tokenizer.pad_token_id or 0, base.device) for start in range(0, len(rows), batch_size)]
-    with evaluating(model):
+    with without_autocast(model), evaluating(model):
+        attach_head(base, vocabulary)
+        engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), longest, min(num_forks, longest))
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
             forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), min(num_forks, tokens_BT.shape[1]), "stride", generator)
