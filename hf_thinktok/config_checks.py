@@ -99,6 +99,8 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
             raise ValueError(
                 f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them (and the step it begins at), none negative."
             )
+    if max(config.search[:2]) > 0 and round(max(config.search[:2])) == 0:
+        raise ValueError(f"search={config.search} is never as much as one candidate: give a number of them, or leave search out.")
     for name in SCHEDULED_FRACTIONS:
         if max((schedule := getattr(config, name) or [0])[:2]) > 1:
             raise ValueError(f"{name}={schedule} must stay between 0 and 1.")
@@ -266,7 +268,7 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "blind leaves nothing to say at the thought's first token, so thoughts=filler would know nothing: set blind=False.": (
             config.blind and config.thoughts == "filler"
         ),
-        f"lookahead={config.lookahead} is longer than the row (max_length={config.max_length}): lower lookahead or raise max_length.": (
+        f"lookahead={config.lookahead} leaves no room in a row of max_length={config.max_length}: lower lookahead or raise max_length.": (
             config.max_length is not None and config.lookahead is not None and config.lookahead >= config.max_length
         ),
         f"num_forks={config.num_forks} do not fit a row of max_length={config.max_length}: lower num_forks, raise max_length, or set fork_positions=all.": (
@@ -370,7 +372,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         **dict.fromkeys(("reward_funcs", "reward_weights"), (config.objective == "expected" and config.advantage != "token", REWARDED_BY_FUNCTIONS)),
         "think_loss_type": (
             config.stop != "learned" or (config.num_iterations > 1 and config.think_loss_type == "cispo"),
-            "stop=fixed or sampled (the types divide by how long thoughts are, and with stop=learned all are as long)",
+            "thoughts of several lengths, by which the types divide: stop=sampled, or stop=fixed with a column think_length",
         ),
         "epsilon": (
             config.num_iterations > 1 and config.think_loss_type != "cispo",

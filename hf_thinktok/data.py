@@ -89,9 +89,8 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             raise ValueError(f"The {name} data set is empty.")
         head = list(dataset.select(range(min(8, len(dataset)))))
     else:
-        raise TypeError(
-            f"The {name} data set is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`, as in a `DatasetDict`."
-        )
+        instead = f"give one of its splits ({', '.join(map(str, dataset))})" if isinstance(dataset, dict) else "make one with Dataset.from_list(rows)"
+        raise TypeError(f"The {name} data set is a {type(dataset).__name__}, not a `datasets.Dataset` or `datasets.IterableDataset`: {instead}.")
     if not head:
         raise ValueError(f"The {name} data set is empty.")
     _check_task_columns(dataset, name, head, args)
@@ -228,6 +227,12 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
         return
     if args.supply_thoughts and "thoughts" not in head[0]:
         raise ValueError(f"supply_thoughts needs a column `thoughts` (lists of numbers from 0), and the {name} data set has {list(head[0])}.")
+    divides_alike = args.stop == "fixed" and args.thoughts == "discrete" and "think_length" not in head[0]
+    if divides_alike and (args.think_loss_type in ("grpo", "dapo") or (args.think_loss_type == "cispo" and args.num_iterations == 1)):
+        raise ValueError(
+            f"think_loss_type={args.think_loss_type!r} has no effect here; it needs thoughts of several lengths, by which the types divide: stop=sampled, or "
+            "with stop=fixed a column think_length. Leave think_loss_type out or change that."
+        )
     found: dict[str, list[Any]] = {}
     for column in task_columns(args):
         if column not in head[0]:

@@ -19,7 +19,7 @@ class PolicyLoss:
     Args:
         kind: how the actions' terms are summed up. `dr_grpo` (https://huggingface.co/papers/2503.20783): over the number of thoughts of all ranks times
             `max_length`, however long they are. `grpo` (https://huggingface.co/papers/2402.03300): mean of each thought, then of thoughts.
-            `bnpo`: over the actions of this micro-batch. `dapo` (https://huggingface.co/papers/2503.14476): over the actions of all ranks. `cispo`
+            `bnpo`: over the actions of this micro-batch. `dapo` (https://huggingface.co/papers/2503.14476): over those of all ranks at a time. `cispo`
             (https://huggingface.co/papers/2506.13585): the clipped ratio as a weight without gradient, summed as `dapo`.
         epsilon, epsilon_high: the ratio is clipped to `[1 - epsilon, 1 + epsilon_high]`; for `cispo` to at most `epsilon_high`.
         delta: upper bound of the ratio where the advantage is negative (two-sided clipping, https://huggingface.co/papers/2505.07291).

@@ -213,7 +213,7 @@ def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:
             parts.append(Dataset.from_list(list(text.take(count))))
             text = text.skip(count)
         elif count >= len(text):
-            raise ValueError(f"{name}={count} leaves nothing to train on, as there are {len(text)} documents: give a smaller number, or 0 for none.")
+            raise ValueError(f"{name}={count} leaves nothing of {len(text)} documents: give a smaller number, or 0 for none.")
         else:
             divided = text.train_test_split(test_size=count, seed=seed)
             text = divided["train"]

@@ -221,7 +221,8 @@ def check_vocabulary(config, tokenizer: PreTrainedTokenizerBase, num_tokens: int
     if existing is not None:
         if tokenizer.convert_tokens_to_ids(TEMPLATE.format(0)) != existing.first_id or tokenizer.convert_tokens_to_ids(GUARD) != existing.guard_id:
             raise ValueError(
-                f"The model thinks in the ids {existing.first_id} to {existing.ids[-1]}, the tokenizer does not know them: load both from the same checkpoint."
+                f"The model thinks in the ids {existing.first_id} to {existing.ids[-1]}, which the tokenizer does not know: load both from the same "
+                "checkpoint, or, where a trainer of this process added them, pass its processing_class."
             )
         if num_tokens is not None and num_tokens != existing.num_tokens:
             raise ValueError(

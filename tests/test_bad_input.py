@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -127,7 +127,7 @@ BAD_VALUES = [
     ({"num_forks": 48}, ["num_forks=48", "max_length=48", "do not fit"]),
     ({"num_forks": 500}, ["num_forks=500", "max_length=48", "lower num_forks"]),
     ({"lookahead": 0}, ["lookahead=0", "at least 1", "null"]),
-    ({"lookahead": 48, "stop": "sampled"}, ["lookahead=48", "longer than the row", "max_length=48"]),
+    ({"lookahead": 48, "stop": "sampled"}, ["lookahead=48", "leaves no room in a row", "max_length=48"]),
     ({"temperature": 0.0}, ["temperature=0.0", "above 0"]),
     ({"stop_smoothing": 1.5}, ["stop_smoothing=.1.5.", "between 0 and 1"]),
     ({"epsilon_greedy": [0.5, 2.0, 10]}, ["epsilon_greedy=.0.5, 2.0, 10.", "between 0 and 1"]),
@@ -183,6 +183,7 @@ BAD_FITS = [
     ({"padding_free": True}, ["padding_free", "packing=True"]),
     ({"num_iterations": 2, "save_steps": 3}, ["save_steps", "multiple of num_iterations"]),
     ({"search": 8, "search_changes": 0, "stop": "fixed"}, ["search_changes=0", "at least 1"]),
+    ({"search": [0.0, 0.4, 100], "stop": "fixed"}, ["search=", "never as much as one candidate"]),
     ({"search": 8, "stop": "sampled"}, ["search", "stop=fixed or stop=learned"]),
     ({"packing": True, "packing_strategy": "wrapped", "eval_packing": True}, ["eval_packing=True", "leave eval_packing out"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "dataloader_num_workers": 2}, ["dataloader_num_workers", "set dataloader_num_workers=0"]),
@@ -259,8 +260,8 @@ NO_EFFECT = [
     ({"stop": "learned", "gate_loss_weight": 0.0, "detach_gate": True}, ["detach_gate=True", "gate_loss_weight above 0"]),
     ({"stop": "learned", "freeze": "thinker", "detach_gate": True}, ["detach_gate=True", "frozen thinker"]),
     ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=.0.1.", "stop=learned or stop=sampled"]),
-    ({"stop": "learned", "think_loss_type": "cispo"}, ["think_loss_type='cispo'", "stop=fixed or sampled"]),
-    ({"stop": "learned", "num_iterations": 2, "think_loss_type": "dapo"}, ["think_loss_type='dapo'", "stop=fixed or sampled"]),
+    ({"stop": "learned", "think_loss_type": "cispo"}, ["think_loss_type='cispo'", "stop=sampled"]),
+    ({"stop": "learned", "num_iterations": 2, "think_loss_type": "dapo"}, ["think_loss_type='dapo'", "stop=sampled"]),
     ({"objective": "marginal", "advantage": "loo"}, ["advantage='loo'", "objective=expected"]),
     ({"objective": "marginal", "scale_rewards": "group"}, ["scale_rewards='group'", "objective=expected"]),
     ({"objective": "marginal", "reward_funcs": ["prob"]}, ["reward_funcs=", "objective=expected"]),
@@ -505,10 +506,20 @@ def test_wrong_arguments(train, tmp_path, args):
 
 BAD_DATA = {
     "missing": (lambda: None, {}, ["train_dataset is missing"]),
-    "list": (lambda: [{"text": "a"}], {}, ["is a list", "datasets.Dataset"]),
+    "list": (lambda: [{"text": "a"}], {}, ["is a list", "Dataset.from_list"]),
     "no text column": (lambda: Dataset.from_dict({"body": CORPUS}), {}, ["columns", "'body'", "no 'text'", "dataset_text_field"]),
     "other text column": (lambda: Dataset.from_dict({"text": CORPUS}), {"dataset_text_field": "body"}, ["no 'body'", "dataset_text_field"]),
     "empty": (lambda: Dataset.from_dict({"text": []}), {}, ["train data set is empty"]),
+    "all splits": (
+        lambda: DatasetDict(train=Dataset.from_dict({"text": CORPUS}), test=Dataset.from_dict({"text": CORPUS})),
+        {},
+        ["train data set is a DatasetDict", "one of its splits .train, test."],
+    ),
+    "types of loss, one length": (
+        lambda: Dataset.from_dict({"text": CORPUS}),
+        {"stop": "fixed", "think_loss_type": "dapo"},
+        ["think_loss_type='dapo'", "column think_length"],
+    ),
     "empty row": (lambda: Dataset.from_dict({"text": ["a b c"] * 20 + [""]}), {}, ["Row 20", "no text", "filter"]),
     "blank row": (lambda: Dataset.from_dict({"text": ["a b c", " \n\t", "d"]}), {}, ["Row 1 ", "no text"]),
     "row without": (lambda: Dataset.from_dict({"text": ["a b c", None]}), {}, ["Row 1 ", "no text"]),
@@ -864,7 +875,7 @@ BAD_MODELS = {
     "smaller vocabulary": (LLAMA | {"vocab_size": 100}, ["tokenizer has ids up to", "100 embedding rows", "do not belong together"]),
     "thinking model, other tokenizer": (
         LLAMA | {"vocab_size": 384, "thinktok": {"first_id": 320, "num_tokens": 4, "guard_id": 324}},
-        ["ids 320 to 323", "tokenizer does not know them"],
+        ["ids 320 to 323", "tokenizer does not know"],
     ),
 }
 

@@ -228,12 +228,13 @@ def test_a_rewarded_thought_becomes_likely(make_trainer, options):
         return (thoughts[..., 0] == vocabulary.first_id + 2).float()
 
     trainer = make_trainer(
+        train_dataset=Dataset.from_dict({"text": CORPUS, "think_length": [1 + i % 2 for i in range(len(CORPUS))]}),  # what the types divide by
         reward_funcs=prefers_two,
         stop="fixed",
         max_steps=60,
-        max_think_length=1,
+        max_think_length=2,
         think_ce_weight=0.0,
-        learning_rate=3e-3,
+        learning_rate=6e-3,
         **options,
     )
     vocabulary = trainer.vocabulary
