@@ -29,6 +29,7 @@ LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_st
 EVALUATED = ("loss", "gain", "gain_over_random", *LESS_IS_BETTER)
 LENGTHS_VARY = ", and under blind max_think_length above 1"
 POLICY_LEARNS = "think_loss_weight above 0, and freeze=none or speaker"
+SEVERAL_LENGTHS = "thoughts of several lengths, by which the types divide: stop=sampled, or stop=fixed with a column think_length"
 REWARDED_BY_FUNCTIONS = "objective=expected with advantage=group, loo or value (the others use log_prob)"
 # Options without effect where nothing that is drawn is rewarded (soft thoughts, fillers of given or learned length), on tokens that are not drawn and
 # rewarded (those, and all fillers), and on thoughts that are not drawn at all.
@@ -99,7 +100,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
             raise ValueError(
                 f"{name}={schedule} is no schedule: give one number, or start, end and the steps between them (and the step it begins at), none negative."
             )
-    if max(config.search[:2]) > 0 and round(max(config.search[:2])) == 0:
+    if ever(config.search) and round(max(config.search[:2])) == 0:
         raise ValueError(f"search={config.search} is never as much as one candidate: give a number of them, or leave search out.")
     for name in SCHEDULED_FRACTIONS:
         if max((schedule := getattr(config, name) or [0])[:2]) > 1:
@@ -370,10 +371,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "continuous_layer": (config.thoughts == "continuous", "thoughts=continuous"),
         "scale_rewards": (config.objective == "expected", "objective=expected (marginal has its own advantage)"),
         **dict.fromkeys(("reward_funcs", "reward_weights"), (config.objective == "expected" and config.advantage != "token", REWARDED_BY_FUNCTIONS)),
-        "think_loss_type": (
-            config.stop != "learned" or (config.num_iterations > 1 and config.think_loss_type == "cispo"),
-            "thoughts of several lengths, by which the types divide: stop=sampled, or stop=fixed with a column think_length",
-        ),
+        "think_loss_type": (config.stop != "learned" or not only_divides(config), SEVERAL_LENGTHS),
         "epsilon": (
             config.num_iterations > 1 and config.think_loss_type != "cispo",
             "num_iterations > 1 and a think_loss_type other than cispo (the first ratio is 1)",
@@ -408,7 +406,16 @@ def check_effect(config: "ThinkTokConfig") -> None:
     for_text = dict.fromkeys(OF_THINKING_VOCABULARY, (config.thoughts != "text", "thoughts=discrete (text is drawn from the real vocabulary)"))
     for name, (effective, needed) in [*for_soft_thoughts.items(), *for_text.items(), *for_learning.items(), *effects.items()]:
         if not effective and getattr(config, name) != default_of(type(config), name):
-            raise ValueError(f"{name}={getattr(config, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
+            raise no_effect(config, name, needed)
+
+
+def only_divides(config: "ThinkTokConfig") -> bool:
+    """Whether the type of the policy's loss says only by what it is divided: `cispo` weighs ratios besides, which at first are 1."""
+    return config.think_loss_type != "cispo" or config.num_iterations == 1
+
+
+def no_effect(config: "ThinkTokConfig", name: str, needed: str) -> ValueError:
+    return ValueError(f"{name}={getattr(config, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
 
 
 def _refuse(refusals: dict[str, bool]) -> None:

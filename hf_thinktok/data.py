@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ._compat import DataCollatorForLanguageModeling
+from .config_checks import SEVERAL_LENGTHS, no_effect, only_divides
 from .distributed import embedding_rows
 from .models import has_position_table, longest_row
 from .tokens import ThinkingVocabulary
@@ -227,12 +228,9 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
         return
     if args.supply_thoughts and "thoughts" not in head[0]:
         raise ValueError(f"supply_thoughts needs a column `thoughts` (lists of numbers from 0), and the {name} data set has {list(head[0])}.")
-    divides_alike = args.stop == "fixed" and args.thoughts == "discrete" and "think_length" not in head[0]
-    if divides_alike and (args.think_loss_type in ("grpo", "dapo") or (args.think_loss_type == "cispo" and args.num_iterations == 1)):
-        raise ValueError(
-            f"think_loss_type={args.think_loss_type!r} has no effect here; it needs thoughts of several lengths, by which the types divide: stop=sampled, or "
-            "with stop=fixed a column think_length. Leave think_loss_type out or change that."
-        )
+    all_as_long = name == "train" and args.stop == "fixed" and args.thoughts == "discrete" and "think_length" not in head[0]
+    if all_as_long and args.think_loss_type not in ("dr_grpo", "bnpo") and only_divides(args):
+        raise no_effect(args, "think_loss_type", SEVERAL_LENGTHS)
     found: dict[str, list[Any]] = {}
     for column in task_columns(args):
         if column not in head[0]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, str_to_bool
+from accelerate.utils import str_to_bool
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from .config_checks import EVALUATED, POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
+from .models import as_loaded
 from .peft import SPEAKER, check_adapter, has_adapter
 from .results import unwritable
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
@@ -329,11 +330,6 @@ def check_no_adapter(name: str, **where: Any) -> None:
     """A name that leads to an adapter would otherwise lead on to its base."""
     if find_adapter_config_file(name, **where):
         raise ValueError(f"{name} is an adapter: make a checkpoint of it and its base with `thinktok merge {name} FOLDER`, and train that.")
-
-
-def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that was trained before in this process, without the autocast that accelerate leaves around its `forward`."""
-    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def find_speaker(given: PreTrainedModel | None, model: PreTrainedModel, args: ThinkTokConfig, two_adapters: bool) -> PreTrainedModel | None:

@@ -33,17 +33,21 @@ def evaluating(model) -> Iterator[None]:
         model.train(training)
 
 
+def as_loaded(model):
+    """A model that was trained before in this process, without the autocast that accelerate leaves around its `forward`."""
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
 @contextlib.contextmanager
 def without_autocast(model) -> Iterator[None]:
-    """Takes off for a while the autocast that accelerate leaves around the `forward` of a model that was trained in this process."""
-    while hasattr(model, "module"):
-        model = model.module
-    wrapped = {name: vars(model)[name] for name in ("forward", "_original_forward") if name in vars(model)}
-    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    """Makes a model for a while as it is loaded; see `as_loaded`."""
+    inner = extract_model_from_parallel(model)
+    wrapped = {name: vars(inner)[name] for name in ("forward", "_original_forward") if name in vars(inner)}
+    as_loaded(inner)
     try:
         yield
     finally:
-        vars(model).update(wrapped)
+        vars(inner).update(wrapped)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -44,7 +44,7 @@ from hf_thinktok.text import TextArguments, check_column, load_text, split
 
 # Tokens of a document at least; shorter ones are headings.
 SHORTEST = 16
-# When layers rest: one direction of the LM head has far to go, and the gate hears the task as often as text.
+# When layers rest: one direction of the LM head has far to go, and rows are as many of the task as of text.
 SETTLE_LEARNING_RATE = 4e-3
 SETTLE_TASK_SHARE = 0.5
 

@@ -260,8 +260,8 @@ NO_EFFECT = [
     ({"stop": "learned", "gate_loss_weight": 0.0, "detach_gate": True}, ["detach_gate=True", "gate_loss_weight above 0"]),
     ({"stop": "learned", "freeze": "thinker", "detach_gate": True}, ["detach_gate=True", "frozen thinker"]),
     ({"stop": "fixed", "think_cost": 0.1}, ["think_cost=.0.1.", "stop=learned or stop=sampled"]),
-    ({"stop": "learned", "think_loss_type": "cispo"}, ["think_loss_type='cispo'", "stop=sampled"]),
-    ({"stop": "learned", "num_iterations": 2, "think_loss_type": "dapo"}, ["think_loss_type='dapo'", "stop=sampled"]),
+    ({"stop": "learned", "think_loss_type": "cispo"}, ["think_loss_type='cispo'", "stop=sampled, or stop=fixed with"]),
+    ({"stop": "learned", "num_iterations": 2, "think_loss_type": "dapo"}, ["think_loss_type='dapo'", "stop=sampled, or stop=fixed with"]),
     ({"objective": "marginal", "advantage": "loo"}, ["advantage='loo'", "objective=expected"]),
     ({"objective": "marginal", "scale_rewards": "group"}, ["scale_rewards='group'", "objective=expected"]),
     ({"objective": "marginal", "reward_funcs": ["prob"]}, ["reward_funcs=", "objective=expected"]),
@@ -506,7 +506,7 @@ def test_wrong_arguments(train, tmp_path, args):
 
 BAD_DATA = {
     "missing": (lambda: None, {}, ["train_dataset is missing"]),
-    "list": (lambda: [{"text": "a"}], {}, ["is a list", "Dataset.from_list"]),
+    "list": (lambda: [{"text": "a"}], {}, ["is a list", "datasets.Dataset", "Dataset.from_list"]),
     "no text column": (lambda: Dataset.from_dict({"body": CORPUS}), {}, ["columns", "'body'", "no 'text'", "dataset_text_field"]),
     "other text column": (lambda: Dataset.from_dict({"text": CORPUS}), {"dataset_text_field": "body"}, ["no 'body'", "dataset_text_field"]),
     "empty": (lambda: Dataset.from_dict({"text": []}), {}, ["train data set is empty"]),
@@ -560,6 +560,12 @@ def test_data_that_cannot_be_trained_on(train, case):
     with pytest.raises((ValueError, TypeError), match=re.compile(words[0], re.IGNORECASE)) as error:
         train(train_dataset=make(), options=options)
     one_sentence(error, *(f"(?i){word}" for word in words))
+
+
+def test_an_evaluation_may_have_thoughts_of_one_length(make_trainer):
+    rows = Dataset.from_dict({"text": CORPUS, "think_length": [1 + i % 2 for i in range(len(CORPUS))]})
+    trainer = make_trainer(train_dataset=rows, eval_dataset=rows.remove_columns("think_length"), stop="fixed", max_think_length=2, think_loss_type="dapo")
+    assert "eval_loss" in trainer.evaluate()
 
 
 def test_rows_that_are_left_as_they_are_must_fit(make_trainer):
@@ -875,7 +881,7 @@ BAD_MODELS = {
     "smaller vocabulary": (LLAMA | {"vocab_size": 100}, ["tokenizer has ids up to", "100 embedding rows", "do not belong together"]),
     "thinking model, other tokenizer": (
         LLAMA | {"vocab_size": 384, "thinktok": {"first_id": 320, "num_tokens": 4, "guard_id": 324}},
-        ["ids 320 to 323", "tokenizer does not know"],
+        ["ids 320 to 323", "which the tokenizer does not know: load both from the same checkpoint"],
     ),
 }
 

@@ -210,7 +210,10 @@ def test_help_names_every_option():
         (["--data_files", "{folder}/broken.jsonl"], "broken.jsonl cannot be read as json"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model_name_or_path", "{folder}/nowhere", "--text_template", "{question}"], "There is no model at"),
-        (["--held_out_documents", "1000", "--text_template", "{question}"], "leaves nothing of"),
+        (
+            ["--held_out_documents", "1000", "--text_template", "{question}"],
+            "held_out_documents=1000 leaves nothing of 40 documents: give a smaller number, or 0 for none.",
+        ),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(tiny_folder, options, sentence):

@@ -117,10 +117,10 @@ def mismatched(kind: str) -> tuple:
     ("kind", "message"),
     [
         ("model without", "tokenizer has thinking tokens but the model has none"),
-        ("tokenizer without", "the tokenizer does not know"),
-        ("other ids", "the tokenizer does not know"),
-        ("other first", "the tokenizer does not know"),
-        ("other number", "the tokenizer does not know"),
+        ("tokenizer without", "which the tokenizer does not know: load both from the same checkpoint"),
+        ("other ids", "which the tokenizer does not know: load both from the same checkpoint"),
+        ("other first", "which the tokenizer does not know: load both from the same checkpoint"),
+        ("other number", "which the tokenizer does not know: load both from the same checkpoint"),
         ("small model", "ids up to 319 and the model 300 embedding rows"),
     ],
 )
