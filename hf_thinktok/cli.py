@@ -31,7 +31,7 @@ def add_generate(subparsers) -> None:
         "Without PROMPT and --file the prompt is read from standard input. The text goes to standard output, a closing line with counts to standard error.",
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub repository")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text to go on from")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text to go on from; one that begins with a hyphen goes after --, or into --file")
     parser.add_argument("--file", metavar="PATH", help="read the prompt from this UTF-8 file; as with standard input, one line break at its end is dropped")
     parser.add_argument("--chat", action="store_true", help="make the prompt a user message in the model's chat template")
 
@@ -242,15 +242,15 @@ def run_plan(args: argparse.Namespace) -> None:
     from .sources import resolve_model
     from .text import UnreadText
 
-    text, config, model = read_recipe(args.recipe, UnreadText, ThinkTokConfig, ModelConfig)
+    text, config, model = read_recipe(args, UnreadText, ThinkTokConfig, ModelConfig)
     config.do_eval |= text.held_out_documents > 0 and config.thinks  # as the recipe does
-    if (name := args.model or model.model_name_or_path) is None:
+    model.model_name_or_path = args.model or model.model_name_or_path
+    if model.model_name_or_path is None:
         raise UsageError("There is no model: give --model, or a --config with model_name_or_path.")
     if model.load_in_4bit or model.load_in_8bit:
         raise UsageError("Quantized weights are not planned: leave load_in_4bit and load_in_8bit out.")
-    options = init_kwargs(model, config.model_init_kwargs)
     with usage():
-        name = resolve_model(name)
+        options, name = init_kwargs(model, config.model_init_kwargs), resolve_model(model.model_name_or_path)
         with there("model", name):
             check_no_adapter(name, revision=model.model_revision)
         with loading(name):
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         args = command.parse_intermixed_args(words[1:])
     else:
         args, recipe = command.parse_known_args(words[1:])
-        args.recipe, args.words = recipe, words[1:]
+        args.recipe, args.words, args.command = recipe, words[1:], command
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that cannot write a character of the text gets it as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     from transformers.utils import logging as transformers_logging

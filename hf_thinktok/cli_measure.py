@@ -52,7 +52,7 @@ def run_eval(args: argparse.Namespace) -> None:
     first = next(iter(args.recipe), "=")
     if "=" not in first and args.words.index(first) < args.words.index(args.model):  # whose value would be taken for MODEL
         raise UsageError("MODEL comes first: thinktok eval MODEL --data_files held_out.jsonl")
-    text, report = read_recipe(args.recipe, TextArguments, ReportArguments)
+    text, report = read_recipe(args, TextArguments, ReportArguments)
     told = {word.partition("=")[0].removeprefix("--") for word in args.recipe if word.startswith("--")}
     has_parts = bool(told & {"config", "held_out_documents", "test_documents"})
     if "data_split_seed" in told and not has_parts and text.max_documents is None:

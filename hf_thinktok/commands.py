@@ -56,18 +56,18 @@ class TextHelp(argparse.Action):
         parser.exit()
 
 
-def read_recipe(words: list[str], *kinds: type) -> tuple:
-    """A training recipe's options, those of some kinds; whatever else its file says is of no concern here."""
+def read_recipe(args: argparse.Namespace, *kinds: type) -> tuple:
+    """A training recipe's options, those of some kinds, besides the command's own; whatever else its file says is of no concern here."""
     from trl import TrlParser
 
-    from .recipe_options import command_line, parse, refuse_option
+    from .recipe_options import COMMAND_LINE, command_line, parse, refuse_option
 
-    words, parser = command_line(words), TrlParser(kinds, allow_abbrev=False)
+    words, parser = command_line(args.recipe), TrlParser(kinds, allow_abbrev=False)
     try:
         with warnings.catch_warnings(action="ignore"):
             options, _, unknown = parse(parser, words)
         if unknown:
-            refuse_option(parser, unknown[0], "The command line")
+            refuse_option(COMMAND_LINE, unknown[0], parser, args.command)
     except YAMLError as error:
         raise UsageError("--config needs a YAML file.") from error
     except ValueError as error:
@@ -97,6 +97,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 def read_vocabulary(path: str, revision: str | None = None) -> "ThinkingVocabulary":
     from .tokens import ThinkingVocabulary
 
+    if revision is not None and Path(path).is_dir():
+        raise UsageError(f"--revision is of a Hub repository, and {path} is a folder here: leave it out.")
     with loading(path):
         vocabulary = ThinkingVocabulary.stored_in(path, revision=revision)
     if vocabulary is None:

@@ -105,6 +105,8 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
         return
     columns, text = list(head[0]), args.dataset_text_field
     used = columns_of_text(columns, text)
+    if "prompt" in columns and used not in READABLE_COLUMNS[:2]:
+        raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     if not set(used) <= set(columns):
         raise ValueError(
             f"The {name} data set has the columns {columns} and no {text!r}: name the text column with dataset_text_field, or pass a formatting_func."
@@ -125,8 +127,6 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
         raise ValueError(f"The {name} data set has padded rows (0 in attention_mask), and padding would be trained on: tokenize without padding.")
     if "seq_lengths" in columns and used == ("input_ids",):
         _check_packed(column_of(dataset, "seq_lengths", head), name, "labels" in columns, args)
-    if "prompt" in columns and used not in READABLE_COLUMNS[:2]:
-        raise ValueError(f"The {name} data set has prompts and no column 'completion': add what follows them, or drop the column 'prompt'.")
     for column in used:
         values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if stored else (row[column] for row in head)
         for number, value in enumerate(values):

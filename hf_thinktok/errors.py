@@ -19,8 +19,12 @@ class RunError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows its first line; its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error says, without what follows its first line; its kind where it says nothing.
+
+    A first line that ends with a colon says nothing without the next one.
+    """
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0].rstrip(',;')}" if more and first.endswith(":") else first
 
 
 @contextlib.contextmanager

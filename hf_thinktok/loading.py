@@ -180,8 +180,10 @@ def init_kwargs(model: ModelConfig, more: dict[str, Any] | None = None) -> dict[
     """What TRL's model options and `model_init_kwargs` say to `from_pretrained`.
 
     Raises:
-        ValueError: there are options of an adapter, and no adapter.
+        ValueError: there are options of an adapter, and no adapter; or a revision of a folder.
     """
+    if model.model_revision not in (None, "main") and os.path.isdir(model.model_name_or_path or ""):
+        raise ValueError(f"model_revision={model.model_revision} has no effect on a folder, {model.model_name_or_path}: leave it out, or give the Hub's name.")
     given = [entry.name for entry in fields(ModelConfig) if entry.name.startswith(OF_ADAPTERS) and getattr(model, entry.name) != entry.default]
     if given and not model.use_peft:
         raise ValueError(f"{given[0]} has no effect without use_peft, which trains an adapter: set use_peft, or leave it out.")

@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from .config import ThinkTokConfig
 
 FROM_A_FILE = "Options may stand in a YAML file, `--config FILE`; those of the command line come before them."
+COMMAND_LINE = "The command line"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -86,7 +87,7 @@ def read_options(parser: TrlParser, words: Sequence[str] | None = None) -> tuple
     words = command_line() if words is None else words
     options, of_file, of_line = parse(parser, words)
     if of_file or of_line:
-        refuse_option(parser, (of_file or of_line)[0], words[words.index("--config") + 1] if of_file else "The command line")
+        refuse_option(words[words.index("--config") + 1] if of_file else COMMAND_LINE, (of_file or of_line)[0], parser)
     return tuple(options)
 
 
@@ -101,12 +102,15 @@ def read_config(kinds: Sequence[type], config: dict[str, Any], where: str) -> tu
     """
     parser = TrlParser(kinds, allow_abbrev=False)
     if unknown := parser.set_defaults_with_config(**config):
-        refuse_option(parser, unknown[0], where)
+        refuse_option(where, unknown[0], parser)
     return parser.parse_args_into_dataclasses([])
 
 
-def refuse_option(parser: TrlParser, option: str, where: str) -> None:
-    """Raises a ValueError that names the nearest option that is known."""
+def refuse_option(where: str, option: str, *parsers: argparse.ArgumentParser) -> None:
+    """Raises a ValueError that names the nearest option that one of the parsers knows."""
+    if where == COMMAND_LINE and not option.startswith("--"):
+        raise ValueError(f"{where} has {option!r}, which is the value of no option: give it after one, or leave it out.")
     name = option.split("=")[0].removeprefix("--")
-    near = difflib.get_close_matches(name, [word.removeprefix("--") for action in parser._actions for word in action.option_strings], n=1)
+    known = [word.removeprefix("--") for parser in parsers for action in parser._actions for word in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1)
     raise ValueError(f"{where} has the option {name}, which is not known" + (f"; did you mean {near[0]}?" if near else "."))

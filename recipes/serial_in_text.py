@@ -138,6 +138,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
     outputs = {(seed, arm): str(Path(args.output_dir) / f"{arm}-seed{seed}") for seed in mixed.seeds for arm in ("cpt", "think")}
     trained = {which: path for which, path in outputs.items() if which[1] == "cpt" or not mixed.on_twin}
     with one_sentence():
+        args = replace(args, model_init_kwargs=init_kwargs(model, args.model_init_kwargs))
         checkpoints = dict(zip(trained, resume_points(args.resume_from_checkpoint, [*trained.values()]), strict=True))
     with one_sentence(), there("model", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
@@ -151,7 +152,6 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
         "task": task.name, "mixture": [], "levels": levels_of(task.train), "shortcut": {str(level): best for level, best in task.shortcut.items()},
         "config": changed_options(mixed, text, args, model), **where,
     }  # fmt: skip
-    args = replace(args, model_init_kwargs=init_kwargs(model, args.model_init_kwargs))
     for done, seed in enumerate(mixed.seeds, 1):
         evaluations["base"][seed] = before
         for arm in ("cpt", "think"):

@@ -524,8 +524,8 @@ BAD_DATA = {
     "blank row": (lambda: Dataset.from_dict({"text": ["a b c", " \n\t", "d"]}), {}, ["Row 1 ", "no text"]),
     "row without": (lambda: Dataset.from_dict({"text": ["a b c", None]}), {}, ["Row 1 ", "no text"]),
     "no strings": (lambda: Dataset.from_dict({"text": [1, 2]}), {}, ["Row 0 ", "has a int in 'text'", "where a text is due"]),
-    "prompts alone": (lambda: Dataset.from_dict({"prompt": CORPUS}), {}, ["columns", "'prompt'", "no 'text'"]),
     "prompts and text": (lambda: Dataset.from_dict({"prompt": CORPUS, "text": CORPUS}), {}, ["prompts and no column 'completion'", "drop the column"]),
+    "prompts alone": (lambda: Dataset.from_dict({"prompt": CORPUS}), {}, ["prompts and no column 'completion'", "add what follows"]),
     "no completion": (lambda: Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]}), {}, ["Row 1 ", "no text in 'completion'"]),
     "labels beside a text": (lambda: Dataset.from_dict({"text": CORPUS, "labels": [[3]] * 32}), {}, ["column 'labels' that is not one for each", "drop it"]),
     "too few labels": (lambda: Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5]]}), {}, ["column 'labels' that is not one for each"]),
@@ -1002,7 +1002,7 @@ def test_parts_of_a_model_that_are_not_there(make_trainer, corpus, tmp_path):
         ThinkTokTrainer(tiny_model(), args, train_dataset=corpus)
     one_sentence(error)
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="There is no tokenizer at .*: pass processing_class") as error:
+    with pytest.raises(ValueError, match=r"There is no tokenizer at .* \(Couldn't .*from one of: .+\): pass processing_class") as error:
         ThinkTokTrainer(str(tmp_path), args, train_dataset=corpus)
     one_sentence(error)
     (tmp_path / "config.json").write_text("{not JSON")

@@ -469,6 +469,8 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         ((), "There is no text"),
         (("--data_files", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--dataset_name", "nowhere", "--colour", "red"), "the option colour, which is not known"),
+        (("--batch_sise", "2"), "the option batch_sise, which is not known; did you mean batch_size?"),
+        (("--revision", "old", "--data_files", "{folder}/data.jsonl"), "--revision is of a Hub repository"),
         (("--num_forks", "0"), "must be a whole number, 1 or more"),
         (("--seed", "5000000000"), "must be a whole number, 0 to 4294967295"),
         (("--data_files", "{folder}/data.jsonl", "--output", "{folder}"), "is a folder: name a file"),

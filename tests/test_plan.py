@@ -297,6 +297,9 @@ def test_the_command_takes_a_recipe_and_changes_to_it(folder, tmp_path, capsys):
         (["--model", "nowhere/at-all"], "neither a folder nor a Hub repository"),
         ([], "There is no model: give --model"),
         (["--bogus", "3"], "the option bogus, which is not known"),
+        (["--num_proceses", "2"], r"option num_proceses, which is not known; did you mean num_processes"),
+        (["{folder}"], "which is the value of no option"),
+        (["--model", "{folder}", "--model_revision", "old"], "model_revision=old has no effect on a folder"),
         (["--num_forks", "many"], "num_forks.*invalid int value: 'many'"),
         (["--num_generations", "1"], "num_generations=1 leaves nothing to compare"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
@@ -311,10 +314,10 @@ def test_the_command_takes_a_recipe_and_changes_to_it(folder, tmp_path, capsys):
 )
 def test_what_cannot_be_planned_is_told_in_a_sentence(folder, capsys, words, sentence):
     model = [] if "--model" in words or not words else ["--model", folder]
-    assert main(["plan", *model, *words]) == 2
+    assert main(["plan", *model, *(word.format(folder=folder) for word in words)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert re.fullmatch(f"thinktok: [^\n]*{sentence}[^\n]*\\.\n", printed.err), printed.err
+    assert re.fullmatch(f"thinktok: [^\n]*{sentence}[^\n]*[.?]\n", printed.err), printed.err
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_the_command_line_comes_before_the_file(tmp_path):
         (["--num_fork", "4"], r"The command line has the option num_fork, which is not known; did you mean num_forks\?$"),
         (["--num_fork=4"], r"option num_fork, which is not known; did you mean num_forks\?$"),
         (["--xylophone"], "option xylophone, which is not known.$"),
+        (["xylophone"], "The command line has 'xylophone', which is the value of no option"),
         (["--num_forks", "x"], "--num_forks.*invalid int value: 'x'"),
         (["--config"], "--config needs a YAML file"),
         (["--config", "{folder}/nowhere.yaml"], "nowhere.yaml cannot be read: No such file"),
