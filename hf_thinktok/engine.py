@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 # Differences in units of the logits' standard deviation, fp32. Measured over about 60 families: at most 3.3e-6 where a path is exact,
 # at least 2.9e-3 where it is not.
 TOLERANCE = 1e-4
+# Standard deviation of logits that gaps are measured in at least: log-probabilities near -11 are rounded by 1e-6, which nearly equal logits may differ by.
+SMALLEST_SPREAD = 0.05
 # The check's rows are as long as the run's, with fewer branches: what matters is distance, and who must not be seen.
 PROBE_FORKS = 4
 PROBE_LOOKAHEAD = 16
@@ -386,7 +388,7 @@ class _Probe:
         """The head against the model's own logits, on the beginning of the trunk: of a long one they would take more than all else."""
         tokens_BT = self.tokens_BT[:, :PROBE_LOGITS]
         logits_TV = self.model(input_ids=tokens_BT, use_cache=False).logits[0].float()
-        self.scale = logits_TV.std().clamp_min(1e-6)
+        self.scale = logits_TV.std().clamp_min(SMALLEST_SPREAD)
         real, think = logits_TV[:, : self.vocabulary.num_real], logits_TV[:, self.vocabulary.first_id : self.vocabulary.guard_id]
         target = real.log_softmax(-1).gather(1, self.trunk_targets[: len(real), None])
         return self._gap(self._trunk(tokens_BT), torch.cat([target, (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1))
