@@ -113,7 +113,7 @@ class ThinkTokConfig(SFTConfig):
         each level's rows have a clock of their own.
 
         think_start (`int`, defaults to `0`):
-            Step at which thinking begins; before it the model only learns the text. Schedules count from there.
+            Step at which thinking begins, a multiple of `num_iterations`; before it the model only learns the text. Schedules count from there.
         search (schedule, defaults to `[0.0]`):
             One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that. The gate
             of `stop="learned"` learns from it as from the others, so it opens for thoughts that the policy does not have yet: let the search end in time.

@@ -254,6 +254,9 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "revive_every must be a multiple of num_iterations: one rollout is learned from with the rows that it was drawn with.": (
             config.num_iterations > 1 and config.revive_every % config.num_iterations != 0
         ),
+        f"think_start must be a multiple of num_iterations={config.num_iterations}: steps that learn from one rollout all think, or none does.": (
+            config.num_iterations > 1 and config.think_start % config.num_iterations != 0
+        ),
         "policies=split with revive_every is not supported: set revive_every=0.": config.policies == "split" and config.revive_every > 0,
         f"markovian_share={config.markovian_share} of num_generations={config.num_generations} is none or all of those that are drawn, and a thought that "
         "is seen whole is what is used afterwards: change one of the two.": (

@@ -239,8 +239,10 @@ def _check_task_columns(dataset, name: str, head: list[dict[str, Any]], args) ->
             raise ValueError(f"The {name} data set's column {column!r} is about a row, and packing=True joins rows: set packing=False, or drop the column.")
         values = column_of(dataset, column, head)
         numbers = list(itertools.chain.from_iterable(values)) if column != "level" and all(isinstance(value, list) for value in values) else values
-        if column == "think_length" and numbers is not values and (args.fork_positions != "markers" or args.supply_thoughts):
-            mend = "give each row one number" if args.supply_thoughts else "set fork_positions=markers, or give each row one number"
+        # A thought that is supplied is of one length, and a text that the model writes has marks of its own.
+        one_each = args.supply_thoughts or args.rollout == "free"
+        if column == "think_length" and numbers is not values and (args.fork_positions != "markers" or one_each):
+            mend = "give each row one number" if one_each else "set fork_positions=markers, or give each row one number"
             raise ValueError(f"The {name} data set's column think_length has lists, a number for each marked place: {mend}.")
         if wrong := [number for number in numbers if not isinstance(number, int) or number < 0]:
             whole = "lists of whole numbers" if column == "thoughts" else "whole numbers"

@@ -149,6 +149,7 @@ BAD_VALUES = [
         }.items()
     ),
     ({"think_start": -1}, ["think_start=-1", "at least 0"]),
+    ({"think_start": 1, "num_iterations": 2}, ["think_start must be a multiple of num_iterations=2"]),
     ({"posterior_temperature": 0.0, "objective": "marginal"}, ["posterior_temperature=0.0", "above 0"]),
     ({"curriculum_threshold": 1.5}, ["curriculum_threshold=.1.5.", "between 0 and 1"]),
     ({"curriculum_threshold": []}, ["curriculum_threshold=..", "one number"]),

@@ -198,5 +198,7 @@ def test_lists_of_lengths_fit_the_markers_or_are_refused(reading, marker):
     supplied = rows.add_column("thoughts", [[1, 1]] * len(rows))
     with pytest.raises(ValueError, match="think_length has lists, a number for each marked place: give each row one number"):
         reading(rows=supplied, supply_thoughts=True, num_forks=1, num_generations=3)
+    with pytest.raises(ValueError, match="think_length has lists, a number for each marked place: give each row one number"):
+        reading(rows=rows, rollout="free", teacher="nowhere", prompt_length=1)
     with pytest.raises(ValueError, match="asks for thoughts of 2 tokens"):
         reading(rows=rows.map(lambda row: {"think_length": [2, 1, 0]}))
