@@ -252,10 +252,10 @@ def check_fit(config: "ThinkTokConfig") -> None:
             config.revive_every > 0 and config.freeze != "none"
         ),
         "revive_every must be a multiple of num_iterations: one rollout is learned from with the rows that it was drawn with.": (
-            config.num_iterations > 1 and config.revive_every % config.num_iterations != 0
+            _parts_rollout(config, config.revive_every)
         ),
         f"think_start must be a multiple of num_iterations={config.num_iterations}: steps that learn from one rollout all think, or none does.": (
-            config.num_iterations > 1 and config.think_start % config.num_iterations != 0
+            _parts_rollout(config, config.think_start)
         ),
         "policies=split with revive_every is not supported: set revive_every=0.": config.policies == "split" and config.revive_every > 0,
         f"markovian_share={config.markovian_share} of num_generations={config.num_generations} is none or all of those that are drawn, and a thought that "
@@ -293,13 +293,10 @@ def check_fit(config: "ThinkTokConfig") -> None:
             config.fork_positions == "markers" and not (config.fork_markers and all(config.fork_markers))
         ),
         "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
-            config.num_iterations > 1 and config.save_strategy == "steps" and config.save_steps % config.num_iterations != 0
+            config.save_strategy == "steps" and _parts_rollout(config, config.save_steps)
         ),
         "With save_strategy=best eval_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
-            config.num_iterations > 1
-            and config.save_strategy == "best"
-            and config.eval_strategy == "steps"
-            and (config.eval_steps or config.logging_steps) % config.num_iterations != 0
+            config.save_strategy == "best" and config.eval_strategy == "steps" and _parts_rollout(config, config.eval_steps or config.logging_steps)
         ),
         "stop=learned ends no thought, and with memory=persistent thoughts of full length would stay in the text: set stop=sampled or stop=fixed.": (
             config.stop == "learned" and config.memory == "persistent"
@@ -419,6 +416,11 @@ def only_divides(config: "ThinkTokConfig") -> bool:
 
 def no_effect(config: "ThinkTokConfig", name: str, needed: str) -> ValueError:
     return ValueError(f"{name}={getattr(config, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
+
+
+def _parts_rollout(config: "ThinkTokConfig", steps: float) -> bool:
+    """Whether so many steps end between those that learn from one rollout."""
+    return config.num_iterations > 1 and steps % config.num_iterations != 0
 
 
 def _refuse(refusals: dict[str, bool]) -> None:

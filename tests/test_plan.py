@@ -297,7 +297,6 @@ def test_the_command_takes_a_recipe_and_changes_to_it(folder, tmp_path, capsys):
         (["--model", "nowhere/at-all"], "neither a folder nor a Hub repository"),
         ([], "There is no model: give --model"),
         (["--bogus", "3"], "the option bogus, which is not known"),
-        (["--num_proceses", "2"], r"option num_proceses, which is not known; did you mean num_processes"),
         (["{folder}"], "which is the value of no option"),
         (["--model", "{folder}", "--model_revision", "old"], "model_revision=old has no effect on a folder"),
         (["--num_forks", "many"], "num_forks.*invalid int value: 'many'"),
@@ -317,7 +316,12 @@ def test_what_cannot_be_planned_is_told_in_a_sentence(folder, capsys, words, sen
     assert main(["plan", *model, *(word.format(folder=folder) for word in words)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert re.fullmatch(f"thinktok: [^\n]*{sentence}[^\n]*[.?]\n", printed.err), printed.err
+    assert re.fullmatch(f"thinktok: [^\n]*{sentence}[^\n]*\\.\n", printed.err), printed.err
+
+
+def test_a_mistyped_option_of_the_command_s_own_is_named_with_the_nearest(folder, capsys):
+    assert main(["plan", "--model", folder, "--num_proceses", "2"]) == 2
+    assert capsys.readouterr().err == "thinktok: The command line has the option num_proceses, which is not known; did you mean num_processes?\n"
 
 
 @pytest.mark.parametrize(
