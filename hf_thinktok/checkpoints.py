@@ -180,6 +180,7 @@ class CheckpointingTrainer(SFTTrainer):
             "policies": args.policies,
             "optim": args.optim.removesuffix("_fused"),  # their states are alike
             "speaker_learning_rate": args.speaker_learning_rate,
+            "think_learning_rate": args.think_learning_rate,
             "peft_config": None,
         }
         if is_peft_model(self.model):

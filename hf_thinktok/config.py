@@ -199,6 +199,8 @@ class ThinkTokConfig(SFTConfig):
             Weight of the cross-entropy of the text itself, without thoughts.
         speaker_learning_rate (`float`, *optional*):
             Learning rate of the speaker, where it differs.
+        think_learning_rate (`float`, *optional*):
+            Learning rate of the thinking rows beside an adapter, where it differs. They are new, and may want larger steps than what is there.
         think_cost (schedule, defaults to `[0.0]`):
             Price of a thinking token, nats. A high one from the start shuts the gate before it has learned where to stop; raised slowly, later or not at all.
         beta (`float`, defaults to `0.0`):
@@ -294,6 +296,7 @@ class ThinkTokConfig(SFTConfig):
     think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought, a fork's as one token of the text.")
     text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
     speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")
+    think_learning_rate: float | None = option(None, "Learning rate of the thinking rows beside an adapter, where it differs.")
     think_cost: list[float] = option([0.0], f"Price of a thinking token in nats: {A_SCHEDULE}.")
     beta: float = option(0.0, "Weight of the KL divergence of thoughts from the initial model.")
     num_iterations: int = option(1, "Optimizer steps on each rollout.")

@@ -27,6 +27,7 @@ WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_
 # Of what evaluations report (`GainByDocument`), that of which the best model has least.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
 EVALUATED = ("loss", "gain", "gain_over_random", *LESS_IS_BETTER)
+RATES = ("speaker_learning_rate", "think_learning_rate")
 LENGTHS_VARY = ", and under blind max_think_length above 1"
 POLICY_LEARNS = "think_loss_weight above 0, and freeze=none or speaker"
 SEVERAL_LENGTHS = "thoughts of several lengths, by which the types divide: stop=sampled, or stop=fixed with a column think_length"
@@ -89,6 +90,9 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         raise ValueError(f"lookahead={config.lookahead} must be at least 1, or null for all tokens that follow.")
     if config.search_changes is not None and config.search_changes < 1:
         raise ValueError(f"search_changes={config.search_changes} must be at least 1, or null for all tokens.")
+    for name in RATES:
+        if getattr(config, name) is not None and getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 0, or left out for that of the others, learning_rate.")
     if config.temperature <= 0:
         raise ValueError(f"temperature={config.temperature} must be above 0: thoughts are explored by sampling.")
     for name in FRACTIONS:
@@ -144,7 +148,7 @@ def check_reporters(config: "ThinkTokConfig") -> None:
 
 def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
     """Numbers, and lists of them, are no texts, and counts have no fractions."""
-    for name in (*whole, *FRACTIONS, *WEIGHTS, *SCHEDULES, "curriculum_threshold", "temperature", "posterior_temperature", "reward_weights"):
+    for name in (*whole, *RATES, *FRACTIONS, *WEIGHTS, *SCHEDULES, "curriculum_threshold", "temperature", "posterior_temperature", "reward_weights"):
         value = getattr(config, name)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, Integral if name in whole else Real)):

@@ -3,6 +3,7 @@
 Shape suffixes as in tree.py; M scored nodes.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 
 from .attention import See, TreeMask
 from .head import Draw, HeadInputs, HeadOutputs
+from .models import unwrapped
 from .replay import Room
 from .tree import ThoughtTree
 
@@ -54,6 +56,8 @@ class CachedDecoder:
     def __init__(self, model, mask_of: Callable[[See, Tensor, Tensor], Mask], room: Room | None = None):
         self.model, self.mask_of, self.room = model, mask_of, room
         self.cache = DynamicCache() if room is None else room.cache
+        # Its name since transformers 5.24, and the one before.
+        self.cache_name = "cache" if "cache" in inspect.signature(type(unwrapped(model)).forward).parameters else "past_key_values"
         self.columns_BC: Tensor | None = None  # the node of each place in the cache
         self.real_BC: Tensor | None = None
         self.done = 0
@@ -69,7 +73,7 @@ class CachedDecoder:
 
         def run(scored_BM: Tensor, mask: Mask, **inputs: Tensor) -> HeadOutputs:
             head = unjudged(scored_BM, nodes_BQ.shape[1], think_only, draw)
-            return self.model(**inputs, attention_mask=mask, past_key_values=self.cache, use_cache=True, head=head)
+            return self.model(**inputs, attention_mask=mask, use_cache=True, head=head, **{self.cache_name: self.cache})
 
         if self.room is None:
             return run(scored_BM, mask, **inputs)

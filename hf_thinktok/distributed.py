@@ -85,8 +85,12 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Rows of the input embedding."""
-    weight = model.get_input_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor behind
+    return weight_rows(model.get_input_embeddings())
+
+
+def weight_rows(layer: Any) -> int:
+    """Rows of an embedding or an LM head."""
+    return getattr(layer.weight, "ds_shape", layer.weight.shape)[0]  # ZeRO-3 leaves an empty tensor behind
 
 
 @contextlib.contextmanager

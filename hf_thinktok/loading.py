@@ -99,6 +99,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     whole = peft_config is None and not (isinstance(model, torch.nn.Module) and has_adapter(model))
     if whole and Path(args.output_dir, "adapter_config.json").exists():
         raise ValueError(f"output_dir={args.output_dir} holds an adapter, which would be loaded in the place of the whole model: name another folder.")
+    if args.think_learning_rate is not None and (peft_config is None or args.num_think_tokens == 0):
+        raise ValueError("think_learning_rate is of thinking rows apart from the embedding, as an adapter has them: give peft_config (--use_peft).")
     if speaker is not None and args.policies != "split":
         raise ValueError("A speaker is given and policies=shared has no use for it: set policies=split.")
     if speaker is not None and peft_config is not None:

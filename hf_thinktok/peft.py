@@ -69,13 +69,18 @@ def check_mergeable(model: PeftModel) -> None:
 def rows_in_fp32(model: PeftModel) -> None:
     """TRL makes all that is trained beside a quantized model bf16, in which most steps of a thinking row are too small to count."""
     for name, parameter in model.named_parameters():
-        if "trainable_tokens_delta" in name:
+        if is_thinking_row(name):
             parameter.data = parameter.data.float()
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
     """Whether a model has an adapter, around it or, as `add_adapter` of transformers puts it, in its own modules."""
     return is_peft_model(model) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def is_thinking_row(parameter: str) -> bool:
+    """Whether a parameter of this name holds the thinking rows that are trained beside an adapter."""
+    return "trainable_tokens_delta" in parameter
 
 
 def is_speaker(parameter: str) -> bool:

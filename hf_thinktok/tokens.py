@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import LogitTransform, backbone
-from .distributed import embedding_rows, whole
+from .distributed import embedding_rows, weight_rows, whole
 from .errors import first_line
 from .models import evaluating, longest_row
 
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = "<|think_{}|>"
 GUARD = "<|think_"
+# What a config calls the rows of the LM head where it tells them from the vocabulary; transformers leaves them as they are when it adds rows.
+HEAD_ROWS = ("output_vocab_size", "unpadded_vocab_size")
 # Rows are padded to a multiple of this: matrix units want it.
 ROW_MULTIPLE = 64
 # Part of a typical context's probability that starts on thinking. A few per cent: enough to be sampled, too little to harm text.
@@ -153,8 +155,8 @@ def add_thinking_tokens(
         `ThinkingVocabulary`: also written to `model.config.thinktok`.
 
     Raises:
-        ValueError: the tokenizer and the model disagree, the model has another number of thinking tokens, its embedding cannot grow, or its generation config
-            could not be saved; a word is not one token, or there are more of them than thinking tokens.
+        ValueError: the tokenizer and the model disagree, the model has another number of thinking tokens, its embedding or LM head cannot grow, or its
+            generation config could not be saved; a word is not one token, or there are more of them than thinking tokens.
     """
     if num_tokens is not None and num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens} must be 1 or more.")
@@ -168,6 +170,7 @@ def add_thinking_tokens(
             raise ValueError("The model has thinking tokens, which cannot start anew as copies of words (think_init_words): leave these out, or take its base.")
         return existing
     num_tokens = 16 if num_tokens is None else num_tokens
+    _check_head(model, rows)
     copied = _ids_of_words(words, tokenizer, num_tokens)
     _make_writable(model.generation_config)
 
@@ -188,6 +191,10 @@ def add_thinking_tokens(
             model.resize_token_embeddings(rows, mean_resizing=False)
         except AttributeError as error:  # xLSTM's own way to fill new rows
             raise ValueError(f"transformers cannot add rows to the embedding of {model.config.model_type}, and thinking tokens need them: {error}.") from error
+        text = model.config.get_text_config()
+        for name in HEAD_ROWS:
+            if getattr(text, name, None) is not None:
+                setattr(text, name, rows)
     with whole(model, written_by=0):
         _write_rows(model, tokenizer, vocabulary, pieces, sample_text, think_mass, logit_spread, seed, copied)
 
@@ -248,6 +255,18 @@ def _refuse_look_alikes(tokenizer: PreTrainedTokenizerBase) -> None:
                 f"The tokenizer's token {token.content!r} would no longer be read, as thinking tokens begin with {GUARD!r} too: "
                 f"add it as AddedToken({token.content!r}, normalized=False), or under another name."
             )
+
+
+def _check_head(model: PreTrainedModel, rows: int) -> None:
+    """A new token needs a row in the embedding and one in the LM head, of the same number and nothing else: that is what transformers adds."""
+    head, family = model.get_output_embeddings(), model.config.model_type
+    if more := [name for name, _ in head.named_parameters() if name not in ("weight", "bias")]:
+        raise ValueError(f"The LM head of {family} has more than weight and bias ({', '.join(more)}), which does not grow with the vocabulary: not supported.")
+    if (made := weight_rows(head)) != rows:
+        raise ValueError(
+            f"The LM head of this {family} has {made} rows and its embedding {rows}: some ids are only read, and thinking tokens behind them would be saved "
+            "as a model that cannot be loaded. Not supported."
+        )
 
 
 def _ids_of_words(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:

@@ -32,7 +32,7 @@ from .loading import check_arguments, check_optimizer, check_parts, find_speaker
 from .measuring import MeasuringTrainer
 from .models import disable_dropout, evaluating, set_learning_rate, unwrapped
 from .objective import actions, speak, thinking_loss
-from .peft import SPEAKER, add_speaker, add_thinking_rows, check_mergeable, is_speaker, rows_in_fp32
+from .peft import SPEAKER, add_speaker, add_thinking_rows, check_mergeable, is_speaker, is_thinking_row, rows_in_fp32
 from .revival import Revival
 from .rewards import RewardFunction, masked_sum, resolve_rewards
 from .rollout import Rollout, Sampling, sample_thoughts
@@ -484,10 +484,11 @@ class ThinkTokTrainer(MeasuringTrainer):
             return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
-        """The speaker's parameters in groups of their own where its learning rate differs."""
+        """Thinking rows, and the speaker's parameters, in groups of their own where their learning rate differs."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.speaker_learning_rate is not None:
-            set_learning_rate(optimizer, self.args.speaker_learning_rate, [weight for name, weight in self.model.named_parameters() if is_speaker(name)])
+        for belongs, rate in ((is_thinking_row, self.args.think_learning_rate), (is_speaker, self.args.speaker_learning_rate)):
+            if rate is not None:
+                set_learning_rate(optimizer, rate, [weight for name, weight in self.model.named_parameters() if belongs(name)])
         return optimizer
 
     def _get_train_sampler(self, dataset=None):

@@ -28,7 +28,10 @@ LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 
 # What makes each family's tiny model; the vocabulary size comes from the tokenizer.
 TINY: dict[str, dict] = {
-    **dict.fromkeys("llama qwen2 gpt_neox olmo olmo2 phi stablelm nemotron arcee apertus falcon diffllama nanochat starcoder2 olmo3 exaone4".split(), BASE),
+    **dict.fromkeys(
+        "llama qwen2 gpt_neox olmo olmo2 phi stablelm nemotron arcee apertus falcon diffllama nanochat starcoder2 olmo3 exaone exaone4 apertus1p5_text".split(),
+        BASE,
+    ),
     **dict.fromkeys("qwen3 gemma ernie4_5 hunyuan_v1_dense seed_oss helium".split(), BASE | HEAD),
     **dict.fromkeys("phi3 glm glm4".split(), BASE | HEAD | {"pad_token_id": 0}),
     "smollm3": BASE | {"no_rope_layers": [1, 0], "pad_token_id": 0},
@@ -85,6 +88,8 @@ TINY: dict[str, dict] = {
     "deepseek_v3": BASE | MOE | DEEPSEEK | {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
     "minicpm3": BASE | DEEPSEEK,
     "glm4_moe": BASE | HEAD | MOE | {"n_group": 1, "topk_group": 1, "pad_token_id": 0},
+    "sarvam_moe": BASE | HEAD | MOE | {"pad_token_id": 0},
+    "sarvam_mla": BASE | MOE | DEEPSEEK | {"q_lora_rank": None},
     "ernie4_5_moe": BASE | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
     "hunyuan_v1_moe": BASE | HEAD | {"num_experts": 4, "moe_topk": 2},
     "gpt_oss": BASE | HEAD | MOE | {"sliding_window": 256},
@@ -119,6 +124,14 @@ TINY: dict[str, dict] = {
     "olmo_hybrid": BASE | LINEAR | {"pad_token_id": 0},
     "kimi_linear": BASE | MOE | DEEPSEEK | LINEAR | {"linear_head_dim": 8, "linear_num_heads": 4, "pad_token_id": 0},
     "minimax": BASE | MOE | LINEAR,
+    "lara_mini": BASE | HEAD | MOE | DELTA | LINEAR | {"shared_expert_intermediate_size": 16},
+    "inkling2_loop_text": BASE
+    | HEAD
+    | MOE
+    | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 256, "rel_extent": 64}
+    | {"layer_types": ["hybrid_sliding", "hybrid"], "n_layers_per_attn_res_block": 1, "loop_gate_rank": 4, "unpadded_vocab_size": 320}
+    | {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2},
+    "dory": BASE | HEAD | {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "sliding_window": 256},
     **dict.fromkeys(["bert", "bert-generation"], BASE | {"is_decoder": True}),
 }
 

@@ -1113,6 +1113,8 @@ SECOND = [
     ({}, {"speaker": object()}, ["policies=shared", "set policies=split"]),
     ({"policies": "split"}, {"speaker": object(), "peft_config": object()}, ["second adapter", "leave one of the two out"]),
     ({"policies": "split", "gradient_checkpointing": True}, {"peft_config": object()}, ["gradient_checkpointing=False"]),
+    ({"think_learning_rate": 1e-3}, {}, ["think_learning_rate", "give peft_config"]),
+    ({"think_learning_rate": 1e-3, "num_think_tokens": 0}, {"peft_config": object()}, ["think_learning_rate", "of thinking rows"]),
 ]
 
 

@@ -253,6 +253,7 @@ def lora(**options):
         (lora(), lora(r=8), "r=4, and this run has r=8"),
         (lora(), lora(lora_alpha=64), "lora_alpha=8, and this run has lora_alpha=64"),
         (lora(), lora(target_modules=["q_proj"]), r"k_proj.lora_A.default.weight=.4, 32., and this run has .*=None"),
+        (lora(), lora() | {"think_learning_rate": 1e-2}, "think_learning_rate=None, and this run has .*=0.01"),
         (lora(), lora(use_dora=True), "use_dora=False, and this run has use_dora=True"),
         ({"policies": "split"}, {"policies": "split", "speaker_learning_rate": 1e-2}, "speaker_learning_rate=None, and this run has .*=0.01"),
     ],

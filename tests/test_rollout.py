@@ -1,5 +1,7 @@
 """What thoughts are drawn from, what is remembered of them, and how they are shown."""
 
+import warnings
+
 import pytest
 import torch
 from plain_rows import thinker
@@ -42,6 +44,14 @@ def test_blind_thoughts_have_a_token_however_shut_the_gate(on_questions):
     assert (one_rollout(trainer, inputs, labels).lengths_BKG >= 1).all()
     open_ = on_questions(rows, stop="sampled", num_generations=8)
     assert (one_rollout(open_, inputs, labels).lengths_BKG == 0).any(), "the gate must be nearly shut to be a test"
+
+
+def test_a_rollout_asks_transformers_for_nothing_that_is_about_to_go(on_questions):
+    trainer, rows = on_questions(), questions()
+    inputs, labels = batch_of(trainer, rows.select(range(4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        one_rollout(trainer, inputs, labels)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)

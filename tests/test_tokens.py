@@ -15,10 +15,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
+from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from hf_thinktok import ThinkingVocabulary, add_thinking_tokens
 from hf_thinktok.architectures import LogitTransform
@@ -376,6 +376,28 @@ def test_what_the_model_already_suppressed_stays_suppressed():
     model.generation_config.suppress_tokens = [7]
     vocabulary = add_thinking_tokens(model, tiny_tokenizer(), 4)
     assert model.generation_config.suppress_tokens == [7, *range(vocabulary.guard_id, 384)]
+
+
+@pytest.mark.parametrize("family", [family for family in TINY if family in CONFIG_MAPPING and family not in ("dory", "xlstm")])
+def test_every_family_is_the_same_model_when_plain_transformers_loads_it(tmp_path, family):
+    model, ids = tiny_model(family, tie=False), torch.tensor([[1, 5, 9, 321, 7, 8, 323, 3]])
+    add_thinking_tokens(model, tiny_tokenizer(), 4)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits, atol=1e-6, rtol=0)
+
+
+def test_heads_that_cannot_grow_are_refused_unchanged():
+    for family, told, changes in (("dory", "logit_scale", {}), ("apertus1p5_text", "300 rows and its embedding 320", {"output_vocab_size": 300})):
+        if family not in CONFIG_MAPPING:
+            pytest.skip("newer than this transformers")
+        model, tokenizer = tiny_model(family, tie=False, **changes), tiny_tokenizer()
+        before = state(model)
+        with pytest.raises(ValueError, match=f"LM head of .*{family} has .*{told}"):
+            add_thinking_tokens(model, tokenizer, 4)
+        assert same(state(model), before)
+        assert len(tokenizer) == 320
 
 
 def test_a_base_with_sampling_flags_and_no_do_sample_is_saved_and_samples(tmp_path):

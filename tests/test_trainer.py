@@ -669,6 +669,18 @@ def test_adapter_trains_itself_and_the_thinking_rows_only(make_trainer, tie):
         assert not (after[:-1] == then[:-1]).all(-1).any()
 
 
+@pytest.mark.parametrize(("rates", "moved"), [((0.0, 1e-2), {"trainable_tokens_delta"}), ((1e-2, 0.0), {"lora_A", "lora_B"})], ids=["rows", "layers"])
+def test_thinking_rows_learn_at_a_rate_of_their_own(make_trainer, rates, moved):
+    rate, of_rows = rates
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    trainer = make_trainer(peft_config=adapter, learning_rate=rate, think_learning_rate=of_rows, max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert {part for name in changed for part in name.split(".")} >= moved
+    assert all(moved & set(name.split(".")) for name in changed)
+
+
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 def test_thinking_tokens_alone_leave_text_as_it_was(make_trainer, tmp_path, tie):
     tokenizer = tiny_tokenizer()
