@@ -260,6 +260,8 @@ def _refuse_look_alikes(tokenizer: PreTrainedTokenizerBase) -> None:
 def _check_head(model: PreTrainedModel, rows: int) -> None:
     """A new token needs a row in the embedding and one in the LM head, of the same number and nothing else: that is what transformers adds."""
     head, family = model.get_output_embeddings(), model.config.model_type
+    if head is None:
+        raise ValueError(f"The model is a {type(model).__name__}, which has no LM head: load it with AutoModelForCausalLM.")
     if more := [name for name, _ in head.named_parameters() if name not in ("weight", "bias")]:
         raise ValueError(f"The LM head of {family} has more than weight and bias ({', '.join(more)}), which does not grow with the vocabulary: not supported.")
     if (made := weight_rows(head)) != rows:

@@ -388,6 +388,11 @@ def test_every_family_is_the_same_model_when_plain_transformers_loads_it(tmp_pat
         torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits, atol=1e-6, rtol=0)
 
 
+def test_a_model_without_a_head_is_told():
+    with pytest.raises(ValueError, match="LlamaModel, which has no LM head: load it with AutoModelForCausalLM"):
+        add_thinking_tokens(tiny_model().model, tiny_tokenizer(), 4)
+
+
 def test_heads_that_cannot_grow_are_refused_unchanged():
     for family, told, changes in (("dory", "logit_scale", {}), ("apertus1p5_text", "300 rows and its embedding 320", {"output_vocab_size": 300})):
         if family not in CONFIG_MAPPING:
