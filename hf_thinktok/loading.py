@@ -29,7 +29,7 @@ from .config_checks import EVALUATED, POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
-from .models import as_loaded
+from .models import as_loaded, lm_head
 from .peft import SPEAKER, check_adapter, has_adapter
 from .results import unwritable
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
@@ -121,8 +121,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     if isinstance(model, torch.nn.Module) and args.model_init_kwargs and args.teacher is None:  # who is loaded with them as well
         raise ValueError("The model is loaded already and model_init_kwargs would do nothing: give its name, or load it with them.")
     for what, one in {"model": model, "speaker": speaker, "teacher": teacher}.items():
-        if isinstance(one, PreTrainedModel) and one.get_output_embeddings() is None:
-            raise ValueError(f"The {what} is a {type(one).__name__}, which has no LM head: load it with AutoModelForCausalLM.")
+        if isinstance(one, PreTrainedModel):
+            lm_head(one, what)  # or the sentence that it has none
     if peft_config is not None and isinstance(model, PreTrainedModel):
         _check_base(model)
     if args.num_think_tokens != 0:

@@ -66,6 +66,17 @@ def disable_dropout(model: torch.nn.Module) -> None:
         logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", found)
 
 
+def lm_head(model, what: str = "model") -> torch.nn.Module:
+    """A model's LM head.
+
+    Args:
+        what: it is, for the sentence that it has none.
+    """
+    if (head := model.get_output_embeddings()) is None:
+        raise ValueError(f"The {what} is a {type(model).__name__}, which has no LM head: load it with AutoModelForCausalLM.")
+    return head
+
+
 def untie(model) -> None:
     """Gives the LM head rows of its own, which begin as those of the embedding that it shared them with; nothing where it has them."""
     head = model.get_output_embeddings()

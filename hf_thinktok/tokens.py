@@ -30,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from .architectures import LogitTransform, backbone
 from .distributed import embedding_rows, weight_rows, whole
 from .errors import first_line
-from .models import evaluating, longest_row
+from .models import evaluating, lm_head, longest_row
 
 logger = logging.getLogger(__name__)
 
@@ -259,9 +259,7 @@ def _refuse_look_alikes(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _check_head(model: PreTrainedModel, rows: int) -> None:
     """A new token needs a row in the embedding and one in the LM head, of the same number and nothing else: that is what transformers adds."""
-    head, family = model.get_output_embeddings(), model.config.model_type
-    if head is None:
-        raise ValueError(f"The model is a {type(model).__name__}, which has no LM head: load it with AutoModelForCausalLM.")
+    head, family = lm_head(model), model.config.model_type
     if more := [name for name, _ in head.named_parameters() if name not in ("weight", "bias")]:
         raise ValueError(f"The LM head of {family} has more than weight and bias ({', '.join(more)}), which does not grow with the vocabulary: not supported.")
     if (made := weight_rows(head)) != rows:

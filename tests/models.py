@@ -134,6 +134,7 @@ TINY: dict[str, dict] = {
     "dory": BASE | HEAD | {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "sliding_window": 256},
     **dict.fromkeys(["bert", "bert-generation"], BASE | {"is_decoder": True}),
 }
+TINY = {family: options for family, options in TINY.items() if family in CONFIG_MAPPING}  # without those that this transformers does not know yet
 
 # Constants of hf_thinktok.revival with which whatever is said is split, and whatever is said less than the others is free: a few steps are enough.
 EAGER_REVIVAL = {"TIMES_THE_MEAN": 0.0, "LEAST_WRONG": 0.0, "LEAST_SAID": 1, "RARE": 1.0}
