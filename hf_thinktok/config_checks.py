@@ -313,13 +313,19 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
     """A run of so many steps, and what would begin after it, and so never.
 
     Raises:
-        RunError: it has no step, or is over before thinking begins.
+        RunError: it has no step, or is over before thinking begins, or before a schedule that stands at 0 until then.
     """
     if steps < 1:
         named = "max_steps=0" if config.max_steps == 0 else f"num_train_epochs={config.num_train_epochs}"
         raise RunError(f"{named} is a run of no step: set num_train_epochs above 0, or max_steps.")
     if config.think_start >= steps:
         raise RunError(f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0.")
+    thinking = steps - config.think_start
+    for name in SCHEDULES:
+        schedule = getattr(config, name) or [0]
+        # To be sure of every word is a target as well.
+        if name != "thought_entropy_target" and len(schedule) == 4 and schedule[0] == 0 and schedule[3] >= thinking:
+            raise RunError(f"{name}={schedule} is 0 for the {thinking} steps in which the run thinks: let it begin earlier, or leave {name} out.")
 
 
 @contextlib.contextmanager

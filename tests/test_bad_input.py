@@ -234,6 +234,7 @@ BAD_FITS = [
     ({"router_aux_loss_coef": 0.01}, ["router_aux_loss_coef", "not supported"]),
     ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha", "leave it out"]),
     ({"think_start": 2, "max_steps": 2}, ["think_start=2 is not reached in a run of 2 steps"]),
+    ({"coverage_coef": [0, 0.3, 50, 7], "think_start": 2, "max_steps": 9}, ["coverage_coef=.0, 0.3, 50, 7. is 0", "the 7 steps in which", "begin earlier"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "alternate": [2, 1]}, ["alternate takes its turns by it", "leave one"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "ignore_data_skip": True}, ["ignore_data_skip=True begins to count anew"]),
     ({"debug": "underflow_overflow"}, ["leave debug out"]),
@@ -664,6 +665,11 @@ def test_thinking_that_begins_after_the_last_epoch(make_trainer):
     with pytest.raises(ValueError, match="think_start=1000 is not reached in a run of 16 steps") as error:
         make_trainer(max_steps=-1, num_train_epochs=1, think_start=1000).train()
     one_sentence(error, "lower it")
+
+
+@pytest.mark.parametrize("schedule", [{"coverage_coef": [0, 0.3, 50, 6]}, {"coverage_coef": [0.3, 0, 1, 9]}, {"thought_entropy_target": [0, 0.5, 1, 9]}])
+def test_a_schedule_that_says_something_within_the_run_is_none_of_these(schedule):
+    ThinkTokConfig("unused", think_start=2, max_steps=9, report_to="none", **schedule)
 
 
 def test_no_epoch_at_all(make_trainer):
