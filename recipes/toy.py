@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config
@@ -176,7 +177,7 @@ def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int, asked_by_lengt
         hows = ["none"]
     elif args.blind or asked_by_length:
         hows.remove("none")
-    for level in levels_of(test):
+    for level in track(levels_of(test), "Tests, level by level", transient=True):
         rows = of_level(test, level, limit)
         for how in hows:
             answers = answer(trainer, rows, how)
@@ -237,9 +238,9 @@ def run(
     trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
     with one_sentence(RunError):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    accuracy, lengths = by_level(trainer, test, toy.test_rows, task.asked_by_length)
-    if toy.save_models:
+    if toy.save_models:  # first, as tests may take as long
         trainer.save_model(args.output_dir)
+    accuracy, lengths = by_level(trainer, test, toy.test_rows, task.asked_by_length)
     language = {}
     if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
         language = figures_of(report_language(trainer, test, task, toy.test_rows))

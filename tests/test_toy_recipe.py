@@ -379,3 +379,27 @@ def test_results_name_the_commit_that_a_run_started_with(tmp_path, monkeypatch):
         ModelConfig(model_name_or_path=None),
     )
     assert json.loads((tmp_path / "results.json").read_text())["commit"] == "the first"
+
+
+def test_a_model_is_kept_before_its_tests(tmp_path, monkeypatch):
+    """They may take as long as the training, and who stops them has trained for nothing otherwise."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    toy = importlib.import_module("toy")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "by_level", stopped)
+    args = ThinkTokConfig(
+        str(tmp_path), num_think_tokens=5, max_think_length=1, stop="fixed", num_forks=1, num_generations=2, lookahead=1, completion_only_loss=True,
+        max_length=32, max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to="none", save_strategy="no",
+    )  # fmt: skip
+    small = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    with pytest.raises(KeyboardInterrupt):
+        toy.main(
+            make_task("pointer_chasing", nodes=5, levels=[2], train_rows=4, test_rows=4),
+            toy.ToyArguments(save_models=True, model_shape=small),
+            args,
+            ModelConfig(model_name_or_path=None),
+        )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "seed-0").config.thinktok["num_tokens"] == 5
