@@ -524,6 +524,7 @@ ERRORS = [
     ("pointer_chasing", {"copies": 0}, ["copies=0", "of 1 or more"]),
     ("pointer_chasing", {"offsets": True}, ["offsets=True", "from 0 to 10"]),
     ("pointer_chasing", {"nodes": 5, "offsets": 6}, ["offsets=6", "from 0 to 5"]),
+    ("walk", {"onward": True}, ["onward has no effect", "together to 2"]),
     ("reachability", {"nodes": 4, "edges": 13}, ["edges=13", "from 1 to 12"]),
     ("reachability", {"nodes": 4, "edges": 6, "levels": [4]}, ["levels=", "from 1 to 3"]),
     ("reachability", {"nodes": 9, "edges": 72, "levels": [1]}, ["too few questions", "Level 1"]),

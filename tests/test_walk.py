@@ -13,6 +13,7 @@ CASES = {
     "one question a row": {"nodes": 5, "levels": [1, 2, 3], "test_levels": [1, 3, 7]},
     "several": {"nodes": 6, "together": 7, "levels": [1, 2, 3, 9], "test_levels": [2, 9]},
     "mixed": {"nodes": 6, "together": 7, "mixed": True, "levels": [1, 2, 3, 9], "test_levels": [2, 9]},
+    "onward": {"nodes": 6, "together": 7, "onward": True, "levels": [1, 2, 3, 9], "test_levels": [2, 9]},
 }
 
 
@@ -27,11 +28,12 @@ def walk(request, walks):
 
 
 def walked(prompts):
-    """The facts of a row's questions, and of each its start, its steps and the nodes that they lead to."""
+    """The facts of a row's questions, and of each its start, its steps and the nodes that they lead to. One that names no start goes on from the answer."""
     *lines, first = prompts[0].split("\n")
     arrows, found = dict(tuple(map(int, line.split(">"))) for line in lines), []
     for question in (first, *(prompt.removeprefix("\n") for prompt in prompts[1:])):
         start, told = question.split(" ", 1)
+        start = start or found[-1][2][-1]
         steps = re.findall(r"> > =|\+\d+ =", told)
         assert " ".join(steps) == told
         nodes = [int(start)]
@@ -76,6 +78,19 @@ def test_number_and_arrow_take_turns_unless_rows_are_mixed(walks):
             assert min(kinds.values()) / sum(kinds.values()) > 0.2
         else:
             assert all(map(alternates, questions["train"]))
+
+
+def test_only_onward_rows_go_on_from_their_answers(walks):
+    for case, task in walks.items():
+        on = [prompt.startswith(" ") for row in task.train for prompt in row["prompt"][1:]]
+        assert all(on) if case == "onward" else not any(on)
+        assert all(row["prompt"][0].split("\n")[-1][0].isdigit() for row in [*task.train, *task.test])
+
+
+def test_maps_of_tests_are_new_where_rows_go_on(walks):
+    """An answer may be any node, so that no start could be kept for tests."""
+    sides = [{tuple(sorted(walked(row["prompt"])[0].items())) for row in rows} for rows in (walks["onward"].train, walks["onward"].test)]
+    assert not sides[0] & sides[1]
 
 
 def test_no_question_of_a_test_is_asked_in_training_not_even_as_another_of_its_row(walks):

@@ -116,8 +116,11 @@ def dataset(recipe: Recipe, seeds: list[int], levels: list[int], rows: int, test
         columns = [prompts, completions, [level] * count, [length] * count]
         if recipe.again:
             turns = 1 if test else max(recipe.together // level, 1)
-            more = [recipe.again(np.random.default_rng([*seeds, level, 4 + turn]), level, asked.inputs_RC) for turn in range(turns - 1)]
-            columns[:2] = ([list(row) for row in zip(*texts)] for texts in zip((prompts, completions), *more))
+            several, latest = [(prompts, completions)], asked
+            for turn in range(turns - 1):
+                latest, prompts = recipe.again(np.random.default_rng([*seeds, level, 4 + turn]), level, latest)
+                several.append((prompts, joined(recipe.answers, latest.answers_R[:, None])))
+            columns[:2] = ([list(row) for row in zip(*texts)] for texts in zip(*several))
             columns[3] = [([1] * length + [0]) * turns] * count
         tables.append([*columns, *integers])
     rows_of = {name: [row for turn in zip(*parts) for row in turn] for name, parts in zip(FEATURES, zip(*tables))}

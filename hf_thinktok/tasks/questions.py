@@ -46,9 +46,9 @@ class Recipe:
     held_out: float = 0.0  # the part of them that is only tested
     stepwise: bool = True  # a thought's tokens are what is known after each step
     asked_by_length: bool = False  # how many thoughts there are is part of the question
-    # Where each token of a thought has its place in the prompt: prompts and completions of other questions about the facts of each, as which training rows go
-    # on, up to so many steps in all.
-    again: Callable[[np.random.Generator, int, np.ndarray], tuple[list[str], list[str]]] | None = None
+    # Where each token of a thought has its place in the prompt: the question as which a training row goes on behind another one, on the same facts, and its
+    # prompt; up to so many steps in all.
+    again: Callable[[np.random.Generator, int, Questions], tuple[Questions, list[str]]] | None = None
     together: int = 1
 
 
@@ -315,7 +315,7 @@ def pointer_chasing(nodes: int = 10, offsets: int = 0, pad_to: int = 0, sum_step
     )
 
 
-def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
+def walk(nodes: int = 10, together: int = 1, mixed: bool = False, onward: bool = False) -> Recipe:
     """`4 +3 = > > = +9 =` -> `1`: where do level steps lead that are told one after another? The thought is the nodes on the way.
 
     One line `a>b` for each node of a random permutation f in random order, then the start and its steps, in turn a number to add modulo `nodes` and an arrow
@@ -327,10 +327,13 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
     Args:
         together: a training row asks again about the same facts, as long as there are no more steps than this in all.
         mixed: in training rows each step is a number or an arrow, whatever was before it.
+        onward: each question of a training row but the first starts from the answer before it, and names no start. Maps of tests are new then.
     """
     check_whole(2, nodes=nodes)
     check_whole(1, together=together)
-    check_flag(mixed=mixed)
+    check_flag(mixed=mixed, onward=onward)
+    if onward and together == 1:
+        raise ValueError("onward has no effect on rows of one step: set together to 2 or more.")
 
     def asked(rng, level, map_RM, start_R, mixed=mixed) -> Questions:
         rows = len(start_R)
@@ -346,19 +349,24 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
         return asked(rng, level, map_RM, rng.integers(nodes, size=BATCH), mixed)
 
     def told(inputs_RC):
-        steps = [" ".join("> > =" if number < 0 else f"+{number} =" for number in row) for row in inputs_RC[:, 1 + nodes :].tolist()]
-        return [f"{start} {row}" for start, row in zip(inputs_RC[:, 0].tolist(), steps)]
+        return [" ".join("> > =" if number < 0 else f"+{number} =" for number in row) for row in inputs_RC[:, 1 + nodes :].tolist()]
+
+    def begun(inputs_RC):
+        return [f"{start} {steps}" for start, steps in zip(inputs_RC[:, 0].tolist(), told(inputs_RC))]
 
     def prompts(rng, level, inputs_RC):
         facts = facts_of(rng, inputs_RC[:, 1 : 1 + nodes])
-        return [f"{fact}\n{question}" for fact, question in zip(facts, told(inputs_RC))]
+        return [f"{fact}\n{question}" for fact, question in zip(facts, begun(inputs_RC))]
 
-    def again(rng, level, inputs_RC):
-        map_RM = inputs_RC[:, 1 : 1 + nodes]
+    def again(rng, level, before):
+        map_RM = before.inputs_RC[:, 1 : 1 + nodes]
+        if onward:
+            more = asked(rng, level, map_RM, before.answers_R)
+            return more, [f" {steps}" for steps in told(more.inputs_RC)]
         starts_RM = orders(rng, nodes, len(map_RM))
         tested_RM = np.stack([held_back(np.concatenate([starts_RM[:, [i]], map_RM], 1)) for i in range(nodes)], 1)
         more = asked(rng, level, map_RM, starts_RM[np.arange(len(map_RM)), tested_RM.argmin(1)])  # one that is not
-        return [f"\n{question}" for question in told(more.inputs_RC)], [str(node) for node in more.answers_R]
+        return more, [f"\n{question}" for question in begun(more.inputs_RC)]
 
     return Recipe(
         answers=decimals(nodes),
@@ -367,7 +375,7 @@ def walk(nodes: int = 10, together: int = 1, mixed: bool = False) -> Recipe:
         draw=draw,
         draw_tests=lambda rng, level: draw(rng, level, mixed=False),
         prompts=prompts,
-        key=lambda inputs_RC: inputs_RC[:, : 1 + nodes],
+        key=lambda inputs_RC: inputs_RC[:, int(onward) : 1 + nodes],
         shortcut=lambda level: {1: 1.0, 2: 2 / nodes}.get(level, 1 / nodes),
         again=again,
         together=together,
