@@ -158,12 +158,16 @@ def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:
     return [list(one) for one in dict.fromkeys(map(tuple, found)) if one]
 
 
-def check_given_lengths(markers: list[list[int]], texts: list[str], rows) -> None:
-    """Lists of lengths have one for each end of a marker.
+def check_given_lengths(markers: list[list[int]], texts: list[str], rows, may_think: Callable[[dict], bool]) -> None:
+    """Lists of lengths have one for each end of a marker, and ask for thoughts where there can be some.
+
+    Args:
+        may_think: whether the model can where a row asks it to.
 
     Raises:
-        ValueError: one of the first rows has more or fewer.
+        ValueError: one of the first rows has more or fewer; or they ask for thoughts, and at none of these places the model can think.
     """
+    asks = able = False
     for number, row in enumerate(itertools.islice(rows, CHECKED_ROWS)):
         if not isinstance(given := row.get("think_length"), list):
             return
@@ -172,6 +176,13 @@ def check_given_lengths(markers: list[list[int]], texts: list[str], rows) -> Non
                 f"Row {number} has the lengths of {len(given)} thoughts in think_length, and {count} ends of fork_markers={texts}: give one for each "
                 "(a row that is cut at max_length has lost its last ones)."
             )
+        if any(given) and not able:
+            asks, able = True, may_think(row)
+    if asks and not able:
+        raise ValueError(
+            "Where think_length asks for thoughts the next token is none to predict, so nothing would be thought: set memory=persistent, with which thoughts "
+            "stay in prompts, or ask for them where an answer begins."
+        )
 
 
 def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: Callable[[dict], bool]) -> None:
@@ -179,7 +190,7 @@ def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: C
 
     Args:
         rows: as they are trained on.
-        may_think: whether the model can at any place of a row.
+        may_think: whether the model can at any place of a row; how long the data would have it think there is not asked.
 
     Raises:
         ValueError: no marker ends within the first rows, or none where it can think.
@@ -188,7 +199,7 @@ def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: C
     for row in itertools.islice(rows, CHECKED_ROWS):
         if ends_of(markers, torch.as_tensor(row["input_ids"])[None]).any():
             ends = True
-            if may_think(row):
+            if may_think({name: value for name, value in row.items() if name != "think_length"}):
                 return
     if ends:
         raise ValueError(

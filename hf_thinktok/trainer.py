@@ -186,7 +186,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
         if args.fork_positions == "markers":
             for rows in named_sets(self.train_dataset, self.eval_dataset).values():
-                check_given_lengths(self.markers, args.fork_markers, rows)
+                check_given_lengths(self.markers, args.fork_markers, rows, self._may_think)
             if self.train_dataset is not None:
                 check_markers(self.markers, args.fork_markers, self.train_dataset, self._may_think)
         longest = args.max_length or 1024
@@ -331,8 +331,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         return ThoughtTree(inputs["documents"], rollout.forks_BK, branching, rollout.lengths_BKG)
 
     def _may_think(self, row: dict[str, Any]) -> bool:
-        """Whether a row has a place to think at, however long the data would have it think there."""
-        inputs = self.data_collator([{name: value for name, value in row.items() if name != "think_length"}])
+        """Whether a row has a place to think at."""
+        inputs = self.data_collator([row])
         return bool(may_think(self.args, unwrapped(self.model), inputs, self._labels(inputs), self.markers).any())
 
     def _forks(self, model, inputs: dict[str, Tensor], labels_BT: Tensor, generator: torch.Generator, how: str) -> Tensor:

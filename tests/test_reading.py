@@ -93,9 +93,10 @@ def test_several_answers_of_a_row_each_have_their_steps(reading, marker):
     assert forks == [[3, 7, 16, 20]] * 4
 
 
-def test_a_checkpoint_says_after_what_it_thinks_while_it_reads(reading):
+def test_a_checkpoint_says_after_what_it_thinks_while_it_reads(reading, marker):
     assert reading().model.config.thinktok["fork_markers"] == [MARKER]
-    assert "fork_markers" not in reading(memory="none", num_generations=2, rows=None, lookahead=1).model.config.thinktok
+    rows = steps(marker, (3, 3)).remove_columns("think_length")  # which asks for thoughts that are read
+    assert "fork_markers" not in reading(memory="none", num_generations=2, rows=rows, lookahead=1).model.config.thinktok
 
 
 def test_a_checkpoint_says_how_it_thinks_now_and_nothing_of_the_run_before(reading, make_trainer):
@@ -200,5 +201,8 @@ def test_lists_of_lengths_fit_the_markers_or_are_refused(reading, marker):
         reading(rows=supplied, supply_thoughts=True, num_forks=1, num_generations=3)
     with pytest.raises(ValueError, match="think_length has lists, a number for each marked place: give each row one number"):
         reading(rows=rows, rollout="free", teacher="nowhere", prompt_length=1)
+    with pytest.raises(ValueError, match="Where think_length asks for thoughts the next token is none to predict.* set memory=persistent"):
+        reading(rows=rows, memory="none")
+    reading(rows=rows.map(lambda row: {"think_length": [0, 0, 1]}), memory="none")  # before the answer
     with pytest.raises(ValueError, match="asks for thoughts of 2 tokens"):
         reading(rows=rows.map(lambda row: {"think_length": [2, 1, 0]}))
