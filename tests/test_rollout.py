@@ -140,7 +140,7 @@ def test_printed_thoughts_stand_between_what_was_read_and_what_followed(on_quest
 
 def test_epsilon_greedy_begins_when_it_is_to(on_questions):
     rows = questions(levels=(3,))
-    trainer, never, always = (on_questions(rows, epsilon_greedy=epsilon) for epsilon in ([0.0, 1.0, 0, 3], [0.0], [1.0]))
+    trainer, never, always = (on_questions(rows, epsilon_greedy=epsilon, max_steps=4) for epsilon in ([0.0, 1.0, 0, 3], [0.0], [1.0]))
     inputs, labels = batch_of(trainer, rows.select(range(8)))
     for step, other in ((2, never), (3, always)):
         for one in (trainer, other):
