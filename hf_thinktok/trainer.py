@@ -183,6 +183,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             with whole(base):
                 check_feedback(base, args.continuous_layer, args.policies == "split")
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, columns=task_columns(args))
+        check_positions(args, base)
         self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
         if args.fork_positions == "markers":
             for rows in named_sets(self.train_dataset, self.eval_dataset).values():
@@ -191,7 +192,6 @@ class ThinkTokTrainer(MeasuringTrainer):
                 check_markers(self.markers, args.fork_markers, self.train_dataset, self._may_think)
         longest = args.max_length or 1024
         branching = args.branching(min(longest, 1024))
-        check_positions(args, base)
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
         if args.revive_every and self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise ValueError("revive_every writes rows of the embeddings, of which DeepSpeed and FSDP2 keep copies or parts: leave it out, or take DDP.")
