@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from .tasks import Task, check_levels
-from .tasks.questions import check_whole
+from .tasks.recipe import check_whole
 
 
 def worked_steps(

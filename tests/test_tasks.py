@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hf_thinktok.tasks import TASKS, Questions, make_task, matched, word_tokenizer
-from hf_thinktok.tasks.questions import TEST_SHARE, held_back, one_hop_accuracy, permutations, unordered_accuracy
+from hf_thinktok.tasks.questions import one_hop_accuracy, permutations, unordered_accuracy
+from hf_thinktok.tasks.recipe import TEST_SHARE, held_back
 
 ROWS = {"train_rows": 300, "test_rows": 150}
 CASES = {

@@ -31,7 +31,8 @@ from datasets.table import InMemoryTable
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .questions import TASKS, Questions, Recipe, check_whole, held_back, joined, span
+from .questions import TASKS
+from .recipe import Questions, Recipe, check_whole, held_back, joined, span
 
 FEATURES = Features(
     {"prompt": Value("string"), "completion": Value("string"), "level": Value("int64"), "think_length": Value("int64")}
@@ -106,21 +107,20 @@ def _spare(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
 
 def dataset(recipe: Recipe, seeds: list[int], levels: list[int], rows: int, test: bool) -> Dataset:
     """Rows of all levels, which take turns, so that the first rows are of each."""
-    tables = []
+    tables, completions = [], recipe.completions or (lambda asked: joined(recipe.answers, asked.answers_R[:, None]))
     for level in levels:
         asked = questions(recipe, seeds, level, rows, test)
         prompts = recipe.prompts(np.random.default_rng([*seeds, level, 2 + test]), level, asked.inputs_RC)
-        completions = recipe.completions(asked) if recipe.completions else joined(recipe.answers, asked.answers_R[:, None])
         count, length = asked.thoughts_RL.shape
         integers = [part.tolist() for part in (asked.thoughts_RL, asked.answers_R, asked.inputs_RC)]
-        columns = [prompts, completions, [level] * count, [length] * count]
+        columns = [prompts, completions(asked), [level] * count, [length] * count]
         if recipe.again:
             turns = 1 if test else max(recipe.together // level, 1)
-            several, latest = [(prompts, completions)], asked
+            texts, latest = [columns[:2]], asked
             for turn in range(turns - 1):
-                latest, prompts = recipe.again(np.random.default_rng([*seeds, level, 4 + turn]), level, latest)
-                several.append((prompts, joined(recipe.answers, latest.answers_R[:, None])))
-            columns[:2] = ([list(row) for row in zip(*texts)] for texts in zip(*several))
+                latest, more = recipe.again(np.random.default_rng([*seeds, level, 4 + turn]), level, latest)
+                texts.append([more, completions(latest)])
+            columns[:2] = ([list(row) for row in zip(*column)] for column in zip(*texts))
             columns[3] = [([1] * length + [0]) * turns] * count
         tables.append([*columns, *integers])
     rows_of = {name: [row for turn in zip(*parts) for row in turn] for name, parts in zip(FEATURES, zip(*tables))}
