@@ -140,6 +140,11 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             )
 
 
+def is_packed(dataset: Dataset | IterableDataset | None) -> bool:
+    """Whether a row of this prepared set has, or may have, several documents."""
+    return "seq_lengths" in (getattr(dataset, "column_names", None) or ("seq_lengths",))
+
+
 def _check_packed(lengths: Iterable[list[int]], name: str, labelled: bool, args) -> None:
     """Rows that were packed before: TRL would pack them again, or cut them and not their documents."""
     packs = args.packing if name == "train" else args.eval_packing

@@ -129,6 +129,7 @@ class Rows:
 
     def __init__(self, args: ThinkTokConfig, batch: int, num_generations: int, markovian: int = 0):
         documents_BT = torch.zeros(batch, args.max_length, dtype=torch.long)
+        documents_BT[:, -1] = int(args.packing and not args.num_forks)  # several documents need a mask, also without thoughts
         self.labels_BT = torch.zeros_like(documents_BT)
         how = "all" if args.fork_positions == "all" else "stride"
         forks_BK = choose_forks(eligible_forks(self.labels_BT, documents_BT), args.num_forks, how, torch.Generator())

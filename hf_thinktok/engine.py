@@ -43,7 +43,7 @@ SMALLEST_SPREAD = 0.05
 # The check's rows are as long as the run's, with fewer branches: what matters is distance, and who must not be seen.
 PROBE_FORKS = 4
 PROBE_LOOKAHEAD = 16
-PROBE_LOGITS = 256
+PROBE_TEXT = 256
 
 # Devices whose passes can be replayed.
 REPLAYED = {"cuda"}
@@ -112,7 +112,7 @@ class _Engine:
         return model(**first, then=others) if others else [model(**first)]
 
     def _inputs(self, model, tree: ThoughtTree, tokens_BS: Tensor, one: Pass, thoughts: ThoughtInputs | None) -> dict[str, Any]:
-        picked, places_M, inputs = self._layout(model, tree, one.nodes_Q, one.speaks)
+        picked, places_M, inputs = _as_rows(tree) if tree.is_text(one.nodes_Q) else self._layout(model, tree, one.nodes_Q, one.speaks)
 
         def moved(head):
             return replace(head, nodes_M=places_M[head.nodes_M])
@@ -129,6 +129,11 @@ class _Engine:
         """That of the queries: a mask of another one is refused by some of PyTorch's GPU kernels, or copied in every layer."""
         device = unwrapped(model).device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype or unwrapped(model).dtype
+
+
+def _as_rows(tree: ThoughtTree) -> tuple[tuple, Tensor, dict[str, Any]]:
+    """The layout of a text alone: what ordinary rows are to any model, without a mask, which takes a kernel of its own and memory."""
+    return (slice(None),), torch.arange(tree.position_ids_BS.numel(), device=tree.position_ids_BS.device), {}
 
 
 class TreeEngine(_Engine):
@@ -380,13 +385,9 @@ class _Probe:
         nodes = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         return self._columns(self.model(input_ids=tokens_BT, use_cache=False, head=HeadInputs(nodes, self.trunk_targets[: len(nodes)])))
 
-    @functools.cached_property
-    def _plain(self) -> Tensor:
-        return self._trunk(self.tokens_BT)
-
     def head_gap(self) -> float:
         """The head against the model's own logits, on the beginning of the trunk: of a long one they would take more than all else."""
-        tokens_BT = self.tokens_BT[:, :PROBE_LOGITS]
+        tokens_BT = self.tokens_BT[:, :PROBE_TEXT]
         logits_TV = self.model(input_ids=tokens_BT, use_cache=False).logits[0].float()
         self.scale = logits_TV.std().clamp_min(SMALLEST_SPREAD)
         real, think = logits_TV[:, : self.vocabulary.num_real], logits_TV[:, self.vocabulary.first_id : self.vocabulary.guard_id]
@@ -394,13 +395,14 @@ class _Probe:
         return self._gap(self._trunk(tokens_BT), torch.cat([target, (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1))
 
     def future_gap(self) -> float:
-        """Changes the second half of the text, which the first half must not see.
+        """Changes the second half of a text, which the first half must not see.
 
         The median over places: in a mixture of experts rounding depends on who else is there, and may break a tie between two experts.
         """
-        half = self.tokens_BT.shape[1] // 2
-        other = torch.cat([self.tokens_BT[:, :half], (self.tokens_BT[:, half:] + 1) % self.vocabulary.num_real], 1)
-        return ((self._trunk(other) - self._plain)[:half].abs().amax(-1).median() / self.scale).item()
+        tokens_BT = self.tokens_BT[:, :PROBE_TEXT]
+        half = tokens_BT.shape[1] // 2
+        other = torch.cat([tokens_BT[:, :half], (tokens_BT[:, half:] + 1) % self.vocabulary.num_real], 1)
+        return ((self._trunk(other) - self._trunk(tokens_BT))[:half].abs().amax(-1).median() / self.scale).item()
 
     def leak_gap(self) -> float:
         """Changes every token that the last branch must not see."""

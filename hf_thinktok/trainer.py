@@ -22,7 +22,7 @@ from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
 from .config_checks import check_run, checked_scheduler
 from .curriculum import Curriculum, order_of_rows
-from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, levels_of, named_sets, task_columns
+from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, is_packed, levels_of, named_sets, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import Pass, choose_engine, small_twin
 from .evaluation import GainByDocument
@@ -191,7 +191,6 @@ class ThinkTokTrainer(MeasuringTrainer):
             if self.train_dataset is not None:
                 check_markers(self.markers, args.fork_markers, self.train_dataset, self._may_think)
         longest = args.max_length or 1024
-        branching = args.branching(min(longest, 1024))
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
         if args.revive_every and self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise ValueError("revive_every writes rows of the embeddings, of which DeepSpeed and FSDP2 keep copies or parts: leave it out, or take DDP.")
@@ -202,8 +201,9 @@ class ThinkTokTrainer(MeasuringTrainer):
                 one.to(args.device)
         tried = [small_twin(one, self.vocabulary, self.accelerator.device) if sharded else one for one in models]
         dtype = computes_in(self.accelerator)
-        engines = [choose_engine(one, self.vocabulary, branching, longest, max(args.num_forks, 1), args.engine, args.torch_compile, dtype) for one in tried]
-        self.engine = max(engines, key=lambda engine: engine.generality)  # exact for both
+        wanted = args.engine if args.num_forks or is_packed(self.train_dataset) else "replicated"  # ordinary rows
+        how = self.vocabulary, args.branching(min(longest, 1024)), longest, args.num_forks, wanted, args.torch_compile, dtype
+        self.engine = max((choose_engine(one, *how) for one in tried), key=lambda engine: engine.generality)  # exact for both
         self.engine.dtype = dtype
         if args.num_markovian and self.engine.name == "replicated":
             raise ValueError(f"markovian_share hides tokens by the packed tree's mask, which {base.config.model_type} cannot run: leave markovian_share out.")

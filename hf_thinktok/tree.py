@@ -195,6 +195,13 @@ class ThoughtTree:
         ancestor &= (key(self._document_BS) == query(self._document_BS)) & key(self.valid_BS) & query(self.valid_BS)
         return ancestor | (query(index_BS) == key(index_BS))
 
+    def is_text(self, nodes_Q: Tensor | None = None) -> bool:
+        """Whether these nodes are rows of one document each from their begin on, and no thought."""
+        if self.num_forks or (nodes_Q is not None and len(nodes_Q) < self.trunk_length):
+            return False
+        places_T = torch.arange(self.trunk_length, device=self.valid_BS.device)
+        return bool(((self.position_ids_BS == places_T) | ~self.valid_BS).all())
+
     def num_visible(self) -> Tensor:
         """How many nodes each one sees, `[B, S]`: at position p it is p others and itself, but for those of its thought that are hidden from it."""
         hidden_BS = (self._since_BS - 1).clamp(min=0) if self.branching.markovian else 0

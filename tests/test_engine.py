@@ -52,6 +52,27 @@ def test_every_engine_equals_plain_rows(family, attn, changes):
             text.check(text.scores(each, model), model, vocabulary)
 
 
+NO_FORKS = {"one_document": ([0] * T, [0] * 20 + [-1] * 4), "two_documents": ([0] * T, [0] * 4 + [1] * 20), "begins_late": ([0] * T, [-1] * 4 + [0] * 20)}
+
+
+@pytest.mark.parametrize("documents", NO_FORKS)
+@pytest.mark.parametrize(("family", "attn", "changes"), DIVERSE, ids=name)
+@torch.no_grad()
+def test_a_text_without_thoughts_has_a_mask_where_it_needs_one(family, attn, changes, documents):
+    model, vocabulary = thinker(family, attn, **changes)
+    text = Text(vocabulary, False, Branching(2, 3, 3))
+    text.documents_BT = torch.tensor(NO_FORKS[documents])
+    text.labels_BT = torch.where(text.documents_BT >= 0, text.tokens_BT, -100)
+    text.forks_BK, text.lengths_BKG, text.thoughts_BKGL = text.forks_BK[:, :0], text.lengths_BKG[:, :0], text.thoughts_BKGL[:, :0]
+    masks = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True)
+    for each in ENGINES:
+        masks.clear()
+        out = text.scores(each, model)
+        assert [mask is None for mask in masks] == [documents == "one_document" or each.name == "replicated"]
+        text.check(out, model, vocabulary)
+
+
 VARIANTS = [{"persistent": True}, {"blind": True}, {"blind": True, "persistent": True}]
 
 
