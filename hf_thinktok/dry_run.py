@@ -46,11 +46,14 @@ def count_flops() -> Iterator[FlopCounterMode]:
     """PyTorch's counter of what products of matrices compute, with those that it leaves out: sums of products in place, and a CPU's attention."""
     aten = torch.ops.aten
 
-    def attention(query, key, value, *args, **kwargs) -> int:
-        return sdpa_flop_count(query, key, value)
+    def attention(query, key, value, dropout=0.0, is_causal=False, **kwargs) -> int:
+        return seen(sdpa_flop_count(query, key, value), query, is_causal)
 
-    def attention_backward(grad_out, query, key, value, *args, **kwargs) -> int:
-        return sdpa_backward_flop_count(grad_out, query, key, value)
+    def attention_backward(grad_out, query, key, value, out, log_z, dropout=0.0, is_causal=False, **kwargs) -> int:
+        return seen(sdpa_backward_flop_count(grad_out, query, key, value), query, is_causal)
+
+    def seen(flops: int, query, is_causal: bool) -> int:  # the kernel skips what nobody sees
+        return flops * (query[2] + 1) // (2 * query[2]) if is_causal else flops
 
     def sum_of_product(total, one, other, *args, **kwargs) -> int:  # PyTorch's own fails where sums have a type of their own
         return 2 * one[0] * one[1] * other[1]
@@ -129,7 +132,6 @@ class Rows:
 
     def __init__(self, args: ThinkTokConfig, batch: int, num_generations: int, markovian: int = 0):
         documents_BT = torch.zeros(batch, args.max_length, dtype=torch.long)
-        documents_BT[:, -1] = int(args.packing and not args.num_forks)  # several documents need a mask, also without thoughts
         self.labels_BT = torch.zeros_like(documents_BT)
         how = "all" if args.fork_positions == "all" else "stride"
         forks_BK = choose_forks(eligible_forks(self.labels_BT, documents_BT), args.num_forks, how, torch.Generator())

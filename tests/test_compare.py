@@ -43,7 +43,8 @@ def by_hand(scored: int, K: int = 8, G: int = 4, H: int = 1, sampled: bool = Tru
     body = SHAPE["num_hidden_layers"] * (4 * D * D + 3 * D * F)
     nodes, pairs = T + K * G * (L + H - 1), T**2 + sum(K * G * (T + K * G * depth) for depth in range(1, L))
     rollout = T + K * G * (L - 1) if sampled else 0
-    attention = 4 * D * SHAPE["num_hidden_layers"] * ((passes + 0.5) * nodes**2 + pairs * sampled)
+    seen = nodes**2 if K else nodes * (nodes + 1) / 2  # without thoughts nothing is masked, and what comes later not computed
+    attention = 4 * D * SHAPE["num_hidden_layers"] * ((passes + 0.5) * seen + pairs * sampled)
     return rows * (2 * body * (passes * nodes + rollout) + attention + 8 * V * D * scored)
 
 
