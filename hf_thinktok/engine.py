@@ -257,7 +257,8 @@ def choose_engine(
 
     Checked in fp32: the head gives the model's own log-probabilities, and later tokens change nothing before them, on the beginning of a row; and at the
     lengths of the training run nodes that the last branch must not see change nothing in it, the last branch equals the same tokens as an ordinary row, and
-    cached decoding equals the packed pass. Where its weights cannot be made fp32 beside what is there, a small random model of its architecture is checked in its place.
+    cached decoding equals the packed pass. Where its weights cannot be made fp32 beside what is there, a small random model of its architecture is checked
+    in its place.
 
     Args:
         model: with `attach_head` applied, not yet wrapped by a launcher.
