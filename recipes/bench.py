@@ -264,8 +264,6 @@ class Bench:
             "replicated": lambda: self.thinking(self.some_forks, engine="replicated"),
             "grpo": self.grpo,
         }
-        if name not in made:
-            raise SystemExit(f"arms={name} is none of {', '.join(made)}.")
         trainer = made[name]()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
@@ -332,6 +330,8 @@ def one_for_each(name: str, numbers: list[int], cells: int) -> list[int]:
 
 
 def main(bench: BenchArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
+    if unknown := [name for name in bench.arms if name not in BENCH_ARMS]:
+        raise SystemExit(f"arms={unknown[0]} is none of {', '.join(BENCH_ARMS)}.")
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     with one_sentence():
