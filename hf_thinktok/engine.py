@@ -336,6 +336,7 @@ class _Probe:
         forks = torch.linspace(0, trunk_length - 2, num_forks).long().unique()[None].to(device)
         self.tree = ThoughtTree(torch.zeros(1, trunk_length, dtype=torch.long, device=device), forks, branching)
         self.tokens_BT = torch.randint(vocabulary.num_real, (1, trunk_length), generator=generator).to(device)
+        self.text_BT = self.tokens_BT[:, :PROBE_TEXT]
         shape = (1, forks.shape[1], branching.num_generations, branching.max_length)
         self.thoughts_BKGL = (torch.randint(vocabulary.num_tokens, shape, generator=generator) + vocabulary.first_id).to(device)
         self.tokens_BS = self.tree.tokens(self.tokens_BT, self.thoughts_BKGL)
@@ -386,24 +387,26 @@ class _Probe:
         nodes = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         return self._columns(self.model(input_ids=tokens_BT, use_cache=False, head=HeadInputs(nodes, self.trunk_targets[: len(nodes)])))
 
+    @functools.cached_property
+    def _plain(self) -> Tensor:
+        return self._trunk(self.text_BT)
+
     def head_gap(self) -> float:
         """The head against the model's own logits, on the beginning of the trunk: of a long one they would take more than all else."""
-        tokens_BT = self.tokens_BT[:, :PROBE_TEXT]
-        logits_TV = self.model(input_ids=tokens_BT, use_cache=False).logits[0].float()
+        logits_TV = self.model(input_ids=self.text_BT, use_cache=False).logits[0].float()
         self.scale = logits_TV.std().clamp_min(SMALLEST_SPREAD)
         real, think = logits_TV[:, : self.vocabulary.num_real], logits_TV[:, self.vocabulary.first_id : self.vocabulary.guard_id]
         target = real.log_softmax(-1).gather(1, self.trunk_targets[: len(real), None])
-        return self._gap(self._trunk(tokens_BT), torch.cat([target, (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1))
+        return self._gap(self._plain, torch.cat([target, (think.logsumexp(-1) - real.logsumexp(-1))[:, None], think], 1))
 
     def future_gap(self) -> float:
-        """Changes the second half of a text, which the first half must not see.
+        """Changes the second half of that beginning, which the first half must not see.
 
         The median over places: in a mixture of experts rounding depends on who else is there, and may break a tie between two experts.
         """
-        tokens_BT = self.tokens_BT[:, :PROBE_TEXT]
-        half = tokens_BT.shape[1] // 2
-        other = torch.cat([tokens_BT[:, :half], (tokens_BT[:, half:] + 1) % self.vocabulary.num_real], 1)
-        return ((self._trunk(other) - self._trunk(tokens_BT))[:half].abs().amax(-1).median() / self.scale).item()
+        half = self.text_BT.shape[1] // 2
+        other = torch.cat([self.text_BT[:, :half], (self.text_BT[:, half:] + 1) % self.vocabulary.num_real], 1)
+        return ((self._trunk(other) - self._plain)[:half].abs().amax(-1).median() / self.scale).item()
 
     def leak_gap(self) -> float:
         """Changes every token that the last branch must not see."""
