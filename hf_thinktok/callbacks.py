@@ -116,19 +116,20 @@ class NonFiniteGuard(TrainerCallback):
             )
 
 
-def print_thoughts(tokenizer, samples: list[dict], first_id: int, step: int, console: Console | None = None) -> None:
+def print_thoughts(tokenizer, samples: list[dict], first_id: int, step: int, console: Console | None = None, most: int = 48) -> None:
     """A table of thoughts: the text before (blue), the thought (cyan; thinking tokens as 0..N-1), the true next text, and what the thought brought.
 
     Args:
         samples: dicts with `before`, `thought`, `after` (lists of ids) and `gain` (bits per token).
         first_id: the first thinking id.
+        most: characters of the text before.
     """
     table = Table(title=f"Thoughts at step {step}", show_lines=False)
     for column, justify in (("text so far", "right"), ("thought", "left"), ("what followed", "left"), ("gain, bits", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for sample in samples:
         table.add_row(
-            Text(_visible(tokenizer.decode(sample["before"])[-48:]), TEXT_STYLE),
+            Text(_visible(tokenizer.decode(sample["before"])[-most:]), TEXT_STYLE),
             Text(" ".join(str(i - first_id) if i >= first_id else _visible(tokenizer.decode([i])) for i in sample["thought"]) or "-", THOUGHT_STYLE),
             Text(_visible(tokenizer.decode(sample["after"])), TEXT_STYLE),
             Text(f"{sample['gain']:+.2f}", "green" if sample["gain"] > 0 else "red"),

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from toy import by_level, tokenized
+from toy import by_level, tokenized, ways_to_answer
 from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, get_peft_config
 
@@ -176,7 +176,7 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
                 options = settling(options, mixed.settle_steps)
                 trainer = settled(output, options, mixture(task_train, train_rows, SETTLE_TASK_SHARE, seed))
                 trainer.save_model(output := options.output_dir)
-            accuracy, lengths = by_level(trainer, task_test, mixed.test_rows)
+            accuracy, lengths = by_level(trainer, task_test, mixed.test_rows, ways_to_answer(trainer.args, task.asked_by_length))
             evaluations[arm][seed] = on_text(*load(output), held_out, mixed, args, thinks=arm == "think")
             results["mixture"].append({"arm": arm, "seed": seed, "accuracy": accuracy, "think_length": lengths, "steps": steps, **elsewhere})
         results |= {"text": Comparison(evaluations).summary(), "seeds": mixed.seeds[:done]}

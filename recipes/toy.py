@@ -29,6 +29,7 @@ from trl import ModelConfig, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
+from hf_thinktok.callbacks import print_thoughts
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
 from hf_thinktok.controls import control_of
 from hf_thinktok.data import levels_of
@@ -38,7 +39,7 @@ from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read
 from hf_thinktok.pictures import draw_task
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.report.language import draw_language, print_language
-from hf_thinktok.results import changed_options, environment, print_task, write_json
+from hf_thinktok.results import THOUGHTS, changed_options, environment, per_cent, print_task, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
 from hf_thinktok.worked_steps import worked_steps
@@ -81,15 +82,23 @@ class ToyArguments:
 
 
 KINDS = (ToyArguments, ThinkTokConfig, ModelConfig)
+# Rows of each level that a check answers with random thoughts and without any: enough to see whether they guess.
+COMPARED_ROWS = 32
+SAMPLES = 6
 
 
 class Progress(TrainerCallback):
-    """Says now and then how far a run is, and ends one that has learned its task."""
+    """Says now and then how far a run is, and ends one that has learned its task.
 
-    def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, count: int, enough: float):
+    Args:
+        others: what its thoughts are compared with at the levels that a curriculum has reached, as for `answer`.
+    """
+
+    def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, count: int, enough: float, others: list[str]):
         levels = levels_of(rows)
         checked = levels if trainer.curriculum is None else levels[-1:]
         self.trainer, self.rows, self.every, self.enough = trainer, [of_level(rows, level, count) for level in checked], every, enough
+        self.others, self.compared = others, {level: of_level(rows, level, COMPARED_ROWS) for level in levels}
         self.console = Console()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -102,11 +111,13 @@ class Progress(TrainerCallback):
         state.log_history.append({"step": state.global_step, "check": check})  # which checkpoints have as well
         self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the {'hardest' if reached else 'least learned'} level {accuracy:.4f}")
         if reached:
-            table = Table(title="in training, thoughts sampled")
+            table = Table(title="accuracy on training rows, %, by thoughts")
             table.add_column("level")
-            table.add_column("accuracy", justify="right")
+            for column in ("its own", *(THOUGHTS[how] for how in self.others)):
+                table.add_column(column, justify="right")
             for level in reached:
-                table.add_row(str(level), f"{curriculum.accuracy[level]:.3f}" if level in curriculum.accuracy else "begins")
+                own = per_cent(curriculum.accuracy[level]) if level in curriculum.accuracy else "begins"  # sampled, of the latest steps
+                table.add_row(str(level), own, *(per_cent(answer(self.trainer, self.compared[level], how).accuracy) for how in self.others))
             self.console.print(table)
         control.should_training_stop |= accuracy >= self.enough
 
@@ -160,37 +171,47 @@ def of_level(rows: Dataset, level: int, limit: int) -> Dataset:
     return rows.select(np.flatnonzero(np.asarray(rows["level"][:]) == level)[: limit or None])
 
 
-def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int, asked_by_length: bool = False) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Accuracy by level: thinking, with random thoughts, and without any (under `blind` nothing can be said without a thought).
-
-    The second table is the mean length of its thoughts, where the model itself ends them.
+def ways_to_answer(args: ThinkTokConfig, asked_by_length: bool) -> list[str]:
+    """How `answer` can answer for this model, its own way first: with its thoughts, with random ones, and with none (nothing to speak from under `blind`).
 
     Args:
         asked_by_length: without thoughts another question is asked, that of the first level.
     """
+    if not args.thinks:
+        return ["none"]
+    if args.thoughts == "filler":
+        return ["think"]
+    return ["think", "random"] if args.blind or asked_by_length else ["think", "random", "none"]
+
+
+def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int, hows: list[str]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Accuracy by level, of each way to answer; and the mean length of its thoughts, where the model itself ends them."""
     table: dict[str, dict[str, float]] = {}
     lengths: dict[str, float] = {}
-    args, hows = trainer.args, ["think", "random", "none"]
-    if args.thoughts == "filler":
-        hows = ["think"]
-    elif not args.thinks:
-        hows = ["none"]
-    elif args.blind or asked_by_length:
-        hows.remove("none")
     for level in track(levels_of(test), "Tests, level by level", transient=True):
         rows = of_level(test, level, limit)
         for how in hows:
             answers = answer(trainer, rows, how)
             table.setdefault(how, {})[str(level)] = answers.accuracy
-            if how == "think" and args.stop != "fixed":
+            if how == "think" and trainer.args.stop != "fixed":
                 lengths[str(level)] = float(answers.lengths_D.mean())
     return table, lengths
 
 
-def report_language(trainer: ThinkTokTrainer, test: Dataset, task: Task, limit: int) -> dict[str, Any]:
-    """Which thought means what, on rows of the hardest trained level: a table, a picture and JSON."""
-    tested = levels_of(test)
-    rows = of_level(test, max(set(tested) & set(levels_of(task.train)), default=max(tested)), limit)
+def show_samples(trainer: ThinkTokTrainer, rows: Dataset, other: str) -> None:
+    """Prints questions with their thoughts and right answers, and what these thoughts brought over the other way to answer."""
+    said, first_id = answer(trainer, rows), trainer.vocabulary.first_id
+    gains_D = (said.logps_D - answer(trainer, rows, other).logps_D) / math.log(2)
+    samples = []
+    for tokens, labels, thought_L, gain in zip(rows["input_ids"][:], rows["labels"][:], said.thoughts_DL, gains_D, strict=True):
+        begins = next(place for place, label in enumerate(labels) if label >= 0)
+        thought = [first_id + int(number) for number in thought_L if number >= 0]
+        samples.append({"before": tokens[:begins], "thought": thought, "after": tokens[begins:], "gain": gain})
+    print_thoughts(trainer.processing_class, samples, first_id, trainer.state.global_step, most=100)
+
+
+def report_language(trainer: ThinkTokTrainer, rows: Dataset, task: Task) -> dict[str, Any]:
+    """Which thought means what on these rows: tables, a picture and JSON."""
     said = answer(trainer, rows)
     states = np.asarray(rows["thoughts"][:]) if task.stepwise and set(map(len, rows["thoughts"])) == {said.thoughts_DL.shape[1]} else None
     answers, names = np.asarray(rows["answer"][:]), None
@@ -235,15 +256,20 @@ def run(
             thinker = new_model(toy, tokenizer)
             speaker = new_model(toy, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
-    trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy))
+    hows = ways_to_answer(args, task.asked_by_length)
+    trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy, hows[1:]))
     with one_sentence(RunError):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if toy.save_models:  # first, as tests may take as long
         trainer.save_model(args.output_dir)
-    accuracy, lengths = by_level(trainer, test, toy.test_rows, task.asked_by_length)
+    accuracy, lengths = by_level(trainer, test, toy.test_rows, hows)
     language = {}
     if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
-        language = figures_of(report_language(trainer, test, task, toy.test_rows))
+        tested = levels_of(test)
+        rows = of_level(test, max(set(tested) & set(levels_of(task.train)), default=max(tested)), toy.test_rows)  # the hardest level that was trained on
+        if not args.reads_thinking:  # there a row has several questions and their answers
+            show_samples(trainer, rows.select(range(min(SAMPLES, len(rows)))), hows[-1])
+        language = figures_of(report_language(trainer, rows, task))
     return {
         "seed": args.seed, "accuracy": accuracy, "think_length": lengths, "language": language, "seconds": trainer.spent.seconds,
         "steps": trainer.state.global_step, "curve": [entry["check"] for entry in trainer.state.log_history if "check" in entry],

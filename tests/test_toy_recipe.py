@@ -58,6 +58,7 @@ def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
     if results["config"].get("thoughts", "discrete") == "discrete":
         assert json.loads((tmp_path / "seed-3" / "language.json").read_text())
         assert (tmp_path / "seed-3" / "language.png").stat().st_size > 1000
+        assert done.stdout.count("Thoughts at step 2") == (0 if options.get("memory") == "persistent" else 2), "samples, but of rows with one question each"
     AutoModelForCausalLM.from_pretrained(tmp_path / "seed-11")
 
 
@@ -206,18 +207,20 @@ def test_a_peer_s_config_runs_a_few_steps(config, tmp_path):
 
 
 @pytest.mark.parametrize(("curriculum", "ends"), [(None, False), (Curriculum([1, 2], [0.9]), True)], ids=["all levels", "a curriculum"])
-def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculum, ends, monkeypatch):
+def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculum, ends, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "recipes")
     toy = importlib.import_module("toy")
     monkeypatch.setattr(toy, "answer", lambda trainer, rows, how: SimpleNamespace(accuracy={1: 0.5, 2: 1.0}[rows["level"][0]]))
     trainer = SimpleNamespace(args=SimpleNamespace(thinks=True, think_start=1), curriculum=curriculum, spent=SimpleNamespace(seconds=1.0))
-    progress, control = toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9), TrainerControl()
+    progress, control = toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9, others=["none"]), TrainerControl()
     logged = []
     progress.on_step_end(None, SimpleNamespace(global_step=1, log_history=logged), control)
     assert not logged  # there were no thoughts yet
     progress.on_step_end(None, SimpleNamespace(global_step=2, log_history=logged), control)
     assert [entry["check"]["accuracy"] for entry in logged] == [1.0 if ends else 0.5]
     assert control.should_training_stop == ends
+    cells = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]  # of a curriculum, what its thoughts are compared with
+    assert [[cell.strip() for cell in row] for row in cells] == ([["1", "begins", "50.0"]] if curriculum else [])
 
 
 def test_each_seed_goes_on_from_its_own_checkpoint(tmp_path):
@@ -252,7 +255,7 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
     thoughts = np.asarray(task.test["thoughts"])
     monkeypatch.setattr(toy, "answer", lambda trainer, rows: SimpleNamespace(thoughts_DL=thoughts))
     trainer = SimpleNamespace(vocabulary=SimpleNamespace(num_tokens=10), args=SimpleNamespace(output_dir=tmp_path))
-    report = toy.report_language(trainer, task.test, task, 50)
+    report = toy.report_language(trainer, task.test, task)
     assert (report["states"] is not None) == stepwise
     assert report["distinct_answers"] == len(set(task.test["answer"]))
     figures = toy.figures_of(report)
