@@ -62,6 +62,11 @@ class TreeScores:
         return replace(self, gate_logits_BKGL=gates_BKGL[:, :, :count].repeat(1, 1, gates_BKGL.shape[2] // count, 1))
 
     @property
+    def trunk_loss(self) -> Tensor:
+        """Mean cross-entropy of the text."""
+        return -self.trunk_logps_BT.sum() / self.trunk_mask_BT.sum().clamp(min=1)
+
+    @property
     def mask_BKH(self) -> Tensor:
         """Which judged tokens exist."""
         return self.labels_BKH >= 0
@@ -102,7 +107,7 @@ def score_tree(
         written_BS.scatter_(1, thinkers.flatten(1), rollout.drawn_BKGL.flatten(1))
         targets_BS = targets_BS.scatter(1, thinkers[..., 1:].flatten(1), rollout.thoughts_BKGL[..., 1:].flatten(1)).where(written_BS, targets_BS)
     judged_BS = targets_BS >= 0
-    thinks_BS = torch.zeros_like(judged_BS).scatter_(1, thinkers.flatten(1), True)
+    thinks_BS = torch.zeros_like(judged_BS).scatter_(1, thinkers.flatten(1), True) & tree.valid_BS  # what would be thought behind an end, nobody reads
     logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
 
     speaker_nodes = tree.speaker_nodes if split else targets_BS.new_zeros(0)

@@ -366,35 +366,35 @@ class ThinkTokTrainer(MeasuringTrainer):
         a tree of its own. The places and draws depend on the batch alone, so that evaluations of different models can be compared text by text.
         """
         args, turn, tokens_BT, documents_BT = self.args, self._next_micro_step(), inputs["input_ids"], inputs["documents"]
-        nothing = Rollout.empty(tokens_BT.new_zeros(len(tokens_BT), 0), args.branching(tokens_BT.shape[1]))
-        plain = self._score(model, self._tree(inputs, nothing), tokens_BT, labels_BT, nothing)
-        loss = -plain.trunk_logps_BT.sum() / plain.trunk_mask_BT.sum().clamp(min=1)
-        if not args.thinks:
-            return loss
+        persistent = args.memory == "persistent"
+        if persistent or not args.thinks:  # else the text is the tree's trunk, which sees no thoughts
+            nothing = Rollout.empty(tokens_BT.new_zeros(len(tokens_BT), 0), args.branching(tokens_BT.shape[1]))
+            text = self._score(model, self._tree(inputs, nothing), tokens_BT, labels_BT, nothing)
+            if not args.thinks:
+                return text.trunk_loss
         generator = self._generator(1, turn)
-        how = "random" if args.fork_positions == "entropy" else args.fork_positions
-        forks_BK = self._forks(model, inputs, labels_BT, generator, how)
+        forks_BK = self._forks(model, inputs, labels_BT, generator, "random" if args.fork_positions == "entropy" else args.fork_positions)
         rollout = self._think(model, inputs, self._sample(model, inputs, forks_BK, generator, dataclasses.replace(args.sampling(), epsilon=0.0)))
         control = control_thoughts(rollout, self.vocabulary, generator)
         summed, lengths = [], []
-        for thoughts in (rollout, control) if args.memory == "persistent" else (rollout.beside(control),):
+        for thoughts in (rollout, control) if persistent else (rollout.beside(control),):
             tree = self._tree(inputs, thoughts)
-            scores = self._score(model, tree, tokens_BT, tree.judging_labels(labels_BT), thoughts)
+            scores = self._score(model, tree, tokens_BT, tree.judging_labels(labels_BT) if persistent else labels_BT, thoughts)
             if args.stop == "learned":
                 scores = scores.under_gates_of_first(args.num_generations)
             speech = speak(scores, thoughts, args.stop, 0.0, args.blind)
             summed.append(masked_sum(speech.logps_BKGH, scores.mask_BKH[:, :, None]))
             lengths.append(speech.lengths_BKG)
-
+        text = text if persistent else scores
         mask_BKH = scores.mask_BKH
-        without_BKH = before(plain.trunk_logps_BT, tree.judged(labels_BT)[0])
+        without_BKH = before(text.trunk_logps_BT, tree.judged(labels_BT)[0])
         think_BKG, random_BKG = torch.cat(summed, 2).chunk(2, dim=2)
         logps = {"no_think": masked_sum(without_BKH, mask_BKH), "think": think_BKG.mean(-1), "random_thought": random_BKG.mean(-1)}
         document_BK = documents_BT.gather(1, forks_BK.clamp(min=0))
         collected = GainByDocument.collect(document_BK, mask_BKH.sum(-1), logps, lengths[0][:, :, : args.num_generations].mean(-1))
         for row in self.accelerator.gather_for_metrics(collected, use_gather_object=True):
             self._gains.rows += row
-        return loss
+        return text.trunk_loss
 
     def predict(self, *args, **kwargs):
         if self.plain:

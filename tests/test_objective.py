@@ -289,6 +289,22 @@ def test_sampled_stop_is_unbiased(model, make_config, options):
     assert_same_gradient(model, expected_loss(model, tables, config), sampled_value(tables, config.think_cost[0]))
 
 
+def test_nothing_is_computed_of_what_would_be_thought_behind_an_end(model, make_config):
+    """A node behind the end of its thought is in no loss, and meets no vocabulary."""
+    heads, config = [], make_config("sampled", lookahead=1)
+    forks, lengths = torch.tensor([[FORK]]), torch.tensor([[[0, 1, L]]])
+    thoughts = torch.full((1, 1, 3, L), REAL)
+    tree = ThoughtTree(torch.zeros_like(TEXT), forks, config.branching(TEXT.shape[1], num_generations=3), lengths)
+
+    def run(passes):
+        heads.extend(one.head[0] for one in passes)
+        return TreeEngine().run(model, tree, tree.tokens(TEXT, thoughts), passes)
+
+    score_tree(run, tree, TEXT, Rollout(forks, thoughts, lengths, torch.zeros(thoughts.shape)), VOCABULARY)
+    assert tree.valid_BS.flatten()[heads[0].nodes_M].all()
+    assert not tree.valid_BS.all()
+
+
 # ---------------------------------------------------------------- drawn, not enumerated
 
 
