@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .attention import See, TreeMask, additive
 from .flex import Blocks
+from .models import dropouts
 
 # Types in which FlexAttention is quick.
 HALF = {torch.bfloat16, torch.float16}
@@ -77,9 +78,10 @@ def counts_places(config: PretrainedConfig) -> bool:
     return text.model_type == "gpt_neo" or bool(getattr(text, "attn_temperature_tuning", False))
 
 
-def drops_attention(config: PretrainedConfig) -> bool:
-    """Whether attention drops some of its weights while it is trained."""
-    return any("att" in name and "drop" in name and value for name, value in vars(config.get_text_config()).items())
+def drops_attention(model) -> bool:
+    """Whether attention drops some of its weights while it is trained: the config says so, and dropout was not turned off since."""
+    says = vars(model.config.get_text_config()).items()
+    return any("att" in name and "drop" in name and value for name, value in says) and bool(dropouts(model))
 
 
 def attention_inputs(

@@ -164,7 +164,7 @@ class DryRun:
     ):
         self.model, self.vocabulary, self.args, self.device, self.autocast_type, self.sharded = model, vocabulary, args, device, autocast, sharded
         length = None if args.torch_compile else run_length(device)
-        can_flex = length is not None and device.type == "cuda" and not drops_attention(model.config)
+        can_flex = length is not None and device.type == "cuda" and not drops_attention(model)
         self.engine = ReplicatedEngine() if args.engine == "replicated" else TreeEngine(length, can_flex)
         model.register_forward_pre_hook(self._take_masks, with_kwargs=True)
         self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gradient_share)

@@ -293,7 +293,7 @@ def choose_engine(
                 if length is None and model.device.type == "cuda":
                     torch.backends.cuda.enable_cudnn_sdp(False)  # as `attention.KERNELS`, where the model itself attends under the mask
                 nodes = trunk_length + num_forks * branching.num_generations * branching.width
-                pays = length is not None and nodes > length and model.device.type == "cuda" and not drops_attention(model.config)
+                pays = length is not None and nodes > length and model.device.type == "cuda" and not drops_attention(model)
                 return TreeEngine(length, flex=pays and probe.can_flex(half))
     if wanted == "tree":
         raise ValueError(

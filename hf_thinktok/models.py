@@ -50,20 +50,21 @@ def without_autocast(model) -> Iterator[None]:
         vars(inner).update(wrapped)
 
 
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Sets every probability of dropping something to 0, and says so: those of layers, and numbers that modules give to a function.
-
-    The config keeps what it says, and so does a checkpoint's.
-    """
-    found = 0
+def dropouts(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """Every probability of dropping something, as a module and the name it has there: those of layers, and numbers that modules give to a function."""
+    found = []
     for module in model.modules():
         names = ["p"] if isinstance(module, torch.nn.modules.dropout._DropoutNd) else [name for name in vars(module) if "drop" in name]
-        for name in names:
-            if isinstance(value := getattr(module, name), float) and value > 0:
-                setattr(module, name, 0.0)
-                found += 1
+        found += [(module, name) for name in names if isinstance(value := getattr(module, name), float) and value > 0]
+    return found
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Sets every probability of dropping something to 0, and says so. The config keeps what it says, and so does a checkpoint's."""
+    for module, name in (found := dropouts(model)):
+        setattr(module, name, 0.0)
     if found and not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has nothing to say
-        logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", found)
+        logger.warning("Dropout is off in %d places (disable_dropout=False keeps it): thoughts are compared, and each would have another mask.", len(found))
 
 
 def lm_head(model, what: str = "model") -> torch.nn.Module:
