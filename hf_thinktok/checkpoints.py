@@ -132,7 +132,9 @@ class Preemption(TrainerCallback):
 
     def agree(self) -> bool:
         """Whether any one was asked to end; all of them ask together."""
-        if not self.agreed:
+        if self.accelerator.num_processes == 1:  # nobody to ask, nor a device to wait for
+            self.agreed |= self.asked
+        elif not self.agreed:
             self.agreed = bool(self.accelerator.gather(torch.tensor([self.asked], device=self.accelerator.device)).any())
         return self.agreed
 

@@ -166,7 +166,8 @@ class ThinkTokConfig(SFTConfig):
         > Rewards
 
         reward_funcs (`list[str]`, defaults to `["log_prob"]`):
-            `log_prob`, `accuracy`, `prob`, `information_gain`, `exact`; functions are passed to the trainer.
+            `log_prob`, `accuracy`, `prob`, `information_gain`, `exact`; functions are passed to the trainer. They are of what is thought: with
+            `stop="learned"` when to think is learned from the log-probability of the judged tokens, whatever the rewards.
         reward_weights (`list[float]`, *optional*):
             A weight for each reward; 1 by default.
         objective (`str`, defaults to `"expected"`):
@@ -188,8 +189,8 @@ class ThinkTokConfig(SFTConfig):
         think_loss_weight (`float`, defaults to `1.0`):
             Weight of the policy loss.
         gate_loss_weight (`float`, defaults to `1.0`):
-            With `stop: learned`, weight of the gate's loss and of the price. At 1 a fork's decision weighs as a whole row of text does, or more: where
-            the gate is right already and the text matters, less leaves more of each clipped step to the text.
+            With `stop: learned`, weight of the gate's loss and of the price. At 1 a fork's decision weighs as much as the text's tokens for each fork do,
+            with one fork a row as the whole row: where the gate is right already and the text matters, less leaves more of each clipped step to the text.
         detach_gate (`bool`, defaults to `False`):
             With `stop: learned`, the gate trains the thinking rows alone, and where to think is read from hidden states that do not change for it: whatever
             it gets wrong, the text has no part in mending it.
