@@ -1,5 +1,6 @@
 """Arms are compared at the same places, cost what they are said to cost, and a comparison goes on where it stopped."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -67,14 +68,16 @@ def test_flops_of_a_step_are_those_of_the_formula(options, hand):
 
 
 DRAWN = {"lookahead": 3, "stop": "sampled"}
+SAMPLING = ThinkTokConfig.sampling
 AGAIN = {"num_iterations": 4, "stop": "fixed", "max_steps": 4}
 
 
 @pytest.mark.parametrize("at_once", [512, 12])
 @pytest.mark.parametrize("options", [{}, {"num_forks": 0}, DRAWN, DRAWN | {"thoughts": "filler"}, {"fork_positions": "entropy"}, AGAIN])
 def test_flops_without_data_are_those_of_a_real_step(options, at_once, tmp_path, monkeypatch):
-    """Whether its 32 thoughts are drawn all at once or in three parts."""
+    """Whether its 32 thoughts are drawn all at once or in three parts. What is behind a drawn end meets no vocabulary, and is planned as if it did."""
     monkeypatch.setattr("hf_thinktok.tree.MOST_BRANCHES", at_once)
+    monkeypatch.setattr(ThinkTokConfig, "sampling", lambda self, step=0: dataclasses.replace(SAMPLING(self, step), min_length=self.max_think_length))
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
     full = [{"text": " ".join(CORPUS * 4)}] * 4
