@@ -111,7 +111,7 @@ class Progress(TrainerCallback):
         state.log_history.append({"step": state.global_step, "check": check})  # which checkpoints have as well
         self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the {'hardest' if reached else 'least learned'} level {accuracy:.4f}")
         if reached:
-            table = Table(title="accuracy on training rows, %, by thoughts")
+            table = Table(title="training rows, % right, by thoughts")
             table.add_column("level")
             for column in ("its own", *(THOUGHTS[how] for how in self.others)):
                 table.add_column(column, justify="right")
