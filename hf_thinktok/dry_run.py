@@ -307,7 +307,7 @@ class DryRun:
             with self._autocast():
                 return self.engine.run(self.model, tree, torch.zeros_like(tree.position_ids_BS), passes)
 
-        labels_BT = rows.labels_BT if training or args.memory == "none" else tree.judging_labels(rows.labels_BT)
+        labels_BT = rows.labels_BT if training else tree.evaluated_labels(rows.labels_BT)
         return score_tree(run, tree, labels_BT, rows.rollout, self.vocabulary, **args.scoring(training))
 
     def _autocast(self):

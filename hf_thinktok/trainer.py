@@ -379,7 +379,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         summed, lengths = [], []
         for thoughts in (rollout, control) if persistent else (rollout.beside(control),):
             tree = self._tree(inputs, thoughts)
-            scores = self._score(model, tree, tokens_BT, tree.judging_labels(labels_BT) if persistent else labels_BT, thoughts)
+            scores = self._score(model, tree, tokens_BT, tree.evaluated_labels(labels_BT), thoughts)
             if args.stop == "learned":
                 scores = scores.under_gates_of_first(args.num_generations)
             speech = speak(scores, thoughts, args.stop, 0.0, args.blind)

@@ -280,6 +280,10 @@ class ThoughtTree:
         judges_BT = torch.zeros_like(labels_BT, dtype=torch.bool).scatter_(1, self.judged(labels_BT)[0].flatten(1), True)
         return torch.where(judges_BT, labels_BT, -100)
 
+    def evaluated_labels(self, labels_BT: Tensor) -> Tensor:
+        """What an evaluation scores of this tree, `[B, T]`: all of the text, which sees no thoughts; where they stay in it, what judges them."""
+        return self.judging_labels(labels_BT) if self.branching.persistent else labels_BT
+
     def targets(self, labels_BT: Tensor, every_prefix: bool = False) -> Tensor:
         """The true next token of every node, `[B, S]`, -100 where there is none.
 

@@ -91,20 +91,21 @@ class Progress(TrainerCallback):
     """Says now and then how far a run is, and ends one that has learned its task.
 
     Args:
-        others: what its thoughts are compared with at the levels that a curriculum has reached, as for `answer`.
+        hows: `ways_to_answer`: its own, and what that is compared with at the levels that a curriculum has reached.
     """
 
-    def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, count: int, enough: float, others: list[str]):
+    def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, count: int, enough: float, hows: list[str]):
         levels = levels_of(rows)
         checked = levels if trainer.curriculum is None else levels[-1:]
         self.trainer, self.rows, self.every, self.enough = trainer, [of_level(rows, level, count) for level in checked], every, enough
-        self.others, self.compared = others, {level: of_level(rows, level, COMPARED_ROWS) for level in levels}
+        self.own, *self.others = hows
+        self.compared = {} if trainer.curriculum is None else {level: of_level(rows, level, COMPARED_ROWS) for level in levels}
         self.console = Console()
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.every or state.global_step % self.every or state.global_step <= self.trainer.args.think_start:  # nothing has been thought yet
             return
-        accuracy = min(answer(self.trainer, rows, "think" if self.trainer.args.thinks else "none").accuracy for rows in self.rows)
+        accuracy = min(answer(self.trainer, rows, self.own).accuracy for rows in self.rows)
         seconds, curriculum = self.trainer.spent.seconds, self.trainer.curriculum
         reached = [] if curriculum is None else curriculum.reached(state.global_step)
         check = {"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": max(reached, default=None)}
@@ -257,7 +258,7 @@ def run(
             speaker = new_model(toy, tokenizer) if args.policies == "split" else None
         trainer = ThinkTokTrainer(thinker, args, train_dataset=train, processing_class=own, peft_config=get_peft_config(model), speaker=speaker)
     hows = ways_to_answer(args, task.asked_by_length)
-    trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy, hows[1:]))
+    trainer.add_callback(Progress(trainer, train, toy.check_every, toy.check_rows, toy.stop_accuracy, hows))
     with one_sentence(RunError):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if toy.save_models:  # first, as tests may take as long
@@ -266,10 +267,10 @@ def run(
     language = {}
     if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
         tested = levels_of(test)
-        rows = of_level(test, max(set(tested) & set(levels_of(task.train)), default=max(tested)), toy.test_rows)  # the hardest level that was trained on
+        hardest = max(set(tested) & set(levels_of(task.train)), default=max(tested))  # of those that were trained on
         if not args.reads_thinking:  # there a row has several questions and their answers
-            show_samples(trainer, rows.select(range(min(SAMPLES, len(rows)))), hows[-1])
-        language = figures_of(report_language(trainer, rows, task))
+            show_samples(trainer, of_level(test, hardest, SAMPLES), hows[-1])
+        language = figures_of(report_language(trainer, of_level(test, hardest, toy.test_rows), task))
     return {
         "seed": args.seed, "accuracy": accuracy, "think_length": lengths, "language": language, "seconds": trainer.spent.seconds,
         "steps": trainer.state.global_step, "curve": [entry["check"] for entry in trainer.state.log_history if "check" in entry],

@@ -212,7 +212,7 @@ def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculu
     toy = importlib.import_module("toy")
     monkeypatch.setattr(toy, "answer", lambda trainer, rows, how: SimpleNamespace(accuracy={1: 0.5, 2: 1.0}[rows["level"][0]]))
     trainer = SimpleNamespace(args=SimpleNamespace(thinks=True, think_start=1), curriculum=curriculum, spent=SimpleNamespace(seconds=1.0))
-    progress, control = toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9, others=["none"]), TrainerControl()
+    progress, control = toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9, hows=["think", "none"]), TrainerControl()
     logged = []
     progress.on_step_end(None, SimpleNamespace(global_step=1, log_history=logged), control)
     assert not logged  # there were no thoughts yet
