@@ -1,11 +1,11 @@
 """Renders the figures in README.md and docs/, and model_cards/, from the results files that runs wrote: `python docs/render.py`, or `--check` to say
 whether they agree.
 
-Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it, and below `<!-- comparisons: NAME NAME -->` what
-thinking gains in each of `docs/results/NAME.json`. Between `<!-- NAME: KEY/KEY | FORMAT -->` and
-`<!-- -->` in a sentence stands one figure of `docs/results/NAME.json`, in a format of Python's; of several below the key the least, and with `-KEY` its
-negative. In a table the bar is `\\|`, or it would end the cell. A picture `docs/results/NAME.svg` is drawn from `docs/results/NAME.json`, and
-`model_cards/NAME.md` is the card of that file's run; a new one is begun as an empty file.
+Between `<!-- results: FILE -->` and `<!-- end -->` stands the table of that file, as the run printed it, or of several files as one that had made all their
+runs would have, and below `<!-- comparisons: NAME NAME -->` what thinking gains in each of `docs/results/NAME.json`. Between
+`<!-- NAME: KEY/KEY | FORMAT -->` and `<!-- -->` in a sentence stands one figure of `docs/results/NAME.json`, in a format of Python's; of several below the
+key the least, and with `-KEY` its negative. In a table the bar is `\\|`, or it would end the cell. A picture `docs/results/NAME.svg` is drawn from
+`docs/results/NAME.json`, and `model_cards/NAME.md` is the card of that file's run; a new one is begun as an empty file.
 """
 
 import json
@@ -19,7 +19,7 @@ from hf_thinktok.pictures import draw_ablation, draw_bench, draw_task
 from hf_thinktok.results import as_text, read_json
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (?P<files>[^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- (?P<name>\w+): (?P<sign>-?)(?P<keys>[^|>\\]+) \\?\| (?P<format>\S+) -->).*?(<!-- -->)")
 COMPARISONS = re.compile(r"(<!-- comparisons: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What thinking is compared with, and in which words.
@@ -34,8 +34,29 @@ NOT_UPLOADED = "> An example: this model was not uploaded. The last section says
 PAGES = [ROOT / "README.md", ROOT / "docs" / "toy_study.md", ROOT / "docs" / "scaling.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "evaluation.md"]
 
 
-def table(file: str) -> str:
-    return f"```text\n{as_text(read_json(ROOT / file))}```\n"
+def table(files: list[str]) -> str:
+    return f"```text\n{as_text(joined([read_json(ROOT / file) for file in files]))}```\n"
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of one recipe, or of variants of one, that were run in several turns: its runs by seed, and of what is best without serial steps the most that
+    was known."""
+    first, *others = parts
+    if not others:
+        return first
+    for other in others:
+        if any(other[name] != first[name] for name in ("task", "task_options", "levels")) or other.get("control") != first.get("control"):
+            raise ValueError(f"Runs of {first['task']} with {first['task_options']} and of {other['task']} with {other['task_options']} share no table.")
+    whole = first | {"parts": others}
+    if "ablation" in first:
+        names = sorted({name for part in parts for name in part["ablation"]})
+        return whole | {"ablation": {name: by_seed([run for part in parts for run in part["ablation"].get(name, [])]) for name in names}}
+    shortcut = {level: max(part["shortcut"][level] for part in parts) for level in first["shortcut"]}
+    return whole | {"runs": by_seed([run for part in parts for run in part["runs"]]), "shortcut": shortcut}
+
+
+def by_seed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(runs, key=lambda run: run["seed"])
 
 
 def gains(names: list[str]) -> str:
@@ -62,7 +83,7 @@ def least(value: Any) -> float:
 
 
 def rendered(text: str) -> str:
-    text = BLOCK.sub(lambda match: match[1] + table(match["file"]) + match[3], text)
+    text = BLOCK.sub(lambda match: match[1] + table(match["files"].split()) + match[3], text)
     text = COMPARISONS.sub(lambda match: match[1] + gains(match["names"].split()) + match[3], text)
     return FIGURE.sub(lambda match: match[1] + figure(match) + match[6], text)
 

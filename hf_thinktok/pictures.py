@@ -28,7 +28,7 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
         for i, run in enumerate(results["runs"]):
             axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {THOUGHTS[how]}")
     axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")
-    if max(places) > (longest := max(trained_levels(results))):
+    if max(places) > (longest := max(max(trained_levels(run, results["levels"])) for run in results["runs"])):
         axes.axvspan(longest + 0.5, max(places) + 0.5, color="tab:green", alpha=0.12, label="harder than any trained")
     axes.set(
         xlabel="level",

@@ -221,7 +221,7 @@ def environments(results: Any) -> list[dict[str, Any]]:
 def where(results: dict[str, Any]) -> str:
     """The machines, the libraries and the code of a run, or of its parts."""
     every = [*environments(results), results]
-    parts = results.get("commits", {}).values()  # of runs, or of runs by seed
+    parts = [part for one in every for part in one.get("commits", {}).values()]  # of runs, or of runs by seed
     commits = [one["commit"] for one in every] + [commit for part in parts for commit in (part.values() if isinstance(part, dict) else [part])]
     libraries = (f"torch {one['versions']['torch']}, transformers {one['versions']['transformers']}" for one in every)
     told = [dict.fromkeys(map(machine, every)), dict.fromkeys(libraries), dict.fromkeys((commit or "unknown")[:12] for commit in commits)]
@@ -252,13 +252,17 @@ def as_text(results: dict[str, Any]) -> str:
 
 
 def print_task(results: dict[str, Any], console: Console | None = None) -> None:
-    """Accuracy of runs on a task in per cent: levels across; for each seed a row with its own thoughts, one with random thoughts and one without any."""
+    """Accuracy of runs on a task in per cent: levels across; for each seed a row with its own thoughts, one with random thoughts and one without any. A star
+    says what nothing was trained on: at a level no run, at a figure that run."""
     levels = levels_of_runs(results["runs"])
     control = "" if results["control"] == "none" else f", {results['control']} control"
-    table = level_table(f"{results['task']}: accuracy on test rows, %{control}", "thoughts", levels, trained_levels(results))
+    trained = [trained_levels(run, results["levels"]) for run in results["runs"]]
+    by_any = sorted(set().union(*trained))
+    table = level_table(f"{results['task']}: accuracy on test rows, %{control}", "thoughts", levels, by_any, any(one != by_any for one in trained))
     for how in hows_of(results["runs"]):
-        for run in results["runs"]:
-            table.add_row(THOUGHTS[how], str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels))
+        for run, by_this in zip(results["runs"], trained, strict=True):
+            beyond = {str(level) for level in by_any if level not in by_this}
+            table.add_row(THOUGHTS[how], str(run["seed"]), *(per_cent(run["accuracy"][how][level]) + "*" * (level in beyond) for level in levels))
         table.add_section()
     for run in results["runs"]:
         if lengths := run.get("think_length"):
@@ -320,16 +324,17 @@ def levels_of_runs(runs: list[dict[str, Any]]) -> list[str]:
     return sorted(next(iter(runs[0]["accuracy"].values())), key=int)
 
 
-def trained_levels(results: dict[str, Any]) -> list[int]:
-    """Those that any of the runs was trained on: with a curriculum no further than it came."""
-    reached: list[Any] = [run["curve"][-1].get("level") if run.get("curve") else None for run in results["runs"]]
-    return [level for level in results["levels"] if None in reached or level <= max(reached)]
+def trained_levels(run: dict[str, Any], levels: list[int]) -> list[int]:
+    """Those of a task's levels that a run was trained on: with a curriculum no further than it came."""
+    reached = run["curve"][-1].get("level") if run.get("curve") else None
+    return [level for level in levels if reached is None or level <= reached]
 
 
-def level_table(title: str, what: str, levels: list[str], trained: list[int]) -> Table:
-    """A table with a column for each level, of which those that nothing was trained on have a star."""
+def level_table(title: str, what: str, levels: list[str], trained: list[int], other_stars: bool = False) -> Table:
+    """A table with a column for each level, of which those that nothing was trained on have a star; there may be `other_stars`."""
     starred = [level + ("" if int(level) in trained else "*") for level in levels]
-    table = Table(padding=0, title=title, caption=None if starred == levels else "* never trained on", caption_justify="left")
+    caption = "* never trained on" if other_stars or starred != levels else None
+    table = Table(padding=0, title=title, caption=caption, caption_justify="left")
     table.add_column(what)
     for column in ("seed", *starred):
         table.add_column(column, justify="right")

@@ -26,6 +26,22 @@ def test_readme_is_rendered_from_results_files():
     assert done.returncode == 0, done.stderr[-500:]
 
 
+def test_runs_of_several_files_are_one_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    render = importlib.import_module("render")
+    names = ["s5_seed_2", "s5", "s5_seed_1"]
+    lines = render.table([f"docs/results/{name}.json" for name in names]).splitlines()
+    thinks = [line for line in lines if "its own" in line]
+    parts = [json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text()) for name in names]
+    assert [line.split("│")[2].strip() for line in thinks] == ["0", "1", "2"]
+    assert all(part["commit"][:12] in lines[-2] for part in parts)
+    assert f"{parts[0]['runs'][0]['accuracy']['think']['16']:.1%}"[:-1] in thinks[2]
+    with pytest.raises(ValueError, match="share no table"):
+        render.table(["docs/results/s5.json", "docs/results/pointer_chasing.json"])
+    with pytest.raises(ValueError, match="share no table"):
+        render.table(["docs/results/serial_smollm2_no_think.json", "docs/results/serial_smollm2_filler.json"])
+
+
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "results").glob("*.svg")), ids=lambda path: path.stem)
 def test_pictures_are_drawn_from_results_files(picture, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))

@@ -59,15 +59,24 @@ def test_a_file_that_was_not_finished_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_a_star_is_at_levels_that_no_run_came_to():
-    run = {"seed": 0, "seconds": 1.0, "steps": 10, "accuracy": {"think": dict.fromkeys("1234", 1.0)}}
+def test_a_star_is_at_what_was_not_trained_on():
+    """At a level that no run came to, and at figures of a run that ended before the others."""
+    run = {"seconds": 1.0, "steps": 10, "accuracy": {"think": dict.fromkeys("1234", 1.0)}}
     results = {"task": "walk", "control": "none", "chance": 0.1, "config": {}, "levels": [1, 2, 3], "shortcut": dict.fromkeys("1234", 0.1)}
 
-    def stars(*levels):
+    def table(*levels):
         console = Console(record=True, width=100)
-        print_task(results | {"runs": [run | {"curve": [{"step": 5, "accuracy": 1.0, "level": level}]} for level in levels]}, console)
-        header = next(line for line in console.export_text().splitlines() if "thoughts" in line)
-        return [cell.strip() for cell in header.split("┃")[3:-1]]
+        runs = [run | {"seed": seed, "curve": [{"step": 5, "accuracy": 1.0, "level": level}]} for seed, level in enumerate(levels)]
+        print_task(results | {"runs": runs}, console)
+        lines = console.export_text().splitlines()
+        rows = [[cell.strip() for cell in line.replace("┃", "│").split("│")[3:-1]] for line in lines if "thoughts" in line or "its own" in line]
+        return *rows, any("* never trained on" in line for line in lines)
 
-    assert stars(1, 2) == ["1", "2", "3*", "4*"]
-    assert stars(2, 3) == stars(None) == ["1", "2", "3", "4*"], "without a curriculum all levels of the data are trained on"
+    assert table(1, 2) == (["1", "2", "3*", "4*"], ["100", "100*", "100", "100"], ["100", "100", "100", "100"], True)
+    assert table(2, 3) == (["1", "2", "3", "4*"], ["100", "100", "100*", "100"], ["100", "100", "100", "100"], True)
+    assert table(None) == (["1", "2", "3", "4*"], ["100", "100", "100", "100"], True), "without a curriculum all levels of the data are trained on"
+    results["shortcut"].pop("4")
+    run["accuracy"]["think"].pop("4")
+    assert table(3, 2)[0] == ["1", "2", "3"]
+    assert table(3, 2)[3], "what the stars say is said where no level has one"
+    assert not table(3, 3)[3]
