@@ -59,6 +59,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="Config of recipes/toy.py.")
     parser.add_argument("--variants", type=Path, required=True, help="YAML: for each variant's name, the options that change.")
+    parser.add_argument("--only", nargs="+", help="Names of the variants to run; all where not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, help="Where runs and results go; outputs/toy/ and the name of the file of variants where not given.")
     args, further = parser.parse_known_args()
@@ -71,6 +72,10 @@ if __name__ == "__main__":
                 raise ValueError(f"{args.variants} has {changes!r} for {name}: give the options that it changes, as a mapping.")
             variants[name] = changes or {}
             read_config(KINDS, base | variants[name], f"{args.variants}, {name}:")
+        for name in args.only or ():
+            if name not in variants:
+                raise ValueError(f"--only names {name!r}, and {args.variants} has {', '.join(map(repr, variants))}: name one of these.")
+        variants = {name: changes for name, changes in variants.items() if name in (args.only or variants)}
     results: dict[str, Any] = {"ablation": {}, "variants": variants}
     for name, changes in variants.items():
         print(f"== {name}: {changes or 'nothing changed'}", flush=True)

@@ -340,6 +340,10 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path, monkeyp
     command = [ROOT / "recipes" / "ablate.py", "--config", ROOT / "recipes" / "toy" / "mod_add_30.yaml", "--variants", variants]
     command += ["--seeds", 5, "--output_dir", tmp_path / "out", *small]
     assert re.fullmatch(r"error: [^\n]*nowhere\.yaml[^\n]*\n", in_process(*command, "--variants", "nowhere.yaml").stderr)
+    assert "--only names 'search'" in in_process(*command, "--only", "search").stderr
+    only = in_process(*command, "--only", "without search")
+    assert only.returncode == 0, only.stderr[-2000:]
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["ablation"]) == {"without search"}
     first = in_process(*command)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "without search" in first.stdout
