@@ -1,5 +1,6 @@
 """Shared fixtures. Every test makes its own tiny model; nothing is downloaded."""
 
+import functools
 import gc
 import os
 
@@ -9,6 +10,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import pytest
 import torch
+from accelerate.utils import imports
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from questions import N, questions
@@ -17,6 +19,8 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.head import attach_head
 
 torch.set_num_threads(1)
+# It parses a package's metadata at each call, and is called all the time.
+imports._is_package_available = functools.cache(imports._is_package_available)
 
 
 # Files of few and long tests, which start processes. Last, one of them would keep the workers of all others waiting.

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -79,6 +80,13 @@ def plain_logps(model, vocabulary, prompt, thought, target):
     """log p(target | prompt, thought) over real rows, from an ordinary row."""
     row = torch.tensor([[*prompt, *thought]])
     return model(input_ids=row).logits[0, -1, : vocabulary.num_real].log_softmax(-1)[target]
+
+
+@torch.no_grad()
+def plain_logps_of_each(model, vocabulary, prompt, thoughts, target):
+    """The same of many thoughts of one length, a row each."""
+    rows = torch.tensor([[*prompt, *thought] for thought in thoughts])
+    return model(input_ids=rows).logits[:, -1, : vocabulary.num_real].log_softmax(-1)[:, target].numpy()
 
 
 # ---------------------------------------------------------------- who speaks
@@ -290,7 +298,7 @@ def test_blind_search_finds_the_best_of_all_thoughts(make, policies):
     speaker = trainer.model.speaker if policies == "split" else trainer.model
     every = [[trainer.vocabulary.first_id + z for z in thought] for thought in itertools.product(range(N), repeat=2)]
     for row in range(5):
-        values = [plain_logps(speaker, trainer.vocabulary, [], thought, rows[row]["input_ids"][5]).item() for thought in every]
+        values = plain_logps_of_each(speaker, trainer.vocabulary, [], every, rows[row]["input_ids"][5])
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
 
 
@@ -324,7 +332,8 @@ def test_blind_search_reads_thoughts_of_given_lengths(make):
     for row in range(6):
         length, target = rows[row]["think_length"], rows[row]["input_ids"][5]
         every = [list(thought) for thought in itertools.product(range(N), repeat=length)]
-        values = [plain_logps(trainer.model, trainer.vocabulary, [], [first + z for z in z_L], target).item() + 5.0 * rarity(z_L) for z_L in every]
+        logps = plain_logps_of_each(trainer.model, trainer.vocabulary, [], [[first + z for z in z_L] for z_L in every], target)
+        values = [logp + 5.0 * rarity(z_L) for logp, z_L in zip(logps, every, strict=True)]
         assert (rollout.thoughts_BKGL[row, 0, 0, :length] - first).tolist() == every[int(np.argmax(values))]
 
 
@@ -399,10 +408,8 @@ def test_search_finds_the_best_thought_for_each_text(make, blind, judged, option
     for row in range(5):
         ids, fork = rows[row]["input_ids"], rollout.forks_BK[row, 0].item() + 1
         read, follows = [] if blind else ids[:fork], ids[fork:][:judged]
-        values = [
-            sum(plain_logps(trainer.model, trainer.vocabulary, read, thought + follows[:h], follows[h]).item() for h in range(len(follows)))
-            for thought in every
-        ]
+        each = partial(plain_logps_of_each, trainer.model, trainer.vocabulary, read)
+        values = sum(each([thought + follows[:h] for thought in every], follows[h]) for h in range(len(follows)))
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == every[int(np.argmax(values))]
 
 
@@ -422,7 +429,7 @@ def test_search_is_paid_for_rare_thoughts_where_asked(make, blind, where):
     for row in range(5):
         ids = rows[row]["input_ids"]
         thoughts = [[trainer.vocabulary.first_id + z for z in thought] for thought in every]
-        logps = np.array([plain_logps(trainer.model, trainer.vocabulary, [] if blind else ids[:5], thought, ids[5]).item() for thought in thoughts])
+        logps = plain_logps_of_each(trainer.model, trainer.vocabulary, [] if blind else ids[:5], thoughts, ids[5])
         share = 1.0 if where == "everywhere" else 1 - math.exp(logps.max())
         assert rollout.thoughts_BKGL[row, 0, 0].tolist() == thoughts[int(np.argmax(logps + 0.2 * share * rarity))]
 
@@ -440,9 +447,10 @@ def test_search_where_thoughts_may_end_early_looks_at_every_end_and_its_price(ma
     for row in range(8):
         ids, worth = rows[row]["input_ids"], {}
         for end in (1, 2, 3):
-            for z in itertools.product(range(N), repeat=end):
-                thought = [trainer.vocabulary.first_id + one for one in z]
-                worth[z] = plain_logps(trainer.model, trainer.vocabulary, [] if blind else ids[:5], thought, ids[5]).item() - price * end
+            every = list(itertools.product(range(N), repeat=end))
+            thoughts = [[trainer.vocabulary.first_id + one for one in z] for z in every]
+            logps = plain_logps_of_each(trainer.model, trainer.vocabulary, [] if blind else ids[:5], thoughts, ids[5])
+            worth |= dict(zip(every, logps - price * end, strict=True))
         best = max(worth, key=worth.get)
         short += len(best) < 3
         found = tuple((rollout.thoughts_BKGL[row, 0, 0] - trainer.vocabulary.first_id).tolist())
