@@ -8,9 +8,12 @@ import torch.utils.backend_registration
 from commands import started
 from models import save_tiny
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch cannot have a device of Python alone"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch cannot have a device of Python alone"
+    ),
+    pytest.mark.timeout(900),  # all runs are one process
+]
 
 ANSWERED = {"questions": True, "stop": "fixed", "num_forks": 1, "then": ["answer"]}
 RESUMED = {"save_strategy": "steps", "save_steps": 2, "then": ["resume"]}

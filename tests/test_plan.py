@@ -78,7 +78,7 @@ ADAPTER = {"dtype": torch.bfloat16, "peft_config": LoraConfig(target_modules="al
 PEAKS = {"bench_h200": ("SmolLM2-135M", {}), "bench_h200_lora": ("SmolLM2-1.7B", ADAPTER)}
 
 
-@pytest.mark.parametrize(("results", "cell"), [("bench_h200", 0), ("bench_h200", 1), ("bench_h200", 2), ("bench_h200_lora", 0), ("bench_h200_lora", 1)])
+@pytest.mark.parametrize(("results", "cell"), [("bench_h200", 0), ("bench_h200", 2), ("bench_h200_lora", 1)])
 def test_a_plan_is_what_a_step_took_on_a_gpu(memory, results, cell, monkeypatch):
     """Long rows by FlexAttention, short ones under a mask; with the keys and values that stay for the next rollout."""
     monkeypatch.setattr("hf_thinktok.tree.MOST_BRANCHES", 1024)  # these were measured when thoughts were all drawn at once
@@ -92,8 +92,9 @@ def test_a_plan_is_what_a_step_took_on_a_gpu(memory, results, cell, monkeypatch)
 
 def test_what_stays_for_the_next_rollout_is_limited_and_not_sharded():
     shape = {"num_hidden_layers": 4}
-    cache = made(shape).phases[Phase.THOUGHTS][Part.CACHE]
-    assert made(shape).phases[Phase.PASS][Part.CACHE] == made(shape).phases[Phase.STEP][Part.CACHE] == cache
+    phases = made(shape).phases
+    cache = phases[Phase.THOUGHTS][Part.CACHE]
+    assert phases[Phase.PASS][Part.CACHE] == phases[Phase.STEP][Part.CACHE] == cache
     limited = {"gpu_gib": 15 * cache / 2**30}, {"zero": 2, "num_processes": 2}, {"gpu": False}
     assert all(Part.CACHE not in made(shape, loading).phases[Phase.PASS] for loading in limited)
     assert Part.CACHE in made(shape, {"gpu_gib": 17 * cache / 2**30}).phases[Phase.PASS]
@@ -113,8 +114,8 @@ def test_a_layer_keeps_what_the_page_says(dtype, bf16, numbers):
         one = made(shape | {"num_hidden_layers": layers}, loading, bf16=bf16, max_length=512, num_forks=16)
         return sum(one.phases[Phase.PASS].get(part, 0) for part in (Part.ACTIVATIONS, Part.WORKING, Part.ATTENTION)), one.nodes
 
-    (less, nodes), (more, _) = kept(4), kept(6)
-    assert (more - less) / 2 / nodes == pytest.approx(hidden * 256 + inner * (256 + 512), rel=0.01)
+    (less, nodes), (more, _) = kept(2), kept(3)
+    assert (more - less) / nodes == pytest.approx(hidden * 256 + inner * (256 + 512), rel=0.01)
 
 
 def test_the_cache_holds_the_text_and_all_thoughts_but_their_last_tokens():
