@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import LESS_IS_BETTER, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
+from .config_checks import LESS_IS_BETTER, MORE_IS_BETTER, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -337,8 +337,11 @@ class ThinkTokConfig(SFTConfig):
             self.ddp_find_unused_parameters = True  # the speaker's, until thinking starts
         if self.metric_for_best_model is None and self.chooses_best and self.thinks:
             self.metric_for_best_model: str | None = "bits_think"  # a loss is that of the text without thoughts
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # transformers knows it of losses alone
-            self.greater_is_better: bool | None = False
+        metric, known = self.metric_for_best_model or "", {LESS_IS_BETTER: False, MORE_IS_BETTER: True}  # transformers knows it of losses alone
+        for greater in (greater for names, greater in known.items() if metric.endswith(names)):
+            if self.greater_is_better is (not greater):
+                raise ValueError(f"greater_is_better={not greater} would keep the worst model by {metric}: leave it out (with dataclasses.replace, set None).")
+            self.greater_is_better: bool | None = greater
         super().__post_init__()
         check_reporters(self)
         given: dict[str, Any] = self.model_init_kwargs or {}

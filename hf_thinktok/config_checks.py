@@ -24,9 +24,9 @@ SCHEDULED_FRACTIONS = ("epsilon_greedy", "thought_entropy_target", "stop_smoothi
 LISTS = ("alternate", "reward_funcs", "reward_weights", "fork_markers", "think_init_words")
 FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
-# Of what evaluations report (`GainByDocument`), that of which the best model has least.
+# Of what evaluations report of thoughts (`GainByDocument`), that of which the best model has least, and most.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
-EVALUATED = ("loss", "gain", "gain_over_random", *LESS_IS_BETTER)
+MORE_IS_BETTER = ("gain", "gain_over_random")
 RATES = ("speaker_learning_rate", "think_learning_rate")
 LENGTHS_VARY = ", and under blind max_think_length above 1"
 POLICY_LEARNS = "think_loss_weight above 0, and freeze=none or speaker"
@@ -183,6 +183,7 @@ def check_text(config: "ThinkTokConfig") -> None:
             config.num_forks == 0 and config.text_ce_weight == 0
         ),
         "padding_free=True would lay a whole batch out as one row: set packing=True instead.": config.padding_free,
+        "use_liger_kernel puts a forward of its own in the place of that by which a model thinks: leave it out.": config.use_liger_kernel,
         "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(config.router_aux_loss_coef),
     }
     _refuse(refusals)
@@ -296,12 +297,7 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "fork_positions=markers needs fork_markers, the texts after which the model may think.": (
             config.fork_positions == "markers" and not (config.fork_markers and all(config.fork_markers))
         ),
-        "save_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
-            config.save_strategy == "steps" and _parts_rollout(config, config.save_steps)
-        ),
-        "With save_strategy=best eval_steps must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in.": (
-            config.save_strategy == "best" and config.eval_strategy == "steps" and _parts_rollout(config, config.eval_steps or config.logging_steps)
-        ),
+        saves_must_end_rollouts(config): (steps := steps_between_saves(config)) >= 1 and _parts_rollout(config, steps),
         "stop=learned ends no thought, and with memory=persistent thoughts of full length would stay in the text: set stop=sampled or stop=fixed.": (
             config.stop == "learned" and config.memory == "persistent"
         ),
@@ -313,13 +309,16 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
     """A run of so many steps, and what would begin after it, and so never.
 
     Raises:
-        RunError: it has no step, or is over before thinking begins, or before a schedule that stands at 0 until then.
+        RunError: it has no step, or is over before thinking begins, or before a schedule that stands at 0 until then; or saves a part of it that ends within
+            a rollout.
     """
     if steps < 1:
         named = "max_steps=0" if config.max_steps == 0 else f"num_train_epochs={config.num_train_epochs}"
         raise RunError(f"{named} is a run of no step: set num_train_epochs above 0, or max_steps.")
     if config.think_start >= steps:
         raise RunError(f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0.")
+    if 0 < (share := steps_between_saves(config)) < 1 and _parts_rollout(config, math.ceil(share * steps)):
+        raise RunError(saves_must_end_rollouts(config))
     thinking = steps - config.think_start
     for name in SCHEDULES:
         schedule = getattr(config, name) or [0]
@@ -426,6 +425,18 @@ def only_divides(config: "ThinkTokConfig") -> bool:
 
 def no_effect(config: "ThinkTokConfig", name: str, needed: str) -> ValueError:
     return ValueError(f"{name}={getattr(config, name)!r} has no effect here; it needs {needed}. Leave {name} out or change that.")
+
+
+def steps_between_saves(config: "ThinkTokConfig") -> float:
+    """0 where no number of steps says when to save; below 1 it is a part of the run."""
+    if config.save_strategy == "best" and config.eval_strategy == "steps":
+        return config.eval_steps or config.logging_steps
+    return config.save_steps if config.save_strategy == "steps" else 0
+
+
+def saves_must_end_rollouts(config: "ThinkTokConfig") -> str:
+    what = "save_steps" if config.save_strategy == "steps" else "With save_strategy=best eval_steps"
+    return f"{what} must be a multiple of num_iterations, or a resumed run would lack the rollout it stopped in."
 
 
 def _parts_rollout(config: "ThinkTokConfig", steps: float) -> bool:

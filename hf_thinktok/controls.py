@@ -24,8 +24,8 @@ def control(kind: str, stop: str) -> tuple[tuple[str, ...], dict[str, Any]]:
         kind: `no_think`, the same model and text, and nothing is thought; or `filler`, thoughts as long, which say nothing. Where a run draws how long its
             thoughts are its fillers do too, and are rewarded as its thoughts are.
     """
-    if kind == "no_think":
-        return (*ABOUT_THOUGHTS, *ABOUT_REWARDS), {"num_forks": 0, "text_ce_weight": 1.0}
+    if kind == "no_think":  # the best by the loss of its text, as no other figure is had of it
+        return (*ABOUT_THOUGHTS, *ABOUT_REWARDS, "metric_for_best_model", "greater_is_better"), {"num_forks": 0, "text_ce_weight": 1.0}
     if stop == "sampled":
         return ABOUT_THOUGHTS, {"thoughts": "filler"}
     return (*ABOUT_THOUGHTS, *ABOUT_REWARDS), {"thoughts": "filler", "num_generations": 1}

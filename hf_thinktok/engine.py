@@ -331,8 +331,10 @@ class _Probe:
         device = model.device
         generator = torch.Generator().manual_seed(0)
         branching = replace(branching, num_generations=2, lookahead=min(branching.lookahead, PROBE_LOOKAHEAD))
-        trunk_length = max(2, min(trunk_length, longest_row(model) - branching.width))
-        num_forks = max(1, min(num_forks, PROBE_FORKS, trunk_length - 1))
+        num_forks = min(num_forks, PROBE_FORKS)
+        stays = (num_forks - 1) * branching.max_length * branching.persistent  # of the thoughts before the last
+        trunk_length = max(2, min(trunk_length, longest_row(model) - branching.width - stays))
+        num_forks = max(1, min(num_forks, trunk_length - 1))
         forks = torch.linspace(0, trunk_length - 2, num_forks).long().unique()[None].to(device)
         self.tree = ThoughtTree(torch.zeros(1, trunk_length, dtype=torch.long, device=device), forks, branching)
         self.tokens_BT = torch.randint(vocabulary.num_real, (1, trunk_length), generator=generator).to(device)

@@ -4,8 +4,9 @@ Shape suffixes as in tree.py.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .tree import document_ends, document_lengths, document_positions, next_labe
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
 
+logger = logging.getLogger(__name__)
 # Rows in which a marker is looked for.
 CHECKED_ROWS = 10_000
 
@@ -158,6 +160,27 @@ def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:
     return [list(one) for one in dict.fromkeys(map(tuple, found)) if one]
 
 
+def check_markers(markers: list[list[int]], args: "ThinkTokConfig", datasets: Mapping[str, Any], may_think: Callable[[dict], bool]) -> None:
+    """Refuses rows in which nothing could be thought after a marker, and warns of a data set to evaluate on whose rows are such, unless it chooses the best
+    model; and lists of lengths that do not fit.
+
+    Args:
+        datasets: by name, as they are trained and evaluated on.
+        may_think: whether the model can think at any place of a row.
+
+    Raises:
+        ValueError: no marker ends within the first rows, or none where it can think; or as `check_given_lengths`.
+    """
+    assert args.fork_markers is not None
+    for name, rows in datasets.items():
+        check_given_lengths(markers, args.fork_markers, rows, may_think)
+        if (why := nothing_marked(markers, args.fork_markers, name, rows, may_think)) is None:
+            continue
+        if name == "train" or (args.chooses_best and len(datasets) == 2):
+            raise ValueError(why)
+        logger.warning(why)
+
+
 def check_given_lengths(markers: list[list[int]], texts: list[str], rows, may_think: Callable[[dict], bool]) -> None:
     """Lists of lengths have one for each end of a marker, and ask for thoughts where there can be some.
 
@@ -185,30 +208,21 @@ def check_given_lengths(markers: list[list[int]], texts: list[str], rows, may_th
         )
 
 
-def check_markers(markers: list[list[int]], texts: list[str], rows, may_think: Callable[[dict], bool]) -> None:
-    """Refuses markers after none of which the model could think.
-
-    Args:
-        rows: as they are trained on.
-        may_think: whether the model can at any place of a row; how long the data would have it think there is not asked.
-
-    Raises:
-        ValueError: no marker ends within the first rows, or none where it can think.
-    """
+def nothing_marked(markers: list[list[int]], texts: list[str], name: str, rows, may_think: Callable[[dict], bool]) -> str | None:
+    """Why nothing would be thought in a data set, if so. How long the data would have the model think at a place is not asked."""
     ends = False
     for row in itertools.islice(rows, CHECKED_ROWS):
         if ends_of(markers, torch.as_tensor(row["input_ids"])[None]).any():
             ends = True
-            if may_think({name: value for name, value in row.items() if name != "think_length"}):
-                return
+            if may_think({column: value for column, value in row.items() if column != "think_length"}):
+                return None
+    there = f"in the first {CHECKED_ROWS:,} rows of the {name} data set, so nothing would be thought"
     if ends:
-        raise ValueError(
-            f"After none of fork_markers={texts} the next token is one to predict, in the first {CHECKED_ROWS:,} rows, so nothing would be thought: let a "
-            "marker end where the answer begins, for example '### Response:\\n' for '### Response:'."
+        return (
+            f"After none of fork_markers={texts} the next token is one to predict, {there}: let a marker end where the answer begins, for example "
+            "'### Response:\\n' for '### Response:'."
         )
-    raise ValueError(
-        f"None of fork_markers={texts} ends anywhere in the first {CHECKED_ROWS:,} rows, so nothing would be thought: look at how they are written."
-    )
+    return f"None of fork_markers={texts} ends anywhere {there}: look at how they are written."
 
 
 def ends_of(markers: list[list[int]], tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:

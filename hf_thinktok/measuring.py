@@ -25,6 +25,7 @@ class MeasuringTrainer(CheckpointingTrainer):
 
     curriculum: Curriculum | None = None
     revival: Revival | None = None
+    _micro_step = (-1, -1)  # optimizer step, and forward within it
 
     def _begin_to_measure(self) -> None:
         self.spent, self.guard = Spent(), NonFiniteGuard(self.args.max_nonfinite_steps)
@@ -120,9 +121,11 @@ class MeasuringTrainer(CheckpointingTrainer):
                 raw = "input_ids" not in (getattr(dataset, "column_names", None) or ())
                 check_dataset(dataset, name, self.args, self._formatting_func if raw else None)
         if not self.plain:
-            self._gains, self._micro_step, self._prefix = GainByDocument(), (-1, -1), metric_key_prefix
+            self._gains, self._prefix = GainByDocument(), metric_key_prefix
+        step, self._micro_step = self._micro_step, (-1, -1)
         start, clock = time.perf_counter(), self._clock
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._micro_step = step  # an evaluation within one leaves it as it is
         self._clock = clock + time.perf_counter() - start  # no part of the training that tokens per second are of; several sets have their own calls within
         return metrics
 

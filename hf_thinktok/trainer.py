@@ -26,7 +26,7 @@ from .data import TreeCollator, check_prepared, check_thinking_numbers, column_o
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import Pass, choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_given_lengths, check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
+from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text, used_by_now
 from .measuring import MeasuringTrainer
@@ -186,10 +186,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         check_positions(args, base)
         self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
         if args.fork_positions == "markers":
-            for rows in named_sets(self.train_dataset, self.eval_dataset).values():
-                check_given_lengths(self.markers, args.fork_markers, rows, self._may_think)
-            if self.train_dataset is not None:
-                check_markers(self.markers, args.fork_markers, self.train_dataset, self._may_think)
+            check_markers(self.markers, args, named_sets(self.train_dataset, self.eval_dataset), self._may_think)
         longest = args.max_length or 1024
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
         if args.revive_every and self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
@@ -220,7 +217,7 @@ class ThinkTokTrainer(MeasuringTrainer):
 
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
-        self._micro_step = (-1, -1)  # optimizer step, and forward within it
+        self._micro_step = (-1, -1)
         self._weights: Tensor | None = None  # of the thinking loss, for each batch of the present step; 1 where there is a single one
 
     # ---------------------------------------------------------------- the algorithm

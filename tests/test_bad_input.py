@@ -182,6 +182,7 @@ BAD_FITS = [
     ({"loss_type": "dft"}, ["loss_type=dft", "not supported"]),
     ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor", "not supported"]),
     ({"padding_free": True}, ["padding_free", "packing=True"]),
+    ({"use_liger_kernel": True}, ["use_liger_kernel", "leave it out"]),
     ({"num_iterations": 2, "save_steps": 3}, ["save_steps", "multiple of num_iterations"]),
     ({"search": 8, "search_changes": 0, "stop": "fixed"}, ["search_changes=0", "at least 1"]),
     ({"search": [0.0, 0.4, 100], "stop": "fixed"}, ["search=", "never as much as one candidate"]),
@@ -1337,6 +1338,17 @@ def test_a_best_checkpoint_within_a_rollout(make_config):
     make_config(eval_steps=4, **options)
 
 
+def test_saves_at_a_part_of_the_run_end_rollouts_too(make_config, make_trainer):
+    options = {"num_iterations": 2, "save_strategy": "steps", "max_steps": 8}
+    make_config(save_steps=0.5, **options)
+    with pytest.raises(ValueError, match="save_steps") as error:
+        make_config(save_steps=0.3, **options)  # every three steps
+    one_sentence(error, "save_steps must be a multiple of num_iterations")
+    by_epochs = {"max_steps": -1, "num_train_epochs": 1.0, "per_device_train_batch_size": 4}
+    with pytest.raises(ValueError, match="save_steps must be a multiple"):
+        make_trainer(save_steps=0.01, **options | by_epochs).train()
+
+
 def test_processes_do_not_divide_a_stream_to_evaluate_on():
     rows, args = Dataset.from_dict({"text": ["a b c"]}).to_iterable_dataset(), SimpleNamespace(world_size=2, max_steps=1)
     with pytest.raises(ValueError, match=r"eval data set is streamed, and 2 processes .*Dataset.from_list"):
@@ -1386,3 +1398,22 @@ def test_a_push_without_a_hub_leaves_the_trained_model(make_trainer, monkeypatch
     for name, weight in trainer.model.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], weight, atol=0, rtol=0)
     trainer.train()  # the trainer goes on
+
+
+def test_markers_that_a_data_set_to_evaluate_on_has_not(make_trainer, corpus, caplog):
+    """Nothing is thought there: a warning, or where it would choose the best model an error, as of the text that is trained on."""
+    options = {"fork_positions": "markers", "fork_markers": [" the"]}
+    without, best = Dataset.from_dict({"text": ["3 + 4 = 7"] * 4}), {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    with caplog.at_level("WARNING", logger="hf_thinktok"):
+        metrics = make_trainer(eval_dataset={"numbers": without}, **options).evaluate()
+    assert "eval_numbers_loss" in metrics
+    assert "ends anywhere in the first 10,000 rows of the numbers data set, so nothing would be thought" in caplog.text
+    with pytest.raises(ValueError, match="of the eval data set, so nothing would be thought"):
+        make_trainer(eval_dataset=without, **options | best)
+    make_trainer(eval_dataset=corpus, **options | best)
+
+
+def test_a_stream_in_which_there_is_nothing_to_predict(make_trainer):
+    rows = Dataset.from_list([{"prompt": "the cat sat " * 40, "completion": "on the mat"}] * 16)
+    with pytest.raises(ValueError, match=r"No step was taken: no row has a token to predict within max_length=48\. Raise max_length\."):
+        make_trainer(train_dataset=rows.to_iterable_dataset()).train()

@@ -25,7 +25,8 @@ from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add
 from hf_thinktok import trainer as trainer_module
 from hf_thinktok.architectures import drops_attention
 from hf_thinktok.cli import main
-from hf_thinktok.config_checks import LESS_IS_BETTER
+from hf_thinktok.config_checks import LESS_IS_BETTER, MORE_IS_BETTER
+from hf_thinktok.controls import control_of
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.evaluation import GainByDocument, evaluate_thinking
 from hf_thinktok.forks import ends_of, marker_ids
@@ -971,9 +972,44 @@ def test_the_best_model_has_the_fewest_bits_and_the_largest_gain(make_trainer, c
     assert trainer.state.best_metric == best(found)
 
 
-def test_what_is_best_may_be_said(make_trainer):
-    assert make_trainer(metric_for_best_model="bits_think", greater_is_better=True).args.greater_is_better
-    assert set(LESS_IS_BETTER) <= set(GainByDocument([[1.0] * 6] * 2).summary())
+def test_the_worst_model_is_not_taken_for_the_best():
+    """Whoever changes a config hands on what was derived in it."""
+    assert {*LESS_IS_BETTER, *MORE_IS_BETTER} <= set(GainByDocument([[1.0] * 6] * 2).summary())
+    args = ThinkTokConfig("out", load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1, use_cpu=True)
+    for changes in ({"metric_for_best_model": "gain"}, {"greater_is_better": True}):
+        with pytest.raises(ValueError, match="would keep the worst model by .*: leave it out"):
+            dataclasses.replace(args, **changes)
+    assert dataclasses.replace(args, metric_for_best_model="gain", greater_is_better=None).greater_is_better
+    assert dataclasses.replace(args, metric_for_best_model="loss", greater_is_better=True).greater_is_better, "of a loss transformers knows it"
+
+
+def test_without_thoughts_the_best_model_is_of_its_text(make_trainer, corpus):
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    for metric in (None, "gain"):
+        control = control_of(ThinkTokConfig("out", **options, metric_for_best_model=metric, use_cpu=True), "no_think")
+        assert (control.metric_for_best_model, control.greater_is_better) == ("loss", False)
+    trainer = make_trainer(eval_dataset=corpus.select(range(4)), **{name: getattr(control, name) for name in (*options, "num_forks", "metric_for_best_model")})
+    trainer.train()
+    assert trainer.state.best_metric == min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    with pytest.raises(ValueError, match=r"metric_for_best_model=gain is of thoughts, and this run has none: leave it out"):
+        make_trainer(eval_dataset=corpus, **options, num_forks=0, metric_for_best_model="eval_gain")
+
+
+def test_an_evaluation_within_a_step_changes_nothing(make_trainer, corpus):
+    """Each batch of an accumulated step draws by its number in the step."""
+
+    class Evaluates(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            trainer.evaluate()
+
+    found = []
+    for callbacks in ([], [Evaluates()]):
+        trainer = make_trainer(gradient_accumulation_steps=3, max_steps=2, eval_dataset=corpus.select(range(4)))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == found[1]
 
 
 def test_rows_as_long_as_the_context(make_trainer):
@@ -1203,6 +1239,7 @@ def test_all_thoughts_that_stay_have_room(make_trainer):
     """Rows as long as they are, with positions for one thought and not for all."""
     rows = Dataset.from_dict({"input_ids": [list(range(10, 256))] * 4})
     trainer = make_trainer("gpt2", train_dataset=rows, max_length=None, memory="persistent", stop="fixed", num_forks=8)
+    assert trainer.engine.name == "tree", "whose rows are tried with as many thoughts as fit"
     trainer.train()
     assert "reward" not in trainer.state.log_history[0], "there is no place where all of them fit"
 

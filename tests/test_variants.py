@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +144,21 @@ def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_b
     whole.train()
     assert groups == [(len(group["params"]), group["initial_lr"]) for group in whole.optimizer.param_groups], "divided once, and none is empty"
     assert all(size for size, _ in groups)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_think_tokens": 0}, {"peft_config": LoraConfig(target_modules=["q_proj"]), "policies": "split"}])
+def test_a_model_that_was_one_of_a_pair_is_trained_without_the_other(make, corpus, tmp_path, options):
+    """In the same process, where it has its speaker still."""
+    pair = make(policies="split")
+    names = set(tiny_model("llama", vocab_size=len(pair.processing_class)).state_dict())
+    rows = corpus if "num_think_tokens" in options else None
+    trainer = make(rows, model=pair.model, tokenizer=pair.processing_class, gradient_checkpointing=False, **{"num_think_tokens": None} | options)
+    trainer.train()
+    trainer.save_model()
+    assert not any("speaker.model" in name for name, _ in trainer.model.named_parameters())
+    if "peft_config" not in options:
+        assert {name for name, _ in trainer.model.named_parameters()} <= names
+        assert not (Path(trainer.args.output_dir) / "speaker").exists()
 
 
 def test_a_run_from_a_split_pair_goes_on_with_both(make, tmp_path):
