@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
-    from .generation import ThinkingBudget, ThinkingStreamer, think_while_reading
+    from .generation import StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
     from .tokens import ThinkingVocabulary, add_thinking_tokens
     from .trainer import ThinkTokTrainer
 
@@ -15,6 +15,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 
 __version__ = "0.1.0"
 __all__ = [
+    "StopsInText",
     "ThinkTokConfig",
     "ThinkTokTrainer",
     "ThinkingBudget",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "StopsInText": "generation",
     "ThinkTokConfig": "config",
     "ThinkTokTrainer": "trainer",
     "ThinkingBudget": "generation",

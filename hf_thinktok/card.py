@@ -116,6 +116,8 @@ def use(trained: dict[str, Any], adapter: str | None) -> str:
         )
         inspected = all(trained.get(name, usual[0]) in usual for name, usual in EVALUABLE.items())
         said += ", `thinktok inspect` what each thought does." if inspected else "."
+        if trained.get("memory", "none") == "none":
+            said += " In training, and in figures of held-out text, a thought was forgotten once the tokens that judge it were there; generation keeps it."
     if adapter:
         said += (
             f" This is an adapter, which `AutoPeftModelForCausalLM` loads with its base; `thinktok merge {adapter} FOLDER` makes one plain checkpoint of "
@@ -203,7 +205,7 @@ def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
         "minutes": round(results["train_seconds"] / 60, 1),
         "runs": "",
         "limits": [
-            f"One seed, {config.get('max_steps', 'some')} steps, one size of model; {results['documents']:.0f} held-out documents.",
+            f"One seed, {results.get('steps', config.get('max_steps', 'some'))} steps, one size of model; {results['documents']:.0f} held-out documents.",
             "The control is a random thought. A model with as much compute or other text was not trained beside it.",
             "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
         ],

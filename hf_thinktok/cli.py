@@ -37,7 +37,7 @@ def add_generate(subparsers) -> None:
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max_new_tokens", type=whole(1), default=256, metavar="N", help="tokens at most, thoughts included, while the context lasts (256)")
-    sampling.add_argument("--temperature", type=number(0, math.inf, "above 0"), metavar="T", help="divides the logits (1)")
+    sampling.add_argument("--temperature", type=number(1e-6, math.inf, "above 0.000001"), metavar="T", help="divides the logits (1)")
     sampling.add_argument(
         "--top_p", type=number(0, 1, "above 0 and at most 1"), metavar="P", help="sample from the likeliest tokens that together reach it (1)"
     )
@@ -69,7 +69,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     from .card import why_not_generated
     from .forks import ends_of, marker_ids
-    from .generation import ThinkingBudget, ThinkingStreamer, think_while_reading
+    from .generation import StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
     from .models import longest_row
     from .tokens import stored_options
 
@@ -90,7 +90,7 @@ def run_generate(args: argparse.Namespace) -> None:
     sampling = {"do_sample": not args.greedy, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     if not args.greedy:
         sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None} | chosen
-    sampling["tokenizer"] = tokenizer  # for stop_strings that the model's generation config may have
+    stops, model.generation_config.stop_strings = model.generation_config.stop_strings, None
     if args.seed is not None:
         torch.manual_seed(args.seed)
     markers = marker_ids(args.think_after or trained.get("fork_markers", ()), tokenizer)
@@ -115,6 +115,7 @@ def run_generate(args: argparse.Namespace) -> None:
         max_new_tokens=min(args.max_new_tokens, room),
         **sampling,
         logits_processor=[budget],
+        stopping_criteria=[StopsInText(tokenizer, stops, vocabulary)] if stops else None,
         streamer=ThinkingStreamer(tokenizer, vocabulary, args.thoughts, skip_prompt=not thoughts),
         return_dict_in_generate=False,
     )

@@ -53,7 +53,9 @@ def run_eval(args: argparse.Namespace) -> None:
     if "=" not in first and args.words.index(first) < args.words.index(args.model):  # whose value would be taken for MODEL
         raise UsageError("MODEL comes first: thinktok eval MODEL --data_files held_out.jsonl")
     text, report = read_recipe(args, TextArguments, ReportArguments)
-    told = {word.partition("=")[0].removeprefix("--") for word in args.recipe if word.startswith("--")}
+    told = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args.recipe if word.startswith("--")}
+    if {"data_files", "test_files"} <= told:
+        raise UsageError("--data_files and --test_files each name the text to evaluate on: leave one of the two out.")
     has_parts = bool(told & {"config", "held_out_documents", "test_documents"})
     if "data_split_seed" in told and not has_parts and text.max_documents is None:
         raise UsageError("--data_split_seed has no effect without --held_out_documents, --test_documents or --max_documents: leave it out, or give one.")
@@ -109,7 +111,7 @@ def run_inspect(args: argparse.Namespace) -> None:
             "name": args.model,
             "number": 0,
             "texts": [shown | {"title": "Text"}],
-            "settings": json.dumps(vars(args), default=str),
+            "settings": json.dumps({name: value for name, value in vars(args).items() if not callable(value)}, default=str),
         }
         with usage():
             write_page(args.output, [page])

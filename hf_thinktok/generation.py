@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .callbacks import TEXT_STYLE, THOUGHT_STYLE
@@ -22,6 +22,8 @@ from .forks import ends_of
 from .tokens import GUARD, TEMPLATE, ThinkingVocabulary
 
 THOUGHTS = ("show", "hide")
+# Nats either way: more than any logits differ, and within what 16 bits hold.
+MOST_BIAS = 10_000
 # What a byte-level tokenizer decodes the first bytes of an unfinished character to.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -137,6 +139,23 @@ def _vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> ThinkingVocabulary | N
     return ThinkingVocabulary(first, guard - first, guard)
 
 
+class StopsInText(StoppingCriteria):
+    """Stop strings looked for in what is said, for `model.generate(stopping_criteria=[...])`: with thoughts in between `stop_strings` of `generate` would not
+    see them, and would see the names of thoughts.
+
+    Args:
+        stop_strings: as of `generate`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: str | list[str], vocabulary: ThinkingVocabulary):
+        self.stops, self.vocabulary = StopStringCriteria(tokenizer, stop_strings), vocabulary
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        thought_BT = self.vocabulary.is_thought(input_ids)
+        said = (row_T[~thought_T] for row_T, thought_T in zip(input_ids, thought_BT, strict=True))
+        return torch.cat([self.stops(row_T[None], scores) for row_T in said]) & ~thought_BT[:, -1]  # or a prompt might stop what is thought first
+
+
 class ThinkingBudget(LogitsProcessor):
     """How much a model may, must and tends to think, for `model.generate(logits_processor=[...])`. By default it changes nothing.
 
@@ -186,8 +205,8 @@ class ThinkingBudget(LogitsProcessor):
             raise ValueError(f"A thought cannot have at least {min_think_length} and at most {max_think_length} thinking tokens.")
         if max_total_think is not None and max_total_think < min_think_length:
             raise ValueError(f"A thought of at least {min_think_length} thinking tokens does not fit into {max_total_think} in all.")
-        if not math.isfinite(think_bias):
-            raise ValueError(f"think_bias must be a finite number of nats; got {think_bias!r}. To never think set max_think_length=0.")
+        if not abs(think_bias) <= MOST_BIAS:
+            raise ValueError(f"think_bias must be a number of nats, {MOST_BIAS:,} at most; got {think_bias!r}. To never think set max_think_length=0.")
         self.vocabulary = vocabulary
         self.min_think_length, self.max_think_length, self.max_total_think = min_think_length, max_think_length, max_total_think
         self.think_bias = think_bias

@@ -11,9 +11,11 @@ from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from .config import ThinkTokConfig
+from .config_checks import default_of
 
 FROM_A_FILE = "Options may stand in a YAML file, `--config FILE`; those of the command line come before them."
 COMMAND_LINE = "The command line"
+ITS_OWN_SEED = "seed has no effect here, where each run has one of its own: give seeds."
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -104,6 +106,16 @@ def read_config(kinds: Sequence[type], config: dict[str, Any], where: str) -> tu
     if unknown := parser.set_defaults_with_config(**config):
         refuse_option(where, unknown[0], parser)
     return parser.parse_args_into_dataclasses([])
+
+
+def check_seeds(args: ThinkTokConfig) -> None:
+    """Of a recipe that makes several runs and gives each its own seed.
+
+    Raises:
+        ValueError: the one of `TrainingArguments` is set as well.
+    """
+    if args.seed != default_of(ThinkTokConfig, "seed"):
+        raise ValueError(ITS_OWN_SEED)
 
 
 def refuse_option(where: str, option: str, *parsers: argparse.ArgumentParser) -> None:

@@ -117,15 +117,17 @@ def changed_options(*groups: Any) -> dict[str, Any]:
     return changed
 
 
-def training_results(before: dict[str, float], after: dict[str, float], training: dict[str, float], config: dict[str, Any]) -> dict[str, Any]:
+def training_results(before: dict[str, float], after: dict[str, float], training: dict[str, float], config: dict[str, Any], steps: int) -> dict[str, Any]:
     """The results of one run.
 
     Args:
         before, after: what `ThinkTokTrainer.evaluate()` gave before and after training.
         training: the metrics of `trainer.train()`.
         config: the options that differ from their defaults.
+        steps: of the optimizer.
     """
     return {
+        "steps": steps,
         "bits_per_token": {
             "base": before["eval_bits_no_think"],
             "no_think": after["eval_bits_no_think"],

@@ -37,10 +37,13 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     return told
 
 
-def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str]) -> list[dict[str, Any]]:
-    """The results of one variant, one for each seed, from runs or from their files."""
+def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], seeds: list[int], more: list[str], only_read: bool) -> list[dict[str, Any]]:
+    """The results of one variant, one for each seed, from runs or from their files; nothing where they are `only_read` and not all there."""
     config, told = folder / "config.yaml", f"# {' '.join(more)}\n{yaml.safe_dump(base | changes)}"
-    if config.exists() and config.read_text() != told:
+    same = config.exists() and config.read_text() == told
+    if only_read and not (same and all((folder / f"seed-{seed}" / "results.json").exists() for seed in seeds)):
+        return []
+    if not same and any(folder.glob("seed-*/*")):
         raise SystemExit(f"{folder} holds a run with other settings: name another output_dir, or remove that folder.")
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(told)
@@ -56,10 +59,10 @@ def run_variant(folder: Path, base: dict[str, Any], changes: dict[str, Any], see
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="Config of recipes/toy.py.")
     parser.add_argument("--variants", type=Path, required=True, help="YAML: for each variant's name, the options that change.")
-    parser.add_argument("--only", nargs="+", help="Names of the variants to run; all where not given.")
+    parser.add_argument("--only", nargs="+", help="Names of the variants to run, beside those that have been; all where not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, help="Where runs and results go; outputs/toy/ and the name of the file of variants where not given.")
     args, further = parser.parse_known_args()
@@ -75,13 +78,16 @@ if __name__ == "__main__":
         for name in args.only or ():
             if name not in variants:
                 raise ValueError(f"--only names {name!r}, and {args.variants} has {', '.join(map(repr, variants))}: name one of these.")
-        variants = {name: changes for name, changes in variants.items() if name in (args.only or variants)}
-    results: dict[str, Any] = {"ablation": {}, "variants": variants}
+    results: dict[str, Any] = {"ablation": {}, "variants": {}}
     for name, changes in variants.items():
-        print(f"== {name}: {changes or 'nothing changed'}", flush=True)
+        only_read = name not in (args.only or variants)
+        if not only_read:
+            print(f"== {name}: {changes or 'nothing changed'}", flush=True)
         folder = args.output_dir / name.replace(" ", "_").replace(",", "")
-        found = run_variant(folder, base, changes, args.seeds, further)
+        if not (found := run_variant(folder, base, changes, args.seeds, further, only_read)):
+            continue
         where = ("versions", "hardware", "commit")
+        results["variants"][name] = changes
         results["ablation"][name] = [run | {key: one[key] for key in where} for one in found for run in one["runs"]]
         results |= {key: found[-1][key] for key in ("task", "task_options", "levels", *where)}
         write_json(args.output_dir / "results.json", results)

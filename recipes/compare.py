@@ -46,12 +46,12 @@ from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
-from hf_thinktok.evaluation.comparison import ARMS, Comparison
+from hf_thinktok.evaluation.comparison import ARMS, AT_RANDOM, SILENT, Comparison
 from hf_thinktok.evaluation.tables import print_comparison
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
-from hf_thinktok.recipe_options import command_line, read_config, read_options, recipe_parser
+from hf_thinktok.recipe_options import ITS_OWN_SEED, command_line, read_config, read_options, recipe_parser
 from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import digest_of, digest_of_files, environment, read_json, weights_in, write_json
 from hf_thinktok.sources import resolve_model
@@ -94,6 +94,8 @@ class Grid:
         for name, changes in arms.items():
             if name in ARMS:
                 raise ValueError(f"arms changes {name}, which is to differ from the others in one thing alone: give the further arm another name.")
+            if " over " in name or name.endswith((SILENT, AT_RANDOM)):
+                raise ValueError(f"arms has {name!r}, and names like that are of gains and controls: give the further arm another name.")
             if not isinstance(changes, dict):
                 raise ValueError(f"arms has {changes!r} for {name}: give the options that it changes, as a mapping.")
         stop = recipe.get("stop", default_of(ThinkTokConfig, "stop"))
@@ -247,7 +249,7 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
         }  # fmt: skip
         write_json(output / "results.json", results)
     print_comparison(results, console)
-    write_report([Run.read(output, chosen.report_documents, args.max_length)], output / "report.html")
+    write_report([Run.read(output, chosen.report_documents, args.max_length, args.trust_remote_code)], output / "report.html")
     console.print(output / "report.html")
 
 
@@ -259,8 +261,12 @@ def read() -> tuple[dict[str, Any], CompareArguments]:
     recipe = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # leaves what was told
-    recipe |= vars(parser.parse_known_args(words)[0])
-    left_out = {*vars(chosen), "env", "hub_token"}  # variables are set by now, and these may be secrets, which results and the arms' configs do not keep
+    told = vars(parser.parse_known_args(words)[0])
+    if "seed" in told:
+        raise ValueError(ITS_OWN_SEED)
+    recipe |= told
+    # Variables are set by now, and these may be secrets, which results and the arms' configs do not keep; a recipe's seed is that of a run of its own.
+    left_out = {*vars(chosen), "env", "hub_token", "seed"}
     return {name: value for name, value in recipe.items() if name not in left_out}, chosen
 
 

@@ -68,7 +68,7 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
         if trainer.is_world_process_zero() and before is None:
             print(f"Nothing was thought in the held-out text (fork_positions={args.fork_positions}), so there is nothing to report.", file=sys.stderr)
         elif trainer.is_world_process_zero():
-            results = training_results(before, after, training, config) | where | trainer.spent.elsewhere(where)
+            results = training_results(before, after, training, config, trainer.state.global_step) | where | trainer.spent.elsewhere(where)
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
             has_results = True
@@ -78,12 +78,13 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
                 trainer.push_to_hub()
     finally:
         if has_results:  # the other processes, which wait for each other in a push, have no part in it
-            report(args.output_dir, script.report_documents, args.max_length or 256)
+            report(args.output_dir, script.report_documents, args.max_length or 256, args.trust_remote_code)
 
 
-def report(folder: str, documents: int, max_length: int) -> None:
+def report(folder: str, documents: int, max_length: int, trust_remote_code: bool) -> None:
     """Writes report.html. In a process of its own: in this one launchers may hold whatever is loaded in parts."""
     command = ["report", folder, "--output", str(Path(folder) / "report.html"), "--documents", str(documents), "--max_length", str(max_length)]
+    command += ["--trust_remote_code"] * trust_remote_code
     launchers = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", *["OMP_NUM_THREADS"] * (int(os.environ.get("WORLD_SIZE", 1)) > 1))  # one thread to each process
     own = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     if subprocess.run([sys.executable, "-m", "hf_thinktok.cli", *command], env=own).returncode:

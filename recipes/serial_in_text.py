@@ -36,7 +36,7 @@ from hf_thinktok.evaluation.tables import print_mixture
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.models import untie
 from hf_thinktok.peft import load_whole
-from hf_thinktok.recipe_options import read_options, recipe_parser
+from hf_thinktok.recipe_options import check_seeds, read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task
@@ -188,6 +188,7 @@ if __name__ == "__main__":
     with one_sentence():
         mixture_args, text_args, think_args, model_args = read_options(recipe_parser(__doc__, MixtureArguments, TextArguments, ThinkTokConfig, ModelConfig))
         read_mappings(mixture_args, "task_options")
+        check_seeds(think_args)
         if text_args.dataset_streaming:
             raise ValueError("Both models are trained on the same shuffled rows, which a stream has not: leave dataset_streaming out.")
         if text_args.held_out_documents < 2:

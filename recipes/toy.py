@@ -37,7 +37,7 @@ from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.language import describe_language, single_figures
 from hf_thinktok.loading import check_unquantized, fit_to_cpu, init_kwargs, read_mappings, there
 from hf_thinktok.pictures import draw_task
-from hf_thinktok.recipe_options import read_options, recipe_parser
+from hf_thinktok.recipe_options import check_seeds, read_options, recipe_parser
 from hf_thinktok.report.language import draw_language, print_language
 from hf_thinktok.results import THOUGHTS, changed_options, environment, per_cent, print_task, write_json
 from hf_thinktok.sources import resolve_model
@@ -306,6 +306,7 @@ if __name__ == "__main__":
         read_mappings(toy_args, "task_options", "model_shape")
         check_unquantized(model_args)
         check_not_pushed(think_args)
+        check_seeds(think_args)
         if not model_args.model_name_or_path and "model_type" not in (toy_args.model_shape or {}):
             raise ValueError("There is no model: give model_name_or_path, or model_shape with a model_type, as the files in recipes/toy do.")
         for name in ("word_sums", "model_shape"):

@@ -264,3 +264,17 @@ def test_a_card_says_that_plain_generation_hardly_thinks_where_the_gate_was_left
     said = {stop: render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"stop": stop}}, "me/model") for stop in ("fixed", "sampled")}
     assert "`thinktok generate --min_think_length N` does" in said["fixed"]
     assert "min_think_length" not in said["sampled"]
+
+
+def test_a_card_says_where_generation_is_not_what_was_measured():
+    """By default a thought is forgotten again, and `generate` keeps it."""
+    said = "generation keeps it"
+    assert said in render_card(QUICKSTART, "me/model")
+    assert said not in render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"memory": "persistent"}}, "me/model")
+    assert said not in render_card(QUICKSTART | {"config": QUICKSTART["config"] | {"blind": True}}, "me/model"), "it cannot generate so at all"
+
+
+def test_a_card_counts_the_steps_that_were_taken():
+    by_epochs = {name: value for name, value in QUICKSTART["config"].items() if name != "max_steps"} | {"num_train_epochs": 2}
+    assert "One seed, 17 steps," in render_card(QUICKSTART | {"config": by_epochs, "steps": 17}, "me/model")
+    assert f"One seed, {QUICKSTART['config']['max_steps']} steps," in render_card(QUICKSTART, "me/model")

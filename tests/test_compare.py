@@ -445,6 +445,9 @@ def test_an_arm_is_of_the_files_and_the_code_that_it_was_begun_with(tmp_path, mo
         (("--arms", "more", "--output_dir", "{}/other"), "arms must be a mapping"),
         (("--arms", '{{"more": null}}', "--output_dir", "{}/other"), "arms has None for more"),
         (("--arms", '{{"cpt_flops": {{"max_steps": 7}}}}', "--output_dir", "{}/other"), "give the further arm another name"),
+        (("--arms", '{{"think over 8 tokens": {{}}}}', "--output_dir", "{}/other"), "names like that are of gains and controls"),
+        (("--arms", '{{"x without thoughts": {{}}}}', "--output_dir", "{}/other"), "names like that are of gains and controls"),
+        (("--seed", "7", "--output_dir", "{}/other"), "seed has no effect here, where each run has one of its own: give seeds."),
         (
             ("--arms", '{{"more": {{"num_fork": 2}}}}', "--output_dir", "{}/other"),
             "The arm more has the option num_fork, which is not known; did you mean num_forks?",

@@ -448,6 +448,7 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         (("--data_files", folder / "data.jsonl"), 6),
         (("--data_files", folder / "data.jsonl", "--held_out_documents", 2), 2),
         (("--data_files", folder / "data.jsonl", "--test_documents=3", "--data_split_seed", 1), 3),
+        (("--data_files", folder / "data.jsonl", "--held-out-documents", 2, "--data-split-seed=1"), 2),
         (("--config", folder / "recipe.yaml"), 2),
         ((f"--config={folder / 'recipe.yaml'}",), 2),
         (("--config", tmp_path / "compare.yaml"), 3),  # a comparison's: what it chose settings on is not what it reports on
@@ -477,6 +478,7 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         (("--data_files", "{folder}/data.jsonl", "--output", "{folder}/data.jsonl/found.json"), "nothing can be written to"),
         (("--data_files", "{folder}/data.jsonl", "--max_think_length", "256"), "max_think_length=256 leaves no room"),
         (("--data_files", "{folder}/data.jsonl", "--data_split_seed", "1"), "--data_split_seed has no effect"),
+        (("--data_files", "{folder}/data.jsonl", "--test_files", "{folder}/data.jsonl"), "--data_files and --test_files each name the text"),
     ],
 )
 def test_wrong_words_are_told_in_a_sentence(folder, words, sentence):

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.forks import marker_ids
-from hf_thinktok.generation import ThinkingBudget, ThinkingStreamer, think_while_reading
+from hf_thinktok.generation import StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
 from hf_thinktok.peft import save_adapter
 from hf_thinktok.tokens import ThinkingVocabulary
 
@@ -210,12 +210,36 @@ def test_suppressed_rows_stay_suppressed(parts):
         ({"prompt_length": -1}, "prompt_length must be"),
         ({"min_think_length": 3, "max_think_length": 2}, "at least 3 and at most 2"),
         ({"min_think_length": 3, "max_total_think": 2}, "at least 3 .* does not fit into 2"),
-        ({"think_bias": math.inf}, "bias must be a finite number"),
+        ({"think_bias": math.inf}, "bias must be a number of nats, 10,000 at most; got inf"),
+        ({"think_bias": 1e39}, "bias must be a number of nats, 10,000 at most"),
     ],
 )
 def test_a_wrong_budget_is_refused(parts, arguments, message):
     with pytest.raises(ValueError, match=message):
         ThinkingBudget(**{"vocabulary": parts[2]} | arguments)
+
+
+# --- stop strings
+
+
+def test_stop_strings_are_found_in_what_is_said_and_not_in_thoughts(parts):
+    model, tokenizer, vocabulary = parts
+    thoughts = list(vocabulary.ids)[:2]
+    sat, on = tokenizer(" sat", add_special_tokens=False)["input_ids"], tokenizer(" on", add_special_tokens=False)["input_ids"]
+    stops = StopsInText(tokenizer, ["sat on", ">"], vocabulary)
+
+    def stopped(*rows):
+        width = max(map(len, rows))
+        padded = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+        return stops(padded, None).tolist()
+
+    assert stopped([*sat, *thoughts, *on], [*sat, *thoughts], [*on, *thoughts, *sat]) == [True, False, False]
+    assert stopped([*sat, *on, *thoughts]) == [False], "a prompt may end with it, and be thought behind"
+    assert stopped([*sat, *on], [*on, *on]) == [True, False]
+    row = generate(parts, ThinkingBudget(vocabulary, 1, 1), prompts=("the cat",), stopping_criteria=[StopsInText(tokenizer, "e", vocabulary)])[0]
+    said = tokenizer.decode([token for token in row if not vocabulary.is_thought(torch.tensor(token))])
+    assert said.count("e") == 1
+    assert said.endswith("e") or "e" in tokenizer.decode(row[-1:])
 
 
 # --- the streamer
@@ -373,6 +397,8 @@ def test_the_command_does_what_generate_does(folder, run, parts, tmp_path):
     assert sample("--temperature", 1e-4)[1] == likeliest
     assert sample("--think_bias", 50, "--max_total_think", 5)[2].startswith("15 tokens spoken, 5 thought")
     assert "‹" in sample("--think_bias", 50, "--thoughts", "show")[1]
+    assert "must be a number above 0.000001" in sample("--temperature", 1e-40)[2]
+    assert "think_bias must be a number of nats" in sample("--think_bias", 1e39)[2]
     counts = sample("--max_new_tokens", 1000)[2]
     assert sum(map(int, re.findall(r"(\d+) (?:tokens|thought)", counts))) == 256 - 3, "it ends where the model's context ends"
 

@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import ROOT, captured
-from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind, with_own_code
 from plain_rows import thinker
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from hf_thinktok import add_thinking_tokens
 from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text, print_inspection
-from hf_thinktok.report import Run, as_cells, for_page, write_page, write_report
+from hf_thinktok.report import Run, as_cells, for_page, inspect_texts, write_page, write_report
 from hf_thinktok.report.charts import draw_costs
 from hf_thinktok.results import environment, run_table
 
@@ -341,3 +342,11 @@ def test_what_thinking_saves_is_printed():
     tokens = [InspectedToken(text, [0], -0.1, 0.5, -1.0, *logps, [], []) for text, logps in (("b", (-0.5, -0.6)), ("c", (-2.0, -1.0)))]
     print_inspection("a", tokens, console)
     assert "Over 2 tokens thinking saves +0.2885 bits a token where it wants to, -0.3607 everywhere." in console.export_text()
+
+
+def test_text_of_a_model_with_code_of_its_own_is_shown_where_it_is_trusted(tmp_path):
+    folder = Path(with_own_code(save_tiny(tmp_path / "own", think_tokens=4)))
+    with pytest.raises(ValueError, match="give --trust_remote_code"):
+        inspect_texts(folder, ["the cat sat"], 16)
+    (text,) = inspect_texts(folder, ["the cat sat"], 16, trust_remote_code=True)
+    assert text["tokens"]

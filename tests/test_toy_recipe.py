@@ -278,6 +278,7 @@ def test_a_language_is_compared_with_what_its_task_has(name, options, stepwise, 
         (("--model_init_kwargs", '{"dtype": "bfloat16"}'), "error: The model is loaded already and model_init_kwargs would do nothing"),
         (("--push_to_hub", "true"), "error: push_to_hub would put several models into one place"),
         (("--resume_from_checkpoint", "true"), "error: There is no whole checkpoint in"),
+        (("--seed", 7), "error: seed has no effect here, where each run has one of its own: give seeds."),
         (("--seeds", 3, 4, "--resume_from_checkpoint", "checkpoint-2"), "error: resume_from_checkpoint=checkpoint-2 is one run's, and there are 2"),
         (
             ("--control", "no_think", "--task", "permutations", "--task_options", '{"pad_to": 4, "fill": true}'),
@@ -344,6 +345,8 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path, monkeyp
     only = in_process(*command, "--only", "without search")
     assert only.returncode == 0, only.stderr[-2000:]
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())["ablation"]) == {"without search"}
+    mistyped = in_process(*command, "--max_stepz", 1)
+    assert "max_stepz" in mistyped.stderr, "and what did not run is not in the way:"
     first = in_process(*command)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "without search" in first.stdout
@@ -359,8 +362,9 @@ def test_ablations_go_on_where_they_stopped_and_end_in_a_table(tmp_path, monkeyp
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["seed"] for run in results["ablation"]["as it is"]] == [5, 6]
     assert all({"commit", "hardware", "versions"} <= run.keys() for run in results["ablation"]["as it is"])
-    again = in_process(*command, "--seeds", 6)
+    again = in_process(*command, "--seeds", 6, "--only", "as it is")
     assert again.returncode == 0
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["ablation"]) == {"as it is", "without search"}, "what has been stays"
     assert [run["seed"] for run in json.loads((tmp_path / "out" / "results.json").read_text())["ablation"]["as it is"]] == [6]
     variants.write_text(yaml.safe_dump({"as it is": {"search": 8}}))
     changed = in_process(*command, "--seeds", 6)

@@ -12,6 +12,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..card import read_results
+from ..commands import naming_trust
 from ..distributed import where_it_is_fast
 from ..errors import first_line
 from ..evaluation.inspection import InspectedToken, inspect_text
@@ -143,7 +144,8 @@ def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
 
 def inspect_texts(folder: Path, texts: list[str], max_length: int, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Texts as a model reads them, for the page."""
-    model, tokenizer = load_whole(str(folder), trust_remote_code=trust_remote_code)
+    with naming_trust():
+        model, tokenizer = load_whole(str(folder), trust_remote_code=trust_remote_code)
     with where_it_is_fast(model, torch.accelerator.current_accelerator(check_available=True) or model.device):
         return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
 
