@@ -310,12 +310,12 @@ def test_nothing_is_computed_of_what_would_be_thought_behind_an_end(model, make_
 
 @pytest.mark.parametrize(
     ("stop", "options", "draws"),
-    [("fixed", {"lookahead": 2}, 120), ("learned", {}, 100), ("sampled", {"think_cost": 0.3, "lookahead": 2}, 140)],
+    [("fixed", {"lookahead": 2}, 40), ("learned", {}, 40), ("sampled", {"think_cost": 0.3, "lookahead": 2}, 48)],
     **NAMES,
 )
 def test_mean_of_drawn_gradients(model, make_config, stop, options, draws):
     """Thoughts drawn by the package at two forks of a row: the mean gradient lies within 4 standard errors of the exact one, along 16 directions."""
-    config, forks, rows = make_config(stop, advantage="loo", **options), torch.tensor([[1, 4]]), 16
+    config, forks, rows = make_config(stop, advantage="loo", **options), torch.tensor([[1, 4]]), 48
     values = {"fixed": fixed_value, "learned": learned_value, "sampled": functools.partial(sampled_value, cost=config.think_cost[0])}
     exact = -gradient(model, sum(values[stop](explicit(model, fork, horizon=config.lookahead)) for fork in forks[0].tolist()) / 2)
     generator = torch.Generator().manual_seed(0)
