@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .config_checks import LESS_IS_BETTER, MORE_IS_BETTER
 from .models import has_position_table, longest_row
 from .tree import document_ends, document_lengths, document_positions, next_labels
 
@@ -161,8 +162,8 @@ def marker_ids(markers: Iterable[str], tokenizer) -> list[list[int]]:
 
 
 def check_markers(markers: list[list[int]], args: "ThinkTokConfig", datasets: Mapping[str, Any], may_think: Callable[[dict], bool]) -> None:
-    """Refuses rows in which nothing could be thought after a marker, and warns of a data set to evaluate on whose rows are such, unless it chooses the best
-    model; and lists of lengths that do not fit.
+    """Refuses rows in which nothing could be thought after a marker, and warns of a data set to evaluate on whose rows are such, unless its thoughts choose
+    the best model; and lists of lengths that do not fit.
 
     Args:
         datasets: by name, as they are trained and evaluated on.
@@ -176,7 +177,8 @@ def check_markers(markers: list[list[int]], args: "ThinkTokConfig", datasets: Ma
         check_given_lengths(markers, args.fork_markers, rows, may_think)
         if (why := nothing_marked(markers, args.fork_markers, name, rows, may_think)) is None:
             continue
-        if name == "train" or (args.chooses_best and len(datasets) == 2):
+        best = (args.metric_for_best_model or "").removeprefix("eval_").removeprefix(f"{name}_")
+        if name == "train" or (args.chooses_best and best in (*LESS_IS_BETTER, *MORE_IS_BETTER)):
             raise ValueError(why)
         logger.warning(why)
 

@@ -1410,6 +1410,11 @@ def test_markers_that_a_data_set_to_evaluate_on_has_not(make_trainer, corpus, ca
     assert "ends anywhere in the first 10,000 rows of the numbers data set, so nothing would be thought" in caplog.text
     with pytest.raises(ValueError, match="of the eval data set, so nothing would be thought"):
         make_trainer(eval_dataset=without, **options | best)
+    sets = {"eval_dataset": {"numbers": without, "text": corpus}}
+    with pytest.raises(ValueError, match="of the numbers data set, so nothing would be thought"):
+        make_trainer(**sets, **options | best, metric_for_best_model="numbers_gain")
+    make_trainer(**sets, **options | best, metric_for_best_model="text_gain")
+    make_trainer(eval_dataset=without, **options | best, metric_for_best_model="loss")
     make_trainer(eval_dataset=corpus, **options | best)
 
 
