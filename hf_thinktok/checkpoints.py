@@ -216,9 +216,12 @@ class CheckpointingTrainer(SFTTrainer):
         self._preemption, self._began = Preemption(self.accelerator), time.time()
         train = functools.partial(super().train, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         done = train() if self.args.save_strategy == "no" else self._until_asked(train)
-        if self.state.global_step == 0 and self.args.dataloader_drop_last:
-            raise RunError("No step was taken: with dataloader_drop_last the rows have to fill a batch. Lower per_device_train_batch_size, or leave it out.")
-        if self.state.global_step == 0:  # of a stream, whose rows are not looked at before
+        if self.state.global_step == 0:
+            if self.args.dataloader_drop_last:
+                raise RunError(
+                    "No step was taken: with dataloader_drop_last the rows have to fill a batch. Lower per_device_train_batch_size, or leave it out."
+                )
+            # Of a stream, whose rows are not looked at before.
             raise RunError(f"No step was taken: no row has a token to predict within max_length={self.args.max_length}. Raise max_length.")
         return done
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import LESS_IS_BETTER, MORE_IS_BETTER, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
+from .config_checks import MORE_IS_BETTER, OF_THOUGHTS, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -337,8 +337,9 @@ class ThinkTokConfig(SFTConfig):
             self.ddp_find_unused_parameters = True  # the speaker's, until thinking starts
         if self.metric_for_best_model is None and self.chooses_best and self.thinks:
             self.metric_for_best_model: str | None = "bits_think"  # a loss is that of the text without thoughts
-        metric, known = self.metric_for_best_model or "", {LESS_IS_BETTER: False, MORE_IS_BETTER: True}  # transformers knows it of losses alone
-        for greater in (greater for names, greater in known.items() if metric.endswith(names)):
+        metric = self.metric_for_best_model or ""
+        if metric.endswith(OF_THOUGHTS):  # transformers knows it of losses alone
+            greater = metric.endswith(MORE_IS_BETTER)
             if self.greater_is_better is (not greater):
                 raise ValueError(f"greater_is_better={not greater} would keep the worst model by {metric}: leave it out (with dataclasses.replace, set None).")
             self.greater_is_better: bool | None = greater

@@ -27,6 +27,7 @@ WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_
 # Of what evaluations report of thoughts (`GainByDocument`), that of which the best model has least, and most.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
 MORE_IS_BETTER = ("gain", "gain_over_random")
+OF_THOUGHTS = (*LESS_IS_BETTER, *MORE_IS_BETTER)
 RATES = ("speaker_learning_rate", "think_learning_rate")
 LENGTHS_VARY = ", and under blind max_think_length above 1"
 POLICY_LEARNS = "think_loss_weight above 0, and freeze=none or speaker"

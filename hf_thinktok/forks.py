@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config_checks import LESS_IS_BETTER, MORE_IS_BETTER
+from .config_checks import OF_THOUGHTS
 from .models import has_position_table, longest_row
 from .tree import document_ends, document_lengths, document_positions, next_labels
 
@@ -178,7 +178,7 @@ def check_markers(markers: list[list[int]], args: "ThinkTokConfig", datasets: Ma
         if (why := nothing_marked(markers, args.fork_markers, name, rows, may_think)) is None:
             continue
         best = (args.metric_for_best_model or "").removeprefix("eval_").removeprefix(f"{name}_")
-        if name == "train" or (args.chooses_best and best in (*LESS_IS_BETTER, *MORE_IS_BETTER)):
+        if name == "train" or (args.chooses_best and best in OF_THOUGHTS):
             raise ValueError(why)
         logger.warning(why)
 

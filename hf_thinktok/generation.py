@@ -145,15 +145,18 @@ class StopsInText(StoppingCriteria):
 
     Args:
         stop_strings: as of `generate`.
+        prompt_length: tokens (padding included) at the beginning of each row in which nothing is looked for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: str | list[str], vocabulary: ThinkingVocabulary):
-        self.stops, self.vocabulary = StopStringCriteria(tokenizer, stop_strings), vocabulary
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: str | list[str], vocabulary: ThinkingVocabulary, prompt_length: int = 0):
+        self.stops, self.vocabulary, self.prompt_length = StopStringCriteria(tokenizer, stop_strings), vocabulary, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        thought_BT = self.vocabulary.is_thought(input_ids)
-        said = (row_T[~thought_T] for row_T, thought_T in zip(input_ids, thought_BT, strict=True))
-        return torch.cat([self.stops(row_T[None], scores) for row_T in said]) & ~thought_BT[:, -1]  # or a prompt might stop what is thought first
+        ids_BT = input_ids[:, self.prompt_length :].cpu()  # once, and not for each row
+        thought_BT = self.vocabulary.is_thought(ids_BT)
+        said = (row_T[~thought_T] for row_T, thought_T in zip(ids_BT, thought_BT, strict=True))
+        done_B = torch.tensor([len(row_T) > 0 and bool(self.stops(row_T[None], scores)) for row_T in said])
+        return (done_B & ~thought_BT[:, -1]).to(input_ids.device)  # or a prompt might stop what is thought first
 
 
 class ThinkingBudget(LogitsProcessor):

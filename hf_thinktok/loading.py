@@ -25,7 +25,7 @@ from trl import ModelConfig, clone_chat_template
 from ._compat import create_model_from_path
 from .architectures import check_supported
 from .config import ThinkTokConfig
-from .config_checks import LESS_IS_BETTER, MORE_IS_BETTER, POLICY_LEARNS, REWARDED_BY_FUNCTIONS
+from .config_checks import OF_THOUGHTS, POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
@@ -58,11 +58,10 @@ def check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs: 
     if isinstance(eval_dataset, dict) and best and args.chooses_best and not best.startswith(tuple(f"{name}_" for name in eval_dataset)):
         one = next(iter(eval_dataset), "")
         raise ValueError(f"metric_for_best_model={best} is of no eval_dataset, which are {', '.join(eval_dataset)}: set metric_for_best_model={one}_{best}.")
-    of_thoughts = *LESS_IS_BETTER, *MORE_IS_BETTER
-    if not args.thinks and args.chooses_best and best.endswith(of_thoughts):
+    if not args.thinks and args.chooses_best and best.endswith(OF_THOUGHTS):
         raise ValueError(f"metric_for_best_model={best} is of thoughts, and this run has none: leave it out, and greater_is_better.")
-    near = difflib.get_close_matches(best, ("loss", *of_thoughts), n=1, cutoff=0.7)  # a trainer of one's own may have more
-    if args.thinks and args.chooses_best and not isinstance(eval_dataset, dict) and best not in ("loss", *of_thoughts) and near:
+    near = difflib.get_close_matches(best, ("loss", *OF_THOUGHTS), n=1, cutoff=0.7)  # a trainer of one's own may have more
+    if args.thinks and args.chooses_best and not isinstance(eval_dataset, dict) and best not in ("loss", *OF_THOUGHTS) and near:
         raise ValueError(f"metric_for_best_model={args.metric_for_best_model} is not known; did you mean {near[0]}?")
     if skips_preparing(args):
         given = {name: getattr(args, name) for name in ("packing", "eval_packing", "shuffle_dataset", "completion_only_loss")}

@@ -236,6 +236,10 @@ def test_stop_strings_are_found_in_what_is_said_and_not_in_thoughts(parts):
     assert stopped([*sat, *thoughts, *on], [*sat, *thoughts], [*on, *thoughts, *sat]) == [True, False, False]
     assert stopped([*sat, *on, *thoughts]) == [False], "a prompt may end with it, and be thought behind"
     assert stopped([*sat, *on], [*on, *on]) == [True, False]
+    assert stopped(thoughts) == [False], "nothing is said yet"
+    behind = StopsInText(tokenizer, "sat on", vocabulary, prompt_length=len(sat))
+    assert behind(torch.tensor([[*sat, *on]]), None).tolist() == [False], "half of it is the prompt's"
+    assert behind(torch.tensor([[*sat, *sat, *thoughts, *on]]), None).tolist() == [True]
     row = generate(parts, ThinkingBudget(vocabulary, 1, 1), prompts=("the cat",), stopping_criteria=[StopsInText(tokenizer, "e", vocabulary)])[0]
     said = tokenizer.decode([token for token in row if not vocabulary.is_thought(torch.tensor(token))])
     assert said.count("e") == 1

@@ -79,15 +79,18 @@ def test_what_is_markovian_needs_the_packed_tree(make, family):
 
 def plain_logps(model, vocabulary, prompt, thought, target):
     """log p(target | prompt, thought) over real rows, from an ordinary row."""
-    row = torch.tensor([[*prompt, *thought]])
-    return model(input_ids=row).logits[0, -1, : vocabulary.num_real].log_softmax(-1)[target]
+    return logps_of_each(model, vocabulary, prompt, [thought], target)[0]
+
+
+def logps_of_each(model, vocabulary, prompt, thoughts, target):
+    """The same of many thoughts of one length, a row each."""
+    rows = torch.tensor([[*prompt, *thought] for thought in thoughts])
+    return model(input_ids=rows).logits[:, -1, : vocabulary.num_real].log_softmax(-1)[:, target]
 
 
 @torch.no_grad()
-def plain_logps_of_each(model, vocabulary, prompt, thoughts, target):
-    """The same of many thoughts of one length, a row each."""
-    rows = torch.tensor([[*prompt, *thought] for thought in thoughts])
-    return model(input_ids=rows).logits[:, -1, : vocabulary.num_real].log_softmax(-1)[:, target].numpy()
+def plain_logps_of_each(*args):
+    return logps_of_each(*args).numpy()
 
 
 # ---------------------------------------------------------------- who speaks

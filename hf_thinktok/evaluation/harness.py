@@ -12,20 +12,18 @@ from collections.abc import Iterator
 
 import torch
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM, stop_sequences_criteria
+from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import find_adapter_config_file
 
 from ..engine import Engine, Pass, choose_engine
-from ..generation import ThinkingBudget
+from ..generation import StopsInText, ThinkingBudget
 from ..head import HiddenInputs, attach_head
 from ..losses import stopping_logps
 from ..models import evaluating
 from ..peft import load_whole
 from ..rollout import Sampling, sample_thoughts
-from ..tokens import ThinkingVocabulary
 from ..tree import Branching, ThoughtTree
 from .inspection import logits_of
 from .thinking import check_evaluable, padded
@@ -38,22 +36,6 @@ NUMBERS = 2**26
 def as_they_are(documents):
     """A task's documents, unchanged: `process_docs: !function hf_thinktok.evaluation.harness.as_they_are` in a task file makes `thinktok` known."""
     return documents
-
-
-class StopsInText(StoppingCriteria):
-    """The harness's stop strings, looked for in what each row says: with thoughts in between it would not see them, and only cut the text at the end.
-
-    Args:
-        start: where the rows' prompts end.
-    """
-
-    def __init__(self, stop: list[str], tokenizer, vocabulary: ThinkingVocabulary, start: int, rows: int):
-        self.rows = [stop_sequences_criteria(tokenizer, stop, 0, 1) for _ in range(rows)]
-        self.vocabulary, self.start = vocabulary, start
-
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        made = zip(self.rows, input_ids[:, self.start :].cpu(), strict=True)  # once, and not for each row and each of its stop strings
-        return torch.cat([stops(row_T[~self.vocabulary.is_thought(row_T)][None], scores) for stops, row_T in made]).to(input_ids.device)
 
 
 @register_model("thinktok")
@@ -128,7 +110,7 @@ class ThinkTokLM(HFLM):
             made_BT = self.model.generate(
                 input_ids=context,
                 max_length=more,
-                stopping_criteria=StoppingCriteriaList([StopsInText(stop, self.tokenizer, self.vocabulary, context.shape[1], len(context))]),
+                stopping_criteria=[StopsInText(self.tokenizer, stop, self.vocabulary, context.shape[1])] if stop else None,
                 logits_processor=[self.budget],
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
