@@ -3,7 +3,9 @@
 import functools
 import gc
 import os
+from pathlib import Path
 
+os.environ["PYTHONPATH"] = str(Path(__file__).parent / "startup")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -19,6 +21,7 @@ from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
 from hf_thinktok.head import attach_head
 
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 50, 50)
 # It parses a package's metadata at each call, and is called all the time.
 imports._is_package_available = functools.cache(imports._is_package_available)
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from commands import WITH_PACKAGE
+
 HERE = Path(__file__).parent
 
 
@@ -20,7 +22,7 @@ def forks(**environment: str) -> Iterator[Callable[..., subprocess.CompletedProc
     Args:
         environment: of the process that loads the libraries, which read theirs then.
     """
-    environment |= {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": f"{HERE}{os.pathsep}{WITH_PACKAGE}", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as loaded:
 
         def python(*command: str | Path | int) -> subprocess.CompletedProcess:
