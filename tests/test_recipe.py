@@ -242,6 +242,7 @@ VARIANTS = {
     "pointer_chasing_offsets_fillers": "pointer_chasing_offsets",
     "s5_controls": "s5",
     "s5_controls_long": "s5",
+    "s5_deep": "s5",
     "s5_fillers": "s5",
     "s5_super": "s5",
     "s5_places_controls": "s5_places",
