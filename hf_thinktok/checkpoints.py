@@ -27,7 +27,7 @@ from trl import SFTTrainer
 from ._compat import uploads_without
 from .card import read_results, render_card, snippet, use
 from .errors import RunError, first_line
-from .peft import SPEAKER, is_speaker, load_adapters, save_adapter
+from .peft import SPEAKER, WRITE_INTO_BASE, is_speaker, load_adapters, save_adapter
 from .results import COMPLETE_FILE, NOT_PUSHED, STATE_FILE, changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
 
@@ -68,6 +68,8 @@ QUICK_START = re.compile(r"## Quick start\n.*?(?=^## )", re.DOTALL | re.MULTILIN
 NO_BASE = "[None](https://huggingface.co/None)"
 
 
+# Those that go on as they were, whatever the options say.
+OF_OPTIMIZER = ("learning_rate", "weight_decay")
 # Those that say more than the shapes of an adapter's parameters, or what these do not show.
 ADAPTER_OPTIONS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -84,6 +86,11 @@ class PushError(RuntimeError):
     """The Hub did not take what was uploaded."""
 
 
+def begins_anew(asked: str | bool | None) -> bool:
+    """Whether `resume_from_checkpoint` asks for none; a shell's variable may be empty."""
+    return str(asked).lower() in ("none", "false", "")
+
+
 def resume_points(asked: str | bool | None, folders: Sequence[str | Path]) -> list[str | None]:
     """The checkpoint that the run in each of these folders goes on from; `None` where it begins anew.
 
@@ -93,7 +100,7 @@ def resume_points(asked: str | bool | None, folders: Sequence[str | Path]) -> li
     Raises:
         CheckpointError: no folder has one, or one is named for several runs.
     """
-    if str(asked).lower() in ("none", "false", ""):  # a shell's variable may be empty
+    if begins_anew(asked):
         return [None] * len(folders)
     if str(asked).lower() != "true":
         if len(folders) > 1:
@@ -181,6 +188,7 @@ class CheckpointingTrainer(SFTTrainer):
             "num_think_tokens": 0 if self.plain else self.vocabulary.num_tokens,
             "policies": args.policies,
             "optim": args.optim.removesuffix("_fused"),  # their states are alike
+            **{name: getattr(args, name) for name in OF_OPTIMIZER},
             "speaker_learning_rate": args.speaker_learning_rate,
             "think_learning_rate": args.think_learning_rate,
             "peft_config": None,
@@ -189,6 +197,8 @@ class CheckpointingTrainer(SFTTrainer):
             adapter = next(iter(self.model.peft_config.values())).to_dict()
             found["peft_config"] = adapter["peft_type"].value
             found |= {name: adapter.get(name) for name in ADAPTER_OPTIONS}
+            start = str(adapter.get("init_lora_weights"))
+            found["init_lora_weights"] = start if start.startswith(WRITE_INTO_BASE) else None
         trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         return found | {name: list(getattr(one, "ds_shape", one.shape)) for name, one in trained.items()}
 
@@ -274,7 +284,8 @@ class CheckpointingTrainer(SFTTrainer):
             )
         device = self.accelerator.device  # among several processes it is `cpu:0`, which `torch.load` does not know
         state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu" if device.type == "cpu" else device)
-        made, have, parts = state.get(MADE_WITH, {}), self._made_with, self._stateful()
+        have, parts = self._made_with, self._stateful()
+        made = {name: have[name] for name in OF_OPTIMIZER} | state.get(MADE_WITH, {})  # older ones do not say
         for name in have | made:
             if made.get(name) != have.get(name):
                 raise CheckpointError(

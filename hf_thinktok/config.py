@@ -2,12 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from trl import SFTConfig
 
-from .config_checks import MORE_IS_BETTER, OF_THOUGHTS, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
+from .config_checks import LISTS, MORE_IS_BETTER, OF_THOUGHTS, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -314,8 +315,11 @@ class ThinkTokConfig(SFTConfig):
     def __post_init__(self):
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [self.reward_funcs]
+        for name in (*SCHEDULES, *LISTS, "curriculum_threshold"):
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, list(getattr(self, name)))
         for name in (*SCHEDULES, "curriculum_threshold"):
-            if isinstance(getattr(self, name), int | float):
+            if isinstance(getattr(self, name), Real):
                 setattr(self, name, [float(getattr(self, name))])
         if self.packing and self.eval_packing is None:
             self.eval_packing = False  # forks are counted in rows, and gains are over documents

@@ -79,7 +79,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "gradient_accumulation_steps": 1,
         "dataloader_num_workers": 0,
     }
-    _check_numbers(config, (*(name for name in least if name in own), "num_think_tokens", "lookahead", "search_changes", "alternate"))
+    _check_numbers(config, (*(name for name in least if name != "learning_rate"), "num_think_tokens", "lookahead", "search_changes", "alternate", "max_length"))
     for name, bound in least.items():
         if getattr(config, name) < bound:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {bound}.")
@@ -118,6 +118,8 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is to be a list of texts: put numbers in quotes.")
     if config.alternate is not None and (len(config.alternate) != 2 or min(config.alternate) < 1):
         raise ValueError(f"alternate={config.alternate} must be two numbers: steps of prediction and steps of thinking, each at least 1.")
+    if config.coverage_decay == 1:
+        raise ValueError("coverage_decay=1.0 keeps the frequencies as they began, and a bonus for rare tokens has none to go by: set it below 1.")
     if config.posterior_temperature <= 0:
         raise ValueError(f"posterior_temperature={config.posterior_temperature} must be above 0.")
     for name in WEIGHTS:
@@ -149,7 +151,18 @@ def check_reporters(config: "ThinkTokConfig") -> None:
 
 def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
     """Numbers, and lists of them, are no texts, and counts have no fractions."""
-    for name in (*whole, *RATES, *FRACTIONS, *WEIGHTS, *SCHEDULES, "curriculum_threshold", "temperature", "posterior_temperature", "reward_weights"):
+    for name in (
+        *whole,
+        *RATES,
+        *FRACTIONS,
+        *WEIGHTS,
+        *SCHEDULES,
+        "curriculum_threshold",
+        "temperature",
+        "posterior_temperature",
+        "reward_weights",
+        "learning_rate",
+    ):
         value = getattr(config, name)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, Integral if name in whole else Real)):
@@ -320,6 +333,8 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
         raise RunError(f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0.")
     if 0 < (share := steps_between_saves(config)) < 1 and _parts_rollout(config, math.ceil(share * steps)):
         raise RunError(saves_must_end_rollouts(config))
+    if config.revive_every > steps:
+        raise RunError(f"revive_every={config.revive_every} is not reached in a run of {steps} steps: lower it, or leave it out.")
     thinking = steps - config.think_start
     for name in SCHEDULES:
         schedule = getattr(config, name) or [0]

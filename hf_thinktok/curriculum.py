@@ -31,6 +31,8 @@ class Curriculum:
 
     def __init__(self, levels: list[int], thresholds: list[float]):
         between = len(levels) - 1
+        if not between:
+            raise ValueError(f"curriculum_threshold has no effect on data of one level, {levels[0]}: leave it out.")
         if len(thresholds) not in (1, between):
             raise ValueError(
                 f"curriculum_threshold has {len(thresholds)} numbers and the data {len(levels)} levels ({', '.join(map(str, levels))}): give one number, "
@@ -67,9 +69,13 @@ class Curriculum:
             self.begins.append(step + LAG)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begins": self.begins, "sums": self.sums, "counts": self.counts}
+        return {"levels": self.levels, "begins": self.begins, "sums": self.sums, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (levels := state.get("levels", self.levels)) != self.levels:
+            raise ValueError(
+                f"The checkpoint's data has the levels {', '.join(map(str, levels))} and this run's {', '.join(map(str, self.levels))}: they must agree."
+            )
         self.begins, self.sums, self.counts = list(state["begins"]), dict(state["sums"]), dict(state["counts"])
 
 

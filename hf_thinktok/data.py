@@ -127,11 +127,13 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
     if "attention_mask" in columns and used == ("input_ids",) and any(0 in row["attention_mask"] for row in some):
         raise ValueError(f"The {name} data set has padded rows (0 in attention_mask), and padding would be trained on: tokenize without padding.")
     if "seq_lengths" in columns and used == ("input_ids",):
+        if any(sum(row["seq_lengths"]) != len(row["input_ids"]) for row in some):
+            raise ValueError(f"The {name} data set has seq_lengths that do not add up to the row's input_ids: give the tokens of each of its documents.")
         _check_packed(column_of(dataset, "seq_lengths", head), name, "labels" in columns, args)
     for column in used:
         values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if stored else (row[column] for row in head)
         for number, value in enumerate(values):
-            if _says_something(value, column == text):
+            if _says_something(value, column == text) or (column == "prompt" and value == ""):  # then all of the completion is learned
                 continue
             if column == text and not isinstance(value, str | None):
                 raise ValueError(f"Row {number} of the {name} data set has a {type(value).__name__} in {column!r}, where a text is due: make a text of it.")
@@ -200,7 +202,14 @@ def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: Thinkin
             raise ValueError(f"No row of the {name} data set has a token to predict within max_length={args.max_length}: raise max_length.")
         if dataset.format["type"] == "custom":
             continue
-        ids = set(itertools.chain.from_iterable(dataset.with_format(None)[:LOOKED_AT_ROWS].get("input_ids", [])))
+        rows_read = dataset.with_format(None)[:LOOKED_AT_ROWS]
+        ids = set(itertools.chain.from_iterable(rows_read.get("input_ids", [])))
+        labels = rows_read.get("labels", [])
+        if labels and not any(label != -100 for row in labels for label in row[1:]) and any(len(row) > 1 for row in labels):
+            raise ValueError(f"None of the first {len(labels)} rows of the {name} data set has a label that a token predicts: all are -100, or their first.")
+        ids |= set(itertools.chain.from_iterable(labels)) - {-100}
+        if (least := min(ids, default=0)) < 0:
+            raise ValueError(f"The {name} data set has the label {least}: it is to be a token's id, or -100 where nothing is to be learned.")
         if (largest := max(ids, default=0)) >= (rows := embedding_rows(model)):
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
         if vocabulary is not None and (thoughts := ids.intersection(vocabulary.ids)):

@@ -19,18 +19,20 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, clone_chat_template
 
 from ._compat import create_model_from_path
 from .architectures import check_supported
+from .checkpoints import begins_anew
 from .config import ThinkTokConfig
 from .config_checks import OF_THOUGHTS, POLICY_LEARNS, REWARDED_BY_FUNCTIONS
 from .data import MESSAGE_KEYS, STREAMED_ROWS, check_dataset, columns_of_text, named_sets, skips_preparing
 from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
 from .models import as_loaded, lm_head
-from .peft import SPEAKER, check_adapter, has_adapter
+from .peft import SPEAKER, check_adapter, check_base, has_adapter
 from .results import unwritable
 from .tokens import GUARD, SAMPLE_TEXT, check_vocabulary
 
@@ -101,6 +103,10 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     whole = peft_config is None and not (isinstance(model, torch.nn.Module) and has_adapter(model))
     if whole and Path(args.output_dir, "adapter_config.json").exists():
         raise ValueError(f"output_dir={args.output_dir} holds an adapter, which would be loaded in the place of the whole model: name another folder.")
+    if args.policies != "split" and Path(args.output_dir, SPEAKER).is_dir():
+        raise ValueError(f"output_dir={args.output_dir} holds the speaker of an earlier run, which would go with this one's model: name another folder.")
+    if peft_config is not None and "subfolder" in (args.model_init_kwargs or {}):
+        raise ValueError("model_init_kwargs has a subfolder, which an adapter cannot name its base by: give the model as a folder of its own.")
     if args.think_learning_rate is not None and (peft_config is None or args.num_think_tokens == 0):
         raise ValueError("think_learning_rate is of thinking rows apart from the embedding, as an adapter has them: give peft_config (--use_peft).")
     if speaker is not None and args.policies != "split":
@@ -126,30 +132,12 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
         if isinstance(one, PreTrainedModel):
             lm_head(one, what)  # or the sentence that it has none
     if peft_config is not None and isinstance(model, PreTrainedModel):
-        _check_base(model)
+        check_base(model)
     if args.num_think_tokens != 0:
         check_adapter(peft_config, two_adapters, args.beta)
         _check_plain(model=model, speaker=speaker, teacher=teacher)
     if args.thinks and peft_config is None:
         _check_learners(args, model, speaker)
-
-
-def _check_base(model: PreTrainedModel) -> None:
-    """An adapter is loaded onto what its base's name leads to, which must have the rows that it was trained beside."""
-    if not (name := model.config._name_or_path):
-        logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
-        return
-    try:
-        found, _ = PreTrainedConfig.get_config_dict(name, revision=getattr(model.config, "_commit_hash", None))
-    except (OSError, HFValidationError):  # it is not there, or no longer
-        return
-    text = model.config.get_text_config()
-    parts = (part for part in (found, *found.values()) if isinstance(part, dict))  # of some models that of the text is one of several
-    stated = [part["vocab_size"] for part in parts if "vocab_size" in part] or [type(text)().vocab_size]  # which is not written where it is the default
-    if text.vocab_size not in stated or found.get("thinktok") != getattr(model.config, "thinktok", None):
-        raise ValueError(
-            f"The model has tokens that {name} lacks, onto which its adapter would be loaded: save the model and its tokenizer first, and give that folder."
-        )
 
 
 def _check_plain(**models: Any) -> None:
@@ -248,9 +236,6 @@ def load_model(
     """
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
-    if isinstance(model, PreTrainedModel) and hasattr(model, SPEAKER) and (args.policies != "split" or adapter):
-        logger.warning("The model has the speaker of an earlier run, which this one has no use for: it is taken off.")
-        delattr(model, SPEAKER)
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is a {type(tokenizer).__name__}; it must be a tokenizer that is loaded: leave it out for the model's own.")
     if quantization_config is not None and not isinstance(model, str):
@@ -265,8 +250,16 @@ def load_model(
         if isinstance(model, str):
             check_no_adapter(model, **{name: where[name] for name in ("revision", "subfolder") if name in where})
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
-    if isinstance(model, str) and args.resume_from_checkpoint is None and Path(model).is_dir() and Path(args.output_dir).absolute() == Path(model).absolute():
-        raise ValueError(f"output_dir={args.output_dir} is the model's own folder, which would be written over: name another.")
+    if (args.policies != "split" or adapter) and (getattr(config, "thinktok", None) or {}).get("policies") == "split":
+        logger.warning("The model was trained with a speaker, which this run has no use for: only the thinker goes on.")
+        if hasattr(model, SPEAKER):
+            delattr(model, SPEAKER)
+    if isinstance(model, str) and Path(model).is_dir():
+        place, own = Path(model).resolve(), Path(args.output_dir).resolve()
+        if place == own and begins_anew(args.resume_from_checkpoint):
+            raise ValueError(f"output_dir={args.output_dir} is the model's own folder, which would be written over: name another.")
+        if place.parent == own and place.name.startswith(PREFIX_CHECKPOINT_DIR) and args.save_total_limit:
+            raise ValueError(f"{model} is a checkpoint in output_dir, from which save_total_limit={args.save_total_limit} removes it: name another output_dir.")
     check_supported(config)
     if tokenizer is None:
         tokenizer = load_tokenizer(model if isinstance(model, str) else config._name_or_path, **where)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .callbacks import NonFiniteGuard, Spent, print_thoughts, sample_thoughts_to_print
 from .checkpoints import CheckpointingTrainer
+from .config_checks import OF_THOUGHTS
 from .curriculum import Curriculum
 from .data import check_dataset, columns_of_text, formatted, named_sets
+from .errors import RunError
 from .evaluation import GainByDocument
 from .revival import Revival
 from .rewards import masked_mean
@@ -95,9 +97,6 @@ class MeasuringTrainer(CheckpointingTrainer):
             if self._printable and self.is_world_process_zero():
                 samples = sample_thoughts_to_print(*self._printable, self.args.num_completions_to_print)
                 print_thoughts(self._tokenizer, samples, self.vocabulary.first_id, self.state.global_step)
-        if not self.plain and not self.model.training and self._gains.rows:
-            logs.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
-            self._gains = GainByDocument()
         if "train_runtime" in logs:
             logs |= {"train_step_seconds": self.spent.seconds, "train_steps_per_second": self.state.global_step / max(self.spent.seconds, 1e-9)}
         super().log(logs, start_time)
@@ -128,6 +127,15 @@ class MeasuringTrainer(CheckpointingTrainer):
         self._micro_step = step  # an evaluation within one leaves it as it is
         self._clock = clock + time.perf_counter() - start  # no part of the training that tokens per second are of; several sets have their own calls within
         return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if not self.plain:
+            output.metrics.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
+            if self.args.chooses_best and not self._gains.rows and (best := self.args.metric_for_best_model or "").endswith(OF_THOUGHTS):
+                raise RunError(f"The held-out text has no place to think at, and {best} chooses the best model: give longer rows, or choose by loss.")
+            self._gains = GainByDocument()
+        return output
 
     def _get_grad_norm(self, model, grad_norm=None):
         """A finite loss can have a gradient that is not, on all ranks alike. DeepSpeed has its own scale for fp16, and skips what overflows by itself."""

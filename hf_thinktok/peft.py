@@ -1,23 +1,30 @@
 """Adapters that train thinking rows as well, and a second one that speaks."""
 
 import copy
+import logging
 import os
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import snapshot_download
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from huggingface_hub.errors import HFValidationError
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
 from ._compat import DUMMY_TARGET_MODULES, BaseTunerLayer, check_target_module_exists
 from .tokens import ThinkingVocabulary, stored_options
 
+logger = logging.getLogger(__name__)
+
 # The second model of `policies: split`, or the second adapter, and the folder it is saved in.
 SPEAKER = "speaker"
 # Ways to begin an adapter that take out of the base what they put into it.
-WRITE_INTO_BASE = ("pissa", "olora", "corda", "loftq")
+WRITE_INTO_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Those of them that do not come to the same when the adapter is loaded onto its base: by chance, or from data that is not there then.
+NEVER_THE_SAME = ("pissa_niter", "corda", "lora_ga")
 
 
 def thinking_tokens_alone() -> LoraConfig:
@@ -47,12 +54,54 @@ def check_adapter(peft_config: Any, split: bool, beta: float) -> None:
         raise ValueError("alora_invocation_tokens works by where they are in rows of text, which trees of thoughts are not: leave it out.")
     if getattr(peft_config, "layer_replication", None):
         raise ValueError("layer_replication makes layers of the base's that share weights, and no merge can keep them apart: leave it out.")
+    if getattr(peft_config, "peft_type", None) == PeftType.ADALORA:
+        raise ValueError("An AdaLoraConfig moves its ranks and its loss by calls that only a training loop of its own makes: use a LoraConfig.")
     start, biases = str(getattr(peft_config, "init_lora_weights", "")), getattr(peft_config, "bias", "none")
+    if start.startswith(NEVER_THE_SAME):
+        raise ValueError(
+            f"init_lora_weights={start} changes the base in a way that loading the adapter does not repeat: take another one, such as true or pissa."
+        )
     if (split or beta > 0) and start.startswith(WRITE_INTO_BASE):
         needs = "a second adapter (policies=split) stands on" if split else "beta compares with"
         raise ValueError(f"init_lora_weights={start} changes the base that {needs}: take another one, such as true.")
     if beta > 0 and biases != "none":
         raise ValueError(f"bias={biases} trains biases of the base that beta compares with: set bias=none, or beta=0.")
+
+
+def check_base(model: PreTrainedModel) -> None:
+    """An adapter is loaded onto what its base's name leads to, which must have the rows and the weights that it was trained beside."""
+    if not (name := model.config._name_or_path):
+        logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
+        return
+    where = {"revision": getattr(model.config, "_commit_hash", None)}
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(name, **where)
+    except (OSError, HFValidationError):  # it is not there, or no longer
+        return
+    text = model.config.get_text_config()
+    parts = (part for part in (found, *found.values()) if isinstance(part, dict))  # of some models that of the text is one of several
+    stated = [part["vocab_size"] for part in parts if "vocab_size" in part] or [type(text)().vocab_size]  # which is not written where it is the default
+    other = "tokens" if text.vocab_size not in stated or found.get("thinktok") != getattr(model.config, "thinktok", None) else None
+    if other is None and (file := cached_file(name, SAFE_WEIGHTS_NAME, **where, local_files_only=True, _raise_exceptions_for_missing_entries=False)):
+        other = "weights" if _differs(model, file) else None
+    if other:
+        raise ValueError(
+            f"The model has {other} that {name} lacks, onto which its adapter would be loaded: save the model and its tokenizer first, and give that folder."
+        )
+
+
+def _differs(model: PreTrainedModel, file: str) -> bool:
+    """Whether a tensor of a model differs from that of its name in a file by more than a type's rounding: vectors whole, and of others the first row."""
+    mine = dict(model.named_parameters())
+    with safe_open(file, "pt") as stored:
+        for name in set(stored.keys()) & set(mine):
+            saved, have = stored.get_slice(name), mine[name].detach()
+            if saved.get_shape() != list(have.shape) or not have.is_floating_point() or have.is_meta:
+                continue
+            rows = slice(None) if have.ndim == 1 else slice(1)
+            if (saved[rows].bfloat16() != have[rows].bfloat16().cpu()).float().mean() > 0.05:
+                return True
+    return False
 
 
 def check_mergeable(model: PeftModel) -> None:
@@ -180,7 +229,9 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
     paths = {module: name for name, module in model.named_modules()}
     names = {module: paths[module].rsplit(".", 1)[-1] for module in (inputs, outputs)}
     for module, name in names.items():
-        if name in (peft_config.modules_to_save or ()) or peft_config.target_modules and check_target_module_exists(peft_config, paths[module]):
+        # PEFT looks for these at the ends of names.
+        whole = (*(peft_config.modules_to_save or ()), *(one.removesuffix(".weight") for one in getattr(peft_config, "target_parameters", None) or ()))
+        if paths[module].endswith(whole) or peft_config.target_modules and check_target_module_exists(peft_config, paths[module]):
             raise ValueError(f"peft_config trains all of {name}, of which an adapter trains the thinking rows: take it out of its modules.")
     wanted = {names[inputs]: ids} if inputs.weight is outputs.weight else {names[inputs]: ids, names[outputs]: ids}
     given = peft_config.trainable_token_indices or []

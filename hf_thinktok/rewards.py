@@ -94,6 +94,8 @@ def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFuncti
                 raise ValueError(
                     f"The reward {name_of(name)} cannot be called ({error}): it gets {', '.join(JUDGEMENT)} as keywords, and **kwargs takes the rest."
                 ) from None
+    if not names:
+        raise ValueError("reward_funcs is empty: name a reward, or leave it out; for thoughts without one set think_loss_weight=0.")
     return [REWARDS[r] if isinstance(r, str) else r for r in names]
 
 
@@ -117,7 +119,8 @@ def total_reward(functions: list[RewardFunction], weights: list[float], **judgem
     assert lengths_BKG is not None
     values = []
     for function in functions:
-        value = function(**judgement)
+        own = judgement if function in REWARDS.values() else {name: None if tensor is None else tensor.clone() for name, tensor in judgement.items()}
+        value = function(**own)  # what works in place changes nothing of the loss
         if not isinstance(value, Tensor) or value.shape != lengths_BKG.shape:
             found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"The reward {name_of(function)} returned {found}; it must return a tensor [B, K, G], here {list(lengths_BKG.shape)}.")

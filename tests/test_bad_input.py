@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from models import CORPUS, TINY, save_tiny, tiny_model, tiny_tokenizer
-from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model, inject_adapter_in_model
+from peft import AdaLoraConfig, AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model, inject_adapter_in_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from trl import SFTConfig
 
@@ -152,6 +152,12 @@ BAD_VALUES = [
     ({"think_start": 1, "num_iterations": 2}, ["think_start must be a multiple of num_iterations=2"]),
     ({"posterior_temperature": 0.0, "objective": "marginal"}, ["posterior_temperature=0.0", "above 0"]),
     ({"curriculum_threshold": 1.5}, ["curriculum_threshold=.1.5.", "between 0 and 1"]),
+    ({"coverage_decay": 1.0, "coverage_coef": 0.3, "stop": "fixed"}, ["coverage_decay=1.0 keeps", "set it below 1"]),
+    ({"revive_every": 5, "stop": "fixed", "max_steps": 4}, ["revive_every=5 is not reached in a run of 4 steps", "lower it"]),
+    ({"reward_funcs": []}, ["reward_funcs is empty", "name a reward"]),
+    ({"learning_rate": "5e-5"}, ["learning_rate='5e-5' is not made of numbers"]),
+    ({"max_length": "512"}, ["max_length='512' is not made of whole numbers"]),
+    ({"per_device_train_batch_size": "2"}, ["per_device_train_batch_size='2' is not made of whole numbers"]),
     ({"curriculum_threshold": []}, ["curriculum_threshold=..", "one number"]),
     ({"curriculum_threshold": [0.9, "0.8"]}, ["curriculum_threshold", "numbers"]),
     ({"alternate": [3]}, ["alternate=.3.", "two numbers"]),
@@ -1221,9 +1227,11 @@ def test_an_adapter_on_the_hub_in_place_of_a_model(make_trainer, tmp_path, monke
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
-@pytest.mark.parametrize("where", ["target_modules", "modules_to_save", "pattern"])
+@pytest.mark.parametrize("where", ["target_modules", "modules_to_save", "pattern", "end of its name", "parameter"])
 def test_adapters_of_whole_embeddings(make_trainer, tie, name, where):
     options = {"pattern": {"target_modules": f".*(q_proj|{name})"}, "target_modules": {"target_modules": ["q_proj", name]}}
+    options["end of its name"] = {"target_modules": ["q_proj"], "modules_to_save": [name.split("_")[1]]}
+    options["parameter"] = {"target_modules": ["q_proj"], "target_parameters": [f"{name}.weight"]}
     adapter = LoraConfig(r=2, **options.get(where, {"target_modules": ["q_proj"], "modules_to_save": [name]}))
     with pytest.raises(ValueError, match=f"peft_config trains all of {name}") as error:
         make_trainer(model=tiny_model(tie=tie), peft_config=adapter)
@@ -1366,6 +1374,7 @@ def test_processes_do_not_divide_a_stream_to_evaluate_on():
             {"policies": "split", "gradient_checkpointing": False},
             r"init_lora_weights=olora changes the base that a second adapter \(policies=split\) stands on",
         ),
+        *(({"init_lora_weights": start}, {}, f"init_lora_weights={start} changes the base") for start in ("pissa_niter_4", "corda", "lora_ga")),
         ({"bias": "lora_only"}, {"beta": 0.1}, "bias=lora_only trains biases of the base that beta compares with"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -1373,6 +1382,89 @@ def test_processes_do_not_divide_a_stream_to_evaluate_on():
 def test_adapters_that_would_be_trained_for_something_else(make_trainer, adapter, options, words):
     with pytest.raises(ValueError, match=words):
         make_trainer(peft_config=LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | adapter), **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[5, 9999, 7, 8]] * 8}, ["the id 9999", "with the model's tokenizer"]),
+        ({"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[5, -1, 7, 8]] * 8}, ["the label -1", "or -100"]),
+        ({"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[5, -100, -100, -100]] * 8}, ["None of the first 8 rows", "all are -100"]),
+        ({"input_ids": [[5, 6, 7, 8]] * 8, "seq_lengths": [[2, 1]] * 8}, ["seq_lengths that do not add up", "of each of its documents"]),
+    ],
+    ids=["label of no row", "label below 0", "no label", "documents that end early"],
+)
+def test_tokenized_rows_that_would_teach_something_else(make_trainer, rows, words):
+    with pytest.raises(ValueError, match=words[0]) as error:
+        make_trainer(train_dataset=Dataset.from_dict(rows), max_length=48)
+    one_sentence(error, *words)
+
+
+def test_a_curriculum_of_one_level(make_trainer):
+    rows = Dataset.from_dict({"text": CORPUS, "level": [3] * len(CORPUS)})
+    with pytest.raises(ValueError, match="curriculum_threshold has no effect on data of one level, 3") as error:
+        make_trainer(train_dataset=rows, curriculum_threshold=0.9, max_steps=2)
+    one_sentence(error, "leave it out")
+
+
+def test_the_best_model_by_thoughts_where_there_are_none(make_trainer):
+    rows = Dataset.from_dict({"input_ids": [[5]] * 8})
+    trainer = make_trainer(eval_dataset=rows, eval_strategy="steps", eval_steps=1, save_strategy="best")
+    with pytest.raises(ValueError, match="no place to think at, and bits_think chooses the best model") as error:
+        trainer.train()
+    one_sentence(error, "choose by loss")
+
+
+def test_adapters_whose_ranks_a_loop_of_their_own_moves(make_trainer):
+    with pytest.raises(ValueError, match="AdaLoraConfig moves its ranks") as error:
+        make_trainer(peft_config=AdaLoraConfig(target_modules=["q_proj"], total_step=10))
+    one_sentence(error, "use a LoraConfig")
+
+
+def test_a_base_that_its_name_does_not_lead_to(make_trainer, tmp_path, caplog):
+    """What was rounded as it was loaded is still the base; what was trained since is not."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    folder = save_tiny(tmp_path / "base")
+    make_trainer(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float(), peft_config=adapter)
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        trained.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="The model has weights that .*base lacks, onto which its adapter would be loaded") as error:
+        make_trainer(model=trained, peft_config=adapter)
+    one_sentence(error, "save the model")
+    assert not caplog.text
+
+
+def test_a_base_in_a_subfolder(make_trainer, tmp_path):
+    save_tiny(tmp_path / "models" / "one")
+    with pytest.raises(ValueError, match="model_init_kwargs has a subfolder") as error:
+        make_trainer(model=str(tmp_path / "models"), model_init_kwargs={"subfolder": "one"}, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    one_sentence(error, "a folder of its own")
+
+
+@pytest.mark.parametrize("asked", [None, "false", ""], ids=repr)
+def test_a_run_in_its_models_own_folder(make_trainer, tmp_path, asked):
+    model = save_tiny(tmp_path / "model")
+    (tmp_path / "link").symlink_to(model)
+    for folder in (model, str(tmp_path / "link")):
+        with pytest.raises(ValueError, match="is the model's own folder") as error:
+            make_trainer(model=model, output_dir=folder, resume_from_checkpoint=asked)
+        one_sentence(error, "name another")
+
+
+def test_a_run_that_would_remove_its_model(make_trainer, tmp_path):
+    model = save_tiny(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-2 is a checkpoint in output_dir, from which save_total_limit=1 removes it") as error:
+        make_trainer(model=model, output_dir=str(tmp_path / "out"), save_total_limit=1)
+    one_sentence(error, "name another output_dir")
+
+
+def test_a_run_where_another_ones_speaker_is(make_trainer, tmp_path):
+    (tmp_path / "out" / "speaker").mkdir(parents=True)
+    with pytest.raises(ValueError, match="out holds the speaker of an earlier run") as error:
+        make_trainer(output_dir=str(tmp_path / "out"))
+    one_sentence(error, "name another folder")
+    make_trainer(output_dir=str(tmp_path / "out"), policies="split")
 
 
 def test_a_model_that_gives_tuples(make_trainer):

@@ -210,11 +210,16 @@ def test_a_push_that_fails_loses_nothing_and_the_next_one_completes(hub, python,
 
 def test_a_name_without_an_owner_is_the_users_own(hub, python, tmp_path):
     (tmp_path / "thinker").mkdir()
-    (tmp_path / "thinker" / "inspection.json").write_text('{"texts": ["held out"]}')
+    for place in (tmp_path / "thinker", tmp_path / "thinker" / "arm", tmp_path / "thinker" / "arm" / "checkpoint-3"):
+        place.mkdir(exist_ok=True)
+        (place / "inspection.json").write_text('{"texts": ["held out"]}')
+        (place / "notes.txt").write_text("mine")
     program = "import sys; from hf_thinktok.cli import main; assert main(sys.argv[1:] + ['--revision', 'v1']) == main(sys.argv[1:]) == 0"
     python("-c", program, "push", save_tiny(tmp_path / "thinker", think_tokens=4), "my-model")
     assert {"model.safetensors", "tokenizer.json"} <= set(hub.repos["me/my-model"][-1]) & set(hub.repos["me/my-model@v1"][-1])
-    assert not HELD_OUT & set(hub.repos["me/my-model"][-1])
+    pushed = set(hub.repos["me/my-model"][-1])
+    assert not HELD_OUT & {Path(name).name for name in pushed}
+    assert {name for name in pushed if name.endswith("notes.txt")} == {"notes.txt", "arm/notes.txt"}, "checkpoints stay here"
 
 
 def test_what_cannot_be_pushed(hub, python, tmp_path):

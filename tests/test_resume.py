@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from forks import forks
-from models import save_tiny, tiny_model, tiny_tokenizer, with_own_code
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, with_own_code
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_run import KilledAtStep, main
@@ -244,6 +245,9 @@ def lora(**options):
         ({}, {"policies": "split"}, "policies=shared, and this run has policies=split"),
         ({}, {"optim": "sgd"}, "optim=adamw_torch, and this run has optim=sgd"),
         ({}, {"optim": "adafactor"}, "optim=adamw_torch, and this run has optim=adafactor"),
+        ({}, {"learning_rate": 0.5}, r"learning_rate=[0-9.e-]+, and this run has learning_rate=0.5"),
+        ({}, {"weight_decay": 0.5}, "weight_decay=0.0, and this run has weight_decay=0.5"),
+        (lora(init_lora_weights="pissa"), lora(), "init_lora_weights=pissa, and this run has init_lora_weights=None"),
         ({}, {"num_think_tokens": 0}, "num_think_tokens=4, and this run has num_think_tokens=0"),
         ({"num_think_tokens": 0}, {"num_think_tokens": 0, "optim": "sgd"}, "optim=adamw_torch, and this run has optim=sgd"),
         ({}, {"model": {"vocab_size": 900}}, r"embed_tokens.weight=.384, 32., and this run has model.embed_tokens.weight=.900, 32."),
@@ -282,6 +286,25 @@ def test_what_says_nothing_of_how_it_was_made_is_told(make_trainer, tmp_path, op
     with pytest.raises(CheckpointError, match="was made with .*=None, and this run has") as error:
         make_trainer(**EACH_STEP, **options).train(resume_from_checkpoint=str(state_file.parent))
     assert str(error.value).count("\n") == 0
+
+
+def test_a_checkpoint_that_does_not_say_its_learning_rate_is_gone_on_from(make_trainer, tmp_path):
+    make_trainer(**EACH_STEP).train()
+    state_file = tmp_path / "out" / "checkpoint-1" / STATE_FILE
+    state = torch.load(state_file)
+    del state["made_with"]["learning_rate"], state["made_with"]["weight_decay"]  # as they were once
+    torch.save(state, state_file)
+    assert make_trainer(**EACH_STEP).train(resume_from_checkpoint=str(state_file.parent)).global_step == 2
+
+
+def test_a_curriculum_goes_on_with_its_own_levels(make_trainer, tmp_path):
+    def trainer(*levels):
+        rows = Dataset.from_dict({"text": CORPUS[:4] * 2, "level": [levels[i % len(levels)] for i in range(8)]})
+        return make_trainer(train_dataset=rows, curriculum_threshold=0.9, stop="fixed", **EACH_STEP)
+
+    trainer(1, 2).train()
+    with pytest.raises(ValueError, match="data has the levels 1, 2 and this run's 5, 6"):
+        trainer(5, 6).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("max_steps", [1, 2])

@@ -10,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -1287,3 +1288,50 @@ def test_random_thoughts_are_as_long_as_the_models_own_where_it_is_evaluated(mak
         own, random = speech.lengths_BKG.chunk(2, dim=2)
         assert torch.equal(own, random)
         assert not torch.equal(*speech.logps_BKGH.chunk(2, dim=2))
+
+
+def test_a_reward_that_works_in_place_changes_nothing_else(make_trainer):
+    def clipped(logps, mask, **kwargs):
+        return logps.masked_fill_(~mask[:, :, None], 0.0).clamp_(min=-3.0).sum(-1)
+
+    def copied(logps, mask, **kwargs):
+        return clipped(logps.clone(), mask)
+
+    def logged(reward):
+        trainer = make_trainer(stop="fixed", reward_funcs=[reward, "log_prob"], logging_steps=1, max_steps=2)
+        trainer.train()
+        return [
+            {name: value for name, value in log.items() if name in ("loss", "think_gain", "reward", "rewards/log_prob")} for log in trainer.state.log_history
+        ]
+
+    assert logged(clipped) == logged(copied)
+
+
+def test_gains_are_there_whatever_a_subclass_logs(make_trainer, corpus):
+    class Quiet(ThinkTokTrainer):
+        def log(self, logs, start_time=None):
+            super().log({name: value for name, value in logs.items() if name != "eval_gain"}, start_time)
+
+    trainer = make_trainer(eval_dataset=corpus.select(range(4)), save_strategy="best", eval_strategy="steps", eval_steps=1, max_steps=1)
+    trainer.__class__ = Quiet
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    assert "eval_gain" in trainer.evaluate()
+    assert not any("eval_gain" in log for log in trainer.state.log_history)
+
+
+def test_a_completion_may_stand_alone(make_trainer):
+    """An empty prompt: all of the completion is learned, as of a text."""
+    alone, text = (
+        make_trainer(train_dataset=Dataset.from_dict(rows), max_steps=2, num_forks=0)
+        for rows in ({"prompt": [""] * 8, "completion": CORPUS[:4] * 2}, {"text": CORPUS[:4] * 2})
+    )
+    assert alone.train().training_loss == pytest.approx(text.train().training_loss, abs=1e-5)
+
+
+def test_options_may_be_tuples_and_numbers_of_numpy():
+    args = ThinkTokConfig(
+        "nowhere", use_cpu=True, think_cost=(0.0, 0.001, 1000), reward_weights=(1.0,), coverage_coef=np.float32(0.5), stop="learned", reward_funcs=("log_prob",)
+    )
+    assert args.think_cost == [0.0, 0.001, 1000]
+    assert args.coverage_coef == [0.5]

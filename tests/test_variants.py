@@ -150,12 +150,17 @@ def test_a_split_pair_is_saved_as_two_ordinary_checkpoints_and_resumed_bit_for_b
 
 
 @pytest.mark.parametrize("options", [{}, {"num_think_tokens": 0}, {"peft_config": LoraConfig(target_modules=["q_proj"]), "policies": "split"}])
-def test_a_model_that_was_one_of_a_pair_is_trained_without_the_other(make, corpus, tmp_path, options):
+def test_a_model_that_was_one_of_a_pair_is_trained_without_the_other(make, corpus, tmp_path, caplog, options):
     """In the same process, where it has its speaker still."""
     pair = make(policies="split")
     names = set(tiny_model("llama", vocab_size=len(pair.processing_class)).state_dict())
     rows = corpus if "num_think_tokens" in options else None
-    trainer = make(rows, model=pair.model, tokenizer=pair.processing_class, gradient_checkpointing=False, **{"num_think_tokens": None} | options)
+    pair.save_model(str(tmp_path / "pair"))
+    how = {"tokenizer": pair.processing_class, "gradient_checkpointing": False} | {"num_think_tokens": None} | options
+    for model in (str(tmp_path / "pair"), pair.model):
+        caplog.clear()
+        trainer = make(rows, model=model, **how)
+        assert caplog.text.count("was trained with a speaker, which this run has no use for") == 1
     trainer.train()
     trainer.save_model()
     assert not any("speaker.model" in name for name, _ in trainer.model.named_parameters())
