@@ -333,8 +333,6 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
         raise RunError(f"think_start={config.think_start} is not reached in a run of {steps} steps, so nothing would be thought: lower it, or set num_forks=0.")
     if 0 < (share := steps_between_saves(config)) < 1 and _parts_rollout(config, math.ceil(share * steps)):
         raise RunError(saves_must_end_rollouts(config))
-    if config.revive_every > steps:
-        raise RunError(f"revive_every={config.revive_every} is not reached in a run of {steps} steps: lower it, or leave it out.")
     thinking = steps - config.think_start
     for name in SCHEDULES:
         schedule = getattr(config, name) or [0]
