@@ -151,18 +151,8 @@ def check_reporters(config: "ThinkTokConfig") -> None:
 
 def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
     """Numbers, and lists of them, are no texts, and counts have no fractions."""
-    for name in (
-        *whole,
-        *RATES,
-        *FRACTIONS,
-        *WEIGHTS,
-        *SCHEDULES,
-        "curriculum_threshold",
-        "temperature",
-        "posterior_temperature",
-        "reward_weights",
-        "learning_rate",
-    ):
+    others = "learning_rate", "curriculum_threshold", "temperature", "posterior_temperature", "reward_weights"
+    for name in (*whole, *RATES, *FRACTIONS, *WEIGHTS, *SCHEDULES, *others):
         value = getattr(config, name)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, Integral if name in whole else Real)):

@@ -69,7 +69,8 @@ def check_adapter(peft_config: Any, split: bool, beta: float) -> None:
 
 
 def check_base(model: PreTrainedModel) -> None:
-    """An adapter is loaded onto what its base's name leads to, which must have the rows and the weights that it was trained beside."""
+    """An adapter is loaded onto what its base's name leads to, which must have the rows and the weights that it was trained beside. Weights in
+    several files are not compared."""
     if not (name := model.config._name_or_path):
         logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
         return
