@@ -34,7 +34,7 @@ class MeasuringTrainer(CheckpointingTrainer):
         self.add_callback(self.spent)
         self.add_callback(self.guard)
         self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
-        self._gains, self._prefix = GainByDocument(), "eval"
+        self._gains = GainByDocument()
         self._recorded: tuple[list[str], Tensor, Tensor | None] | None = None  # of the micro-step under way
         self._printable: tuple[Tensor, Rollout, Tensor, Tensor] | None = None  # of the latest micro-step
 
@@ -119,8 +119,6 @@ class MeasuringTrainer(CheckpointingTrainer):
             if not isinstance(dataset, str):  # the name of one that was looked at
                 raw = "input_ids" not in (getattr(dataset, "column_names", None) or ())
                 check_dataset(dataset, name, self.args, self._formatting_func if raw else None)
-        if not self.plain:
-            self._gains, self._prefix = GainByDocument(), metric_key_prefix
         step, self._micro_step = self._micro_step, (-1, -1)
         start, clock = time.perf_counter(), self._clock
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -128,13 +126,14 @@ class MeasuringTrainer(CheckpointingTrainer):
         self._clock = clock + time.perf_counter() - start  # no part of the training that tokens per second are of; several sets have their own calls within
         return metrics
 
-    def evaluation_loop(self, *args, **kwargs):
-        output = super().evaluation_loop(*args, **kwargs)
-        if not self.plain:
-            output.metrics.update({f"{self._prefix}_{name}": value for name, value in self._gains.summary().items()})
-            if self.args.chooses_best and not self._gains.rows and (best := self.args.metric_for_best_model or "").endswith(OF_THOUGHTS):
-                raise RunError(f"The held-out text has no place to think at, and {best} chooses the best model: give longer rows, or choose by loss.")
-            self._gains = GainByDocument()
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._gains = GainByDocument()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._gains.summary().items()})
+        best = self.args.metric_for_best_model or ""
+        awaited = f"eval_{best.removeprefix('eval_')}" in {f"{metric_key_prefix}_{name}" for name in OF_THOUGHTS}  # of this set, where there are several
+        if self.is_in_train and self.args.chooses_best and awaited and not self._gains.rows:
+            raise RunError(f"The held-out text has no place to think at, and {best} chooses the best model: give longer rows, or choose by loss.")
         return output
 
     def _get_grad_norm(self, model, grad_norm=None):

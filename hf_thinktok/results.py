@@ -22,7 +22,7 @@ from .bench_tables import print_bench
 THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
 # What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; all options, with the token for the Hub; and what
 # recipes/compare.py writes beside each arm, with paths of this machine.
-_LEFT = ("checkpoint-*", "inspection.json", "report.html", "training_args.bin", "config.yaml", "log.txt", "origin.json")
+_LEFT = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin", "config.yaml", "log.txt", "origin.json")
 NOT_PUSHED = (*_LEFT, *(f"*/{name}" for name in _LEFT))
 STATE_FILE = "thinktok_state.pt"
 # Written when all ranks have written everything else. A rename would say the same, but pushes to the Hub read from the folder meanwhile.

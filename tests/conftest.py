@@ -3,9 +3,7 @@
 import functools
 import gc
 import os
-from pathlib import Path
 
-os.environ["PYTHONPATH"] = str(Path(__file__).parent / "startup")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")

@@ -1414,6 +1414,24 @@ def test_the_best_model_by_thoughts_where_there_are_none(make_trainer):
     one_sentence(error, "choose by loss")
 
 
+def test_the_best_model_by_another_data_set_than_one_without_thoughts(make_trainer, corpus):
+    sets = {"near": Dataset.from_dict({"input_ids": [[5]] * 8}), "far": corpus.select(range(4))}
+    how = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "max_steps": 1}
+    trainer = make_trainer(eval_dataset=sets, metric_for_best_model="far_bits_think", **how)
+    trainer.train()
+    assert trainer.state.best_metric > 0
+    found = trainer.evaluate()
+    assert "eval_far_bits_think" in found
+    assert "eval_near_bits_think" not in found
+
+
+def test_rows_without_thoughts_may_be_evaluated_when_the_best_model_is_chosen(make_trainer, corpus):
+    how = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "max_steps": 1}
+    trainer = make_trainer(eval_dataset=corpus.select(range(4)), **how)
+    trainer.train()
+    assert "eval_bits_think" not in trainer.evaluate(Dataset.from_dict({"input_ids": [[5]] * 8}))
+
+
 def test_adapters_whose_ranks_a_loop_of_their_own_moves(make_trainer):
     with pytest.raises(ValueError, match="AdaLoraConfig moves its ranks") as error:
         make_trainer(peft_config=AdaLoraConfig(target_modules=["q_proj"], total_step=10))
