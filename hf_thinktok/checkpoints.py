@@ -27,7 +27,7 @@ from trl import SFTTrainer
 from ._compat import uploads_without
 from .card import read_results, render_card, snippet, use
 from .errors import RunError, first_line
-from .peft import SPEAKER, WRITE_INTO_BASE, is_speaker, load_adapters, save_adapter
+from .peft import SPEAKER, is_speaker, load_adapters, save_adapter, start_in_base
 from .results import COMPLETE_FILE, NOT_PUSHED, STATE_FILE, changed_options, environment, write_json
 from .tokens import ThinkingVocabulary
 
@@ -194,11 +194,9 @@ class CheckpointingTrainer(SFTTrainer):
             "peft_config": None,
         }
         if is_peft_model(self.model):
-            adapter = next(iter(self.model.peft_config.values())).to_dict()
-            found["peft_config"] = adapter["peft_type"].value
-            found |= {name: adapter.get(name) for name in ADAPTER_OPTIONS}
-            start = str(adapter.get("init_lora_weights"))
-            found["init_lora_weights"] = start if start.startswith(WRITE_INTO_BASE) else None
+            adapter = next(iter(self.model.peft_config.values()))
+            found["peft_config"] = adapter.peft_type.value
+            found |= {name: getattr(adapter, name, None) for name in ADAPTER_OPTIONS} | {"init_lora_weights": start_in_base(adapter)}
         trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         return found | {name: list(getattr(one, "ds_shape", one.shape)) for name, one in trained.items()}
 

@@ -56,7 +56,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         if name != "lookahead" and getattr(config, name) is None and (default := default_of(type(config), name)) is not None:  # that may have no bound
             raise ValueError(f"{name} is null: give a value, or leave it out for its default, {default}.")
     for name in LISTS:
-        if not isinstance(value := getattr(config, name), list | tuple | None):
+        if not isinstance(value := getattr(config, name), list | None):
             raise ValueError(f"{name}={value!r} is no list: give a list of them.")
     for entry in fields(config):
         allowed = entry.metadata.get("choices") if entry.name in own else None

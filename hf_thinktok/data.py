@@ -205,11 +205,12 @@ def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: Thinkin
         rows_read = dataset.with_format(None)[:LOOKED_AT_ROWS]
         ids = set(itertools.chain.from_iterable(rows_read.get("input_ids", [])))
         labels = rows_read.get("labels", [])
-        if labels and not any(label != -100 for row in labels for label in row[1:]) and any(len(row) > 1 for row in labels):
+        if {label for row in labels for label in row[1:]} == {-100}:
             raise ValueError(f"None of the first {len(labels)} rows of the {name} data set has a label that a token predicts: all are -100, or their first.")
-        ids |= set(itertools.chain.from_iterable(labels)) - {-100}
-        if (least := min(ids, default=0)) < 0:
+        learned = set(itertools.chain.from_iterable(labels)) - {-100}
+        if (least := min(learned, default=0)) < 0:
             raise ValueError(f"The {name} data set has the label {least}: it is to be a token's id, or -100 where nothing is to be learned.")
+        ids |= learned
         if (largest := max(ids, default=0)) >= (rows := embedding_rows(model)):
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
         if vocabulary is not None and (thoughts := ids.intersection(vocabulary.ids)):

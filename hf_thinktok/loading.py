@@ -250,7 +250,7 @@ def load_model(
         if isinstance(model, str):
             check_no_adapter(model, **{name: where[name] for name in ("revision", "subfolder") if name in where})
         config = AutoConfig.from_pretrained(model, **where) if isinstance(model, str) else model.config
-    if (args.policies != "split" or adapter) and (getattr(config, "thinktok", None) or {}).get("policies") == "split":
+    if (args.policies != "split" or adapter) and _was_split(config):
         logger.warning("The model was trained with a speaker, which this run has no use for: only the thinker goes on.")
         if hasattr(model, SPEAKER):
             delattr(model, SPEAKER)
@@ -334,6 +334,11 @@ def check_no_adapter(name: str, **where: Any) -> None:
         raise ValueError(f"{name} is an adapter: make a checkpoint of it and its base with `thinktok merge {name} FOLDER`, and train that.")
 
 
+def _was_split(config: PreTrainedConfig) -> bool:
+    """Whether a model was trained with a speaker."""
+    return (getattr(config, "thinktok", None) or {}).get("policies") == "split"
+
+
 def find_speaker(given: PreTrainedModel | None, model: PreTrainedModel, args: ThinkTokConfig, two_adapters: bool) -> PreTrainedModel | None:
     """The second model of `policies=split`: the one that is given, or that the first was trained with, in this process or in its folder `speaker`.
 
@@ -342,8 +347,7 @@ def find_speaker(given: PreTrainedModel | None, model: PreTrainedModel, args: Th
     """
     if args.policies == "split" and not two_adapters and given is None:
         given = getattr(model, SPEAKER, None)
-        was_split = getattr(model.config, "thinktok", {}).get("policies") == "split"
-        if given is None and was_split and (name := model.config._name_or_path):
+        if given is None and _was_split(model.config) and (name := model.config._name_or_path):
             more = args.model_init_kwargs or {}
             folder = f"{more['subfolder']}/{SPEAKER}" if "subfolder" in more else SPEAKER
             how = {"trust_remote_code": args.trust_remote_code, "device_map": placement(args)} | more | {"subfolder": folder, "dtype": model.dtype}

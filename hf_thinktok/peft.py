@@ -40,6 +40,12 @@ def add_speaker(model: PeftModel, peft_config: Any) -> None:
             parameter.requires_grad_(True)
 
 
+def start_in_base(peft_config: Any) -> str | None:
+    """How an adapter begins, where that takes out of the base what it puts into it."""
+    start = str(getattr(peft_config, "init_lora_weights", ""))
+    return start if start.startswith(WRITE_INTO_BASE) else None
+
+
 def check_adapter(peft_config: Any, split: bool, beta: float) -> None:
     """Refuses kinds of adapters that would be trained for something else than what is run, measured or merged.
 
@@ -56,12 +62,12 @@ def check_adapter(peft_config: Any, split: bool, beta: float) -> None:
         raise ValueError("layer_replication makes layers of the base's that share weights, and no merge can keep them apart: leave it out.")
     if getattr(peft_config, "peft_type", None) == PeftType.ADALORA:
         raise ValueError("An AdaLoraConfig moves its ranks and its loss by calls that only a training loop of its own makes: use a LoraConfig.")
-    start, biases = str(getattr(peft_config, "init_lora_weights", "")), getattr(peft_config, "bias", "none")
-    if start.startswith(NEVER_THE_SAME):
+    start, biases = start_in_base(peft_config), getattr(peft_config, "bias", "none")
+    if start and start.startswith(NEVER_THE_SAME):
         raise ValueError(
             f"init_lora_weights={start} changes the base in a way that loading the adapter does not repeat: take another one, such as true or pissa."
         )
-    if (split or beta > 0) and start.startswith(WRITE_INTO_BASE):
+    if start and (split or beta > 0):
         needs = "a second adapter (policies=split) stands on" if split else "beta compares with"
         raise ValueError(f"init_lora_weights={start} changes the base that {needs}: take another one, such as true.")
     if beta > 0 and biases != "none":
@@ -229,9 +235,9 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
         raise ValueError("Each layer of this model embeds its input anew, with rows that an adapter would lose: train the whole model, without peft_config.")
     paths = {module: name for name, module in model.named_modules()}
     names = {module: paths[module].rsplit(".", 1)[-1] for module in (inputs, outputs)}
+    # PEFT looks for these at the ends of names.
+    whole = (*(peft_config.modules_to_save or ()), *(one.removesuffix(".weight") for one in getattr(peft_config, "target_parameters", None) or ()))
     for module, name in names.items():
-        # PEFT looks for these at the ends of names.
-        whole = (*(peft_config.modules_to_save or ()), *(one.removesuffix(".weight") for one in getattr(peft_config, "target_parameters", None) or ()))
         if paths[module].endswith(whole) or peft_config.target_modules and check_target_module_exists(peft_config, paths[module]):
             raise ValueError(f"peft_config trains all of {name}, of which an adapter trains the thinking rows: take it out of its modules.")
     wanted = {names[inputs]: ids} if inputs.weight is outputs.weight else {names[inputs]: ids, names[outputs]: ids}
