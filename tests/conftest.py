@@ -24,8 +24,11 @@ gc.set_threshold(20_000, 50, 50)
 imports._is_package_available = functools.cache(imports._is_package_available)
 
 
-# Files of few and long tests, which start processes. Last, one of them would keep the workers of all others waiting.
-LONG = ("test_distributed.py", "test_compare.py", "test_toy_recipe.py", "test_recipe.py", "test_resume.py", "test_bench.py", "test_hub.py", "test_harness.py")
+# Files that take long, most of them because their tests start processes. Last, one of them would keep the workers of all others waiting.
+LONG = (
+    "test_distributed.py", "test_trainer.py", "test_compare.py", "test_plan.py", "test_toy_recipe.py", "test_other_device.py", "test_recipe.py", "test_resume.py",
+    "test_bench.py", "test_hub.py", "test_harness.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
