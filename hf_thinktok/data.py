@@ -1,7 +1,7 @@
 """Rows of text with their documents, and what a data set must have."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,10 +226,29 @@ def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: Thinkin
             raise ValueError(f"The {name} data set has a row of {longest} tokens, and the model has learned {positions} positions: set max_length={positions}.")
 
 
+def is_prepared(dataset, args, packing: bool) -> bool:
+    """Whether rows are as TRL would leave them, which writes each anew to find out: rows of ids and labels that fit, each with something to learn."""
+    if not isinstance(dataset, Dataset) or packing or args.shuffle_dataset or args.max_length is None or dataset.format["type"] == "custom":
+        return False
+    if not {"input_ids", "labels"} <= set(dataset.column_names) or not len(dataset):
+        return False
+    return longest_of(dataset, "input_ids") <= args.max_length and all(_all_learn(labels) for labels in _tables(dataset, "labels"))
+
+
+def _all_learn(labels) -> bool:
+    """Whether each of these rows has a label."""
+    rows = pc.list_parent_indices(labels).filter(pc.not_equal(pc.list_flatten(labels), -100))
+    return pc.count_distinct(rows).as_py() == len(labels)
+
+
 def longest_of(dataset: Dataset, column: str) -> int:
-    """Tokens of the longest row, from the table itself: a corpus read row by row takes minutes."""
-    tables = dataset.select_columns(column).with_format("arrow").iter(batch_size=1 << 16)
-    return max(pc.max(pc.list_value_length(table[column])).as_py() for table in tables)
+    """Tokens of the longest row."""
+    return max(pc.max(pc.list_value_length(rows)).as_py() for rows in _tables(dataset, column))
+
+
+def _tables(dataset: Dataset, column: str) -> Iterator[Any]:
+    """A column's rows from the table itself, some thousand at a time: a corpus read row by row takes minutes."""
+    return (table[column].combine_chunks() for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=1 << 14))
 
 
 def skips_preparing(args) -> bool:

@@ -12,7 +12,7 @@ from .callbacks import NonFiniteGuard, Spent, print_thoughts, sample_thoughts_to
 from .checkpoints import CheckpointingTrainer
 from .config_checks import OF_THOUGHTS
 from .curriculum import Curriculum
-from .data import check_dataset, columns_of_text, formatted, named_sets
+from .data import check_dataset, columns_of_text, formatted, is_prepared, named_sets
 from .errors import RunError
 from .evaluation import GainByDocument
 from .revival import Revival
@@ -104,7 +104,7 @@ class MeasuringTrainer(CheckpointingTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """TRL prepares whatever `evaluate` is given, also what is prepared, and would pack once more what is packed."""
         columns = dataset.column_names or ()
-        if {"seq_lengths", "labels"} <= set(columns):
+        if {"seq_lengths", "labels"} <= set(columns) or is_prepared(dataset, args, packing):
             return dataset
         if formatting_func is not None and "input_ids" not in columns:
             dataset = formatted(dataset, formatting_func, args)

@@ -118,10 +118,11 @@ class Grid:
         self.flops = {arm: self._flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}
         if (known := self.flops["think"]) is None:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
-        steps = round(self.options["cpt"][1].max_steps * known / self.flops["cpt"])
+        a_step = self.flops["cpt"] // self.options["cpt"][1].max_steps
+        steps = round(known / a_step)
         self.configs["cpt_flops"] = cannot["no_think"] | {"max_steps": steps}
         self.options["cpt_flops"] = read_config(KINDS, self.configs["cpt_flops"], "The arm cpt_flops")
-        self.flops["cpt_flops"] = self._flops(*self.options["cpt_flops"][1:])
+        self.flops["cpt_flops"] = a_step * steps
 
     def costs(self, logs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Steps, FLOPs of one process and the end of the logs, by arm."""

@@ -26,8 +26,8 @@ imports._is_package_available = functools.cache(imports._is_package_available)
 
 # Files that take long, most of them because their tests start processes. Last, one of them would keep the workers of all others waiting.
 LONG = (
-    "test_distributed.py", "test_trainer.py", "test_compare.py", "test_plan.py", "test_toy_recipe.py", "test_other_device.py", "test_recipe.py", "test_resume.py",
-    "test_bench.py", "test_hub.py", "test_harness.py",
+    "test_distributed.py", "test_trainer.py", "test_compare.py", "test_plan.py", "test_toy_recipe.py", "test_other_device.py", "test_recipe.py",
+    "test_resume.py", "test_bench.py", "test_hub.py", "test_harness.py",
 )  # fmt: skip
 
 
