@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -37,7 +38,7 @@ def add_generate(subparsers) -> None:
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max_new_tokens", type=whole(1), default=256, metavar="N", help="tokens at most, thoughts included, while the context lasts (256)")
-    sampling.add_argument("--temperature", type=number(1e-6, math.inf, "above 0.000001"), metavar="T", help="divides the logits (1)")
+    sampling.add_argument("--temperature", type=number(1e-6, 1e6, "above 0.000001 and at most 1000000"), metavar="T", help="divides the logits (1)")
     sampling.add_argument(
         "--top_p", type=number(0, 1, "above 0 and at most 1"), metavar="P", help="sample from the likeliest tokens that together reach it (1)"
     )
@@ -87,9 +88,10 @@ def run_generate(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     # Without these options the model's own distribution, whatever values for them its generation config has.
-    sampling = {"do_sample": not args.greedy, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    sampling = {"do_sample": not args.greedy, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     if not args.greedy:
-        sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None} | chosen
+        cuts = {"top_p": 1.0, "top_k": 0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+        sampling |= {"temperature": 1.0} | cuts | chosen
     stops, model.generation_config.stop_strings = model.generation_config.stop_strings, None
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -175,12 +177,15 @@ def add_push(subparsers) -> None:
 
 def run_push(args: argparse.Namespace) -> None:
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
     from rich.console import Console
 
     from .results import NOT_PUSHED, TRAINING_STATE
 
     if not args.folder.is_dir():
         raise UsageError(f"{args.folder} is not a folder.")
+    with usage():
+        validate_repo_id(args.repository)
     read_vocabulary(str(args.folder))
     adapter, console = args.folder / "adapter_config.json", Console(stderr=True, highlight=False)
     if adapter.exists():
@@ -250,7 +255,7 @@ def run_plan(args: argparse.Namespace) -> None:
         raise UsageError("There is no model: give --model, or a --config with model_name_or_path.")
     if model.load_in_4bit or model.load_in_8bit:
         raise UsageError("Quantized weights are not planned: leave load_in_4bit and load_in_8bit out.")
-    with usage():
+    with usage(RuntimeError):  # memory for the tree of a row that is far too long
         options, name = init_kwargs(model, config.model_init_kwargs), resolve_model(model.model_name_or_path)
         with there("model", name):
             check_no_adapter(name, revision=model.model_revision)
@@ -308,6 +313,10 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads along has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UsageError as error:
         print(f"thinktok: {error}", file=sys.stderr)
         return 2

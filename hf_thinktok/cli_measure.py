@@ -1,13 +1,17 @@
 """The subcommands of `thinktok` that measure and show: eval, inspect, lm-eval, report, card."""
 
 import argparse
+import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .commands import LARGEST_SEED, TextHelp, add_loading, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
+from .commands import LARGEST_SEED, TextHelp, add_loading, check_output, file_to_write, load, read_prompt, read_recipe, read_vocabulary, whole
 from .errors import UsageError, usage
+
+PAGE = b"<!doctype html>"
 
 
 def add_eval(subparsers) -> None:
@@ -46,7 +50,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from .evaluation import evaluate_thinking
     from .evaluation.tables import print_evaluation
     from .results import changed_options, environment, write_json
-    from .text import ReportArguments, TextArguments, load_text, split, unseen_text
+    from .text import ReportArguments, TextArguments, files_of, load_text, split, unseen_text
 
     # What can be wrong is looked at before the weights are read.
     first = next(iter(args.recipe), "=")
@@ -60,6 +64,10 @@ def run_eval(args: argparse.Namespace) -> None:
     if "data_split_seed" in told and not has_parts and text.max_documents is None:
         raise UsageError("--data_split_seed has no effect without --held_out_documents, --test_documents or --max_documents: leave it out, or give one.")
     read_vocabulary(args.model, args.revision)
+    texts = [file for name in (*(text.data_files or ()), *(report.test_files or ())) for file in files_of(name)]
+    words = [part for word in args.recipe for part in word.split("=", 1)]
+    configs = [value for name, value in itertools.pairwise(words) if name == "--config"]
+    check_output(args.output, [args.model, *texts, *configs], b'"evaluation": {')
     console = Console(stderr=True, highlight=False)
     with usage():
         if has_parts or report.test_files:
@@ -101,6 +109,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     text = read_prompt(args)
     read_vocabulary(args.model, args.revision)
+    check_output(args.output, [args.model, *([args.file] if args.file else [])], PAGE)
     model, tokenizer = load(args)
     with usage():
         inspected = inspect_text(model, tokenizer, text, args.max_length, args.max_think_length)
@@ -144,7 +153,7 @@ def run_card(args: argparse.Namespace) -> None:
         print(card)
         return
     with usage():
-        if args.output.exists() and not args.output.read_text(errors="replace").startswith("---\n"):
+        if args.output.is_file() and not re.match(r"---\n.*thinktok", args.output.read_text(errors="replace"), re.DOTALL):
             raise ValueError(f"{args.output} is there, and no model card: name another file.")
         with written_whole(args.output) as file:
             file.write(card.encode())
@@ -195,6 +204,7 @@ def add_report(subparsers) -> None:
 def run_report(args: argparse.Namespace) -> None:
     from .report import Run, write_report
 
+    check_output(args.output, args.runs, PAGE)
     with usage():
         write_report([Run.read(path, args.documents, args.max_length, args.trust_remote_code) for path in args.runs], args.output)
     print(args.output)

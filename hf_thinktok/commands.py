@@ -5,7 +5,7 @@ import contextlib
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tokens import ThinkingVocabulary
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
+LARGEST = 2**31 - 1  # of what is counted
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -147,13 +148,16 @@ def naming_trust() -> Iterator[None]:
         raise ValueError("the model comes with code of its own. Where you trust it, give --trust_remote_code.") from error
 
 
-def whole(lowest: int, highest: float = math.inf):
-    bounds = f"{lowest} or more" if highest == math.inf else f"{lowest} to {highest}"
+def whole(lowest: int, highest: int = LARGEST):
+    bounds = f"{lowest} or more" if highest == LARGEST else f"{lowest} to {highest}"
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not lowest <= int(text) <= highest:
+        value = int(text[:20]) if text.isdecimal() else lowest - 1
+        if value > highest == LARGEST:
+            raise argparse.ArgumentTypeError(f"must be at most {highest}; got {text!r}")
+        if not lowest <= value <= highest:
             raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}; got {text!r}")
-        return int(text)
+        return value
 
     return parse
 
@@ -163,9 +167,25 @@ def file_to_write(text: str) -> Path:
 
     if (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
-    if there := unwritable(path.absolute().parent):
+    is_device = path.exists() and not path.is_file()
+    if not is_device and (there := unwritable(path.absolute().parent)):
         raise argparse.ArgumentTypeError(f"nothing can be written to {there}: name another file")
     return path
+
+
+def check_output(output: Path | None, read: Iterable[str | Path], mark: bytes) -> None:
+    """An output takes the place of nothing that is read: no such file, and in such a folder only one that has this mark of what the command writes."""
+    if output is None or not output.is_file():
+        return
+    for place in map(Path, read):
+        is_in_it = place.is_dir() and output.resolve().is_relative_to(place.resolve())
+        if (place.exists() and output.samefile(place)) or (is_in_it and mark not in _head(output)):
+            raise UsageError(f"--output {output} is among what is read here: name another file.")
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1 << 16)
 
 
 def number(above: float, highest: float, meaning: str):

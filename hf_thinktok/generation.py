@@ -208,7 +208,7 @@ class ThinkingBudget(LogitsProcessor):
             raise ValueError(f"A thought cannot have at least {min_think_length} and at most {max_think_length} thinking tokens.")
         if max_total_think is not None and max_total_think < min_think_length:
             raise ValueError(f"A thought of at least {min_think_length} thinking tokens does not fit into {max_total_think} in all.")
-        if not abs(think_bias) <= MOST_BIAS:
+        if not isinstance(think_bias, int | float) or not abs(think_bias) <= MOST_BIAS:
             raise ValueError(f"think_bias must be a number of nats, {MOST_BIAS:,} at most; got {think_bias!r}. To never think set max_think_length=0.")
         self.vocabulary = vocabulary
         self.min_think_length, self.max_think_length, self.max_total_think = min_think_length, max_think_length, max_total_think
@@ -243,7 +243,7 @@ class ThinkingBudget(LogitsProcessor):
 
     def _run(self, input_ids: Tensor) -> Tensor:
         """Thinking tokens that each sequence ends with, counted as far as the bounds need it."""
-        last = input_ids[:, -max(self.min_think_length, self.max_think_length or 0, 1) :]
+        last = input_ids[:, -min(max(self.min_think_length, self.max_think_length or 0, 1), input_ids.shape[1]) :]
         return self.vocabulary.is_thought(last).flip(-1).int().cumprod(-1).sum(-1)
 
     def _start(self, input_ids: Tensor) -> int:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .bench_tables import print_bench
@@ -149,12 +150,17 @@ def training_results(before: dict[str, float], after: dict[str, float], training
 
 
 # Figures of a few documents may be no numbers.
-FIGURES = ("bits_per_token", "low", "high", "gain_stderr", "gain_over_random_stderr")
+FIGURES = ("bits_per_token", "bits_per_byte", "low", "high", "gain_stderr", "gain_over_random_stderr")
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that takes its name, and another's place, when it is complete."""
+    """A file to write to that takes its name, and another's place, when it is complete. A link stays one, and a device is written to as it is."""
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -290,7 +296,7 @@ def print_ablation(results: dict[str, Any], console: Console | None = None) -> N
     for name, runs in results["ablation"].items():
         how = hows_of(runs)[0]
         for run in runs:
-            table.add_row(name, str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
+            table.add_row(escape(name), str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
             if lengths := run.get("think_length"):
                 table.add_row("  mean length", "", *mean_lengths(lengths, levels), "")
     (console or Console()).print(table)

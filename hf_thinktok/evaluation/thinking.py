@@ -5,7 +5,7 @@ Shape suffixes as in tree.py; S samples, F forks of the whole text.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +101,8 @@ class Evaluation:
             tokens = self.tokens_F[there_F].sum()
             bits = -logps_F[there_F].sum() / tokens / math.log(2)
             accuracy = self.correct[arm][there_F].sum() / tokens
-            arms[arm] = {"bits_per_token": bits, "bits_per_byte": bits / self.bytes_per_token, "accuracy": accuracy, "forks": int(there_F.sum())}
+            bits_per_byte = bits / self.bytes_per_token if self.bytes_per_token else math.nan
+            arms[arm] = {"bits_per_token": bits, "bits_per_byte": bits_per_byte, "accuracy": accuracy, "forks": int(there_F.sum())}
             if arm in self.marginal:
                 arms[arm]["bits_per_token_marginal"] = -self.marginal[arm].sum() / tokens / math.log(2)
         thoughts = [arm for arm in ("think", "always") if arm in self.logps]
@@ -182,7 +183,7 @@ def evaluate_thinking(
     """
     for name, number, least in (
         ("max_length", max_length, 2), ("rows_per_document", rows_per_document, 1), ("num_forks", num_forks, 1), ("num_samples", num_samples, 0),
-        ("max_think_length", max_think_length, 1), ("lookahead", lookahead, 1), ("batch_size", batch_size, 1),
+        ("lookahead", lookahead, 1), ("batch_size", batch_size, 1),
     ):  # fmt: skip
         if number is not None and number < least:
             raise ValueError(f"{name}={number} must be at least {least}.")
@@ -271,7 +272,9 @@ def check_evaluable(model: PreTrainedModel, max_think_length: int | None = None)
             raise ValueError(
                 f"The model was trained with {name}={value}, and only {name}={' or '.join(usual)} can be evaluated so: look at its run's own evaluation."
             )
-    length = max_think_length or trained.get("max_think_length", 4)
+    if max_think_length is not None and (not isinstance(max_think_length, int) or max_think_length < 1):
+        raise ValueError(f"max_think_length={max_think_length!r} must be at least 1, a whole number.")
+    length = trained.get("max_think_length", 4) if max_think_length is None else max_think_length
     return Thinker(base, vocabulary, length, trained.get("blind", False), trained.get("thoughts") == "filler", trained)
 
 
@@ -287,6 +290,8 @@ def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
 
 
 def _texts(dataset, text_field: str) -> list[str]:
+    if isinstance(dataset, Mapping) or hasattr(dataset, "columns"):  # which would give their names
+        raise ValueError(f"The text is in parts or columns ({', '.join(map(str, dataset))}): give one of them, such as data['test'] or list(data['text']).")
     texts = []
     for document, one in enumerate([dataset] if isinstance(dataset, str) else dataset):
         text = one.get(text_field) if isinstance(one, dict) else one
