@@ -49,6 +49,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     from .evaluation import evaluate_thinking
     from .evaluation.tables import print_evaluation
+    from .recipe_options import command_line
     from .results import changed_options, environment, write_json
     from .text import ReportArguments, TextArguments, files_of, load_text, split, unseen_text
 
@@ -65,8 +66,7 @@ def run_eval(args: argparse.Namespace) -> None:
         raise UsageError("--data_split_seed has no effect without --held_out_documents, --test_documents or --max_documents: leave it out, or give one.")
     read_vocabulary(args.model, args.revision)
     texts = [file for name in (*(text.data_files or ()), *(report.test_files or ())) for file in files_of(name)]
-    words = [part for word in args.recipe for part in word.split("=", 1)]
-    configs = [value for name, value in itertools.pairwise(words) if name == "--config"]
+    configs = [value for name, value in itertools.pairwise(command_line(args.recipe)) if name == "--config"]
     check_output(args.output, [args.model, *texts, *configs], b'"evaluation": {')
     console = Console(stderr=True, highlight=False)
     with usage():
@@ -109,7 +109,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     text = read_prompt(args)
     read_vocabulary(args.model, args.revision)
-    check_output(args.output, [args.model, *([args.file] if args.file else [])], PAGE)
+    check_output(args.output, [args.model, args.file], PAGE)
     model, tokenizer = load(args)
     with usage():
         inspected = inspect_text(model, tokenizer, text, args.max_length, args.max_think_length)

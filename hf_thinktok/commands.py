@@ -163,21 +163,20 @@ def whole(lowest: int, highest: int = LARGEST):
 
 
 def file_to_write(text: str) -> Path:
-    from .results import unwritable
+    from .results import is_device, unwritable
 
     if (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
-    is_device = path.exists() and not path.is_file()
-    if not is_device and (there := unwritable(path.absolute().parent)):
+    if not is_device(path) and (there := unwritable(path.absolute().parent)):
         raise argparse.ArgumentTypeError(f"nothing can be written to {there}: name another file")
     return path
 
 
-def check_output(output: Path | None, read: Iterable[str | Path], mark: bytes) -> None:
+def check_output(output: Path | None, read: Iterable[str | Path | None], mark: bytes) -> None:
     """An output takes the place of nothing that is read: no such file, and in such a folder only one that has this mark of what the command writes."""
     if output is None or not output.is_file():
         return
-    for place in map(Path, read):
+    for place in (Path(name) for name in read if name):
         is_in_it = place.is_dir() and output.resolve().is_relative_to(place.resolve())
         if (place.exists() and output.samefile(place)) or (is_in_it and mark not in _head(output)):
             raise UsageError(f"--output {output} is among what is read here: name another file.")

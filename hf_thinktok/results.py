@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .bench_tables import print_bench
@@ -156,7 +155,7 @@ FIGURES = ("bits_per_token", "bits_per_byte", "low", "high", "gain_stderr", "gai
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to that takes its name, and another's place, when it is complete. A link stays one, and a device is written to as it is."""
-    if path.exists() and not path.is_file():
+    if is_device(path):
         with open(path, "wb") as file:
             yield file
         return
@@ -169,6 +168,11 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def is_device(path: Path) -> bool:
+    """Whether there is what nothing can take the place of, such as /dev/stdout or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def unwritable(folder: Path) -> Path | None:
@@ -296,10 +300,10 @@ def print_ablation(results: dict[str, Any], console: Console | None = None) -> N
     for name, runs in results["ablation"].items():
         how = hows_of(runs)[0]
         for run in runs:
-            table.add_row(escape(name), str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
+            table.add_row(name, str(run["seed"]), *(per_cent(run["accuracy"][how][level]) for level in levels), str(run["steps"]))
             if lengths := run.get("think_length"):
                 table.add_row("  mean length", "", *mean_lengths(lengths, levels), "")
-    (console or Console()).print(table)
+    (console or Console()).print(table, markup=False)  # variants are named by users
 
 
 def print_launchers(results: dict[str, Any], console: Console | None = None) -> None:

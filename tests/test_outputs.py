@@ -10,14 +10,14 @@ import pytest
 from commands import ROOT
 from datasets import Dataset, DatasetDict
 from models import CORPUS, save_tiny, tiny_tokenizer
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.harness import ThinkTokLM
 from hf_thinktok.evaluation.inspection import inspect_text
-from hf_thinktok.evaluation.tables import comparison_tables, print_evaluation
+from hf_thinktok.evaluation.tables import comparison_tables, print_comparison, print_evaluation
+from hf_thinktok.report import as_cells
 from hf_thinktok.results import print_ablation, read_json, write_json
 
 RESULTS = ROOT / "docs" / "results"
@@ -166,8 +166,9 @@ def test_names_are_no_markup(capsys):
     comparison = results["comparison"]
     comparison["arms"]["[bold]x[/nope]"] = comparison["arms"]["cpt"]
     comparison["gains"]["think over [bold]x[/nope]"] = comparison["gains"]["think over cpt"]
-    for table in comparison_tables(comparison, results["seeds"]):
-        Console().print(table)
+    print_comparison(results)
+    cells = [str(row) for table in comparison_tables(comparison, results["seeds"]) for row in as_cells(table)["rows"]]
+    assert sum("'[bold]x[/nope]'" in row or "'think, over [bold]x[/nope]'" in row for row in cells) == 2, "of the page"
     ablation = read_json(RESULTS / "s5_deep.json")
     print_ablation(ablation | {"ablation": {"[bold]x[/nope]": ablation["ablation"]["none, 2 layers"]}})
     assert capsys.readouterr().out.count("[bold]x[/nope]") == 3

@@ -5,7 +5,6 @@ import statistics
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..results import ALL_ALIKE, THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
@@ -22,7 +21,7 @@ def print_evaluation(results: dict[str, Any], console: Console | None = None) ->
 def _print(tables: list[Table], says: str, console: Console | None) -> None:
     console = console or Console()
     for table in tables:
-        console.print(table)
+        console.print(table, markup=False)  # arms are named by users
     console.print(says)
 
 
@@ -126,7 +125,7 @@ def comparison_tables(found: dict[str, Any], seeds: list[int], training: dict[st
         flops = "" if cost is None or cost["flops"] is None else f"{cost['flops'] / 1e12:.1f}"
         interval = "" if math.isnan(one["low"]) else f"{one['low']:.3f} to {one['high']:.3f}"
         costs = ("" if cost is None else str(cost["steps"]), flops, minutes) if training else ()
-        table.add_row(escape(named(arm)), f"{one['bits_per_token']:.4f}", interval, *costs)
+        table.add_row(named(arm), f"{one['bits_per_token']:.4f}", interval, *costs)
     tables = [table]
     table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
     for name in ("", "gain", *(f"seed {seed}" for seed in seeds if len(seeds) > 1)):
@@ -134,7 +133,7 @@ def comparison_tables(found: dict[str, Any], seeds: list[int], training: dict[st
     for name, gain in in_order(found["gains"]).items():
         one, other = name.split(" over ")
         each = [f"{gain['seeds'][str(seed)]['bits_per_token']:+.4f}" for seed in seeds] if len(seeds) > 1 else []
-        table.add_row(escape(f"{one}, over {other}"), _interval(gain), *each)
+        table.add_row(f"{one}, over {other}", _interval(gain), *each)
     return [*tables, table]
 
 
