@@ -1,6 +1,7 @@
 """What a run writes down: its figures, and everything that it takes to get them again."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -63,20 +64,26 @@ def weights_in(folder: Path) -> list[Path]:
     return sorted(path for kind in ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin") for path in folder.glob(kind))
 
 
-def environment() -> dict[str, Any]:
-    """Library versions, hardware and the commit of the code."""
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of what is loaded, whatever is installed meanwhile."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def environment() -> dict[str, Any]:
+    """Library versions, hardware and the commit of the code."""
     hardware = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-    return {"versions": versions, "hardware": hardware, "commit": _commit()}
+    return {"versions": dict(_versions()), "hardware": hardware, "commit": _commit()}
 
 
 def _cpu_name() -> str:

@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
-def pytest_collection_finish():
+@pytest.fixture(scope="module", autouse=True)
+def what_is_loaded_stays():
     """Keeps the libraries out of the garbage collector, which accelerate runs at the end of every training: there, it took a third of the tests' time."""
     gc.collect()
     gc.freeze()
