@@ -192,6 +192,7 @@ class ThinkTokConfig(SFTConfig):
         gate_loss_weight (`float`, defaults to `1.0`):
             With `stop: learned`, weight of the gate's loss and of the price. At 1 a fork's decision weighs as much as the text's tokens for each fork do,
             with one fork a row as the whole row: where the gate is right already and the text matters, less leaves more of each clipped step to the text.
+            Where thoughts stay longer than what they tell is worth, more keeps the gate's gradient from being lost among that of the thoughts.
         detach_gate (`bool`, defaults to `False`):
             With `stop: learned`, the gate trains the thinking rows alone, and where to think is read from hidden states that do not change for it: whatever
             it gets wrong, the text has no part in mending it.
