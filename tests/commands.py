@@ -16,11 +16,12 @@ from hf_thinktok.cli import main as thinktok
 
 ROOT = Path(__file__).parent.parent
 WITH_PACKAGE = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'startup'}"  # the Python path of a process
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": WITH_PACKAGE}  # what it has beside this one's
 
 
 def started(*command: str | Path | int, **options) -> subprocess.CompletedProcess:
     """Runs Python in a process of its own: one thread, with this package on its path."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": WITH_PACKAGE} | options.pop("env", {})
+    environment = os.environ | ENVIRONMENT | options.pop("env", {})
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, **{"cwd": ROOT, "timeout": 900} | options)
 
 

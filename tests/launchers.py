@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from commands import WITH_PACKAGE
+from commands import ENVIRONMENT
 from models import save_tiny
 from tiny_run import main
 
@@ -37,7 +37,7 @@ def launch(launcher: str, script: Path, *arguments: str | Path) -> subprocess.Co
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[launcher][0], "--num_processes", "2", "--mixed_precision", "no"]
     command += ["--main_process_port", str(free_port()), *([str(HERE / "over_gloo.py")] if launcher in ZERO else []), str(script), *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    environment |= {"PYTHONPATH": WITH_PACKAGE, "OMP_NUM_THREADS": "1"}
+    environment |= ENVIRONMENT
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
 
 

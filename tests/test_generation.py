@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from commands import WITH_PACKAGE
+from commands import ENVIRONMENT
 from models import save_tiny, tiny_model, tiny_tokenizer, with_own_code
 from peft import LoraConfig, get_peft_model
 from plain_rows import thinker
@@ -357,7 +357,7 @@ def run(capsys):
 def test_the_command_in_a_process_of_its_own(folder, tmp_path):
     def start(path, characters="utf-8"):
         options = ["--device", "cpu", "--max_new_tokens", "12", "--min_think_length", "2", "--max_think_length", "2", "--seed", "1"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": WITH_PACKAGE, "PYTHONIOENCODING": characters}
+        environment = os.environ | ENVIRONMENT | {"PYTHONIOENCODING": characters}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen([sys.executable, "-m", "hf_thinktok.cli", "generate", path, *options], encoding="utf-8", env=environment, **pipes)
 
