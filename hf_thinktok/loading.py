@@ -210,12 +210,16 @@ def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:
 
 
 def _seconds_of_product(dtype: torch.dtype) -> float:
-    """The fastest of three."""
-    matrix, seconds = torch.ones(256, 256, dtype=dtype), []
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        seconds.append(time.perf_counter() - start)
+    """The fastest of ten, by one thread: two wait for each other where something else keeps a core busy, and a quick product seems as slow as a slow one."""
+    matrix, seconds, num_threads = torch.ones(256, 256, dtype=dtype), [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(10):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(num_threads)
     return min(seconds)
 
 

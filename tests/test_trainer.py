@@ -1081,6 +1081,20 @@ def test_bf16_is_for_cpus_that_have_it(tmp_path, monkeypatch, slower, stays):
     assert loading.fit_to_cpu(ThinkTokConfig(str(tmp_path), use_cpu=True, bf16=True)).bf16 is stays
 
 
+def test_a_type_is_timed_by_one_thread(tmp_path, monkeypatch):
+    """Several wait for each other on a busy machine, and fp32 seemed no faster than bf16 that is 50 times as slow."""
+    threads, product = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *matrices: threads.add(torch.get_num_threads()) or product(*matrices))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loading.fit_to_cpu(ThinkTokConfig(str(tmp_path), use_cpu=True, bf16=True))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
+
+
 @pytest.mark.parametrize("lengths", [[0, 0], [0, 2]])
 def test_supplied_thoughts_may_be_none(make_trainer, lengths):
     rows = Dataset.from_dict({"text": ["the cat sat on", "the cat sat off"], "think_length": lengths, "thoughts": [list(range(length)) for length in lengths]})
