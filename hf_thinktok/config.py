@@ -148,6 +148,9 @@ class ThinkTokConfig(SFTConfig):
             Running accuracy at which the next `level` of the data begins: one number, or one for each level but the last. `None`: all rows from the start.
         curriculum_replay (`float`, defaults to `0.4`):
             Part of the steps that goes to all reached levels alike.
+        curriculum_think_length (`list[int]`, *optional*):
+            Thinking tokens of a thought at most while a level is the hardest reached, on all rows, a number for each level: with `stop="learned"` lengths are
+            then learned one after the other. `None`: `max_think_length` from the start.
 
         > Whose text
 
@@ -274,6 +277,7 @@ class ThinkTokConfig(SFTConfig):
     markovian_share: float = option(0.0, "Part of each group that sees of its own thought the latest token alone.")
     curriculum_threshold: list[float] | None = option(None, "Running accuracy at which the next level of the data begins, or one for each but the last.")
     curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
+    curriculum_think_length: list[int] | None = option(None, "With stop=learned: thinking tokens at most while each level is the hardest reached.")
 
     teacher: str | None = option(None, "A frozen LM whose predictions are the labels.")
     rollout: str = option("fork", "Whether the text is the data's or the model's own.", ("fork", "free"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost", "stop_smoothing")
 SCHEDULED_FRACTIONS = ("epsilon_greedy", "thought_entropy_target", "stop_smoothing")
-LISTS = ("alternate", "reward_funcs", "reward_weights", "fork_markers", "think_init_words")
+LISTS = ("alternate", "reward_funcs", "reward_weights", "fork_markers", "think_init_words", "curriculum_think_length")
 FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report of thoughts (`GainByDocument`), that of which the best model has least, and most.
@@ -79,7 +79,8 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "gradient_accumulation_steps": 1,
         "dataloader_num_workers": 0,
     }
-    _check_numbers(config, (*(name for name in least if name != "learning_rate"), "num_think_tokens", "lookahead", "search_changes", "alternate", "max_length"))
+    counts = "num_think_tokens", "lookahead", "search_changes", "alternate", "max_length", "curriculum_think_length"
+    _check_numbers(config, (*(name for name in least if name != "learning_rate"), *counts))
     for name, bound in least.items():
         if getattr(config, name) < bound:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {bound}.")
@@ -113,6 +114,11 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
     thresholds = config.curriculum_threshold
     if thresholds is not None and (not thresholds or min(thresholds) < 0 or max(thresholds) > 1):
         raise ValueError(f"curriculum_threshold={thresholds} must be between 0 and 1: one number, or one for each level of the data but the last.")
+    lengths, most = config.curriculum_think_length, config.max_think_length
+    if lengths is not None and (not lengths or lengths != sorted(lengths) or lengths[0] < int(config.blind) or lengths[-1] != most):
+        raise ValueError(
+            f"curriculum_think_length={lengths} must rise from {int(config.blind)} or more to max_think_length={most}: give a whole number for each level."
+        )
     for name in ("fork_markers", "think_init_words"):
         if any(not isinstance(text, str) for text in getattr(config, name) or ()):
             raise ValueError(f"{name}={getattr(config, name)!r} is to be a list of texts: put numbers in quotes.")
@@ -377,6 +383,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "coverage_of": (ever(config.coverage_coef) and config.max_think_length > 1, "coverage_coef, and max_think_length above 1"),
         "balance_given": (ever(config.balance_coef) and config.max_think_length > 1, "balance_coef, and max_think_length above 1"),
         "curriculum_replay": (config.curriculum_threshold is not None, "curriculum_threshold"),
+        "curriculum_think_length": (config.curriculum_threshold is not None and config.stop == "learned", "curriculum_threshold and stop=learned"),
         "train_sampling_strategy": (
             config.num_iterations == 1 and config.curriculum_threshold is None,
             "num_iterations=1 and no curriculum_threshold, which have an order of their own",

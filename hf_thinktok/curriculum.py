@@ -24,12 +24,13 @@ class Curriculum:
     Args:
         levels: those of the data set, ascending.
         thresholds: running accuracy at which the next level begins: one for all, or one for each level but the last.
+        lengths: thinking tokens of a thought at most while each level is the current one, where they are bounded by it.
 
     Raises:
-        ValueError: neither as many.
+        ValueError: not as many.
     """
 
-    def __init__(self, levels: list[int], thresholds: list[float]):
+    def __init__(self, levels: list[int], thresholds: list[float], lengths: list[int] | None = None):
         between = len(levels) - 1
         if not between:
             raise ValueError(f"curriculum_threshold has no effect on data of one level, {levels[0]}: leave it out.")
@@ -38,6 +39,11 @@ class Curriculum:
                 f"curriculum_threshold has {len(thresholds)} numbers and the data {len(levels)} levels ({', '.join(map(str, levels))}): give one number, "
                 f"or one for each level but the last ({between})."
             )
+        if lengths is not None and len(lengths) != len(levels):
+            raise ValueError(
+                f"curriculum_think_length has {len(lengths)} numbers and the data {len(levels)} levels ({', '.join(map(str, levels))}): give one for each."
+            )
+        self.lengths = lengths
         self.levels, self.thresholds = levels, thresholds * between if len(thresholds) == 1 else thresholds
         self.begins = [0]  # the step at which each reached level begins
         self.sums: dict[int, float] = {}
@@ -51,6 +57,10 @@ class Curriculum:
     def reached(self, step: int) -> list[int]:
         """The levels that are drawn from at a step; the last is the current one."""
         return self.levels[: sum(begin <= step for begin in self.begins)]
+
+    def longest(self, step: int) -> int | None:
+        """Thinking tokens of a thought at most, where the level bounds them."""
+        return None if self.lengths is None else self.lengths[len(self.reached(step)) - 1]
 
     def stage_step(self, step: int, level: int) -> int:
         """Steps since a level began, the clock of all schedules on its rows: a new level explores, and those below it keep what they have found."""

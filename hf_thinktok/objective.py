@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .advantages import group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
@@ -25,6 +25,9 @@ from .losses import expected_length, stop_actions, stopping_logps
 from .rewards import RewardFunction, masked_mean, masked_sum, names_of, total_reward
 from .rollout import Rollout, of_thoughts
 from .scores import TreeScores
+
+# The gate's logit where there is nothing to think: finite, so that its logarithms have gradients.
+SHUT = -50.0
 
 
 @dataclass
@@ -58,11 +61,11 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
         lengths = rollout.lengths_BKG.float()
         reach = (torch.arange(scores.prefix_logps_BKGP.shape[-1], device=lengths.device) <= rollout.lengths_BKG[..., None]).float()
         return Speech(scores.logps_BKGH, scores.correct_BKGH, scores.correct_BKGH, None, lengths, reach)
-    stop_logps_BKGP = stopping_logps(scores.gate_logits_BKGL, must_think=blind)
-    even_P = torch.ones(stop_logps_BKGP.shape[-1], device=stop_logps_BKGP.device)
-    even_P[0] = 0.0 if blind else 1.0
+    possible_BKGL = rollout.said_BKGL  # all, but where the curriculum has no thoughts yet
+    stop_logps_BKGP = stopping_logps(scores.gate_logits_BKGL.masked_fill(~possible_BKGL, SHUT), must_think=blind)
+    even_BKGP = nn.functional.pad(possible_BKGL.float(), (1, 0), value=0.0 if blind else 1.0)
     own_BKGP = stop_logps_BKGP.detach().exp()
-    weights_BKGP = (1 - smoothing) * own_BKGP + smoothing * even_P / even_P.sum()
+    weights_BKGP = (1 - smoothing) * own_BKGP + smoothing * even_BKGP / even_BKGP.sum(-1, keepdim=True)
     return Speech(
         logps_BKGH=(weights_BKGP.log() + scores.prefix_logps_BKGP).logsumexp(-1, keepdim=True),
         correct_BKGH=(weights_BKGP * scores.prefix_correct_BKGP).sum(-1, keepdim=True),
@@ -293,7 +296,8 @@ def _metrics(
     if not rollout.text:  # of the thinking vocabulary, which does not write text
         metrics["thought_entropy"] = thought_entropy(scores.think_logps_BKGLN, rollout.said_BKGL & valid[..., None])
     if config.needs_gate:
-        metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid(), valid, None)
+        possible_BKG = rollout.said_BKGL[..., 0] | (config.stop == "sampled")
+        metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid() * possible_BKG, valid, None)
     for name, values_BKG in zip(names_of(rewards), each_FBKG, strict=True):
         metrics[f"rewards/{name}"] = masked_mean(values_BKG[..., own], valid, None)
     return metrics

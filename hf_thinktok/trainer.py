@@ -213,7 +213,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             self.revival = Revival(self.vocabulary, args.sampling(), args.revive_every, args.seed, *ranks)
             self.add_callback(self.revival)
         if args.curriculum_threshold is not None:
-            self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold)
+            self.curriculum = Curriculum(levels_of(self.train_dataset), args.curriculum_threshold, args.curriculum_think_length)
 
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
@@ -311,7 +311,9 @@ class ThinkTokTrainer(MeasuringTrainer):
             )
 
     def _given_lengths(self, inputs: dict[str, Tensor], forks_BK: Tensor) -> Tensor | None:
-        """Thinking tokens of each fork, where the data says so."""
+        """Thinking tokens of each fork, where the data says so, or at most so many, where the curriculum does."""
+        if self.curriculum is not None and (longest := self.curriculum.longest(self.state.global_step)) is not None:
+            return torch.full_like(forks_BK, longest)
         if "think_length" not in inputs:
             return None
         return given_lengths(inputs["think_length"], ends_of(self.markers, inputs["input_ids"])).gather(1, forks_BK.clamp(min=0))

@@ -159,6 +159,21 @@ BAD_VALUES = [
     ({"per_device_train_batch_size": "2"}, ["per_device_train_batch_size='2' is not made of whole numbers"]),
     ({"curriculum_threshold": []}, ["curriculum_threshold=..", "one number"]),
     ({"curriculum_threshold": [0.9, "0.8"]}, ["curriculum_threshold", "numbers"]),
+    *(
+        (
+            {"curriculum_threshold": 0.9, "max_steps": 4, "curriculum_think_length": lengths} | more,
+            [f"curriculum_think_length={re.escape(str(lengths))}", words],
+        )
+        for lengths, more, words in (
+            ([], {}, "a whole number for each level"),
+            ([0, 3], {}, "to max_think_length=4"),
+            ([2, 1, 4], {}, "must rise"),
+            ([-1, 4], {}, "from 0 or more"),
+            ([0, 4], {"blind": True}, "from 1 or more"),
+            ([0, 1.5, 4], {}, "whole numbers"),
+            (4, {}, "is no list"),
+        )
+    ),
     ({"alternate": [3]}, ["alternate=.3.", "two numbers"]),
     ({"alternate": [0, 3]}, ["alternate=.0, 3.", "at least 1"]),
     *(
@@ -301,6 +316,8 @@ NO_EFFECT = [
     ({"balance_given": "token"}, ["balance_given='token'", "balance_coef"]),
     ({"balance_given": "token", "balance_coef": [0.1], "max_think_length": 1}, ["balance_given='token'", "max_think_length above 1"]),
     ({"curriculum_replay": 0.1}, ["curriculum_replay=0.1", "curriculum_threshold"]),
+    ({"curriculum_think_length": [0, 4]}, ["curriculum_think_length=.0, 4.", "curriculum_threshold and stop=learned"]),
+    ({"curriculum_think_length": [0, 4], "curriculum_threshold": 0.9, "max_steps": 4, "stop": "fixed"}, ["curriculum_think_length", "stop=learned"]),
     ({"advantage": "token", "coverage_coef": [0.1]}, ["coverage_coef=.0.1.", "objective=marginal"]),
     ({"num_iterations": 2, "train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy='group_by_length'", "num_iterations=1"]),
     *(

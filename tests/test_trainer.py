@@ -24,6 +24,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
 from hf_thinktok import trainer as trainer_module
+from hf_thinktok.answers import answer
 from hf_thinktok.architectures import drops_attention
 from hf_thinktok.cli import main
 from hf_thinktok.config_checks import LESS_IS_BETTER, MORE_IS_BETTER
@@ -338,6 +339,49 @@ def test_training_starts_over_after_memory_ran_out_or_an_interruption(make_train
 def levels(rows, *numbers):
     """Rows of these levels in turn."""
     return rows.add_column("level", [numbers[i % len(numbers)] for i in range(len(rows))])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+@pytest.mark.parametrize("engine", ["tree", "replicated"])
+def test_thoughts_may_be_longer_with_every_level(make_trainer, corpus, smoothing, engine):
+    """Without any at the first: what is said there is what is said without thoughts, and the gate has nothing to learn."""
+    options = {"curriculum_threshold": 0.0, "curriculum_think_length": [0, 1, 3], "max_think_length": 3, "stop_smoothing": smoothing, "logging_steps": 1}
+    trainer = make_trainer(
+        train_dataset=levels(corpus, 1, 2, 3), eval_dataset=corpus, stop="learned", engine=engine, curriculum_replay=0.5, max_steps=40, **options
+    )
+    gates = [trainer.model.get_output_embeddings().weight[trainer.vocabulary.first_id :].clone()]
+    seen = {}  # by the thoughts that may be had at most
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            gates.append(trainer.model.get_output_embeddings().weight[trainer.vocabulary.first_id :].clone())
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "think_length" in logs:
+                seen.setdefault(trainer.curriculum.longest(state.global_step - 1), []).append((logs, gates[-1].equal(gates[-2])))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert list(seen) == [0, 1, 3]
+    for logs, same in seen[0]:
+        assert (logs["think_length"], logs["gate"]) == pytest.approx((0.0, 0.0), abs=1e-12)
+        assert logs["think_gain"] == pytest.approx(0.0, abs=1e-5)
+        assert same, "nobody thought"
+    for logs, same in seen[1]:
+        assert logs["think_length"] == pytest.approx(logs["gate"])
+        assert not same
+    for logs, _ in seen[3]:
+        assert 1.01 < logs["think_length"] / logs["gate"] < 3
+    assert 0 < trainer.evaluate()["eval_mean_think_length"] < 3
+    trainer.curriculum.begins = [0]
+    assert trainer.evaluate()["eval_mean_think_length"] == pytest.approx(0.0, abs=1e-12)
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 2, "labels": [[-100, -100, -100, 8]] * 2})
+    assert answer(trainer, rows, "think").lengths_D.tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
+def test_a_length_for_each_level(make_trainer, corpus):
+    with pytest.raises(ValueError, match="curriculum_think_length has 2 numbers and the data 3 levels .1, 2, 3.: give one for each"):
+        make_trainer(train_dataset=levels(corpus, 1, 2, 3), curriculum_threshold=0.9, curriculum_think_length=[0, 2], max_steps=2)
 
 
 def test_an_attempt_after_memory_ran_out_has_its_levels_to_pass_again(make_trainer, corpus):
