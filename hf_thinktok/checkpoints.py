@@ -309,8 +309,8 @@ class CheckpointingTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save and folder.exists():
             (folder / COMPLETE_FILE).write_text(str(time.time_ns()))
-            for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_FILE}"):
-                os.utime(path.parent, ns=(_written(path.parent),) * 2)  # by which the oldest goes
+            for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):  # by which the oldest goes, and before it what was not written to its end
+                os.utime(path, ns=(_written(path) if (path / COMPLETE_FILE).exists() else 0,) * 2)
             rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -364,6 +364,16 @@ def test_older_checkpoints_go_when_the_new_one_counts(make_trainer, tmp_path, mo
     assert trainer.args.save_total_limit == 1
 
 
+def test_what_was_not_written_to_its_end_goes_before_what_was(make_trainer, tmp_path, monkeypatch):
+    make_trainer(**EACH_STEP, max_steps=1).train()
+    with monkeypatch.context() as dying, pytest.raises(Killed):
+        dying.setattr(ThinkTokTrainer, "_save_rng_state", killed)
+        make_trainer(**EACH_STEP).train(resume_from_checkpoint=True)
+    (tmp_path / "out" / "checkpoint-2").rename(tmp_path / "out" / "checkpoint-7")  # which the next attempt does not write again
+    make_trainer(**EACH_STEP, save_total_limit=2).train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_totals_are_those_of_all_sessions(make_trainer, tmp_path):
     rewards = iter([math.nan, 1.0, 1.0])
     whole = make_trainer(**EACH_STEP, max_steps=3, reward_funcs=[lambda logps, mask, **kwargs: logps.mean(-1) * next(rewards)])
