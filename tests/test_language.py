@@ -352,6 +352,7 @@ def all_reports():
     yield "empty", describe(np.zeros((5, 0), int), np.arange(5), 4, states_QL=np.zeros((5, 0), int))
     yield "serial", describe(thoughts, states[:, -1], 6, states_QL=states, answer_names=names)
     yield "unequal", describe(thoughts, states[:, -1], 6, states_QL=states, lengths_Q=np.arange(500) % 7)
+    yield "one is longer", describe(thoughts, states[:, -1], 6, states_QL=states, lengths_Q=1 + (np.arange(500) == 7))
     yield "many", describe(np.arange(500)[:, None], np.arange(500), 500)
 
 

@@ -44,7 +44,8 @@ def draw_language(report: dict[str, Any], path: Path) -> None:
         columns = math.ceil(len(dictionaries) / 2) if len(dictionaries) > 1 else 1
         panels = left.subplots(math.ceil(len(dictionaries) / columns), columns, squeeze=False).flat
         for place, (dictionary, axes) in enumerate(zip(dictionaries, panels)):
-            purity = "no tokens" if dictionary["purity"] is None else f"purity {dictionary['purity']:.2f} (by chance {dictionary['purity_shuffled']:.2f})"
+            said, by_chance = dictionary["purity"], dictionary["purity_shuffled"]  # too few are as long to be shuffled
+            purity = "no tokens" if said is None else f"purity {said:.2f}" + ("" if by_chance is None else f" (by chance {by_chance:.2f})")
             # The order of the first panel, so that positions with a dictionary of their own can be told.
             _draw_joint(axes, dictionary["joint"], dictionaries[0]["joint"], f"{f'Position {place}' if place else 'All positions'}\n{purity}", 12)
             axes.set(xlabel="state", ylabel="thinking token")
