@@ -74,7 +74,8 @@ class ToyArguments:
     )
     check_every: int = field(default=0, metadata={"help": "Steps between checks of the accuracy on training rows. 0: no checks."})
     check_rows: int = field(
-        default=1000, metadata={"help": "How many rows a check answers: of the hardest level at a curriculum's end, else of each, where the least counts."}
+        default=1000,
+        metadata={"help": "How many rows a check answers: of each level, where the least counts; after a curriculum with given lengths, of the hardest."},
     )
     stop_accuracy: float = field(default=0.999, metadata={"help": "Checked accuracy at which training ends."})
     test_rows: int = field(default=1000, metadata={"help": "Test rows of each level at most; 0 for all."})
@@ -96,7 +97,9 @@ class Progress(TrainerCallback):
 
     def __init__(self, trainer: ThinkTokTrainer, rows: Dataset, every: int, count: int, enough: float, hows: list[str]):
         levels = levels_of(rows)
-        checked = levels if trainer.curriculum is None else levels[-1:]
+        # With given lengths whoever is right at the hardest level is so at those before; where a stop is learned, each has its own to learn.
+        self.each = trainer.curriculum is None or trainer.args.stop != "fixed"
+        checked = levels if self.each else levels[-1:]
         self.trainer, self.rows, self.every, self.enough = trainer, [of_level(rows, level, count) for level in checked], every, enough
         self.own, *self.others = hows
         self.compared = {} if trainer.curriculum is None else {level: of_level(rows, level, COMPARED_ROWS) for level in levels}
@@ -110,7 +113,7 @@ class Progress(TrainerCallback):
         reached = [] if curriculum is None else curriculum.reached(state.global_step)
         check = {"step": state.global_step, "accuracy": accuracy, "seconds": round(seconds, 1), "level": max(reached, default=None)}
         state.log_history.append({"step": state.global_step, "check": check})  # which checkpoints have as well
-        self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the {'hardest' if reached else 'least learned'} level {accuracy:.4f}")
+        self.console.print(f"step {state.global_step}, {seconds:.0f} s: accuracy at the {'least learned' if self.each else 'hardest'} level {accuracy:.4f}")
         if reached:
             table = Table(title="training rows, % right, by thoughts")
             table.add_column("level")

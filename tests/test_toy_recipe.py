@@ -206,12 +206,17 @@ def test_a_peer_s_config_runs_a_few_steps(config, tmp_path):
     assert not before.equal(trainer.model.get_input_embeddings().weight[row])
 
 
-@pytest.mark.parametrize(("curriculum", "ends"), [(None, False), (Curriculum([1, 2], [0.9]), True)], ids=["all levels", "a curriculum"])
-def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculum, ends, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("curriculum", "stop", "ends"),
+    [(None, "fixed", False), (Curriculum([1, 2], [0.9]), "fixed", True), (Curriculum([1, 2], [0.9]), "learned", False)],
+    ids=["all levels", "a curriculum", "a learned stop"],
+)
+def test_a_run_ends_when_every_level_that_it_trains_at_once_is_learned(curriculum, stop, ends, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "recipes")
     toy = importlib.import_module("toy")
     monkeypatch.setattr(toy, "answer", lambda trainer, rows, how: SimpleNamespace(accuracy={1: 0.5, 2: 1.0}[rows["level"][0]]))
-    trainer = SimpleNamespace(args=SimpleNamespace(thinks=True, think_start=1), curriculum=curriculum, spent=SimpleNamespace(seconds=1.0))
+    args = SimpleNamespace(thinks=True, think_start=1, stop=stop)
+    trainer = SimpleNamespace(args=args, curriculum=curriculum, spent=SimpleNamespace(seconds=1.0))
     progress, control = toy.Progress(trainer, Dataset.from_dict({"level": [1, 2, 2]}), every=1, count=1, enough=0.9, hows=["think", "none"]), TrainerControl()
     logged = []
     progress.on_step_end(None, SimpleNamespace(global_step=1, log_history=logged), control)
