@@ -39,11 +39,12 @@ def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
     options = yaml.safe_load(config.read_text())
     small = {"train_rows": 64, "test_rows": 40} | ({"levels": [1, 2, 3], "test_levels": [3, 4]} if "levels" in options["task_options"] else {})
     thresholds = options.get("curriculum_threshold", 0.9)
-    passes = thresholds[:2] if isinstance(thresholds, list) else [thresholds]
+    passes, lengths = thresholds[:2] if isinstance(thresholds, list) else [thresholds], options.get("curriculum_think_length", [])
     done = run_toy(
         config, "--output_dir", tmp_path, "--seeds", 3, 11, "--max_steps", 2, "--per_device_train_batch_size", 8, "--check_every", 1, "--check_rows", 8,
         "--test_rows", 16, "--save_models", "true", "--think_start", 0, "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}",
         "--task_options", json.dumps(options["task_options"] | small), *(["--curriculum_threshold", *passes] if "curriculum_threshold" in options else []),
+        *(["--curriculum_think_length", *lengths[:2], lengths[-1]] if lengths else []),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     last = json.loads(done.stdout.strip().splitlines()[-1])
