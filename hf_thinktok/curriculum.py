@@ -24,7 +24,8 @@ class Curriculum:
     Args:
         levels: those of the data set, ascending.
         thresholds: running accuracy at which the next level begins: one for all, or one for each level but the last.
-        lengths: thinking tokens of a thought at most while each level is the current one, where they are bounded by it.
+        lengths: thinking tokens of a thought at most while each level is the current one, where they are bounded by it. Then the levels before must be
+            passed as well for the next one to begin: longer thoughts are one more way to be wrong at them.
 
     Raises:
         ValueError: not as many.
@@ -74,9 +75,12 @@ class Curriculum:
         reached = len(self.begins)
         if reached == len(self.levels):
             return
-        last = self.levels[reached - 1]
-        if round(self.counts.get(last, 0.0), 6) >= LEAST_STEPS and self.accuracy[last] >= self.thresholds[reached - 1]:
+        if all(self._passed(number) for number in (range(reached) if self.lengths else [reached - 1])):
             self.begins.append(step + LAG)
+
+    def _passed(self, number: int) -> bool:
+        level = self.levels[number]
+        return round(self.counts.get(level, 0.0), 6) >= LEAST_STEPS and self.accuracy[level] >= self.thresholds[number]
 
     def state_dict(self) -> dict[str, Any]:
         return {"levels": self.levels, "begins": self.begins, "sums": self.sums, "counts": self.counts}

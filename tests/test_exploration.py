@@ -233,6 +233,22 @@ def test_a_level_begins_after_the_one_before_is_passed():
     assert again.accuracy == curriculum.accuracy
 
 
+@pytest.mark.parametrize("lengths", [None, [0, 1, 2]])
+def test_where_thoughts_get_longer_the_levels_before_are_to_be_right_as_well(lengths):
+    curriculum = Curriculum([1, 2, 3], [0.9], lengths)
+    for step in range(LEAST_STEPS):
+        curriculum.observe(step, 1, 1.0)
+    for step in range(20, 40):  # the first level is forgotten while the second is learned
+        curriculum.observe(step, 1, 0.0)
+        curriculum.observe(step, 2, 1.0)
+    assert (curriculum.reached(99)[-1], curriculum.longest(99)) == ((2, 1) if lengths else (3, None))
+    for step in range(40, 80):
+        curriculum.observe(step, 1, 1.0)
+    assert curriculum.reached(99)[-1] == 3
+    assert curriculum.longest(0) == (0 if lengths else None)
+    assert curriculum.longest(99) == (2 if lengths else None)
+
+
 def test_each_level_has_a_threshold_of_its_own():
     curriculum = Curriculum([1, 2, 4], [0.9, 0.5])
     begun = []
