@@ -150,7 +150,8 @@ class ThinkTokConfig(SFTConfig):
             Part of the steps that goes to all reached levels alike.
         curriculum_think_length (`list[int]`, *optional*):
             Thinking tokens of a thought at most while a level is the hardest reached, on all rows, a number for each level: with `stop="learned"` lengths are
-            then learned one after the other. `None`: `max_think_length` from the start.
+            then learned one after the other. The next level then begins when all those reached have their threshold, and not the hardest alone.
+            `None`: `max_think_length` from the start.
 
         > Whose text
 
