@@ -47,7 +47,7 @@ class ThinkTokConfig(SFTConfig):
         > The vocabulary
 
         num_think_tokens (`int`, *optional*):
-            Thinking tokens N. `None`: as many as the model has, or 16.
+            Thinking tokens N. `None`: as many as the model has, or 16. 0 on a model that has some lets the text unlearn them; `num_forks=0` does not.
         think_init_words (`list[str]`, *optional*):
             Texts of one token each that new thinking tokens start as noisy copies of, in turn: the model may then begin by thinking in silence what it would
             write. Where left out they start in random directions, and mean nothing.

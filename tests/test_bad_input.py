@@ -988,14 +988,17 @@ def test_a_frozen_head(train):
     one_sentence(error)
 
 
-def test_a_model_that_thinks_is_not_trained_as_one_that_has_no_such_tokens(make_trainer, tmp_path):
+def test_a_model_whose_thinking_the_text_would_unlearn_is_told(make_trainer, tmp_path, caplog):
     make_trainer(max_steps=1).save_model(tmp_path / "thinks")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "thinks")
-    for model in (str(tmp_path / "thinks"), AutoModelForCausalLM.from_pretrained(tmp_path / "thinks")):
-        with pytest.raises(ValueError, match="num_think_tokens=0 the text would unlearn them") as error:
-            make_trainer(model=model, tokenizer=tokenizer, num_think_tokens=0)
-        one_sentence(error, "set num_forks=0")
-        make_trainer(model=model, tokenizer=tokenizer, num_forks=0, num_think_tokens=None, max_steps=1).train()
+    tokenizer, told = AutoTokenizer.from_pretrained(tmp_path / "thinks"), "with num_think_tokens=0 the text unlearns them"
+    for options, count in (({"num_think_tokens": 0}, 1), ({"num_think_tokens": None, "num_forks": 0}, 0)):
+        for model in (str(tmp_path / "thinks"), AutoModelForCausalLM.from_pretrained(tmp_path / "thinks")):
+            caplog.clear()
+            make_trainer(model=model, tokenizer=tokenizer, **options)
+            assert caplog.text.count(told) == count
+    caplog.clear()
+    make_trainer(num_think_tokens=0)
+    assert told not in caplog.text
 
 
 def test_what_may_be_frozen(make_trainer):
