@@ -40,17 +40,24 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     """The checkpoint of a run that was last written to its end, if there is one. One that went back, or began anew, may be at an earlier step than others."""
     whole = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (match := re.search(r"-(\d+)$", path.name)) is None:
+        if (step := _step(path)) is None:
             continue
-        if (path / COMPLETE_FILE).exists():
-            whole.append((_written(path), int(match[1]), path))
+        if (written := _written(path)) is not None:
+            whole.append((written, step, path))
         else:
             logger.warning("%s was not written to its end and is left alone.", path)
     return str(max(whole)[-1]) if whole else None
 
 
-def _written(checkpoint: Path) -> int:
-    """When a checkpoint was written to its end, in nanoseconds since 1970. It says so itself, as copies have other times; older ones do not."""
+def _step(folder: Path) -> int | None:
+    """The step of a checkpoint that a run wrote, by its name; other folders may begin with the same word."""
+    return None if (match := re.search(r"-(\d+)$", folder.name)) is None else int(match[1])
+
+
+def _written(checkpoint: Path) -> int | None:
+    """When a checkpoint was written to its end, if it was, in nanoseconds since 1970. It says so itself, as copies have other times; older ones do not."""
+    if not (checkpoint / COMPLETE_FILE).exists():
+        return None
     said = (checkpoint / COMPLETE_FILE).read_text()
     return int(said) if said.isdecimal() else (checkpoint / COMPLETE_FILE).stat().st_mtime_ns
 
@@ -310,7 +317,8 @@ class CheckpointingTrainer(SFTTrainer):
         if self.args.should_save and folder.exists():
             (folder / COMPLETE_FILE).write_text(str(time.time_ns()))
             for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):  # by which the oldest goes, and before it what was not written to its end
-                os.utime(path, ns=(_written(path) if (path / COMPLETE_FILE).exists() else 0,) * 2)
+                if (written := _written(path)) is not None or _step(path) is not None:
+                    os.utime(path, ns=(written or 0,) * 2)
             rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

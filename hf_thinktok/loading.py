@@ -276,10 +276,10 @@ def load_model(
     templated = tokenizer.chat_template is not None or args.chat_template_path is not None or formatter is not None
     if not templated and isinstance(dataset, Dataset) and _is_chat(dataset[0], args.dataset_text_field):
         raise ValueError("The data has chats, and the tokenizer no chat template to make texts of them: set chat_template_path, or tokenizer.chat_template.")
-    if args.num_think_tokens == 0 and ThinkingVocabulary.from_config(config) is not None:
-        logger.warning("The model has thinking tokens, and with num_think_tokens=0 the text unlearns them: to leave them as they are set num_forks=0.")
     if args.num_think_tokens != 0:
         check_vocabulary(config, tokenizer, args.num_think_tokens, None if isinstance(model, str) else embedding_rows(model))
+    elif ThinkingVocabulary.from_config(config) is not None:
+        logger.warning("The model has thinking tokens, and with num_think_tokens=0 the text unlearns them: to leave them as they are set num_forks=0.")
     attention = options.get("attn_implementation", "") if isinstance(model, str) else model.config._attn_implementation
     if args.num_think_tokens != 0:
         check_attention(attention)

@@ -375,6 +375,13 @@ def test_what_was_not_written_to_its_end_goes_before_what_was(make_trainer, tmp_
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_folder_of_somebody_else_s_is_not_made_the_oldest(make_trainer, tmp_path):
+    (theirs := tmp_path / "out" / "checkpoint-mine").mkdir(parents=True)
+    os.utime(theirs, (2e9, 2e9))
+    make_trainer(**EACH_STEP, save_total_limit=2).train()
+    assert theirs.stat().st_mtime == 2e9
+
+
 def test_totals_are_those_of_all_sessions(make_trainer, tmp_path):
     rewards = iter([math.nan, 1.0, 1.0])
     whole = make_trainer(**EACH_STEP, max_steps=3, reward_funcs=[lambda logps, mask, **kwargs: logps.mean(-1) * next(rewards)])
