@@ -73,7 +73,10 @@ class ThinkTokConfig(SFTConfig):
             the gate.
         stop_smoothing (schedule, defaults to `[0.5]`):
             With `stop="learned"`: part of the weight that content and speaker give to all lengths alike, so that thoughts are learned while the gate
-            is still nearly closed. The gate itself is always trained exactly. 0: everything exact.
+            is still nearly closed. 0: exact.
+        gate_smoothing (schedule, defaults to `[0.0]`):
+            With `stop="learned"`: the same part for the gate, when it learns from how the lengths have fared. So it finds a length that it would hardly
+            take, where exactly trained it stays with those that are right now and then. 0: exact.
         memory (`str`, defaults to `"none"`):
             `none`: a thought is forgotten once a real token follows. `persistent`: one thought per fork stays in the text, as in generation.
             With `fork_positions="markers"` prompts are then thought in as well, where nothing is judged.
@@ -247,6 +250,7 @@ class ThinkTokConfig(SFTConfig):
     lookahead: int | None = option(1, "Following real tokens that judge a thought; null in a config file means all that follow in the row.")
     stop: str = option("learned", "How thoughts end.", ("fixed", "learned", "sampled"))
     stop_smoothing: list[float] = option([0.5], f"With stop=learned: part of the weight that content and speaker give to all lengths alike: {A_SCHEDULE}.")
+    gate_smoothing: list[float] = option([0.0], f"With stop=learned: the same part when the gate learns which length was best: {A_SCHEDULE}.")
     memory: str = option("none", "Whether a thought stays in the text.", ("none", "persistent"))
     blind: bool = option(False, "Hide the text from whoever predicts; all it knows is the thought.")
     gather_for_rollout: bool = option(True, "ZeRO-3, FSDP2: gather all parameters once for a rollout, not layer by layer at every token.")

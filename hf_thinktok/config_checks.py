@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .config import ThinkTokConfig
 
 # Options that may change with the step: a number, or start, end, the steps between and the step it begins at.
-SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost", "stop_smoothing")
-SCHEDULED_FRACTIONS = ("epsilon_greedy", "thought_entropy_target", "stop_smoothing")
+SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost", "stop_smoothing", "gate_smoothing")
+SCHEDULED_FRACTIONS = ("epsilon_greedy", "thought_entropy_target", "stop_smoothing", "gate_smoothing")
 LISTS = ("alternate", "reward_funcs", "reward_weights", "fork_markers", "think_init_words", "curriculum_think_length")
 FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
@@ -359,7 +359,7 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "num_forks": (config.fork_positions != "all", "a fork_positions other than all"),
         "stop": (config.stop != "sampled" or lengths_vary, "max_think_length above 1 under blind, where the first token is always thought"),
         **dict.fromkeys(("stop_smoothing", "gate_loss_weight"), (config.stop == "learned" and lengths_vary, f"stop=learned{LENGTHS_VARY}")),
-        "detach_gate": (gate_learns and lengths_vary, f"stop=learned and gate_loss_weight above 0{LENGTHS_VARY}"),
+        **dict.fromkeys(("gate_smoothing", "detach_gate"), (gate_learns and lengths_vary, f"stop=learned and gate_loss_weight above 0{LENGTHS_VARY}")),
         "think_cost": (
             config.stop != "fixed" and lengths_vary,
             f"stop=learned or stop=sampled{LENGTHS_VARY} (with stop=fixed every thought costs the same)",

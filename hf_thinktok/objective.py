@@ -38,7 +38,8 @@ class Speech:
         logps_BKGH: log p(judged token | text, thought), with the gradient of the speaker alone.
         correct_BKGH: whether it is the most likely token, or how probably.
         own_correct_BKGH: the same with the thought's own length, where `correct_BKGH` has the smoothed one.
-        gate_logps_BKG: the same log-probability with the gradient of the gate alone (`stop: learned`).
+        own_logps_BKG: the log-probability of all judged tokens with the thought's own length, where that is learned (no gradient).
+        gate_logps_BKG: the same with the gradient of the gate alone, as it is smoothed for the gate.
         lengths_BKG: (expected) thinking tokens, with the gate's gradient.
         reach_BKGP: probability to think at least l tokens, as content and speaker are weighted.
     """
@@ -46,31 +47,46 @@ class Speech:
     logps_BKGH: Tensor
     correct_BKGH: Tensor
     own_correct_BKGH: Tensor
+    own_logps_BKG: Tensor | None
     gate_logps_BKG: Tensor | None
     lengths_BKG: Tensor
     reach_BKGP: Tensor
 
 
-def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, blind: bool) -> Speech:
+def smoothed(stop_logps_BKGP: Tensor, even_BKGP: Tensor, part: float) -> Tensor:
+    """Log-weights of lengths, of which a part goes to all possible ones alike."""
+    own, alike = torch.tensor([1 - part, part], device=stop_logps_BKGP.device).log()
+    return torch.logaddexp(own + stop_logps_BKGP, alike + even_BKGP.log())
+
+
+def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, blind: bool, gate_smoothing: float = 0.0) -> Speech:
     """Sums out the stopping time: log p(y) = logsumexp_l(log w_l + log p(y | z_1..l)), exactly; the gradients of gate and speaker apart.
 
     Args:
         smoothing: part of the weight of speaker and content that goes to all lengths alike.
+        gate_smoothing: the same part for the gate. Its gradient is that of sum_l q_l log w_l with the posterior q of the lengths, under what is smoothed: at 0
+            it is the gradient of log p(y), as in EM, whose E-step has a broader prior while there is something to find.
     """
     if stop != "learned":
         lengths = rollout.lengths_BKG.float()
         reach = (torch.arange(scores.prefix_logps_BKGP.shape[-1], device=lengths.device) <= rollout.lengths_BKG[..., None]).float()
-        return Speech(scores.logps_BKGH, scores.correct_BKGH, scores.correct_BKGH, None, lengths, reach)
+        return Speech(scores.logps_BKGH, scores.correct_BKGH, scores.correct_BKGH, None, None, lengths, reach)
     possible_BKGL = rollout.said_BKGL  # all, but where the curriculum has no thoughts yet
     stop_logps_BKGP = stopping_logps(scores.gate_logits_BKGL.masked_fill(~possible_BKGL, SHUT), must_think=blind)
     even_BKGP = nn.functional.pad(possible_BKGL.float(), (1, 0), value=0.0 if blind else 1.0)
-    own_BKGP = stop_logps_BKGP.detach().exp()
-    weights_BKGP = (1 - smoothing) * own_BKGP + smoothing * even_BKGP / even_BKGP.sum(-1, keepdim=True)
+    even_BKGP = even_BKGP / even_BKGP.sum(-1, keepdim=True)
+    own_logps_BKGP = stop_logps_BKGP.detach()
+    log_weights_BKGP = smoothed(own_logps_BKGP, even_BKGP, smoothing)
+    weights_BKGP, own_BKGP = log_weights_BKGP.exp(), own_logps_BKGP.exp()
+    # By how much each length weighs more; of one that cannot be (log w = -inf both times) nothing.
+    more_BKGP = (smoothed(own_logps_BKGP, even_BKGP, gate_smoothing) - own_logps_BKGP).masked_fill(own_logps_BKGP.isinf(), 0.0)
+    told_BKGP = scores.prefix_logps_BKGP.detach()
     return Speech(
-        logps_BKGH=(weights_BKGP.log() + scores.prefix_logps_BKGP).logsumexp(-1, keepdim=True),
+        logps_BKGH=(log_weights_BKGP + scores.prefix_logps_BKGP).logsumexp(-1, keepdim=True),
         correct_BKGH=(weights_BKGP * scores.prefix_correct_BKGP).sum(-1, keepdim=True),
         own_correct_BKGH=(own_BKGP * scores.prefix_correct_BKGP).sum(-1, keepdim=True),
-        gate_logps_BKG=(stop_logps_BKGP + scores.prefix_logps_BKGP.detach()).logsumexp(-1),
+        own_logps_BKG=(own_logps_BKGP + told_BKGP).logsumexp(-1),
+        gate_logps_BKG=(stop_logps_BKGP + more_BKGP + told_BKGP).logsumexp(-1),
         lengths_BKG=expected_length(stop_logps_BKGP),
         reach_BKGP=weights_BKGP.flip(-1).cumsum(-1).flip(-1),
     )
@@ -157,7 +173,7 @@ def credit(
 def gate_loss(speech: Speech, config: ThinkTokConfig, valid_BK: Tensor, cost: float) -> Tensor:
     """Minus the log-likelihood of what follows under the lengths that the gate gives, plus their price, summed over forks.
 
-    Its gradient is exact for the thoughts at hand: neither lengths nor the posterior are smoothed here.
+    Its gradient is exact for the thoughts at hand, unless `gate_smoothing` says otherwise; their posterior is not smoothed here.
     """
     told_BKG = speech.gate_logps_BKG
     assert told_BKG is not None
@@ -186,7 +202,8 @@ def thinking_loss(
         first_id: the first thinking id.
         value: as in `credit`.
     """
-    speech = speak(scores, rollout, config.stop, scheduled(config.stop_smoothing, step), config.blind)
+    smoothings = scheduled(config.stop_smoothing, step), scheduled(config.gate_smoothing, step)
+    speech = speak(scores, rollout, config.stop, smoothings[0], config.blind, smoothings[1])
     speaker_weights_BKG, advantages_BKGL, rewards_BKG, each_FBKG = credit(scores, speech, rollout, config, rewards, weights, step, value)
     across = global_mean or (lambda count: count)
     num_forks = across(scores.valid_BK.sum().float())
@@ -279,7 +296,7 @@ def _metrics(
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
     spread_BK = rewards_BKG.std(-1, correction=min(1, rewards_BKG.shape[-1] - 1))
     # What the model would really do: with a learned stop, its own lengths.
-    spoken_BKGH = speech.logps_BKGH if speech.gate_logps_BKG is None else speech.gate_logps_BKG[..., None]
+    spoken_BKGH = speech.logps_BKGH if speech.own_logps_BKG is None else speech.own_logps_BKG[..., None]
     drawn = slice(int(rollout.chosen), own.stop)  # by the policy, and written down with what it gave them
     differences_BKGL = (scores.thought_logps_BKGL - rollout.logps_BKGL).abs()
     gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None])

@@ -130,6 +130,7 @@ BAD_VALUES = [
     ({"lookahead": 48, "stop": "sampled"}, ["lookahead=48", "leaves no room in a row", "max_length=48"]),
     ({"temperature": 0.0}, ["temperature=0.0", "above 0"]),
     ({"stop_smoothing": 1.5}, ["stop_smoothing=.1.5.", "between 0 and 1"]),
+    ({"gate_smoothing": [1.0, 1.5, 10]}, ["gate_smoothing=.1.0, 1.5, 10.", "between 0 and 1"]),
     ({"epsilon_greedy": [0.5, 2.0, 10]}, ["epsilon_greedy=.0.5, 2.0, 10.", "between 0 and 1"]),
     ({"top_p": -0.1}, ["top_p=-0.1", "between 0 and 1"]),
     ({"min_p": 1.5}, ["min_p=1.5", "between 0 and 1"]),
@@ -178,7 +179,7 @@ BAD_VALUES = [
     ({"alternate": [0, 3]}, ["alternate=.0, 3.", "at least 1"]),
     *(
         ({name: value}, [f"{name}=", "no schedule", "start, end and the steps"])
-        for name in ("search", "coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy", "think_cost", "stop_smoothing")
+        for name in ("search", "coverage_coef", "balance_coef", "thought_entropy_target", "epsilon_greedy", "think_cost", "stop_smoothing", "gate_smoothing")
         for value in ([], [0.1, 0.2], [-0.1], [0.3, 0.0, 0], [0.3, 0.0, 10, -1], [0.3, 0.0, 10, 1, 1])
     ),
     *(
@@ -277,6 +278,8 @@ NO_EFFECT = [
     ({"fork_positions": "all", "num_forks": 3}, ["num_forks=3", "fork_positions other than all"]),
     ({"stop": "fixed", "stop_smoothing": 0.1}, ["stop_smoothing=.0.1.", "stop=learned"]),
     ({"stop": "sampled", "stop_smoothing": 0.1}, ["stop_smoothing=.0.1.", "stop=learned"]),
+    ({"stop": "sampled", "gate_smoothing": 0.1}, ["gate_smoothing=.0.1.", "stop=learned and gate_loss_weight above 0"]),
+    ({"stop": "learned", "gate_loss_weight": 0.0, "gate_smoothing": 0.1}, ["gate_smoothing=.0.1.", "gate_loss_weight above 0"]),
     ({"stop": "fixed", "gate_loss_weight": 0.1}, ["gate_loss_weight=0.1", "stop=learned"]),
     ({"stop": "learned", "freeze": "thinker", "gate_loss_weight": 0.1}, ["gate_loss_weight=0.1", "frozen thinker"]),
     ({"stop": "sampled", "detach_gate": True}, ["detach_gate=True", "stop=learned and gate_loss_weight above 0"]),

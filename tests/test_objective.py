@@ -268,6 +268,35 @@ def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, weig
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("objective", ["expected", "marginal"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+def test_a_smoothed_gate_learns_the_lengths_that_fared_best(model, make_config, smoothing, objective, blind):
+    """One step of EM by a loop: which lengths (with `marginal` also of which thought) explain what follows, where part of their prior is the same for all."""
+    config = make_config("learned", gate_smoothing=smoothing, think_cost=0.2, objective=objective, blind=blind)
+    scores, rollout = tree_scores(model, [((0, 2), 2), ((1, 1), 2)], config)
+    gate = scores.gate_logits_BKGL.detach().requires_grad_()
+    loss, metrics = loss_of(dataclasses.replace(scores, gate_logits_BKGL=gate), rollout, config)
+
+    logits, logps = gate.detach()[0, 0].double().requires_grad_(), scores.prefix_logps_BKGP[0, 0].detach().double()
+    lengths, joint, own, log_weights, price = range(1 if blind else 0, L + 1), {}, {}, {}, 0.0
+    for g in range(G):
+        thinks = [torch.ones(()) if blind and i == 0 else logits[g, i].sigmoid() for i in range(L)]
+        weights = [1 - thinks[0], thinks[0] * (1 - thinks[1]), thinks[0] * thinks[1]]
+        price = price + 0.2 * sum(i * weights[i] for i in lengths) / G
+        for i in lengths:
+            log_weights[g, i], own[g, i] = weights[i].log(), (weights[i] * logps[g, i].exp()).item()
+            joint[g, i] = (((1 - smoothing) * weights[i] + smoothing / len(lengths)) * logps[g, i].exp()).item()
+    groups = [joint.keys()] if objective == "marginal" else [[(g, i) for i in lengths] for g in range(G)]
+    gained = sum(joint[key] / sum(joint[other] for other in group) * log_weights[key] for group in groups for key in group) / len(groups)
+    got, wanted = torch.autograd.grad(loss, gate)[0][0, 0].double(), torch.autograd.grad(price - gained, logits)[0]
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+    # What is said of the model is of the lengths that it takes.
+    own_logp = sum(math.log(sum(own[g, i] for i in lengths)) for g in range(G)) / G
+    assert metrics["think_gain"].item() == pytest.approx((own_logp - scores.baseline_logps_BKH[0, 0, 0].item()) / math.log(2), abs=1e-5)
+
+
 # ---------------------------------------------------------------- stop: sampled
 
 
