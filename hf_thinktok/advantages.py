@@ -25,7 +25,8 @@ def group_advantages(rewards_BKG: Tensor, valid_BK: Tensor, advantage: str = "gr
     advantages_BKG = rewards_BKG - baseline_BK[..., None]
     if advantage == "loo":
         advantages_BKG = advantages_BKG * (rewards_BKG.shape[-1] / (rewards_BKG.shape[-1] - 1))
-    return _scaled(advantages_BKG, rewards_BKG, valid_BK, scale_rewards)
+    valid_BKG = valid_BK[:, :, None].expand_as(rewards_BKG)
+    return torch.where(valid_BKG, _scaled(advantages_BKG, rewards_BKG, valid_BKG, scale_rewards), 0.0)
 
 
 def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Tensor, scale_rewards: str = "none") -> Tensor:
@@ -38,11 +39,15 @@ def token_advantages(prefix_logps_BKGP: Tensor, reach_BKGP: Tensor, valid_BK: Te
         prefix_logps_BKGP: log p(y | z_1..l) for l = 0..L (P = L + 1), nats.
         reach_BKGP: probability that the thought has at least l tokens; 1 or 0 where its length is given. What stands behind it may be anything.
     """
-    gained_BKGL = torch.where(reach_BKGP[..., 1:] > 0, reach_BKGP[..., 1:] * prefix_logps_BKGP.diff(dim=-1), 0.0)
+    reached_BKGL = reach_BKGP[..., 1:] > 0
+    gained_BKGL = torch.where(reached_BKGL, reach_BKGP[..., 1:] * prefix_logps_BKGP.diff(dim=-1), 0.0)
     to_come_BKGL = gained_BKGL.flip(-1).cumsum(-1).flip(-1)
     groups = to_come_BKGL.shape[2]
     advantages_BKGL = (to_come_BKGL - to_come_BKGL.mean(2, keepdim=True)) * (groups / (groups - 1))
-    return _scaled(advantages_BKGL.transpose(2, 3), to_come_BKGL.transpose(2, 3), valid_BK, scale_rewards).transpose(2, 3)
+    valid_BK11 = valid_BK[:, :, None, None]
+    there_BKGL = reached_BKGL & valid_BK11
+    scaled_BKLG = _scaled(advantages_BKGL.transpose(2, 3), to_come_BKGL.transpose(2, 3), there_BKGL.transpose(2, 3), scale_rewards)
+    return torch.where(valid_BK11, scaled_BKLG.transpose(2, 3), 0.0)
 
 
 def posterior(log_likelihoods_BKG: Tensor, valid_BK: Tensor) -> Tensor:
@@ -102,14 +107,13 @@ class ValueBaseline:
         self.moments = state["moments"]
 
 
-def _scaled(advantages: Tensor, rewards: Tensor, valid_BK: Tensor, scale_rewards: str) -> Tensor:
-    """Divides by a standard deviation (`rewards` has the group as its last dimension) and clears forks that are not there."""
-    valid = valid_BK.view(*valid_BK.shape, *[1] * (advantages.ndim - 2))
+def _scaled(advantages: Tensor, rewards: Tensor, there: Tensor, scale_rewards: str) -> Tensor:
+    """Divides by a standard deviation: of the group, which is the last dimension, or of the rewards that are there."""
     if scale_rewards == "group":
-        advantages = advantages / (rewards.std(-1, keepdim=True) + EPSILON)
-    elif scale_rewards == "batch":
-        count = (valid.expand_as(rewards)).sum().clamp(min=2)
-        mean = torch.where(valid, rewards, 0.0).sum() / count
-        variance = torch.where(valid, (rewards - mean).square(), 0.0).sum() / (count - 1)
-        advantages = advantages / (variance.sqrt() + EPSILON)
-    return torch.where(valid, advantages, 0.0)
+        return advantages / (rewards.std(-1, keepdim=True) + EPSILON)
+    if scale_rewards == "batch":
+        count = there.sum().clamp(min=2)
+        mean = torch.where(there, rewards, 0.0).sum() / count
+        variance = torch.where(there, (rewards - mean).square(), 0.0).sum() / (count - 1)
+        return advantages / (variance.sqrt() + EPSILON)
+    return advantages

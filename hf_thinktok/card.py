@@ -11,7 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader
 
 from .models import EVALUABLE
-from .results import as_text, machine, minutes_of, read_json, whole_results
+from .results import as_text, machine, minutes_of, of_chosen, read_json, whole_results
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
 from .tasks import TASKS, make_task
 from .tokens import ThinkingVocabulary
@@ -208,6 +208,7 @@ def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
             f"One seed, {results.get('steps', config.get('max_steps', 'some'))} steps, one size of model; {results['documents']:.0f} held-out documents.",
             "The control is a random thought. A model with as much compute or other text was not trained beside it.",
             "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
+            *filter(None, [of_chosen(results)]),
         ],
         "command": "accelerate launch recipes/pretrain_think.py --config config.yaml",
     }

@@ -304,6 +304,11 @@ class CheckpointingTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Wherever this is killed, a checkpoint that counts is whole, and there is one if there was one."""
         run, limit = self._get_output_dir(trial=trial), self.args.save_total_limit
+        if not self.plain and self.state.global_step % self.args.num_iterations:  # a callback's, or the last one
+            logger.warning(
+                "The checkpoint of step %d lacks the rollout that it stopped in: a run that goes on from it draws another one. Save at multiples of "
+                "num_iterations=%d.", self.state.global_step, self.args.num_iterations,
+            )  # fmt: skip
         folder = Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:  # a run that starts over writes into the folders of the one before
             (folder / COMPLETE_FILE).unlink(missing_ok=True)

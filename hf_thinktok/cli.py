@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
@@ -55,8 +55,8 @@ def add_generate(subparsers) -> None:
         "--think_after",
         nargs="+",
         metavar="TEXT",
-        help="think in the prompt, which goes before this option, as well, after each of these texts, a thought of as many tokens as in training, or as its "
-        "gate wants (where the model was trained so, after its own texts). The options above are about what is generated",
+        help="think in the prompt, which goes before this option, as well, after each of these texts (where the model was trained so, after its own): a "
+        "thought of as many tokens as in training, or, where a stop was learned, as its gate wants. The options above are about what is generated",
     )
     thinking.add_argument("--think_bias", type=float, default=0.0, metavar="NATS", help="added to the thinking logits: above 0 think more, below 0 less (0)")
 
@@ -70,7 +70,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     from .card import why_not_generated
     from .forks import ends_of, marker_ids
-    from .generation import StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
+    from .generation import NO_CUTS, StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
     from .models import longest_row
     from .tokens import stored_options
 
@@ -88,10 +88,10 @@ def run_generate(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     inputs = _encode(prompt, tokenizer, args.chat).to(model.device)
     # Without these options the model's own distribution, whatever values for them its generation config has.
-    sampling = {"do_sample": not args.greedy, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    sampling: dict[str, Any] = {"do_sample": not args.greedy, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    sampling |= {"guidance_scale": None, "prompt_lookup_num_tokens": None, "token_healing": False}
     if not args.greedy:
-        cuts = {"top_p": 1.0, "top_k": 0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-        sampling |= {"temperature": 1.0} | cuts | chosen
+        sampling |= {"temperature": 1.0} | NO_CUTS | chosen
     stops, model.generation_config.stop_strings = model.generation_config.stop_strings, None
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -105,7 +105,7 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UsageError(f"The prompt has {length} tokens, which leaves no room in the model's context of {length + room}.")
     before = 0  # thinking tokens in the prompt
     if thoughts:
-        least = 0 if trained.get("stop") == "sampled" else None
+        least = 0 if trained.get("stop") in ("learned", "sampled") else None
         read = think_while_reading(model, inputs, vocabulary, markers, each, least, **sampling)
         before, inputs = read.shape[1] - inputs.shape[1], read
         length = inputs.shape[1]

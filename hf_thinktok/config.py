@@ -216,7 +216,8 @@ class ThinkTokConfig(SFTConfig):
         beta (`float`, defaults to `0.0`):
             Weight of the KL divergence of thoughts from the initial model. It is part of the policy loss, so `think_loss_weight` multiplies it.
         num_iterations (`int`, defaults to `1`):
-            Optimizer steps on each rollout. What its thoughts are worth is found in the first of them, and kept.
+            Optimizer steps on each rollout. What its thoughts are worth is found in the first of them, and kept. Rows that fill no whole batch of an
+            epoch are left out of it, others in each.
         epsilon (`float`, defaults to `0.2`), epsilon_high (`float`, *optional*), delta (`float`, *optional*):
             Clipping of the importance ratio, which differs from 1 only with `num_iterations > 1`. For `cispo`, `epsilon_high` is the ratio's bound itself (5).
         importance_sampling_level (`str`, defaults to `"token"`):

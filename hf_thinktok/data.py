@@ -143,6 +143,13 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
             )
 
 
+def columns_of(dataset: Any) -> list[str]:
+    """A data set's columns; of a stream that does not know them those of its first row."""
+    if isinstance(dataset, IterableDataset) and dataset.column_names is None:
+        return list(next(iter(dataset), {}))
+    return getattr(dataset, "column_names", None) or []
+
+
 def is_packed(dataset: Dataset | IterableDataset | None) -> bool:
     """Whether a row of this prepared set has, or may have, several documents."""
     return "seq_lengths" in (getattr(dataset, "column_names", None) or ("seq_lengths",))

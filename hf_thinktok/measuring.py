@@ -12,7 +12,7 @@ from .callbacks import NonFiniteGuard, Spent, print_thoughts, sample_thoughts_to
 from .checkpoints import CheckpointingTrainer
 from .config_checks import OF_THOUGHTS
 from .curriculum import Curriculum
-from .data import check_dataset, columns_of_text, formatted, is_prepared, named_sets
+from .data import check_dataset, columns_of, columns_of_text, formatted, is_prepared, named_sets
 from .errors import RunError
 from .evaluation import GainByDocument
 from .revival import Revival
@@ -103,7 +103,7 @@ class MeasuringTrainer(CheckpointingTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """TRL prepares whatever `evaluate` is given, also what is prepared, and would pack once more what is packed."""
-        columns = dataset.column_names or ()
+        columns = columns_of(dataset)
         if {"seq_lengths", "labels"} <= set(columns) or is_prepared(dataset, args, packing):
             return dataset
         if formatting_func is not None and "input_ids" not in columns:
@@ -117,8 +117,7 @@ class MeasuringTrainer(CheckpointingTrainer):
         standard error over documents."""
         for name, dataset in named_sets(None, eval_dataset).items():
             if not isinstance(dataset, str):  # the name of one that was looked at
-                raw = "input_ids" not in (getattr(dataset, "column_names", None) or ())
-                check_dataset(dataset, name, self.args, self._formatting_func if raw else None)
+                check_dataset(dataset, name, self.args, None if "input_ids" in columns_of(dataset) else self._formatting_func)
         step, self._micro_step = self._micro_step, (-1, -1)
         start, clock = time.perf_counter(), self._clock
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -127,7 +127,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, parameters:
 
 def longest_row(model) -> int:
     """How many positions a model has, or a very large number where nothing limits them."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**31  # the second is MPT's
 
 
 def has_position_table(model) -> bool:

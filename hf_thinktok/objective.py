@@ -314,7 +314,8 @@ def _metrics(
         metrics["thought_entropy"] = thought_entropy(scores.think_logps_BKGLN, rollout.said_BKGL & valid[..., None])
     if config.needs_gate:
         possible_BKG = rollout.said_BKGL[..., 0] | (config.stop == "sampled")
-        metrics["gate"] = masked_mean(scores.gate_logits_BKGL[..., 0].sigmoid() * possible_BKG, valid, None)
+        thinks_BKG = torch.ones_like(speech.lengths_BKG) if config.blind else scores.gate_logits_BKGL[..., 0].sigmoid()
+        metrics["gate"] = masked_mean(thinks_BKG * possible_BKG, valid, None)
     for name, values_BKG in zip(names_of(rewards), each_FBKG, strict=True):
         metrics[f"rewards/{name}"] = masked_mean(values_BKG[..., own], valid, None)
     return metrics

@@ -125,17 +125,21 @@ def changed_options(*groups: Any) -> dict[str, Any]:
     return changed
 
 
-def training_results(before: dict[str, float], after: dict[str, float], training: dict[str, float], config: dict[str, Any], steps: int) -> dict[str, Any]:
+def training_results(
+    before: dict[str, float], after: dict[str, float], training: dict[str, float], config: dict[str, Any], steps: int, best_of: int = 1
+) -> dict[str, Any]:
     """The results of one run.
 
     Args:
         before, after: what `ThinkTokTrainer.evaluate()` gave before and after training.
         training: the metrics of `trainer.train()`.
         config: the options that differ from their defaults.
-        steps: of the optimizer.
+        steps: of the optimizer, when the model was as it is.
+        best_of: evaluations on the same documents, by which it was chosen.
     """
     return {
         "steps": steps,
+        "best_of": best_of,
         "bits_per_token": {
             "base": before["eval_bits_no_think"],
             "no_think": after["eval_bits_no_think"],
@@ -346,7 +350,8 @@ def levels_of_runs(runs: list[dict[str, Any]]) -> list[str]:
 
 def trained_levels(run: dict[str, Any], levels: list[int]) -> list[int]:
     """Those of a task's levels that a run was trained on: with a curriculum no further than it came."""
-    reached = run["curve"][-1].get("level") if run.get("curve") else None
+    checked = run["curve"][-1] if run.get("curve") else {}  # all that older files know
+    reached = run.get("level", checked.get("level"))
     return [level for level in levels if reached is None or level <= reached]
 
 
@@ -371,9 +376,12 @@ def hows_of(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """What the figures of a run carry: a t test at 5 %, over documents. Fewer than five of them carry nothing, as in intervals."""
+    """What the figures of a run carry: a t test at 5 %, over documents. Fewer than five of them carry nothing, as in intervals; nor do those of documents
+    that chose the model."""
     from .evaluation.intervals import FEWEST, t_quantile
 
+    if chosen := of_chosen(results):
+        return f"{chosen} Whether thinking helps is seen on others: `thinktok eval`."
     documents = int(results["documents"])
     margin = t_quantile(0.975, documents - 1) if documents >= FEWEST else math.nan
     gain, over_random = (results[name] for name in ("gain", "gain_over_random"))
@@ -386,6 +394,12 @@ def verdict(results: dict[str, Any]) -> str:
         over_random > sure_over_random,
         "what is thought is not shown to matter: no gain over a random thought can be told from zero.",
     )
+
+
+def of_chosen(results: dict[str, Any]) -> str:
+    """What is to be said of figures on the documents that chose the model, if they did."""
+    count = results.get("best_of", 1)
+    return f"The same documents chose this checkpoint, the best of {count} evaluations, so that these figures flatter it." if count > 1 else ""
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:

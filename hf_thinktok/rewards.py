@@ -18,7 +18,8 @@ Arguments, all without gradient (B rows, K forks, G thoughts, L thinking tokens,
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,15 +83,15 @@ def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFuncti
     Raises:
         ValueError: an unknown name, for which the nearest known one is suggested, or a function that cannot be called with what there is.
     """
-    names = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    names: list[Any] = [rewards] if isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable) else list(rewards)
     for name in names:
         if isinstance(name, str) and name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"reward_funcs has the unknown name {name!r}; did you mean {near!r}? Known: {', '.join(REWARDS)}, or pass a function.")
-        if callable(name):
+        if not isinstance(name, str):
             try:
                 inspect.signature(name).bind(**dict.fromkeys(JUDGEMENT))
-            except TypeError as error:
+            except (TypeError, ValueError) as error:  # not a function, or one of C, which does not say what it takes
                 raise ValueError(
                     f"The reward {name_of(name)} cannot be called ({error}): it gets {', '.join(JUDGEMENT)} as keywords, and **kwargs takes the rest."
                 ) from None

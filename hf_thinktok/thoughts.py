@@ -71,17 +71,30 @@ def thought_inputs(tree: ThoughtTree, soft_BKGLX: Tensor | None, kind: str) -> T
     return ThoughtInputs(tree.tokens(torch.full_like(tree.documents_BT, -1), number_BKGL), soft_BKGLX.flatten(0, -2), mixes=kind == "gumbel")
 
 
+def another_row(forks_BK: Tensor, differs_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """The next row, around the batch, that differs and has forks, `[B]`; and whether there is one. A later thought of the row itself would have read what
+    judges here."""
+    rows_B = torch.arange(len(forks_BK), device=forks_BK.device)
+    following_BB = (rows_B[:, None] + rows_B) % len(rows_B)
+    fits_BB = (differs_BB & (forks_BK >= 0).any(1)).gather(1, following_BB)
+    return following_BB.gather(1, fits_BB.long().argmax(1, keepdim=True))[:, 0], fits_BB.any(1)
+
+
+def at_same_places(thoughts_BK: Tensor, other_B: Tensor, forks_BK: Tensor) -> Tensor:
+    """The other row's thoughts `[B, K, ...]`, over again where it has fewer."""
+    count_B1 = (forks_BK >= 0).sum(1, keepdim=True).clamp(min=1)
+    index_BK = torch.arange(forks_BK.shape[1], device=forks_BK.device) % count_B1[other_B]
+    return thoughts_BK[other_B[:, None], index_BK]
+
+
 def swapped(soft_BKGLX: Tensor, forks_BK: Tensor) -> Tensor:
-    """Thoughts from elsewhere in the batch, half of its forks away; zeros where there is one fork alone. They are vectors, so none can be drawn at random."""
-    there_M = (forks_BK.flatten() >= 0).nonzero()[:, 0]
-    soft_MGLX = soft_BKGLX.flatten(0, 1)
-    if len(there_M) < 2:
-        return torch.zeros_like(soft_BKGLX)
-    return soft_MGLX.index_copy(0, there_M, soft_MGLX[there_M.roll(len(there_M) // 2)]).view_as(soft_BKGLX)
+    """The next row's thoughts; zeros where no other row of the batch has any. They are vectors, so none can be drawn at random."""
+    other_B, has_B = another_row(forks_BK, ~torch.eye(len(forks_BK), dtype=torch.bool, device=forks_BK.device))
+    return torch.where(has_B[:, None, None, None, None], at_same_places(soft_BKGLX, other_B, forks_BK), 0.0)
 
 
 def control_thoughts(rollout: Rollout, vocabulary: ThinkingVocabulary, generator: torch.Generator) -> Rollout:
-    """Thoughts of the same lengths that know nothing of the text: uniformly random ids or words, and vectors from elsewhere in the batch."""
+    """Thoughts of the same lengths that know nothing of the text: uniformly random ids or words, and vectors of another row."""
     ids_BKGL = random_thoughts(rollout.thoughts_BKGL, vocabulary, generator)
     if rollout.text:
         place_L = torch.arange(ids_BKGL.shape[-1], device=ids_BKGL.device)

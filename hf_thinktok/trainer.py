@@ -311,8 +311,9 @@ class ThinkTokTrainer(MeasuringTrainer):
             )
 
     def _given_lengths(self, inputs: dict[str, Tensor], forks_BK: Tensor) -> Tensor | None:
-        """Thinking tokens of each fork, where the data says so, or at most so many, where the curriculum does."""
-        if self.curriculum is not None and (longest := self.curriculum.longest(self.state.global_step)) is not None:
+        """Thinking tokens of each fork, where the data says so, or at most so many, where the curriculum of this training does."""
+        trained = self.is_in_train or self.state.global_step
+        if trained and self.curriculum is not None and (longest := self.curriculum.longest(self.state.global_step)) is not None:
             return torch.full_like(forks_BK, longest)
         if "think_length" not in inputs:
             return None

@@ -64,11 +64,15 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
     trainer.save_state()  # the curves, for `thinktok report`
     if trainer.eval_dataset is not None and args.thinks:
         before = next((entry for entry in trainer.state.log_history if "eval_gain" in entry), None)
+        evaluations = sum("eval_gain" in entry and entry["step"] > 0 for entry in trainer.state.log_history)  # any of which may have chosen
         after = trainer.evaluate()
         if trainer.is_world_process_zero() and before is None:
             print(f"Nothing was thought in the held-out text (fork_positions={args.fork_positions}), so there is nothing to report.", file=sys.stderr)
         elif trainer.is_world_process_zero():
-            results = training_results(before, after, training, config, trainer.state.global_step) | where | trainer.spent.elsewhere(where)
+            steps, best_of = trainer.state.global_step, 1
+            if args.load_best_model_at_end and trainer.state.best_global_step is not None:
+                steps, best_of = trainer.state.best_global_step, evaluations
+            results = training_results(before, after, training, config, steps, best_of) | where | trainer.spent.elsewhere(where)
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
             has_results = True

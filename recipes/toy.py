@@ -267,15 +267,17 @@ def run(
     if toy.save_models:  # first, as tests may take as long
         trainer.save_model(args.output_dir)
     accuracy, lengths = by_level(trainer, test, toy.test_rows, hows)
+    curriculum = trainer.curriculum
+    reached = levels_of(task.train) if curriculum is None else curriculum.reached(trainer.state.global_step - 1)  # in its last step
     language = {}
     if args.thinks and args.thoughts in ("discrete", "gumbel") and "inputs" in test.column_names:  # of text nothing says what a thought might mean
         tested = levels_of(test)
-        hardest = max(set(tested) & set(levels_of(task.train)), default=max(tested))  # of those that were trained on
+        hardest = max(set(tested) & set(reached), default=max(tested))
         if not args.reads_thinking:  # there a row has several questions and their answers
             show_samples(trainer, of_level(test, hardest, SAMPLES), hows[-1])
-        language = figures_of(report_language(trainer, of_level(test, hardest, toy.test_rows), task))
+        language = {"level": hardest} | figures_of(report_language(trainer, of_level(test, hardest, toy.test_rows), task))
     return {
-        "seed": args.seed, "accuracy": accuracy, "think_length": lengths, "language": language, "seconds": trainer.spent.seconds,
+        "seed": args.seed, "level": max(reached), "accuracy": accuracy, "think_length": lengths, "language": language, "seconds": trainer.spent.seconds,
         "steps": trainer.state.global_step, "curve": [entry["check"] for entry in trainer.state.log_history if "check" in entry],
         **trainer.spent.elsewhere(where),
     }  # fmt: skip

@@ -482,12 +482,15 @@ def test_functions_can_be_weighted(make_trainer):
 
 
 def test_rewards_that_cannot_be_called(train):
-    for reward, words in (
-        (lambda completions, **kwargs: [1.0], ["missing a required argument: 'completions'", "logps, correct"]),
-        (lambda logps: logps.sum(-1), ["unexpected keyword argument 'correct'", "kwargs"]),
+    for rewards, words in (
+        ([lambda completions, **kwargs: [1.0]], ["<lambda>", "missing a required argument: 'completions'", "logps, correct"]),
+        ([lambda logps: logps.sum(-1)], ["<lambda>", "unexpected keyword argument 'correct'", "kwargs"]),
+        (torch.mean, ["mean", "no signature"]),
+        (3, ["int", "3 is not a callable object"]),
+        (["log_prob", None], ["NoneType", "None is not a callable object"]),
     ):
-        with pytest.raises(ValueError, match="The reward <lambda> cannot be called") as error:
-            train(reward_funcs=[reward])
+        with pytest.raises(ValueError, match="The reward .* cannot be called") as error:
+            train(reward_funcs=rewards)
         one_sentence(error, *words)
 
 

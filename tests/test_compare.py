@@ -109,7 +109,7 @@ def evaluation(seed: int, gain: float, thinks: bool = True, stop: str = "learned
         arms |= {"think": plain + gain + draw.normal(0, 0.01, count), "think_random": plain - 0.5, "always": plain - 1, "random": plain - 2}
     return Evaluation(
         documents_F=np.arange(count) // 8, tokens_F=np.ones(count, int), logps=arms, marginal={}, correct={arm: np.zeros(count) for arm in arms},
-        entropy_F=-plain, kinds_F=np.array(["word begins"] * count), lengths_F=np.ones(count), bytes_per_token=4.0,
+        entropy_F=-plain, kinds_F=np.array(["word begins"] * count), lengths_F=np.ones(count), bytes_F=np.full(count, 4.0),
         settings={"stop": stop, "num_samples": 2},
     )  # fmt: skip
 

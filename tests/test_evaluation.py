@@ -130,7 +130,7 @@ def test_text_and_thoughts_are_scored_as_ordinary_rows(model, lookahead, blind):
         assert found.entropy_F[k] == pytest.approx(-(plain.exp() * plain).sum().item(), abs=1e-4)
     assert 0 < found.correct["always"].sum() < found.tokens_F.sum()
     judging = [token for fork in forks_BK[0].tolist() for token in ids[fork + 1 : fork + 1 + lookahead]]
-    assert found.bytes_per_token == pytest.approx(sum(len(tokenizer.decode(token).encode()) for token in judging) / len(judging))
+    assert found.bytes_F.sum() == sum(len(tokenizer.decode(token).encode()) for token in judging)
     assert (found.lengths_F >= 1).all() or not blind
 
 
@@ -230,7 +230,7 @@ def test_bytes_are_those_of_the_tokens_that_judge(model):
     found = evaluate_thinking(model, ends, texts, num_forks=max(map(len, rows)), num_samples=0, lookahead=1)
     assert len(found.documents_F) == sum(len(ids) - 1 for ids in rows), "each token but the first is judged once"
     first = sum(len(ends.decode(ids[0]).encode()) for ids in rows if not ends.decode(ids[0]).endswith("\N{REPLACEMENT CHARACTER}"))
-    assert found.bytes_per_token * len(found.documents_F) == pytest.approx(sum(len(text.encode()) for text in texts) - first)
+    assert found.bytes_F.sum() == (sum(len(text.encode()) for text in texts) - first)
 
 
 def test_every_row_of_a_text_begins_as_the_text_does(model):
@@ -254,7 +254,7 @@ def evaluation(**changes) -> Evaluation:
                   "random": np.array([-2.0, -2, np.nan, -2])},
         "marginal": {"think": np.array([-0.4, -2, -2, -4]), "always": np.array([-1.0, -1, -1, -1])},
         "correct": {arm: np.array([1.0, 1, 0, 2]) for arm in ("no_think", "think", "always", "random")}, "entropy_F": np.array([0.1, 0.2, 0.3, 0.4]),
-        "kinds_F": np.array(["number", "other", "number", "other"]), "lengths_F": np.array([1.0, 0, 3, 0]), "bytes_per_token": 4.0,
+        "kinds_F": np.array(["number", "other", "number", "other"]), "lengths_F": np.array([1.0, 0, 3, 0]), "bytes_F": np.array([1.0, 2.0, 4.0, 1.0]),
         "settings": {"num_samples": 2},
     }  # fmt: skip
     return Evaluation(**made | changes)
@@ -263,10 +263,11 @@ def evaluation(**changes) -> Evaluation:
 def test_summary_of_known_figures():
     found = evaluation().summary()
     assert found["arms"]["no_think"]["bits_per_token"] == pytest.approx(10 / 6 / math.log(2))
-    assert found["arms"]["no_think"]["bits_per_byte"] == pytest.approx(10 / 24 / math.log(2))
+    assert found["arms"]["no_think"]["bits_per_byte"] == pytest.approx(10 / 8 / math.log(2))
     assert found["arms"]["no_think"]["accuracy"] == pytest.approx(4 / 6)
     assert found["arms"]["think"]["bits_per_token_marginal"] == pytest.approx(8.4 / 6 / math.log(2))
     assert found["arms"]["random"]["bits_per_token"] == pytest.approx(6 / 5 / math.log(2))  # where there was something to put
+    assert found["arms"]["random"]["bits_per_byte"] == pytest.approx(6 / 4 / math.log(2))
     assert found["gains"]["think over no_think"]["bits_per_token"] == pytest.approx(1.5 / 6 / math.log(2))
     assert found["gains"]["always over random"]["bits_per_token"] == pytest.approx(3 / 5 / math.log(2))
     assert found["by_kind"]["number"]["mean_think_length"] == 2

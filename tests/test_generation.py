@@ -433,6 +433,11 @@ def test_the_command_thinks_while_it_reads_where_it_is_told_or_was_trained_to(fo
     (trained / "config.json").write_text(json.dumps(config))
     assert run("generate", trained, *greedy, prompt)[:2] == (0, told)
     assert "‹" not in run("generate", folder, *greedy, prompt)[1]
+    make_model(think_mass=0.02)[0].save_pretrained(trained)
+    for stop, thinks in {"fixed": True, "learned": False, "sampled": False}.items():  # its gate would rather speak
+        config["thinktok"]["stop"] = stop
+        (trained / "config.json").write_text(json.dumps(config))
+        assert ("‹" in run("generate", trained, *greedy, prompt)[1]) == thinks
     code, _, error = run("generate", folder, *greedy, prompt, "--think_after", "zebra")
     assert code == 2
     assert "None of --think_after 'zebra' ends within the prompt" in error

@@ -219,9 +219,11 @@ def test_a_sampled_generation_draws_thoughts_of_which_each_is_improbable():
     made, generate = [], model.generate
     model.generate = lambda **kwargs: made.append(generate(**kwargs)) or made[-1]
     options = {"until": ["@@"], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0}
-    for top_k in ({}, {"top_k": 50}):
-        harness(model, batch_size=1, max_think_length=2).generate_until(asked("generate_until", [(CORPUS[0], options | top_k)]))
-    assert [bool(((ids >= first) & (ids < guard)).any()) for ids in made] == [True, False], "a task that names top_k is taken at its word"
+    for name, value in {"top_p": 0.95, "min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.1, "top_h": 0.1}.items():
+        setattr(model.generation_config, name, value)  # as checkpoints for chats have them
+    for cut in ({}, {"top_k": 50}, {"min_p": 0.9}):
+        harness(model, batch_size=1, max_think_length=2).generate_until(asked("generate_until", [(CORPUS[0], options | cut)]))
+    assert [bool(((ids >= first) & (ids < guard)).any()) for ids in made] == [True, False, False], "a task that names one is taken at its word"
 
 
 @pytest.mark.parametrize("thoughts", ["none", "own"])

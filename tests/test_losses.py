@@ -295,13 +295,17 @@ def test_an_easy_next_token_credits_nobody(grid, bonus):
         torch.testing.assert_close(group_advantages(shifted, valid, advantage), group_advantages(rewards, valid, advantage), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["gate", "given_lengths"])
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
-def test_token_advantages(scale):
-    """Each token: what it and its followers gained, weighted by how far thinking gets, minus the mean of the others at this depth."""
+def test_token_advantages(scale, given):
+    """Each token: what it and its followers gained, weighted by how far thinking gets, minus the mean of the others at this depth. What no thought has got to
+    is no part of the batch's deviation."""
     prefix_logps, valid = -draw(B, K, G, A + 1, seed=5).abs(), torch.ones(B, K, dtype=torch.bool)
     valid[1, 2] = False
     reach = torch.rand(B, K, G, A + 1, generator=torch.Generator().manual_seed(6)).cumprod(-1)
-    to_come = torch.zeros(B, K, G, A)
+    if given:
+        reach = (torch.arange(A + 1) <= torch.tensor([1, A, A - 1])[:K, None, None]).float().expand_as(reach)
+    to_come, reached = torch.zeros(B, K, G, A), valid[:, :, None, None] & (reach[..., 1:] > 0)
     for i in range(A):
         for later in range(i, A):
             to_come[..., i] += reach[..., later + 1] * (prefix_logps[..., later + 1] - prefix_logps[..., later])
@@ -310,7 +314,7 @@ def test_token_advantages(scale):
         for k in range(K):
             for a in range(A):
                 group = to_come[b, k, :, a]
-                spread = {"none": 1.0, "group": group.std().item() + EPSILON, "batch": to_come[valid].std().item() + EPSILON}[scale]
+                spread = {"none": 1.0, "group": group.std().item() + EPSILON, "batch": to_come[reached].std().item() + EPSILON}[scale]
                 for g in range(G):
                     expected = (group[g] - (group.sum() - group[g]) / (G - 1)).item() / spread if valid[b, k] else 0.0
                     assert got[b, k, g, a].item() == pytest.approx(expected, abs=1e-4)

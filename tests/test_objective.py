@@ -459,7 +459,8 @@ def test_blind_never_speaks_without_a_thought(model, make_config, smoothing):
     assert (stops[..., 0].exp() == 0).all()
     torch.testing.assert_close(stops[..., 1:].exp().sum(-1), torch.ones(stops.shape[:-1]))
     assert (speak(scores, rollout, "learned", smoothing, True).lengths_BKG >= 1).all()
-    loss, _ = loss_of(scores, rollout, config)
+    loss, metrics = loss_of(scores, rollout, config)
+    assert metrics["gate"] == 1
     other = scores.prefix_logps_BKGP.clone()
     other[..., 0] -= 5.0
     changed, _ = loss_of(dataclasses.replace(scores, prefix_logps_BKGP=other), rollout, config)

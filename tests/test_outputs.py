@@ -121,16 +121,19 @@ def test_numbers_and_names_that_are_too_large_are_told_in_a_sentence(run, words,
     assert sentence in said
 
 
+OTHERS = {"top_h": 0.1, "guidance_scale": 2.0, "prompt_lookup_num_tokens": 3, "token_healing": True}
+
+
 def test_a_command_speaks_as_the_model_would_whatever_its_own_settings(folder, tmp_path, capsys):
     texts = []
-    for settings in ({}, {"num_return_sequences": 2, "typical_p": 0.1, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1}):
+    for settings in ({}, {"num_return_sequences": 2, "typical_p": 0.1, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1}, OTHERS):
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.generation_config.update(do_sample=True, **settings)
         model.save_pretrained(tmp_path / "model")
         tiny_tokenizer().save_pretrained(tmp_path / "model")
         assert main(["generate", str(tmp_path / "model"), "the cat", "--seed", "1", "--max_new_tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_parts_and_columns_are_no_texts(model):

@@ -30,8 +30,8 @@ def forks_of(make_trainer, monkeypatch):
     return run
 
 
-def limited(positions: int):
-    return tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=positions)
+def limited(positions: int, family: str = "llama"):
+    return tiny_model(family, vocab_size=len(tiny_tokenizer()), **{"max_seq_len" if family == "mpt" else "max_position_embeddings": positions})
 
 
 def test_long_rows_are_thought_in_to_their_end(forks_of):
@@ -48,11 +48,13 @@ def test_a_document_s_place_counts_and_not_the_packed_row_s(forks_of):
     assert max(place for place, _ in seen) > 128
 
 
-def test_no_thought_runs_out_of_positions(forks_of):
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_no_thought_runs_out_of_positions(forks_of, family):
     rows = Dataset.from_dict({"input_ids": [[5 + i % 40 for i in range(60)]] * 2})
     seen = forks_of(
-        train_dataset=rows, max_length=60, fork_positions="all", num_forks=16, lookahead=3, stop="sampled", max_think_length=8, model=limited(64), max_steps=1
-    )
+        train_dataset=rows, max_length=60, fork_positions="all", num_forks=16, lookahead=3, stop="sampled", max_think_length=8, model=limited(64, family),
+        max_steps=1,
+    )  # fmt: skip
     assert max(before for _, before in seen) == 64 - 8 - 3
 
 

@@ -15,6 +15,7 @@ from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
+from hf_thinktok.card import render_card
 from hf_thinktok.controls import control_of
 from hf_thinktok.results import changed_options
 from hf_thinktok.text import TextArguments, load_text
@@ -136,6 +137,25 @@ def test_options_are_told_and_no_secret():
     changed = changed_options(args)
     assert {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}.items() <= changed.items()
     assert "hf_secret" not in str(changed)
+
+
+def test_figures_of_the_documents_that_chose_a_checkpoint_are_said_to_flatter_it(tiny_folder):
+    best = ("--load_best_model_at_end", "true", "--metric_for_best_model", "gain", "--eval_strategy", "steps", "--save_strategy", "steps")
+    done = in_process(
+        RECIPE,
+        *("--model_name_or_path", tiny_folder / "model", "--data_files", tiny_folder / "data.jsonl", "--output_dir", tiny_folder / "out", *TINY_OPTIONS),
+        *("--text_template", "Q: {question} A: {answer}", *best, "--eval_steps", "1", "--save_steps", "1", "--max_steps", "3", "--learning_rate", "0.1"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tiny_folder / "out" / "results.json").read_text())
+    log = json.loads((tiny_folder / "out" / "trainer_state.json").read_text())["log_history"]
+    gains = {entry["step"]: entry["eval_gain"] for entry in log if "eval_gain" in entry and entry["step"] > 0}
+    assert (results["steps"], results["best_of"]) == (max(gains, key=gains.get), 3)
+    assert results["gain"] == pytest.approx(max(gains.values()), abs=1e-6)
+    words = "The same documents chose this checkpoint, the best of 3 evaluations"
+    assert words in " ".join(done.stdout.split())
+    assert words in (tiny_folder / "out" / "report.html").read_text()
+    assert words in render_card(results, "me/model", num_tokens=4, whole=False)
 
 
 def test_where_nothing_is_thought_the_run_ends_without_results(tiny_folder):

@@ -74,6 +74,9 @@ def test_a_star_is_at_what_was_not_trained_on():
 
     assert table(1, 2) == (["1", "2", "3*", "4*"], ["100", "100*", "100", "100"], ["100", "100", "100", "100"], True)
     assert table(2, 3) == (["1", "2", "3", "4*"], ["100", "100", "100*", "100"], ["100", "100", "100", "100"], True)
+    run["level"] = 3  # it came there after its last check
+    assert table(1)[0] == ["1", "2", "3", "4*"]
+    del run["level"]
     assert table(None) == (["1", "2", "3", "4*"], ["100", "100", "100", "100"], True), "without a curriculum all levels of the data are trained on"
     results["shortcut"].pop("4")
     run["accuracy"]["think"].pop("4")

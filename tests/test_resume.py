@@ -83,6 +83,20 @@ def test_asked_to_end_within_a_rollout_it_finishes_that_first(tmp_path, capsys):
         assert torch.equal(resumed[name], value), name
 
 
+def test_a_checkpoint_within_a_rollout_says_what_it_lacks(make_trainer, caplog):
+    class Saves(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = True
+
+    trainer = make_trainer(num_iterations=2, max_steps=2)
+    trainer.add_callback(Saves())
+    trainer.train()
+    told = [record.getMessage() for record in caplog.records if "rollout" in record.getMessage()]
+    assert len(told) == 1, "the second step ends it"
+    assert "The checkpoint of step 1 lacks the rollout" in told[0]
+    assert "multiples of num_iterations=2" in told[0]
+
+
 class Worse(ThinkTokTrainer):
     """The first of its models is the best one."""
 

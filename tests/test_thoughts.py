@@ -329,7 +329,7 @@ def test_answers_of_hidden_states(make):
     said = {how: answer(trainer, rows, how) for how in ("think", "random", "none")}
     by_length = np.argsort(rows["think_length"], kind="stable")
     for place, i in enumerate(by_length.tolist()):
-        ids, length, other = rows[i]["input_ids"], rows[i]["think_length"], rows[int(by_length[(place - 3) % 6])]["input_ids"]
+        ids, length, other = rows[i]["input_ids"], rows[i]["think_length"], rows[int(by_length[(place + 1) % 6])]["input_ids"]
         for how, thinker, steps in (("think", ids, length), ("random", other, length), ("none", ids, 0)):
             expected = loop.say(ids[:5], loop.think(thinker[:5], length=steps), ids[5:])
             assert said[how].logps_D[i] == pytest.approx(expected.item(), abs=1e-4), (how, i)
@@ -337,14 +337,13 @@ def test_answers_of_hidden_states(make):
     assert (said["think"].thoughts_DL == -1).all()
 
 
-def test_swapped_thoughts_leave_no_fork_its_own():
-    forks_BK = torch.tensor([[3, 5, -1], [2, -1, -1], [0, 4, 6]])
-    soft_BKGLX = torch.arange(9.0).view(3, 3, 1, 1, 1)
-    other = swapped(soft_BKGLX, forks_BK)[..., 0, 0, 0]
-    there = forks_BK >= 0
-    assert sorted(other[there].tolist()) == soft_BKGLX[..., 0, 0, 0][there].tolist()
-    assert (other[there] != soft_BKGLX[..., 0, 0, 0][there]).all()
-    assert not swapped(soft_BKGLX[:1, :1], forks_BK[:1, :1]).any()
+def test_swapped_thoughts_are_of_another_row():
+    """One of the row itself may have read the tokens that judge."""
+    forks_BK = torch.tensor([[3, 5, -1], [2, -1, -1], [-1, -1, -1], [0, 4, 6]])
+    soft_BKGLX = torch.arange(12.0).view(4, 3, 1, 1, 1)
+    other_BK = swapped(soft_BKGLX, forks_BK)[..., 0, 0, 0]
+    assert [other_BK[row, forks_BK[row] >= 0].tolist() for row in range(4)] == [[3.0, 3.0], [9.0], [], [0.0, 1.0, 0.0]]
+    assert not swapped(soft_BKGLX[3:] + 1, forks_BK[3:]).any(), "there is no other row"
 
 
 # ---------------------------------------------------------------- what does not fit

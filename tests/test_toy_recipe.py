@@ -53,6 +53,10 @@ def test_a_toy_config_trains_measures_and_reports(config, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"task", "config", "versions", "hardware", "commit", "levels", "shortcut"} <= set(results)
     assert [run["seed"] for run in results["runs"]] == [3, 11]
+    assert all(run["level"] == (1 if "curriculum_threshold" in options else max(results["levels"])) for run in results["runs"]), "in so few steps"
+    if "levels" in small and results["runs"][0]["language"]:
+        of = 4 if "curriculum_threshold" in options else 3  # the hardest that is tested, of those that were trained on where there is one
+        assert [run["language"]["level"] for run in results["runs"]] == [of, of]
     asked_by_thoughts = options.get("blind", False) or options["task_options"].get("fill", False)  # then nothing is asked without them
     assert ("none" in results["runs"][0]["accuracy"]) != asked_by_thoughts
     assert (tmp_path / "accuracy.svg").exists() == (len(results["shortcut"]) > 1), "a picture of accuracy against level needs levels"

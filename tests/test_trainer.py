@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -373,6 +374,9 @@ def test_thoughts_may_be_longer_with_every_level(make_trainer, corpus, smoothing
     for logs, _ in seen[3]:
         assert 1.01 < logs["think_length"] / logs["gate"] < 3
     assert 0 < trainer.evaluate()["eval_mean_think_length"] < 3
+    trainer.save_model(saved := str(Path(trainer.args.output_dir).parent / "saved"))
+    fresh = make_trainer(model=saved, train_dataset=levels(corpus, 1, 2, 3), eval_dataset=corpus, stop="learned", engine=engine, max_steps=40, **options)
+    assert fresh.evaluate()["eval_mean_think_length"] > 0, "no level bounds what is not in training"
     trainer.curriculum.begins = [0]
     assert trainer.evaluate()["eval_mean_think_length"] == pytest.approx(0.0, abs=1e-12)
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 2, "labels": [[-100, -100, -100, 8]] * 2})
@@ -695,6 +699,21 @@ def test_streams_and_accepts_names(make_trainer, tmp_path, corpus):
     trainer = make_trainer(model=str(tmp_path / "model"), train_dataset=corpus.to_iterable_dataset(), max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+COMPLETED = {"text": "whole text", "prompt": "the river ", "completion": "runs"}
+PACKED = {"input_ids": list(range(5, 17)), "labels": list(range(5, 17)), "seq_lengths": [6, 6]}
+
+
+@pytest.mark.parametrize(("row", "options"), [(COMPLETED, {}), (PACKED, {"packing": True, "max_length": 24})], ids=["text_beside_a_completion", "packed"])
+def test_a_stream_that_does_not_know_its_columns_is_read_as_any_other(make_trainer, row, options):
+    """As those that `map` makes: TRL would end the text that nobody reads, and pack once more what is packed."""
+    rows = Dataset.from_list([row] * 8)
+    known, unknown = rows.to_iterable_dataset(), rows.to_iterable_dataset().map(lambda row: row)
+    assert unknown.column_names is None
+    read, same = (next(iter(make_trainer(train_dataset=stream, max_steps=1, **options).train_dataset)) for stream in (known, unknown))
+    assert read["input_ids"] == same["input_ids"]
+    assert list(read.get("seq_lengths", [])) == list(same.get("seq_lengths", []))
 
 
 @pytest.mark.parametrize("tie", [True, False])

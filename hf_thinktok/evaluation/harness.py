@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers.utils import find_adapter_config_file
 
 from ..engine import Engine, Pass, choose_engine
-from ..generation import StopsInText, ThinkingBudget
+from ..generation import NO_CUTS, StopsInText, ThinkingBudget
 from ..head import HiddenInputs, attach_head
 from ..losses import stopping_logps
 from ..models import evaluating
@@ -44,8 +44,8 @@ class ThinkTokLM(HFLM):
 
     Likelihoods of a continuation: before each of its tokens the model thinks greedily, and forgets the thought once the token follows. Generation: the
     model thinks into its text, as plain `generate` has it, and the task sees the text without thoughts; where nothing is sampled it thinks where that is
-    likelier than to speak, which the likeliest id does not say. Where a task samples and names no `top_k`, the whole distribution is sampled from, whatever
-    `thoughts`: transformers' 50 would leave out thinking tokens, of which each is improbable.
+    likelier than to speak, which the likeliest id does not say. Where a task samples, the whole distribution is sampled from, whatever `thoughts` and the
+    model's own generation config, but for what the task names: transformers' `top_k` of 50 would leave out thinking tokens, of which each is improbable.
 
     Args:
         thoughts: `none`; `own`, as far as its gate wants them; `always`, thoughts of full length before every token.
@@ -105,7 +105,7 @@ class ThinkTokLM(HFLM):
         if self.budget.by_gate:
             generation_kwargs.pop("temperature", None)  # the harness's 0, which transformers warns of
         else:
-            generation_kwargs.setdefault("top_k", 0)
+            generation_kwargs = NO_CUTS | generation_kwargs
         with self._autocast():
             made_BT = self.model.generate(
                 input_ids=context,

@@ -101,7 +101,7 @@ def inspect_text(
             text=texts[place + 1],
             thought=(rollout.thoughts_BKGL[0, place, 0] - vocabulary.first_id).tolist(),
             thought_logp=scores.thought_logps_BKGL[0, place, 0].sum().item(),
-            gate=scores.gate_logits_BKGL[0, place, 0, 0].sigmoid().item(),
+            gate=1.0 if branching.blind else scores.gate_logits_BKGL[0, place, 0, 0].sigmoid().item(),
             before=scores.baseline_logps_BKH[0, place, 0].item(),
             after=scores.logps_BKGH[0, place, 0, 0].item(),
             own=speech.logps_BKGH[0, place, 0, 0].item(),

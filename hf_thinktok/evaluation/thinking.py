@@ -26,6 +26,7 @@ from ..results import digest_of, written_whole
 from ..rewards import masked_sum
 from ..rollout import Rollout, Sampling, random_thoughts, sample_thoughts
 from ..scores import score_tree
+from ..thoughts import another_row, at_same_places
 from ..tokens import ThinkingVocabulary
 from ..tree import Branching, ThoughtTree, before
 from .intervals import bits_per_token
@@ -61,7 +62,7 @@ class Evaluation:
         entropy_F: entropy of the prediction without a thought, nats.
         kinds_F: what the first judged token is.
         lengths_F: (expected) thinking tokens where the model decides.
-        bytes_per_token: of the judged tokens, UTF-8.
+        bytes_F: of the tokens that judge it, UTF-8.
         settings: what it was measured with.
     """
 
@@ -73,15 +74,15 @@ class Evaluation:
     entropy_F: np.ndarray
     kinds_F: np.ndarray
     lengths_F: np.ndarray
-    bytes_per_token: float
+    bytes_F: np.ndarray
     settings: dict[str, Any]
 
     def save(self, path: Path) -> None:
         """Writes all that was measured, whole or not at all; `load` reads it again."""
         parts = {f"{group}/{arm}": values_F for group in GROUPS for arm, values_F in getattr(self, group).items()}
-        parts |= {name: getattr(self, name) for name in ("documents_F", "tokens_F", "entropy_F", "kinds_F", "lengths_F")}
+        parts |= {name: getattr(self, name) for name in ("documents_F", "tokens_F", "entropy_F", "kinds_F", "lengths_F", "bytes_F")}
         with written_whole(path) as file:
-            np.savez_compressed(file, bytes_per_token=self.bytes_per_token, settings=json.dumps(self.settings), **parts)
+            np.savez_compressed(file, settings=json.dumps(self.settings), **parts)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
@@ -90,19 +91,20 @@ class Evaluation:
         groups: dict[str, Any] = {
             group: {name.removeprefix(f"{group}/"): parts.pop(name) for name in list(parts) if name.startswith(f"{group}/")} for group in GROUPS
         }
-        settings, bytes_per_token = json.loads(str(parts.pop("settings"))), float(parts.pop("bytes_per_token"))
-        return cls(**groups, **parts, settings=settings, bytes_per_token=bytes_per_token)
+        settings = json.loads(str(parts.pop("settings")))
+        if (mean := parts.pop("bytes_per_token", None)) is not None:  # all that older ones know
+            parts["bytes_F"] = parts["tokens_F"] * mean
+        return cls(**groups, **parts, settings=settings)
 
     def summary(self) -> dict[str, Any]:
         """Bits per token and byte and accuracy of each arm; gains in bits per token with 95 % intervals, bootstrapped over documents and paired."""
         arms = {}
         for arm, logps_F in self.logps.items():
             there_F = ~np.isnan(logps_F)
-            tokens = self.tokens_F[there_F].sum()
-            bits = -logps_F[there_F].sum() / tokens / math.log(2)
+            tokens, size = self.tokens_F[there_F].sum(), self.bytes_F[there_F].sum()
+            bits = -logps_F[there_F].sum() / math.log(2)
             accuracy = self.correct[arm][there_F].sum() / tokens
-            bits_per_byte = bits / self.bytes_per_token if self.bytes_per_token else math.nan
-            arms[arm] = {"bits_per_token": bits, "bits_per_byte": bits_per_byte, "accuracy": accuracy, "forks": int(there_F.sum())}
+            arms[arm] = {"bits_per_token": bits / tokens, "bits_per_byte": bits / size if size else math.nan, "accuracy": accuracy, "forks": int(there_F.sum())}
             if arm in self.marginal:
                 arms[arm]["bits_per_token_marginal"] = -self.marginal[arm].sum() / tokens / math.log(2)
         thoughts = [arm for arm in ("think", "always") if arm in self.logps]
@@ -225,7 +227,7 @@ def evaluate_thinking(
         entropy_F=joined["entropy"],
         kinds_F=joined["kinds"],
         lengths_F=joined["lengths"],
-        bytes_per_token=joined["bytes"].sum() / joined["tokens"].sum(),
+        bytes_F=joined["bytes"],
         settings=settings,
     )
 
@@ -440,29 +442,18 @@ def control_sources(rollout: Rollout, documents_BT: Tensor, vocabulary: Thinking
     thoughts_BKSL, forks_BK = rollout.thoughts_BKGL, rollout.forks_BK
     batch, num_forks, samples, length = thoughts_BKSL.shape
     there_BK = forks_BK >= 0
-    forks_B1 = there_BK.sum(1, keepdim=True)
-    count_B1 = forks_B1.clamp(min=1)
-    index_BK = torch.arange(num_forks, device=forks_BK.device).expand_as(forks_BK)
-    rows_B = torch.arange(batch, device=forks_BK.device)
-
-    def taken(from_B: Tensor, at_BK: Tensor) -> Tensor:
-        return thoughts_BKSL[from_B[:, None], at_BK]
-
+    rows_B1 = torch.arange(batch, device=forks_BK.device)[:, None]
     # Half of the row's forks before: a later thought would have read what judges here.
-    earlier_BK = index_BK - (count_B1 // 2).clamp(min=1)
-    # The next row of another document that has forks.
+    earlier_BK = torch.arange(num_forks, device=forks_BK.device) - (there_BK.sum(1, keepdim=True) // 2).clamp(min=1)
     document_B = documents_BT[:, 0]
-    following_BB = (rows_B[:, None] + rows_B) % batch
-    differs_BB = (document_B[following_BB] != document_B[:, None]) & (forks_B1[:, 0][following_BB] > 0)
-    other_B = following_BB.gather(1, differs_BB.long().argmax(1, keepdim=True))[:, 0]
-    has_other_B1 = differs_BB.any(1, keepdim=True)
+    other_B, has_other_B = another_row(forks_BK, document_B[:, None] != document_B)
     order_BKSL = torch.rand(thoughts_BKSL.shape, generator=generator, device=forks_BK.device).argsort(-1)
     as_it_was_BKS1 = (order_BKSL == torch.arange(length, device=forks_BK.device)).all(-1, keepdim=True)
     order_BKSL = torch.where(as_it_was_BKS1, order_BKSL.roll(1, -1), order_BKSL)
     return {
         "shuffled": (thoughts_BKSL.gather(-1, order_BKSL), there_BK & (length > 1)),
-        "earlier": (taken(rows_B, earlier_BK.clamp(min=0)), there_BK & (earlier_BK >= 0)),
-        "other_document": (taken(other_B, index_BK % count_B1[other_B]), there_BK & has_other_B1),
+        "earlier": (thoughts_BKSL[rows_B1, earlier_BK.clamp(min=0)], there_BK & (earlier_BK >= 0)),
+        "other_document": (at_same_places(thoughts_BKSL, other_B, forks_BK), there_BK & has_other_B[:, None]),
         "random": (random_thoughts(thoughts_BKSL, vocabulary, generator), there_BK),
     }
 
