@@ -55,7 +55,7 @@ class Speech:
 
 def smoothed(stop_logps_BKGP: Tensor, even_BKGP: Tensor, part: float) -> Tensor:
     """Log-weights of lengths, of which a part goes to all possible ones alike."""
-    own, alike = torch.tensor([1 - part, part], device=stop_logps_BKGP.device).log()
+    own, alike = (math.log(share) if share else -math.inf for share in (1 - part, part))
     return torch.logaddexp(own + stop_logps_BKGP, alike + even_BKGP.log())
 
 

@@ -201,6 +201,10 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     one.save(tmp_path / "one.npz")
     two = Evaluation.load(tmp_path / "one.npz")
     assert json.dumps(one.summary(), default=float) == json.dumps(two.summary(), default=float)
+    parts = dict(np.load(tmp_path / "one.npz"))
+    assert parts.pop("bytes_F").tolist() == [4.0] * 8 * len(set(one.documents_F))
+    np.savez_compressed(tmp_path / "older.npz", **parts, bytes_per_token=4.0)  # of all places together
+    assert json.dumps(Evaluation.load(tmp_path / "older.npz").summary(), default=float) == json.dumps(one.summary(), default=float)
 
 
 def test_the_test_part_is_seen_by_nobody_else(tmp_path):
