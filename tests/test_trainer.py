@@ -375,7 +375,10 @@ def test_thoughts_may_be_longer_with_every_level(make_trainer, corpus, smoothing
         assert 1.01 < logs["think_length"] / logs["gate"] < 3
     assert 0 < trainer.evaluate()["eval_mean_think_length"] < 3
     trainer.save_model(saved := str(Path(trainer.args.output_dir).parent / "saved"))
-    fresh = make_trainer(model=saved, train_dataset=levels(corpus, 1, 2, 3), eval_dataset=corpus, stop="learned", engine=engine, max_steps=40, **options)
+    fresh = make_trainer(
+        model=saved, tokenizer=trainer.processing_class, train_dataset=levels(corpus, 1, 2, 3), eval_dataset=corpus, stop="learned", engine=engine,
+        max_steps=40, **options,
+    )  # fmt: skip
     assert fresh.evaluate()["eval_mean_think_length"] > 0, "no level bounds what is not in training"
     trainer.curriculum.begins = [0]
     assert trainer.evaluate()["eval_mean_think_length"] == pytest.approx(0.0, abs=1e-12)
