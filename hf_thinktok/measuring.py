@@ -117,7 +117,8 @@ class MeasuringTrainer(CheckpointingTrainer):
         standard error over documents."""
         for name, dataset in named_sets(None, eval_dataset).items():
             if not isinstance(dataset, str):  # the name of one that was looked at
-                check_dataset(dataset, name, self.args, None if "input_ids" in columns_of(dataset) else self._formatting_func)
+                makes_text = self._formatting_func is not None and "input_ids" not in columns_of(dataset)  # no stream is opened once more without need
+                check_dataset(dataset, name, self.args, self._formatting_func if makes_text else None)
         step, self._micro_step = self._micro_step, (-1, -1)
         start, clock = time.perf_counter(), self._clock
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
