@@ -264,6 +264,7 @@ VARIANTS = {
     "s5_controls_long": "s5",
     "s5_deep": "s5",
     "s5_fillers": "s5",
+    "s5_fillers_long": "s5",
     "s5_super": "s5",
     "s5_places_controls": "s5_places",
     "s5_places_controls_long": "s5_places",
