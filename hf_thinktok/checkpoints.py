@@ -28,7 +28,7 @@ from ._compat import uploads_without
 from .card import read_results, render_card, snippet, use
 from .errors import RunError, first_line
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter, start_in_base
-from .results import COMPLETE_FILE, NOT_PUSHED, STATE_FILE, changed_options, environment, write_json
+from .results import COMPLETE_FILE, NOT_PUSHED, STATE_FILE, changed_options, environment, read_json, write_json
 from .tokens import ThinkingVocabulary
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ NO_BASE = "[None](https://huggingface.co/None)"
 
 
 # Those that go on as they were, whatever the options say.
-OF_OPTIMIZER = ("learning_rate", "weight_decay")
+OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # Those that say more than the shapes of an adapter's parameters, or what these do not show.
 ADAPTER_OPTIONS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -296,6 +296,12 @@ class CheckpointingTrainer(SFTTrainer):
                 raise CheckpointError(
                     f"The checkpoint {folder} was made with {name}={made.get(name)}, and this run has {name}={have.get(name)}: "
                     "resume with the model and the options it was made with."
+                )
+        if is_peft_model(self.model):
+            base = next(iter(self.model.peft_config.values())).base_model_name_or_path
+            if (before := read_json(Path(folder, "adapter_config.json"))["base_model_name_or_path"]) != base:
+                logger.warning(
+                    "The checkpoint %s is an adapter of %s, and this run's base is %s: it goes on right only if they are the same.", folder, before, base
                 )
         if missing := set(parts) - set(state):
             raise CheckpointError(f"The checkpoint {folder} was made without {', '.join(sorted(missing))}: resume with the options it was made with.")

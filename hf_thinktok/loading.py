@@ -33,7 +33,7 @@ from .distributed import check_parallelism, embedding_rows
 from .errors import first_line
 from .models import as_loaded, lm_head
 from .peft import SPEAKER, check_adapter, check_base, has_adapter
-from .results import unwritable
+from .results import unwritable, weights_in
 from .tokens import GUARD, SAMPLE_TEXT, ThinkingVocabulary, check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
     whole = peft_config is None and not (isinstance(model, torch.nn.Module) and has_adapter(model))
     if whole and Path(args.output_dir, "adapter_config.json").exists():
         raise ValueError(f"output_dir={args.output_dir} holds an adapter, which would be loaded in the place of the whole model: name another folder.")
+    if not whole and any(not path.name.startswith("adapter_") for path in weights_in(Path(args.output_dir))):
+        raise ValueError(f"output_dir={args.output_dir} holds a whole model, which would be loaded as the base of this run's adapter: name another folder.")
     if args.policies != "split" and Path(args.output_dir, SPEAKER).is_dir():
         raise ValueError(f"output_dir={args.output_dir} holds the speaker of an earlier run, which would go with this one's model: name another folder.")
     if peft_config is not None and "subfolder" in (args.model_init_kwargs or {}):
@@ -202,9 +204,15 @@ def read_mappings(arguments: Any, *names: str) -> None:
 
 
 def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:
-    """The options with bf16 off where the CPU has no instructions for it: what it does instead is many times slower than fp32 (22 times with AVX2)."""
+    """The options with bf16 off where the CPU has no instructions for it: what it does instead is many times slower than fp32 (22 times with AVX2).
+
+    Raises:
+        ValueError: DeepSpeed has been told so by its launcher, which the options cannot change.
+    """
     if not (args.use_cpu and args.bf16) or _seconds_of_product(torch.bfloat16) < 3 * _seconds_of_product(torch.float32):
         return args
+    if str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")) and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        raise ValueError("This CPU has no instructions for bf16, which the launcher's DeepSpeed is set to: launch with --mixed_precision no.")
     logger.warning("This CPU has no instructions for bf16, so the run is in fp32, which is faster here.")
     return replace(args, bf16=False)  # type: ignore[call-arg]
 

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         two_adapters: bool,
     ) -> None:
         """Rows for the model, and for the speaker its own; the tokenizer learns the tokens once."""
+        stored = getattr(model.config, "thinktok", None) or {}
         how = {"num_tokens": args.num_think_tokens, "seed": args.seed, "words": args.think_init_words or ()}
         how["sample_text"] = sample_text(train_dataset, args.dataset_text_field, tokenizer, formatting_func)
         if speaker is not None:
@@ -172,7 +173,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             if is_partitioned(model):
                 raise ValueError("policies=split trains two whole models, which ZeRO-3 cannot: take ZeRO-2, or two adapters of one model (peft_config).")
             model.speaker = copy.deepcopy(model) if speaker is None else speaker
-        model.config.thinktok = dataclasses.asdict(self.vocabulary) | args.stored()  # and nothing of an earlier run's
+        # Nothing of an earlier run's, unless this one leaves thoughts as they are.
+        model.config.thinktok = (args.stored() if args.thinks or "stop" not in stored else stored) | dataclasses.asdict(self.vocabulary)
 
     def _prepare_to_think(self, teacher: PreTrainedModel | None) -> None:
         args, base = self.args, unwrapped(self.model)
@@ -218,7 +220,7 @@ class ThinkTokTrainer(MeasuringTrainer):
     def _forget_rollouts(self) -> None:
         self._rollouts: list[Rollout] = []  # of the present batches, for num_iterations > 1
         self._micro_step = (-1, -1)
-        self._weights: Tensor | None = None  # of the thinking loss, for each batch of the present step; 1 where there is a single one
+        self._weights: Iterator[Tensor] | None = None  # of the thinking loss, for each of the batches to come; 1 where there is a single one
 
     # ---------------------------------------------------------------- the algorithm
 
@@ -240,7 +242,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         # A token of the text weighs as in TRL.
         tokens = scores.trunk_mask_BT.sum() if num_items_in_batch is None else num_items_in_batch
         token_weight = self._ranks_to_average(num_items_in_batch) / torch.as_tensor(tokens).clamp(min=1)
-        weight = 1.0 if self._weights is None else self._weights[turn]
+        weight = 1.0 if self._weights is None else next(self._weights)
         loss = args.text_ce_weight * token_weight * -scores.trunk_logps_BT.sum()
         metrics: dict[str, Tensor] = {}
         if tree.num_forks:
@@ -461,7 +463,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             counts = [count_forks(config, unwrapped(self.model), inputs, self._labels(inputs), self.markers).sum() for inputs in batches]
             counts_A = self.accelerator.reduce(torch.stack(counts), reduction="sum")
             shares_A = torch.where(counts_A > 0, counts_A / counts_A.sum(), 1 / len(batches))  # where there is none there is nothing to weigh
-            self._weights = shares_A * (len(batches) if num_items_in_batch is None else 1)
+            self._weights = iter(shares_A * (len(batches) if num_items_in_batch is None else 1))
         return batches, num_items_in_batch
 
     def _ranks_to_average(self, num_items_in_batch) -> int:
@@ -495,6 +497,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         """With a curriculum rows come level by level. With `num_iterations` every batch of an optimizer step comes again, in the same order, as often."""
         if self.plain or (self.args.num_iterations == 1 and self.curriculum is None):
             return super()._get_train_sampler(dataset)
-        # `auto_find_batch_size` lowers this one.
-        batch = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        # `auto_find_batch_size` lowers the first, which with `split_batches` is that of all processes.
+        ranks = 1 if self.accelerator.split_batches else self.accelerator.num_processes
+        batch = self._train_batch_size * ranks * self.args.gradient_accumulation_steps
         return order_of_rows(self.train_dataset if dataset is None else dataset, self.args, batch, self.curriculum)

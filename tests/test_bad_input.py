@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -1245,6 +1246,19 @@ def test_a_whole_model_is_not_saved_beside_an_adapter(train, make_config):
     one_sentence(error, "in the place of the whole model", "name another folder")
     with pytest.raises(ValueError, match=NOWHERE):  # the next thing that is wrong
         train(peft_config=adapter)
+
+
+def test_an_adapter_is_not_saved_beside_a_whole_model(train, make_config):
+    """Loaders take the whole model as the adapter's base."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter.save_pretrained(folder := make_config().output_dir)
+    Path(folder, "adapter_model.safetensors").touch()  # of an earlier run's adapter, which this one may follow
+    with pytest.raises(ValueError, match=NOWHERE):  # the next thing that is wrong
+        train(peft_config=adapter)
+    Path(folder, "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match="holds a whole model") as error:
+        train(peft_config=adapter)
+    one_sentence(error, "base of this run's adapter", "name another folder")
 
 
 def test_an_adapter_on_the_hub_in_place_of_a_model(make_trainer, tmp_path, monkeypatch):

@@ -261,6 +261,7 @@ def lora(**options):
         ({}, {"optim": "adafactor"}, "optim=adamw_torch, and this run has optim=adafactor"),
         ({}, {"learning_rate": 0.5}, r"learning_rate=[0-9.e-]+, and this run has learning_rate=0.5"),
         ({}, {"weight_decay": 0.5}, "weight_decay=0.0, and this run has weight_decay=0.5"),
+        ({}, {"adam_beta2": 0.5}, "adam_beta2=0.999, and this run has adam_beta2=0.5"),
         (lora(init_lora_weights="pissa"), lora(), "init_lora_weights=pissa, and this run has init_lora_weights=None"),
         ({}, {"num_think_tokens": 0}, "num_think_tokens=4, and this run has num_think_tokens=0"),
         ({"num_think_tokens": 0}, {"num_think_tokens": 0, "optim": "sgd"}, "optim=adamw_torch, and this run has optim=sgd"),
@@ -300,6 +301,17 @@ def test_what_says_nothing_of_how_it_was_made_is_told(make_trainer, tmp_path, op
     with pytest.raises(CheckpointError, match="was made with .*=None, and this run has") as error:
         make_trainer(**EACH_STEP, **options).train(resume_from_checkpoint=str(state_file.parent))
     assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_an_adapter_that_goes_on_on_another_base_says_so(make_trainer, tmp_path, caplog, other):
+    """Its parameters have the same shapes there."""
+    bases = [save_tiny(tmp_path / name) for name in ("base", "instruct")]
+    make_trainer(model=bases[0], **EACH_STEP, **lora()).train()
+    make_trainer(model=bases[other], **EACH_STEP, **lora()).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    told = [record.getMessage() for record in caplog.records if "this run's base is" in record.getMessage()]
+    assert len(told) == other
+    assert all(bases[0] in one and bases[1] in one for one in told)
 
 
 def test_a_checkpoint_that_does_not_say_its_learning_rate_is_gone_on_from(make_trainer, tmp_path):

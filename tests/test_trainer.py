@@ -1,5 +1,6 @@
 """The trainer as a whole: what it reduces to, what it learns, how it resumes, what it writes."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from models import CORPUS, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig
@@ -311,6 +313,40 @@ def test_a_smaller_batch_repeats_the_same_rows(make_trainer):
     assert seen[0] == seen[1]
     assert seen[2] == seen[3]
     assert seen[0] != seen[2]
+
+
+def test_a_stream_that_begins_again_ends_no_step(make_trainer, corpus):
+    """Of its last batches, which are too few, transformers makes the beginning of the next step."""
+    for rows, accumulated in ((6, 2), (10, 4)):
+        stream = corpus.select(range(rows)).to_iterable_dataset()
+        trainer = make_trainer(train_dataset=stream, gradient_accumulation_steps=accumulated, max_steps=6, logging_steps=1)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 6
+        assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_come_again_with_their_own_thoughts_however_batches_are_divided(make_trainer, monkeypatch, split):
+    """Two processes with batches of two, or of four that are cut in two."""
+    rows = Dataset.from_dict({"text": CORPUS})
+    options = {"per_device_train_batch_size": 4 if split else 2, "accelerator_config": {"split_batches": split}}
+    trainer = make_trainer(train_dataset=rows, num_iterations=2, stop="fixed", **options)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    order = list(trainer._get_train_sampler())
+    steps = [order[start : start + 4] for start in range(0, len(order), 4)]
+    assert steps[::2] == steps[1::2]
+    assert len(set(map(tuple, steps[::2]))) == len(steps) / 2
+
+
+def test_a_stage_on_text_alone_leaves_what_is_said_of_thoughts(make_trainer, tmp_path):
+    thinks = {"stop": "sampled", "max_think_length": 3, "memory": "persistent", "fork_positions": "markers", "fork_markers": [" the"]}
+    trainer = make_trainer(output_dir=str(tmp_path / "thinks"), save_strategy="no", **thinks)
+    trainer.save_model()
+    stored = trainer.model.config.thinktok
+    on = {"model": str(tmp_path / "thinks"), "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "thinks"), "num_think_tokens": None}
+    assert make_trainer(**on, num_forks=0).model.config.thinktok == stored
+    assert make_trainer(**on, stop="fixed").model.config.thinktok["stop"] == "fixed"
 
 
 @pytest.mark.parametrize("where", ["_sample", "_score"])
@@ -1139,6 +1175,16 @@ def test_models_are_loaded_where_they_are_trained(monkeypatch, device, zero3, fs
 def test_what_a_recipe_says_of_its_model_is_told_where_it_is_loaded():
     model = ModelConfig("a", model_revision="b", attn_implementation="eager", dtype="bfloat16")
     assert loading.init_kwargs(model, {"dtype": "float16"}) == {"revision": "b", "attn_implementation": "eager", "dtype": "float16"}
+
+
+@pytest.mark.parametrize(("mixed", "refused"), [("bf16", True), ("no", False)])
+def test_what_a_launcher_set_deepspeed_to_cannot_be_changed(tmp_path, monkeypatch, mixed, refused):
+    monkeypatch.setattr(loading, "_seconds_of_product", lambda dtype: 22.0 if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args = ThinkTokConfig(str(tmp_path), use_cpu=True, bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", mixed)
+    with pytest.raises(ValueError, match="--mixed_precision no") if refused else contextlib.nullcontext():
+        assert not loading.fit_to_cpu(args).bf16
 
 
 @pytest.mark.parametrize(("slower", "stays"), [(1.5, True), (22.0, False)])
