@@ -385,7 +385,7 @@ class ThinkTokConfig(SFTConfig):
 
     def stored(self) -> dict[str, Any]:
         """What a checkpoint says of how its model thinks."""
-        names = ["max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts"]
+        names = ["max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts", "fork_positions"]
         names += ["continuous_layer"] * (self.thoughts == "continuous") + ["fork_markers"] * self.reads_thinking
         return {name: getattr(self, name) for name in names}
 

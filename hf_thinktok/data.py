@@ -1,6 +1,7 @@
 """Rows of text with their documents, and what a data set must have."""
 
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from .config_checks import SEVERAL_LENGTHS, no_effect, only_divides
 from .distributed import embedding_rows
 from .models import has_position_table, longest_row
 from .tokens import ThinkingVocabulary
+
+logger = logging.getLogger(__name__)
 
 # Rows looked at for missing text; more would make a large corpus wait.
 CHECKED_ROWS = 100_000
@@ -222,8 +225,12 @@ def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: Thinkin
             raise ValueError(f"The {name} data set has the id {largest} and the model {rows} rows: make its input_ids with the model's tokenizer.")
         if vocabulary is not None and (thoughts := ids.intersection(vocabulary.ids)):
             raise ValueError(f"The {name} data set has the id {min(thoughts)}, a thinking token of this model: make its input_ids with the model's tokenizer.")
-        if args.max_length is not None and not skips_preparing(args):
-            continue  # rows were cut
+        if args.max_length is not None and not skips_preparing(args):  # rows were cut
+            full = 0 if is_packed(dataset) else sum(pc.sum(pc.equal(lengths, args.max_length)).as_py() for lengths in _lengths(dataset, "input_ids"))
+            if full > len(dataset) / 100:
+                how = "Of %d of %d rows of the %s data set, which fill max_length=%d, nothing beyond that is read; with packing=True all of it would be."
+                logger.warning(how, full, len(dataset), name, args.max_length)
+            continue
         longest, positions = longest_of(dataset, "input_ids"), longest_row(model)
         if args.max_length is not None and longest > args.max_length:
             raise ValueError(
@@ -250,7 +257,11 @@ def _all_learn(labels) -> bool:
 
 def longest_of(dataset: Dataset, column: str) -> int:
     """Tokens of the longest row."""
-    return max(pc.max(pc.list_value_length(rows)).as_py() for rows in _tables(dataset, column))
+    return max(pc.max(lengths).as_py() for lengths in _lengths(dataset, column))
+
+
+def _lengths(dataset: Dataset, column: str) -> Iterator[Any]:
+    return map(pc.list_value_length, _tables(dataset, column))
 
 
 def _tables(dataset: Dataset, column: str) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from glob import escape, glob, has_magic
 from pathlib import Path
@@ -10,8 +11,11 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .config_checks import default_of
-from .data import READABLE_COLUMNS
+from .data import READABLE_COLUMNS, TASK_COLUMNS
+from .errors import first_line
 from .sources import STANDARD_LIBRARY, standard_library
+
+logger = logging.getLogger(__name__)
 
 # Builders of `datasets` by the ends of files' names.
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -132,11 +136,16 @@ def _rows_with_text(script: TextArguments) -> Dataset | IterableDataset:
     elif script.dataset_name == STANDARD_LIBRARY:
         return standard_library()
     elif script.dataset_name:
-        text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
+        try:
+            text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
+        except DatasetGenerationError as error:  # such as files of a folder that have other columns each
+            raise ValueError(f"{script.dataset_name} cannot be read: {first_line(error)}") from error
     else:
         raise ValueError("There is no text: give dataset_name (on the Hub) or data_files (local).")
     if template := script.text_template:
-        text = text.map(lambda row: {"text": filled(template, row)}, remove_columns=[name for name in text.column_names or [] if name != "text"])
+        text = text.map(
+            lambda row: {"text": filled(template, row)}, remove_columns=[name for name in text.column_names or [] if name not in ("text", *TASK_COLUMNS)]
+        )
     if text.column_names is not None and "text" not in text.column_names:
         strings = [name for name, kind in (text.features or {}).items() if getattr(kind, "dtype", None) in ("string", "large_string")]
         example = "{prompt}{completion}" if {"prompt", "completion"} <= set(strings) else "".join(f"{{{name}}}" for name in strings[:1])
@@ -146,10 +155,12 @@ def _rows_with_text(script: TextArguments) -> Dataset | IterableDataset:
         raise ValueError(f"The data has the columns {text.column_names} and no 'text': {how}.")
     # TRL would read them rather than the text.
     text = text.remove_columns(sorted({name for names in READABLE_COLUMNS for name in names} & set(text.column_names or [])))
-    text = text.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
-    if isinstance(text, Dataset) and not len(text):
+    with_text = text.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
+    if isinstance(text, Dataset) and not len(with_text):
         raise ValueError("No row of the data has text: give data with a column 'text' of strings, or make it with text_template.")
-    return text
+    if isinstance(text, Dataset) and len(with_text) < len(text):
+        logger.warning("%d of %d rows have no text, and are left out.", len(text) - len(with_text), len(text))
+    return with_text
 
 
 def columns_named(template: str) -> list[str]:

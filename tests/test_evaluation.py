@@ -25,7 +25,7 @@ from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.inspection import inspect_text
 from hf_thinktok.evaluation.intervals import ratio_interval, t_quantile
-from hf_thinktok.evaluation.tables import evaluation_verdict
+from hf_thinktok.evaluation.tables import evaluation_says, evaluation_verdict
 from hf_thinktok.evaluation.thinking import CONTROLS, _rows, control_sources, kind_of, pieces
 from hf_thinktok.forks import choose_forks, eligible_forks
 from hf_thinktok.results import as_text, read_json
@@ -343,6 +343,23 @@ def test_what_cannot_be_evaluated_is_said(model, change, words):
     model.config.thinktok |= change
     with pytest.raises(ValueError, match=words):
         evaluate_thinking(model, tokenizer, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stop": "learned"}, "Where it decides, it thinks "),
+        ({"stop": "fixed", "max_think_length": 3}, "It was trained to think 3 tokens everywhere"),
+        ({"stop": "learned", "fork_positions": "markers"}, "It was trained to think behind markers, and these places are others"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_how_and_where_it_was_trained_to_think_is_said(model, change, words):
+    model, tokenizer = model
+    model.config.thinktok |= {"stop": "learned"} | change
+    says = evaluation_says(evaluate_thinking(model, tokenizer, TEXT).summary())
+    assert words in says
+    assert ("markers" in words) == ("behind markers" in says)
 
 
 def test_what_has_no_thoughts_or_no_text_is_refused(model):

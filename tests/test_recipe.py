@@ -99,10 +99,27 @@ def test_files_of_every_kind_are_read(tmp_path, name):
     ],
     ids=["no template", "shell", "yaml", "nested"],
 )
-def test_rows_without_text_are_left_out(tmp_path, rows, template, texts, streaming):
+def test_rows_without_text_are_left_out(tmp_path, rows, template, texts, streaming, caplog):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     read = load_text(TextArguments(data_files=[str(tmp_path / "rows.jsonl")], text_template=template, dataset_streaming=streaming))
     assert [row["text"] for row in read] == texts
+    told = "" if streaming or len(rows) == len(texts) else f"{len(rows) - len(texts)} of {len(rows)} rows have no text"
+    assert told in caplog.text
+    assert bool(told) == ("no text" in caplog.text)
+
+
+def test_a_template_leaves_what_a_row_says_of_thinking(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "a", "level": 2, "think_length": [1, 0], "thoughts": [3]}))
+    (row,) = load_text(TextArguments(data_files=[str(tmp_path / "rows.jsonl")], text_template="{q}"))
+    assert row == {"text": "a", "level": 2, "think_length": [1, 0], "thoughts": [3]}
+
+
+def test_a_folder_of_files_that_are_no_one_data_set(tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({f"column {number}": "a"}))
+    with pytest.raises(ValueError, match="cannot be read: ") as error:
+        load_text(TextArguments(dataset_name=str(tmp_path)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

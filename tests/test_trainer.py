@@ -339,6 +339,13 @@ def test_rows_come_again_with_their_own_thoughts_however_batches_are_divided(mak
     assert len(set(map(tuple, steps[::2]))) == len(steps) / 2
 
 
+@pytest.mark.parametrize(("max_length", "packing", "full"), [(8, False, True), (8, True, False), (48, False, False)])
+def test_text_that_is_cut_off_is_said(make_trainer, caplog, max_length, packing, full):
+    trainer = make_trainer(max_length=max_length, packing=packing)
+    cut = sum(len(ids) == max_length for ids in trainer.train_dataset["input_ids"])
+    assert (f"Of {cut} of {len(trainer.train_dataset)} rows" in caplog.text) == full
+
+
 def test_a_stage_on_text_alone_leaves_what_is_said_of_thoughts(make_trainer, tmp_path):
     thinks = {"stop": "sampled", "max_think_length": 3, "memory": "persistent", "fork_positions": "markers", "fork_markers": [" the"]}
     trainer = make_trainer(output_dir=str(tmp_path / "thinks"), save_strategy="no", **thinks)

@@ -148,4 +148,4 @@ def print_inspection(first: str, inspected: list[InspectedToken], console: Conso
         table.add_row(Text(repr(token.text)[1:-1]), f"{gain(token):+.4f}", f"{forced:+.3f}", f"{100 * token.gate:.3g}", " ".join(map(str, token.thought)))
     console.print(table)
     own, forced = (sum(getattr(token, how) - token.before for token in inspected) / len(inspected) / math.log(2) for how in ("own", "after"))
-    console.print(f"Over {len(inspected)} tokens thinking saves {own:+.4f} bits a token where it wants to, {forced:+.4f} everywhere.")
+    console.print(f"Over {len(inspected)} tokens thinking saves {own:+.4f} bits a token where it wants to, {forced:+.4f} everywhere. Below 0 it costs bits.")

@@ -27,7 +27,13 @@ def _print(tables: list[Table], says: str, console: Console | None) -> None:
 
 def evaluation_says(found: dict[str, Any]) -> str:
     """How much is thought, and the verdict."""
-    return f"Where it decides, it thinks {found['mean_think_length']:.3f} tokens at a place. {evaluation_verdict(found)}"
+    if own_arm(found["settings"]) == "always":
+        how = f"It was trained to think {found['settings']['max_think_length']} tokens everywhere, and does so in what is judged here."
+    else:
+        how = f"Where it decides, it thinks {found['mean_think_length']:.3f} tokens at a place."
+    if found["settings"].get("fork_positions") == "markers":
+        how += " It was trained to think behind markers, and these places are others, evenly spaced: trainer.evaluate() measures it at its own."
+    return f"{how} {evaluation_verdict(found)}"
 
 
 def evaluation_tables(found: dict[str, Any]) -> list[Table]:
@@ -47,7 +53,7 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
             if "bits_per_token_marginal" in one and found["settings"]["num_samples"] > 1:
                 table.add_row(f"  mean probability of {found['settings']['num_samples']}", f"{one['bits_per_token_marginal']:.4f}", "", "")
     tables = [table]
-    table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
+    table = Table(padding=0, title="Bits gained per token, with 95 % intervals over documents")
     table.add_column("")
     table.add_column("", justify="right")
     for name, gain in found["gains"].items():
@@ -127,7 +133,7 @@ def comparison_tables(found: dict[str, Any], seeds: list[int], training: dict[st
         costs = ("" if cost is None else str(cost["steps"]), flops, minutes) if training else ()
         table.add_row(named(arm), f"{one['bits_per_token']:.4f}", interval, *costs)
     tables = [table]
-    table = Table(padding=0, title="Gains in bits per token, with 95 % intervals over documents")
+    table = Table(padding=0, title="Bits gained per token, with 95 % intervals over documents")
     for name in ("", "gain", *(f"seed {seed}" for seed in seeds if len(seeds) > 1)):
         table.add_column(name, justify="right" if name else "left")
     for name, gain in in_order(found["gains"]).items():

@@ -216,6 +216,7 @@ def evaluate_thinking(
         "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text": digest_of(texts),
         "longest_row": longest, "engine": engine.name,
         "thoughts": trained.get("thoughts", "discrete"), "stop": trained.get("stop", "learned"),
+        "fork_positions": trained.get("fork_positions"),
     }  # fmt: skip
     arms = [arm for arm in PLACED if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
     return Evaluation(
