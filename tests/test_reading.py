@@ -71,7 +71,7 @@ def test_a_batch_weighs_by_the_places_that_something_judges(reading, marker):
         tree = trainer._tree(inputs, one_rollout(trainer, inputs, inputs["labels"]))
         judged.append(int((tree.judged(inputs["labels"])[1] >= 0).any(-1).sum()))
     assert sorted(judged) == [1, 1, 2, 2]
-    torch.testing.assert_close(trainer._weights, torch.tensor(judged) / sum(judged))
+    torch.testing.assert_close(torch.stack([*trainer._weights]), torch.tensor(judged) / sum(judged))
 
 
 @pytest.mark.parametrize(("answers", "most"), [(1, 1), (3, 4)])
