@@ -12,7 +12,6 @@ from datasets.exceptions import DatasetGenerationError
 
 from .config_checks import default_of
 from .data import READABLE_COLUMNS, TASK_COLUMNS
-from .errors import first_line
 from .sources import STANDARD_LIBRARY, standard_library
 
 logger = logging.getLogger(__name__)
@@ -139,7 +138,9 @@ def _rows_with_text(script: TextArguments) -> Dataset | IterableDataset:
         try:
             text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
         except DatasetGenerationError as error:  # such as files of a folder that have other columns each
-            raise ValueError(f"{script.dataset_name} cannot be read: {first_line(error)}") from error
+            raise ValueError(
+                f"{script.dataset_name} cannot be read as one data set: its files have different columns, or one is broken; name those that fit with data_files."
+            ) from error
     else:
         raise ValueError("There is no text: give dataset_name (on the Hub) or data_files (local).")
     if template := script.text_template:
