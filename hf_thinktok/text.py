@@ -139,7 +139,7 @@ def _rows_with_text(script: TextArguments) -> Dataset | IterableDataset:
             text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
         except DatasetGenerationError as error:  # such as files of a folder that have other columns each
             raise ValueError(
-                f"{script.dataset_name} cannot be read as one data set: its files have different columns, or one is broken; name those that fit with data_files."
+                f"{script.dataset_name} cannot be read as one data set: its files have different columns, or one is broken: name those that fit in data_files."
             ) from error
     else:
         raise ValueError("There is no text: give dataset_name (on the Hub) or data_files (local).")
