@@ -226,10 +226,10 @@ def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: Thinkin
         if vocabulary is not None and (thoughts := ids.intersection(vocabulary.ids)):
             raise ValueError(f"The {name} data set has the id {min(thoughts)}, a thinking token of this model: make its input_ids with the model's tokenizer.")
         if args.max_length is not None and not skips_preparing(args):  # rows were cut
-            full = 0 if is_packed(dataset) else sum(pc.sum(pc.equal(lengths, args.max_length)).as_py() for lengths in _lengths(dataset, "input_ids"))
-            if full > len(dataset) / 100:
-                how = "Of %d of %d rows of the %s data set, which fill max_length=%d, nothing beyond that is read; with packing=True all of it would be."
-                logger.warning(how, full, len(dataset), name, args.max_length)
+            full = sum(len(row) == args.max_length for row in rows_read.get("input_ids", []))
+            if not is_packed(dataset) and full > (looked_at := min(len(dataset), LOOKED_AT_ROWS)) / 100:
+                how = "Of %d of %d rows looked at of the %s data set, which fill max_length=%d, nothing beyond is read; with packing=True all of it would be."
+                logger.warning(how, full, looked_at, name, args.max_length)
             continue
         longest, positions = longest_of(dataset, "input_ids"), longest_row(model)
         if args.max_length is not None and longest > args.max_length:
@@ -257,11 +257,7 @@ def _all_learn(labels) -> bool:
 
 def longest_of(dataset: Dataset, column: str) -> int:
     """Tokens of the longest row."""
-    return max(pc.max(lengths).as_py() for lengths in _lengths(dataset, column))
-
-
-def _lengths(dataset: Dataset, column: str) -> Iterator[Any]:
-    return map(pc.list_value_length, _tables(dataset, column))
+    return max(pc.max(pc.list_value_length(rows)).as_py() for rows in _tables(dataset, column))
 
 
 def _tables(dataset: Dataset, column: str) -> Iterator[Any]:
