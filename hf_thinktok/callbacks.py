@@ -141,20 +141,23 @@ def _visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
-def sample_thoughts_to_print(tokens_BT: torch.Tensor, rollout, labels_BKH: torch.Tensor, gains_BKG: torch.Tensor, count: int) -> list[dict]:
-    """Evenly chosen forks of a batch, each with its first thought."""
+def sample_thoughts_to_print(
+    tokens_BT: torch.Tensor, rollout, lengths_BKG: torch.Tensor, labels_BKH: torch.Tensor, gains_BKG: torch.Tensor, count: int
+) -> list[dict]:
+    """Evenly chosen forks of a batch, each with the first thought that is the policy's own, and as long as it would be."""
     there = (rollout.forks_BK >= 0).nonzero().tolist()
     chosen = there[:: max(1, len(there) // count)][:count]
+    own = rollout.num_chosen
     samples = []
     for row, fork in chosen:
         position = int(rollout.forks_BK[row, fork])
-        length = int(rollout.lengths_BKG[row, fork, 0])
+        length = round(lengths_BKG[row, fork, own].item())
         samples.append(
             {
                 "before": tokens_BT[row, max(0, position - 15) : position + 1].tolist(),
-                "thought": rollout.thoughts_BKGL[row, fork, 0, :length].tolist(),
+                "thought": rollout.thoughts_BKGL[row, fork, own, :length].tolist(),
                 "after": [i for i in labels_BKH[row, fork, :8].tolist() if i >= 0],
-                "gain": gains_BKG[row, fork, 0].item(),
+                "gain": gains_BKG[row, fork, own].item(),
             }
         )
     return samples

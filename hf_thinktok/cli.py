@@ -95,7 +95,8 @@ def run_generate(args: argparse.Namespace) -> None:
     stops, model.generation_config.stop_strings = model.generation_config.stop_strings, None
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    markers = marker_ids(args.think_after or trained.get("fork_markers", ()), tokenizer)
+    stays = trained.get("memory") == "persistent"  # also in prompts then
+    markers = marker_ids(args.think_after or (trained.get("fork_markers", ()) if stays else ()), tokenizer)
     thoughts, each = int(ends_of(markers, inputs)[0, :-1].sum()), trained.get("max_think_length", 1)
     if args.think_after and not thoughts:
         raise UsageError(f"None of --think_after {' '.join(map(repr, args.think_after))} ends within the prompt: look at how they are written.")

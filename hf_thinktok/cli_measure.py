@@ -38,6 +38,9 @@ def add_eval(subparsers) -> None:
     parser.add_argument("--rows_per_document", type=whole(1), metavar="N", help="rows of a document at most (all)")
     parser.add_argument("--max_think_length", type=whole(1), metavar="N", help="thinking tokens of a thought at most (as trained)")
     parser.add_argument("--lookahead", type=whole(1), metavar="N", help="real tokens after a thought that judge it (as trained)")
+    parser.add_argument(
+        "--fork_markers", nargs="*", metavar="TEXT", help="texts behind which to think and nowhere else; none of them for places anywhere (as trained)"
+    )
     parser.add_argument("--output", type=file_to_write, metavar="FILE", help="write the figures as JSON, too")
     add_loading(parser)
     parser.set_defaults(run=run_eval, recipe=[])
@@ -77,7 +80,7 @@ def run_eval(args: argparse.Namespace) -> None:
         else:
             documents = split(load_text(text), replace(text, held_out_documents=0, test_documents=0)).train
         model, tokenizer = load(args)
-        names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead")
+        names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead", "fork_markers")
         chosen = {name: getattr(args, name) for name in names}
         found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
     results = {"evaluation": found.summary(), "model": args.model, "config": changed_options(text, report), **environment()}

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .config_checks import LISTS, MORE_IS_BETTER, OF_THOUGHTS, SCHEDULES, check_effect, check_fit, check_reporters, check_run, check_text, check_values
+from .config_checks import (
+    LISTS,
+    MORE_IS_BETTER,
+    OF_THOUGHTS,
+    SCHEDULES,
+    check_choice,
+    check_effect,
+    check_fit,
+    check_reporters,
+    check_run,
+    check_text,
+    check_values,
+)
 from .exploration import scheduled
 from .losses import PolicyLoss
 from .rewards import REWARDS
@@ -343,6 +355,7 @@ class ThinkTokConfig(SFTConfig):
             raise ValueError("teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
         if self.thinks:
             check_fit(self)
+            check_choice(self, self.num_think_tokens)
             check_effect(self)
             if self.max_steps >= 0:  # else it is known when the data is
                 check_run(self, self.max_steps)
@@ -386,7 +399,7 @@ class ThinkTokConfig(SFTConfig):
     def stored(self) -> dict[str, Any]:
         """What a checkpoint says of how its model thinks."""
         names = ["max_think_length", "stop", "memory", "blind", "lookahead", "policies", "thoughts", "fork_positions"]
-        names += ["continuous_layer"] * (self.thoughts == "continuous") + ["fork_markers"] * self.reads_thinking
+        names += ["continuous_layer"] * (self.thoughts == "continuous") + ["fork_markers"] * (self.fork_positions == "markers")
         return {name: getattr(self, name) for name in names}
 
     def branching(self, trunk_length: int, length: int | None = None, num_generations: int | None = None, markovian: int = 0) -> Branching:

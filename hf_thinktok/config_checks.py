@@ -224,9 +224,6 @@ def check_fit(config: "ThinkTokConfig") -> None:
         f"thoughts=text with max_think_length={config.max_think_length} has no room between its first and its last token: set it to 3 or more.": (
             text and config.max_think_length < 3
         ),
-        f"thoughts=text with num_think_tokens={config.num_think_tokens} cannot tell a thought's begin from its end: set num_think_tokens to 2 or more.": (
-            text and config.num_think_tokens == 1
-        ),
         f"thoughts=text with temperature={config.temperature} is not supported: set temperature=1.": text and config.temperature != 1.0,
         "thoughts=text with memory=persistent is not supported: set memory=none.": text and config.memory == "persistent",
         "thoughts=text with advantage=token is not supported: set advantage=group, loo or value.": text and config.advantage == "token",
@@ -313,6 +310,22 @@ def check_fit(config: "ThinkTokConfig") -> None:
         ),
     }
     _refuse(refusals)
+
+
+def check_choice(config: "ThinkTokConfig", num_tokens: int | None) -> None:
+    """What cannot be said with a single thinking token, whether the options ask for it or the model has no more.
+
+    Raises:
+        ValueError: tokens are to be drawn.
+    """
+    if num_tokens != 1 or config.thoughts in ("filler", "continuous"):
+        return
+    text, given = config.thoughts == "text", config.num_think_tokens == 1
+    raise ValueError(
+        f"thoughts={config.thoughts} with {'num_think_tokens=1' if given else 'a model of one thinking token'} "
+        f"{'cannot tell the begin of a thought from its end' if text else 'has nothing to choose from'}: {'' if text else 'set thoughts=filler, or '}"
+        f"{'set num_think_tokens to 2 or more' if given else 'start from its base model'}."
+    )
 
 
 def check_run(config: "ThinkTokConfig", steps: int) -> None:

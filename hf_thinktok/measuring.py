@@ -15,6 +15,7 @@ from .curriculum import Curriculum
 from .data import check_dataset, columns_of, columns_of_text, formatted, is_prepared, named_sets
 from .errors import RunError
 from .evaluation import GainByDocument
+from .objective import speak
 from .revival import Revival
 from .rewards import masked_mean
 from .rollout import Rollout
@@ -36,7 +37,7 @@ class MeasuringTrainer(CheckpointingTrainer):
         self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
         self._gains = GainByDocument()
         self._recorded: tuple[list[str], Tensor, Tensor | None] | None = None  # of the micro-step under way
-        self._printable: tuple[Tensor, Rollout, Tensor, Tensor] | None = None  # of the latest micro-step
+        self._printable: tuple[Tensor, Rollout, Tensor, Tensor, Tensor] | None = None  # of the latest micro-step
 
     def _global_mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.detach(), reduction="mean")
@@ -50,8 +51,11 @@ class MeasuringTrainer(CheckpointingTrainer):
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
         self._recorded = list(metrics), self.accelerator.gather(torch.cat([counts, values])[None]), inputs.get("level")
         if self.args.log_completions and tree.num_forks:
-            gains_BKG = masked_mean(scores.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]).detach() / math.log(2)
-            self._printable = (inputs["input_ids"], dataclasses.replace(rollout, soft_BKGLX=None), scores.labels_BKH, gains_BKG)
+            with torch.no_grad():  # as the metrics are: with the thought's own length, where that is learned
+                speech = speak(scores, rollout, self.args.stop, 0.0, self.args.blind)
+                gains_BKG = masked_mean(speech.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]) / math.log(2)
+            kept = dataclasses.replace(rollout, soft_BKGLX=None)
+            self._printable = inputs["input_ids"], kept, speech.lengths_BKG, scores.labels_BKH, gains_BKG
 
     def training_step(self, *args, **kwargs) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -1,7 +1,8 @@
 """The part of the loss that is about thinking, from a tree's scores.
 
     think_ce_weight * share * CE(real tokens after thoughts) + think_loss_weight * policy loss(thoughts)
-    + gate_loss_weight * (exact gate + think_cost * E[length]) - balance_coef * H(mean choice) - servo * H(choice) + thought_ce_weight * CE(supplied thoughts)
+    + gate_loss_weight * (exact gate + think_cost * E[length] + end of the longest) - balance_coef * H(mean choice) - servo * H(choice)
+    + thought_ce_weight * CE(supplied thoughts)
 
 Each part is a mean over the forks that are there. The share of the cross-entropy is that of the forks among all tokens of the text: what follows a thought
 weighs as one token of the text (its judged tokens together: a mean). As a plain mean a few forks would outweigh the rows that they stand in.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from .advantages import group_advantages, posterior, token_advantages
 from .config import ThinkTokConfig
@@ -42,6 +44,7 @@ class Speech:
         gate_logps_BKG: the same with the gradient of the gate alone, as it is smoothed for the gate.
         lengths_BKG: (expected) thinking tokens, with the gate's gradient.
         reach_BKGP: probability to think at least l tokens, as content and speaker are weighted.
+        longest_BKG: probability to think all L, with the thought's own length (no gradient).
     """
 
     logps_BKGH: Tensor
@@ -51,6 +54,7 @@ class Speech:
     gate_logps_BKG: Tensor | None
     lengths_BKG: Tensor
     reach_BKGP: Tensor
+    longest_BKG: Tensor
 
 
 def smoothed(stop_logps_BKGP: Tensor, even_BKGP: Tensor, part: float) -> Tensor:
@@ -70,7 +74,7 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
     if stop != "learned":
         lengths = rollout.lengths_BKG.float()
         reach = (torch.arange(scores.prefix_logps_BKGP.shape[-1], device=lengths.device) <= rollout.lengths_BKG[..., None]).float()
-        return Speech(scores.logps_BKGH, scores.correct_BKGH, scores.correct_BKGH, None, None, lengths, reach)
+        return Speech(scores.logps_BKGH, scores.correct_BKGH, scores.correct_BKGH, None, None, lengths, reach, reach[..., -1])
     possible_BKGL = rollout.said_BKGL  # all, but where the curriculum has no thoughts yet
     stop_logps_BKGP = stopping_logps(scores.gate_logits_BKGL.masked_fill(~possible_BKGL, SHUT), must_think=blind)
     even_BKGP = nn.functional.pad(possible_BKGL.float(), (1, 0), value=0.0 if blind else 1.0)
@@ -89,6 +93,7 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
         gate_logps_BKG=(stop_logps_BKGP + more_BKGP + told_BKGP).logsumexp(-1),
         lengths_BKG=expected_length(stop_logps_BKGP),
         reach_BKGP=weights_BKGP.flip(-1).cumsum(-1).flip(-1),
+        longest_BKG=own_BKGP[..., -1],
     )
 
 
@@ -181,6 +186,15 @@ def gate_loss(speech: Speech, config: ThinkTokConfig, valid_BK: Tensor, cost: fl
     return torch.where(valid_BK, cost * speech.lengths_BKG.mean(-1) - told_BK, 0.0).sum()
 
 
+def ending_loss(scores: TreeScores, speech: Speech) -> Tensor:
+    """Minus log p(speak) behind the last token that a thought can have, as often as it comes so far, summed over forks.
+
+    A rollout ends there whatever the gate says, so nothing else trains it, and plain generation, which knows no most, would think on.
+    """
+    end_BK = (speech.longest_BKG * softplus(scores.last_gate_logits_BKG)).mean(-1)
+    return torch.where(scores.valid_BK, end_BK, 0.0).sum()
+
+
 def thinking_loss(
     scores: TreeScores,
     rollout: Rollout,
@@ -215,6 +229,10 @@ def thinking_loss(
     if config.stop == "learned":
         gate = gate_loss(speech, config, scores.valid_BK, scheduled(config.think_cost, step))
         loss = loss + thinks * config.gate_loss_weight * gate / num_forks
+    if config.needs_gate and rollout.thoughts_BKGL.shape[-1] == config.max_think_length:  # and not what a curriculum allows for now
+        # Where stops are drawn it is one action more, of advantage 1.
+        weight = config.gate_loss_weight if config.stop == "learned" else config.think_loss_weight / config.max_think_length
+        loss = loss + thinks * weight * ending_loss(scores, speech) / num_forks
     metrics = _metrics(scores, speech, rollout, rewards_BKG, each_FBKG, rewards, config)
     if not config.rewards_draws and config.thoughts != "gumbel":  # nothing was drawn
         return loss, metrics

@@ -34,6 +34,7 @@ class TreeScores:
         compared_BKH: of these, which the text without the thought predicts as well. A thought that stays is part of that text after the next token.
         prefix_logps_BKGP, prefix_correct_BKGP: the first judged token if the thought ended after l tokens; read only where every prefix was judged.
         gate_logits_BKGL: log p(think) - log p(speak) before each thinking token; 0 where nobody asked for the gate.
+        last_gate_logits_BKG: the same behind L thinking tokens, where every thought ends; 0 where it ended before.
         think_logps_BKGLN: log p(each thinking token | think) there.
         thought_logps_BKGL: log p(z_l | prefix, think) at the sampling temperature.
         fork_hidden_BKD: hidden states at the forks where they were asked for (no gradient).
@@ -51,6 +52,7 @@ class TreeScores:
     prefix_logps_BKGP: Tensor
     prefix_correct_BKGP: Tensor
     gate_logits_BKGL: Tensor
+    last_gate_logits_BKG: Tensor
     think_logps_BKGLN: Tensor
     thought_logps_BKGL: Tensor
     fork_hidden_BKD: Tensor | None = None
@@ -93,7 +95,7 @@ def score_tree(
 ) -> TreeScores:
     """Runs a model, or under `split` a thinker and a speaker, over a tree, and gathers what they say by fork and thought.
 
-    Only nodes with a target, and where the gate is asked for those that may think, meet the real vocabulary.
+    Only nodes with a target, and where the gate is asked for those where a thought goes on or ends, meet the real vocabulary.
 
     Args:
         every_prefix: also judge what would be said if the thought ended early.
@@ -101,13 +103,15 @@ def score_tree(
         fork_hidden, last_hidden: also give these hidden states.
         split: the speaker predicts wherever it sees what it needs: everywhere, or under `blind` in the rereading alone. The thinker does the rest.
     """
-    targets_BS, thinkers = tree.targets(labels_BT, every_prefix), tree.prefixes()[..., :-1]
+    targets_BS, prefixes = tree.targets(labels_BT, every_prefix), tree.prefixes()
+    thinkers = prefixes[..., :-1]
     written_BS = torch.zeros_like(targets_BS, dtype=torch.bool)
     if rollout.text:  # the policy's own tokens are scored as text is
         written_BS.scatter_(1, thinkers.flatten(1), rollout.drawn_BKGL.flatten(1))
         targets_BS = targets_BS.scatter(1, thinkers[..., 1:].flatten(1), rollout.thoughts_BKGL[..., 1:].flatten(1)).where(written_BS, targets_BS)
     judged_BS = targets_BS >= 0
-    thinks_BS = torch.zeros_like(judged_BS).scatter_(1, thinkers.flatten(1), True) & tree.valid_BS  # what would be thought behind an end, nobody reads
+    asked = prefixes if gate else thinkers
+    thinks_BS = torch.zeros_like(judged_BS).scatter_(1, asked.flatten(1), True) & tree.valid_BS  # what would be thought behind an end, nobody reads
     logps, correct, gates = (torch.zeros(targets_BS.numel(), device=targets_BS.device) for _ in range(3))
 
     speaker_nodes = tree.speaker_nodes if split else targets_BS.new_zeros(0)
@@ -162,6 +166,7 @@ def score_tree(
         prefix_logps_BKGP=at(logps, speakers),
         prefix_correct_BKGP=at(correct, speakers),
         gate_logits_BKGL=at(gates, thinkers),
+        last_gate_logits_BKG=at(gates, prefixes[..., -1:])[..., 0],
         think_logps_BKGLN=think_BKGLN,
         thought_logps_BKGL=thought_logps_BKGL,
         **{name: state.detach().float().unflatten(0, nodes.shape) for (name, nodes), state in zip(hidden.items(), states, strict=True)},

@@ -20,7 +20,7 @@ from trl.models import unwrap_model_for_generation
 from .advantages import ValueBaseline
 from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
-from .config_checks import check_run, checked_scheduler
+from .config_checks import check_choice, check_run, checked_scheduler
 from .curriculum import Curriculum, order_of_rows
 from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, is_packed, levels_of, named_sets, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
@@ -167,8 +167,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             self.vocabulary = add_thinking_tokens(model, tokenizer, **how)
         if args.supply_thoughts and args.num_think_tokens is None:  # else it was looked at before the model was loaded
             check_thinking_numbers(column_of(train_dataset, "thoughts"), "train", self.vocabulary.num_tokens)
-        if args.thoughts == "text" and self.vocabulary.num_tokens < 2:
-            raise ValueError("thoughts=text needs a start and an end token, and the model has one thinking token: start from its base model.")
+        if args.thinks:
+            check_choice(args, self.vocabulary.num_tokens)
         if args.policies == "split" and not two_adapters:
             if is_partitioned(model):
                 raise ValueError("policies=split trains two whole models, which ZeRO-3 cannot: take ZeRO-2, or two adapters of one model (peft_config).")
@@ -486,9 +486,9 @@ class ThinkTokTrainer(MeasuringTrainer):
             return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
-        """Thinking rows, and the speaker's parameters, in groups of their own where their learning rate differs."""
+        """Thinking rows, also the speaker's, and its other parameters in groups of their own where their learning rate differs."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        for belongs, rate in ((is_thinking_row, self.args.think_learning_rate), (is_speaker, self.args.speaker_learning_rate)):
+        for belongs, rate in ((is_speaker, self.args.speaker_learning_rate), (is_thinking_row, self.args.think_learning_rate)):
             if rate is not None:
                 set_learning_rate(optimizer, rate, [weight for name, weight in self.model.named_parameters() if belongs(name)])
         return optimizer

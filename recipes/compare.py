@@ -204,7 +204,7 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
     asked = {
         "max_length": args.max_length, "rows_per_document": chosen.rows_per_document, "num_forks": args.num_forks,
         "num_samples": chosen.num_samples if arm in arms and arms[arm][1].thinks else 0, "max_think_length": args.max_think_length,
-        "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size,
+        "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size, "fork_markers": args.fork_markers or [],
     }  # fmt: skip
     # A model's name may be a path of this machine's, and settings are published.
     model_digest = digest_of([source, str(revision), base, digest_of_files(weights_in(Path(resolve_model(source))))])

@@ -130,6 +130,7 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
     return evaluate_thinking(
         model.to(args.device), tokenizer, held_out, max_length=mixed.text_length, rows_per_document=1, num_forks=mixed.held_out_forks,
         num_samples=2 if thinks else 0, max_think_length=args.max_think_length, lookahead=1, batch_size=args.per_device_eval_batch_size,
+        fork_markers=[],
     )  # fmt: skip
 
 

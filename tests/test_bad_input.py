@@ -241,6 +241,8 @@ BAD_FITS = [
             ({"advantage": "token"}, ["advantage=group, loo or value"]),
         ]
     ),
+    ({"num_think_tokens": 1}, ["thoughts=discrete", "num_think_tokens=1", "set thoughts=filler", "2 or more"]),
+    ({"num_think_tokens": 1, "thoughts": "gumbel", "stop": "fixed"}, ["thoughts=gumbel", "nothing to choose from", "set thoughts=filler"]),
     ({"reward_funcs": ["exact"]}, ["exact", "supply_thoughts=True"]),
     ({"curriculum_threshold": 0.9}, ["curriculum_threshold", "set max_steps"]),
     ({"num_forks": 0, "text_ce_weight": 0.0}, ["num_forks=0", "set text_ce_weight above 0"]),

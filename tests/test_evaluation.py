@@ -186,6 +186,28 @@ def test_more_places_than_a_row_has_are_all_of_them(model):
         np.testing.assert_allclose(more.logps[arm], every.logps[arm], atol=1e-6)
 
 
+def test_it_is_judged_behind_markers_where_it_was_trained_to_think_there(model):
+    """At all such places of a row, or as many as are asked for; elsewhere where that is asked for."""
+    model, tokenizer = model
+    texts = ["3 + 4 = 7, and 7 + 5 = 12; so 3 = 3", "no sum at all", "5 + 7 = 12"]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    marker = tokenizer(" =")["input_ids"][0]
+    places = [(row, place) for row, ids in enumerate(rows) for place, token in enumerate(ids[:-1]) if token == marker]
+    assert [row for row, _ in places] == [0, 0, 0, 2]
+    told = evaluate_thinking(model, tokenizer, texts, num_samples=1, num_forks=16, fork_markers=[" ="])
+    assert told.documents_F.tolist() == [0, 0, 0, 2]
+    wanted = [logps_of(model, rows[row])[place, rows[row][place + 1]].item() for row, place in places]
+    assert told.logps["no_think"].tolist() == pytest.approx(wanted, abs=1e-4)
+    model.config.thinktok |= {"fork_positions": "markers", "fork_markers": [" ="]}
+    assert evaluate_thinking(model, tokenizer, texts, num_samples=1).summary()["arms"] == told.summary()["arms"]
+    assert evaluate_thinking(model, tokenizer, texts, num_samples=1, num_forks=1).documents_F.tolist() == [0, 2]
+    assert set(evaluate_thinking(model, tokenizer, texts, num_samples=1, fork_markers=[]).documents_F) == {0, 1, 2}
+    with pytest.raises(ValueError, match="None of fork_markers=.' zebra'. ends in the text"):
+        evaluate_thinking(model, tokenizer, texts, fork_markers=[" zebra"])
+    with pytest.raises(ValueError, match="fork_markers=' =' is one text: give a list"):
+        evaluate_thinking(model, tokenizer, texts, fork_markers=" =")
+
+
 def test_controls_are_what_they_say():
     vocabulary = thinker()[1]
     forks_BK = torch.tensor([[2, 5, 9], [1, 4, -1], [3, -1, -1], [-1, -1, -1]])
@@ -351,6 +373,7 @@ def test_what_cannot_be_evaluated_is_said(model, change, words):
         ({"stop": "learned"}, "Where it decides, it thinks "),
         ({"stop": "fixed", "max_think_length": 3}, "It was trained to think 3 tokens everywhere"),
         ({"stop": "learned", "fork_positions": "markers"}, "It was trained to think behind markers, and these places are others"),
+        ({"stop": "learned", "fork_positions": "markers", "fork_markers": [" the"]}, "The places are those behind ' the'."),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -480,6 +503,9 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
         for text in ("a thought everywhere", "95 % intervals", "Where it decides, it thinks"):
             assert text in done.stdout
             assert text in as_text(results)
+    done = thinktok("eval", folder, "--data_files", folder / "data.jsonl", *few, "--fork_markers", " =", " the", "--output", tmp_path / "found.json")
+    assert "The places are those behind ' =', ' the'." in " ".join(done.stdout.split())
+    assert read_json(tmp_path / "found.json")["evaluation"]["settings"]["fork_markers"] == [" =", " the"]
 
 
 @pytest.mark.parametrize(

@@ -429,9 +429,11 @@ def test_the_command_thinks_while_it_reads_where_it_is_told_or_was_trained_to(fo
     assert re.match(r"3 \+ 4 =‹\d( \d)*› 7, 2 \+ 5 =‹\d( \d)*› 7, 1 \+ 1 =", told)
     shutil.copytree(folder, trained := tmp_path / "trained")
     config = json.loads((folder / "config.json").read_text())
-    config["thinktok"]["fork_markers"] = [" ="]
-    (trained / "config.json").write_text(json.dumps(config))
-    assert run("generate", trained, *greedy, prompt)[:2] == (0, told)
+    for memory, reads in {"none": False, "persistent": True}.items():  # whether thoughts stay in the text, and so in a prompt
+        config["thinktok"] |= {"fork_markers": [" ="], "memory": memory}
+        (trained / "config.json").write_text(json.dumps(config))
+        code, said, _ = run("generate", trained, *greedy, prompt)
+        assert code == 0 and (said == told) is reads and ("‹" in said) is reads
     assert "‹" not in run("generate", folder, *greedy, prompt)[1]
     make_model(think_mass=0.02)[0].save_pretrained(trained)
     for stop, thinks in {"fixed": True, "learned": False, "sampled": False}.items():  # its gate would rather speak

@@ -58,7 +58,8 @@ def make_config(tmp_path_factory):
 
 
 def explicit(model, fork=FORK, temperature=1.0, horizon=1, blind=False):
-    """For every thought prefix: log p(z | prefix, think), p(think), log p of each judged token. Ordinary rows, the model's own logits, no tree."""
+    """For every thought prefix: log p(z | prefix, think), p(think), log p of each judged token, and log p(speak) whether it has to or not. Ordinary rows, the
+    model's own logits, no tree."""
     before, ahead = TEXT[0, : fork + 1].tolist(), TEXT[0, fork + 1 : fork + 1 + horizon].tolist()
     tables = {}
     for prefix in PREFIXES:
@@ -66,13 +67,14 @@ def explicit(model, fork=FORK, temperature=1.0, horizon=1, blind=False):
         logits = model(input_ids=torch.tensor([before + ids]), use_cache=False).logits[0, -1]
         think, real = logits[REAL : REAL + N], logits[:REAL]
         thinks = torch.sigmoid(think.logsumexp(0) - real.logsumexp(0))
+        speaks = (1 - thinks).log()
         said = torch.full((horizon,), torch.nan)
         if row := (ids if blind else before + ids):
             spoken = model(input_ids=torch.tensor([row + ahead[:-1]]), use_cache=False).logits[0, -horizon:, :REAL].log_softmax(-1)
             said = spoken[range(horizon), ahead]
         if blind and not prefix:
             thinks = torch.ones(())
-        tables[prefix] = ((think / temperature).log_softmax(-1), thinks if len(prefix) < L else torch.zeros(()), said)
+        tables[prefix] = ((think / temperature).log_softmax(-1), thinks if len(prefix) < L else torch.zeros(()), said, speaks)
     return tables
 
 
@@ -113,7 +115,7 @@ def learned_value(tables, cost=0.0, content=None):
 
 def sampled_value(tables, cost=0.0, prefix=()):
     """E over all thoughts and all their stops of log p(y|z_1..len) - cost * len."""
-    logps, thinks, said = tables[prefix]
+    logps, thinks, said, _ = tables[prefix]
     here = 0.0 if thinks.eq(1) else (1 - thinks) * (said.mean() - cost * len(prefix))
     if len(prefix) == L:
         return here
@@ -145,6 +147,15 @@ def pick(scores, rollout, members):
 def loss_of(scores, rollout, config):
     rewards = resolve_rewards(config.reward_funcs)
     return thinking_loss(scores, rollout, config, rewards, [1.0] * len(rewards), token_weight=1 / scores.valid_BK.sum())
+
+
+def ending_value(tables, thought):
+    """p(the thought has all L tokens) * log p(speak | z), whose gradient moves the last gate alone."""
+    return torch.stack([tables[thought[:i]][1] for i in range(L)]).prod().detach() * tables[thought][3]
+
+
+def expected_ending(tables):
+    return sum(thought_prob(tables, thought).detach() * ending_value(tables, thought) for thought in THOUGHTS)
 
 
 def expected_loss(model, tables, config):
@@ -238,7 +249,8 @@ def token_gain(cost):
 def test_learned_stop_is_unbiased(model, make_config, options, content):
     config = make_config("learned", **options)
     tables = explicit(model, temperature=config.temperature, blind=config.blind)
-    assert_same_gradient(model, expected_loss(model, tables, config), learned_value(tables, config.think_cost[0], content))
+    value = learned_value(tables, config.think_cost[0], content) + expected_ending(tables)
+    assert_same_gradient(model, expected_loss(model, tables, config), value)
 
 
 @pytest.mark.parametrize("blind", [False, True])
@@ -251,7 +263,7 @@ def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, weig
     loss, metrics = loss_of(dataclasses.replace(scores, gate_logits_BKGL=gate), rollout, config)
 
     logits, logps = gate.detach()[0, 0].double().requires_grad_(), scores.prefix_logps_BKGP[0, 0].detach().double()
-    gate_loss, speaker_loss, length = 0.0, 0.0, 0.0
+    gate_loss, speaker_loss, ending, length = 0.0, 0.0, 0.0, 0.0
     for g in range(G):
         thinks = [torch.ones(()) if blind and i == 0 else logits[g, i].sigmoid() for i in range(L)]
         weights = [1 - thinks[0], thinks[0] * (1 - thinks[1]), thinks[0] * thinks[1]]
@@ -259,8 +271,9 @@ def test_gate_is_exact_for_every_group(model, make_config, smoothing, cost, weig
         gate_loss = gate_loss - sum(weights[i] * logps[g, i].exp() for i in lengths).log() / G
         smooth = [(1 - smoothing) * weights[i].detach() + smoothing / len(lengths) for i in lengths]
         speaker_loss = speaker_loss - sum(w * logps[g, i].exp() for w, i in zip(smooth, lengths)).log() / G
+        ending = ending + weights[-1].detach() * (1 + scores.last_gate_logits_BKG[0, 0, g].detach().exp()).log() / G
         length = length + sum(i * w for i, w in enumerate(weights)) / G
-    expected = weight * (gate_loss + cost * length) + speaker_loss
+    expected = weight * (gate_loss + cost * length + ending) + speaker_loss
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert metrics["think_length"].item() == pytest.approx(length.item(), abs=1e-5)
     got, wanted = torch.autograd.grad(loss, gate)[0][0, 0].double(), torch.autograd.grad(weight * (gate_loss + cost * length), logits)[0]
@@ -315,7 +328,8 @@ def test_a_smoothed_gate_learns_the_lengths_that_fared_best(model, make_config, 
 def test_sampled_stop_is_unbiased(model, make_config, options):
     config = make_config("sampled", **options)
     tables = explicit(model, temperature=config.temperature, horizon=config.lookahead, blind=config.blind)
-    assert_same_gradient(model, expected_loss(model, tables, config), sampled_value(tables, config.think_cost[0]))
+    value = sampled_value(tables, config.think_cost[0]) + config.think_loss_weight / L * expected_ending(tables)
+    assert_same_gradient(model, expected_loss(model, tables, config), value)
 
 
 def test_nothing_is_computed_of_what_would_be_thought_behind_an_end(model, make_config):
@@ -346,7 +360,9 @@ def test_mean_of_drawn_gradients(model, make_config, stop, options, draws):
     """Thoughts drawn by the package at two forks of a row: the mean gradient lies within 4 standard errors of the exact one, along 16 directions."""
     config, forks, rows = make_config(stop, advantage="loo", **options), torch.tensor([[1, 4]]), 48
     values = {"fixed": fixed_value, "learned": learned_value, "sampled": functools.partial(sampled_value, cost=config.think_cost[0])}
-    exact = -gradient(model, sum(values[stop](explicit(model, fork, horizon=config.lookahead)) for fork in forks[0].tolist()) / 2)
+    tables = [explicit(model, fork, horizon=config.lookahead) for fork in forks[0].tolist()]
+    weight = {"fixed": 0.0, "learned": 1.0, "sampled": config.think_loss_weight / L}[stop]
+    exact = -gradient(model, sum(values[stop](one) + weight * expected_ending(one) for one in tables) / 2)
     generator = torch.Generator().manual_seed(0)
     directions = torch.cat([exact[:, None] / exact.norm(), torch.randn(len(exact), 15, generator=generator)], 1)
     tokens, forks, documents = TEXT.expand(rows, -1), forks.expand(rows, -1), torch.zeros_like(TEXT).expand(rows, -1)
@@ -381,7 +397,8 @@ def test_marginal_speaker_maximises_the_groups_mixture(model, make_config, stop,
         likelihoods.append(sum(w * tables[thought[:i]][2].sum().exp() for i, w in enumerate(weights)))
     scores, rollout = tree_scores(model, [(z, L) for z in group], config)
     loss, _ = loss_of(scores, rollout, config)
-    assert_same_gradient(model, loss * lookahead, torch.stack(likelihoods).mean().log())
+    ending = sum(ending_value(tables, thought) for thought in group) / len(group) if stop == "learned" else 0.0
+    assert_same_gradient(model, loss * lookahead, torch.stack(likelihoods).mean().log() + ending)
 
 
 @pytest.mark.parametrize("stop", ["fixed", "learned"])
@@ -399,7 +416,7 @@ def test_marginal_over_all_thoughts_is_the_mixture(model, make_config, stop):
             weights = stop_probs(tables, thought) if stop == "learned" else [0.0] * L + [1.0]
             mixture = mixture + thought_prob(tables, thought) * sum(w * tables[thought[:i]][2][0].exp() for i, w in enumerate(weights))
         scores, rollout = tree_scores(model, [(z, L) for z in THOUGHTS], config)
-        assert_same_gradient(model, loss_of(scores, rollout, config)[0], mixture.log())
+        assert_same_gradient(model, loss_of(scores, rollout, config)[0], mixture.log() + (expected_ending(tables) if stop == "learned" else 0.0))
     finally:
         with torch.no_grad():
             rows.copy_(before)

@@ -93,10 +93,10 @@ def test_several_answers_of_a_row_each_have_their_steps(reading, marker):
     assert forks == [[3, 7, 16, 20]] * 4
 
 
-def test_a_checkpoint_says_after_what_it_thinks_while_it_reads(reading, marker):
+def test_a_checkpoint_says_after_what_it_thinks(reading, marker):
     assert reading().model.config.thinktok["fork_markers"] == [MARKER]
     rows = steps(marker, (3, 3)).remove_columns("think_length")  # which asks for thoughts that are read
-    assert "fork_markers" not in reading(memory="none", num_generations=2, rows=rows, lookahead=1).model.config.thinktok
+    assert reading(memory="none", num_generations=2, rows=rows, lookahead=1).model.config.thinktok["fork_markers"] == [MARKER]
 
 
 def test_a_checkpoint_says_how_it_thinks_now_and_nothing_of_the_run_before(reading, make_trainer):

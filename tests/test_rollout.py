@@ -1,5 +1,6 @@
 """What thoughts are drawn from, what is remembered of them, and how they are shown."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -130,12 +131,13 @@ def test_printed_thoughts_stand_between_what_was_read_and_what_followed(on_quest
     trainer = on_questions(rows, log_completions=True)
     inputs, labels = batch_of(trainer, rows.select(range(2)))
     rollout = one_rollout(trainer, inputs, labels)
-    gains = torch.tensor([[[0.5, 0.0]], [[-1.0, 0.0]]])
-    said = sample_thoughts_to_print(inputs["input_ids"], rollout, labels[:, 5:][:, None], gains, 2)
-    for row, one in enumerate(said):
-        ids = rows[row]["input_ids"]
-        assert (one["before"], one["after"], one["gain"]) == (ids[:5], ids[5:], gains[row, 0, 0].item())
-        assert one["thought"] == rollout.thoughts_BKGL[row, 0, 0].tolist()
+    gains, lengths = torch.tensor([[[0.5, 0.0]], [[-1.0, 0.0]]]), torch.tensor([[[2.0, 1.4]], [[1.6, 0.3]]])
+    for own, told in ((0, rollout), (1, dataclasses.replace(rollout, chosen=True))):  # the first of them may be another's than the policy's
+        said = sample_thoughts_to_print(inputs["input_ids"], told, lengths, labels[:, 5:][:, None], gains, 2)
+        for row, one in enumerate(said):
+            ids = rows[row]["input_ids"]
+            assert (one["before"], one["after"], one["gain"]) == (ids[:5], ids[5:], gains[row, 0, own].item())
+            assert one["thought"] == rollout.thoughts_BKGL[row, 0, own, : round(lengths[row, 0, own].item())].tolist()
 
 
 def test_epsilon_greedy_begins_when_it_is_to(on_questions):

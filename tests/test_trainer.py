@@ -25,7 +25,7 @@ from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading
+from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading, measuring
 from hf_thinktok import trainer as trainer_module
 from hf_thinktok.answers import answer
 from hf_thinktok.architectures import drops_attention
@@ -120,13 +120,12 @@ def test_a_real_token_weighs_the_same_after_a_thought_as_in_the_text(make_traine
 
 @pytest.mark.parametrize("options", [{"gate_loss_weight": 1.0}, {"think_cost": 0.3, "gate_loss_weight": 0.5, "think_ce_weight": 1.0}], ids=str)
 def test_rows_of_any_length_weigh_the_same_however_a_step_is_divided(make_trainer, options):
-    """With a single thinking token nothing is left to chance. A fork in a row of two tokens is one of all forks of the step, and not half of it."""
+    """With fillers nothing is left to chance. A fork in a row of two tokens is one of all forks of the step, and not half of it."""
     texts = ["a cat", "the cat sat on the mat and looked at the moon.", "hm", "3 + 4 = 7, and 7 + 5 = 12"]
     options = {
         "text_ce_weight": 0.0,
         "think_ce_weight": 0.0,
-        "think_loss_weight": 0.0,
-        "num_think_tokens": 1,
+        "thoughts": "filler",
         "num_forks": 16,
         "fork_positions": "all",
     } | options
@@ -259,6 +258,23 @@ def test_a_price_closes_the_gate(make_trainer, stop):
         return sum(losses(trainer, "gate")[-10:]) / 10
 
     assert mean_length(3.0) < 0.5 * mean_length(0.0)
+
+
+def test_plain_generation_ends_the_longest_thoughts(make_trainer):
+    """It knows no most. Where longer is better only the gate behind the last token, which no rollout asks, ends a thought there."""
+
+    def thinks(count):
+        texts = torch.tensor([tiny_tokenizer()(text)["input_ids"][:6] for text in CORPUS[:8]])
+        thoughts = vocabulary.first_id + torch.arange(8 * count).view(8, count) % vocabulary.num_tokens
+        probabilities = trainer.model.eval()(input_ids=torch.cat([texts, thoughts], 1)).logits[:, -1].softmax(-1)
+        return probabilities[:, vocabulary.first_id : vocabulary.guard_id].sum(-1).mean().item()
+
+    options = {"stop": "sampled", "max_steps": 100, "num_forks": 8, "text_ce_weight": 0.0, "lr_scheduler_type": "constant", "logging_strategy": "no"}
+    trainer = make_trainer(**options, **open_minded(), reward_funcs=lambda lengths, **kwargs: lengths.float())
+    vocabulary = trainer.vocabulary
+    assert thinks(2) > 0.2
+    trainer.train()
+    assert min(thinks(0), thinks(1)) > 0.5 and thinks(2) < 0.1
 
 
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)], ids=["", "lora"])
@@ -738,6 +754,17 @@ def test_logs_what_a_user_needs(make_trainer, capsys):
     assert "Thoughts at step 1" in capsys.readouterr().out
 
 
+def test_what_is_printed_of_a_thought_is_what_is_logged(make_trainer, monkeypatch):
+    """With a learned stop, under the lengths that the model takes: here hardly any thought, where those of full length would bring something."""
+    printed = []
+    monkeypatch.setattr(measuring, "print_thoughts", lambda tokenizer, samples, *others: printed.append(samples))
+    trainer = make_trainer(log_completions=True, max_steps=3, num_forks=1, num_generations=1, advantage="value", per_device_train_batch_size=1)
+    trainer.train()
+    gains = losses(trainer, "think_gain")
+    assert [one["gain"] for (one,) in printed] == pytest.approx(gains, abs=1e-6) and max(map(abs, gains)) > 1e-6
+    assert [len(one["thought"]) for (one,) in printed] == [round(length) for length in losses(trainer, "think_length")]
+
+
 def test_streams_and_accepts_names(make_trainer, tmp_path, corpus):
     tokenizer = tiny_tokenizer()
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
@@ -872,7 +899,7 @@ def test_thoughts_of_a_place_are_compared_without_dropout(make_trainer, family, 
     """Two thoughts that are the same are worth the same, which dropout would hide; the checkpoint goes on with its own."""
     for disable in (True, False):
         model = tiny_model(family, vocab_size=len(tiny_tokenizer()), **DROPPING[family])
-        trainer = make_trainer(model=model, num_think_tokens=1, stop="fixed", max_steps=1, disable_dropout=disable)
+        trainer = make_trainer(model=model, thoughts="filler", stop="fixed", max_steps=1, disable_dropout=disable)
         assert ("Dropout is off in" in caplog.text) is disable
         caplog.clear()
         attention = any("att" in name for name in DROPPING[family])

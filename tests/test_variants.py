@@ -26,7 +26,7 @@ from hf_thinktok.exploration import candidate_thoughts
 from hf_thinktok.head import HeadInputs
 from hf_thinktok.models import unwrapped
 from hf_thinktok.objective import actions, credit, speak
-from hf_thinktok.peft import is_speaker
+from hf_thinktok.peft import is_speaker, is_thinking_row
 from hf_thinktok.scores import score_tree
 
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -239,9 +239,11 @@ def test_two_adapters_are_merged_into_two_models(make, tmp_path):
 
 
 def test_two_adapters_resume_bit_for_bit(make, resumed):
-    options = {"policies": "split", "peft_config": ADAPTER, "gradient_checkpointing": False, "speaker_learning_rate": 5e-3}
+    options = {"policies": "split", "peft_config": ADAPTER, "gradient_checkpointing": False, "speaker_learning_rate": 5e-3, "think_learning_rate": 2e-2}
     whole, _ = resumed(make, rows=questions(levels=(3,)), **options)
-    assert {group["lr"] for group in whole.optimizer.param_groups} != {1e-3}
+    rate_of = {id(parameter): group["initial_lr"] for group in whole.optimizer.param_groups for parameter in group["params"]}
+    rates = {(is_thinking_row(name), is_speaker(name)): rate_of.pop(id(one)) for name, one in whole.model.named_parameters() if one.requires_grad}
+    assert rates == {(False, False): 1e-3, (False, True): 5e-3, (True, False): 2e-2, (True, True): 2e-2} and not rate_of
 
 
 @pytest.mark.parametrize("peft_config", [None, ADAPTER], ids=["models", "adapters"])
@@ -587,8 +589,8 @@ def test_how_many_fillers_is_drawn_and_rewarded(make, tokenizer):
     rows, model = questions(levels=(3,)), tiny_model("llama", vocab_size=len(tokenizer), tie=False)
     add_thinking_tokens(model, tokenizer, N, sample_text=CORPUS, think_mass=0.5)
     trainer = make(
-        rows, model=model, tokenizer=tokenizer, thoughts="filler", stop="sampled", num_generations=8, reward_funcs=[many], learning_rate=1e-2,
-        lr_scheduler_type="constant", max_steps=15, text_ce_weight=0.0, think_ce_weight=0.0,
+        rows, model=model, tokenizer=tokenizer, thoughts="filler", stop="sampled", num_generations=8, reward_funcs=[many], learning_rate=1e-3,
+        lr_scheduler_type="constant", max_steps=100, logging_strategy="no", text_ce_weight=0.0, think_ce_weight=0.0,
     )  # fmt: skip
     inputs, labels = batch_of(trainer, rows)
     before = one_rollout(trainer, inputs, labels)

@@ -31,8 +31,10 @@ def evaluation_says(found: dict[str, Any]) -> str:
         how = f"It was trained to think {found['settings']['max_think_length']} tokens everywhere, and does so in what is judged here."
     else:
         how = f"Where it decides, it thinks {found['mean_think_length']:.3f} tokens at a place."
-    if found["settings"].get("fork_positions") == "markers":
-        how += " It was trained to think behind markers, and these places are others, evenly spaced: trainer.evaluate() measures it at its own."
+    if markers := found["settings"].get("fork_markers"):
+        how += f" The places are those behind {', '.join(map(repr, markers))}."
+    elif found["settings"].get("fork_positions") == "markers":
+        how += " It was trained to think behind markers, and these places are others, evenly spaced: fork_markers measures it at its own."
     return f"{how} {evaluation_verdict(found)}"
 
 

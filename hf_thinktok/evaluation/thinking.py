@@ -5,7 +5,7 @@ Shape suffixes as in tree.py; S samples, F forks of the whole text.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engine import Engine, choose_engine
-from ..forks import choose_forks, eligible_forks
+from ..forks import choose_forks, eligible_forks, ends_of, marker_ids
 from ..generation import PieceDecoder
 from ..head import HeadInputs, attach_head
 from ..models import EVALUABLE, evaluating, longest_row, unwrapped, without_autocast
@@ -166,10 +166,12 @@ def evaluate_thinking(
     batch_size: int = 4,
     seed: int = 0,
     progress: Any = None,
+    fork_markers: Sequence[str] | None = None,
 ) -> Evaluation:
     """Measures what thoughts do for the real tokens after them.
 
-    Forks are evenly spaced, so that they are the same for every model and batch size. Thoughts are sampled at temperature 1.
+    Forks are evenly spaced, in a row or among its places behind a marker, so that they are the same for every model and batch size. Thoughts are sampled at
+    temperature 1.
 
     Args:
         model: with thinking tokens; an adapter as well, on a base that has them. Of an adapter's folder `load_whole` makes a model.
@@ -178,10 +180,11 @@ def evaluate_thinking(
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
             probability, a tighter bound (IWAE, Burda et al. 2016). 0: only the text without thoughts is measured, at the same places.
         max_think_length, lookahead: as the model was trained where not given; 4 and 1 for one that was not.
+        fork_markers: texts behind which to think and nowhere else; as the model was trained where not given, and `[]` for places anywhere.
         progress: wraps the batches, as `tqdm` does.
 
     Raises:
-        ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, or no text.
+        ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, no text, or none behind a marker.
     """
     for name, number, least in (
         ("max_length", max_length, 2), ("rows_per_document", rows_per_document, 1), ("num_forks", num_forks, 1), ("num_samples", num_samples, 0),
@@ -191,6 +194,10 @@ def evaluate_thinking(
             raise ValueError(f"{name}={number} must be at least {least}.")
     base, vocabulary, length, blind, filler, trained = check_evaluable(model, max_think_length)
     ahead = lookahead or trained.get("lookahead", 1) or max_length  # null is all that follows
+    behind = trained.get("fork_markers", ()) if fork_markers is None else fork_markers
+    if isinstance(behind, str):
+        raise ValueError(f"fork_markers={behind!r} is one text: give a list of them.")
+    markers = marker_ids(behind, tokenizer)
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     branching = Branching(samples, length, ahead, blind=blind)
     texts = _texts(dataset, text_field)
@@ -204,11 +211,19 @@ def evaluate_thinking(
         engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), longest, min(num_forks, longest))
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
-            forks_BK = choose_forks(eligible_forks(labels_BT, documents_BT), min(num_forks, tokens_BT.shape[1]), "stride", generator)
+            eligible_BT = eligible_forks(labels_BT, documents_BT)
+            if behind:
+                eligible_BT &= ends_of(markers, tokens_BT, documents_BT)
+            forks_BK = choose_forks(eligible_BT, min(num_forks, tokens_BT.shape[1]), "stride", generator)
+            forks_BK = forks_BK[:, : max(int((forks_BK >= 0).sum(1).max()), 1)]  # rows may have far fewer markers
             here = replace(branching, lookahead=min(ahead, tokens_BT.shape[1]))
             batch = _Batch(engine, model, vocabulary, here, tokens_BT, documents_BT, labels_BT, forks_BK, generator, filler)
             records.append(_measure(batch, tokenizer))
     joined = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
+    if behind and not len(joined["documents"]):
+        raise ValueError(
+            f"None of fork_markers={list(behind)} ends in the text with a token after it, so there is nothing to judge: look how they are written."
+        )
     if not len(joined["documents"]):
         raise ValueError("There is no text to evaluate on: no document has two tokens of text.")
     settings = {
@@ -216,7 +231,7 @@ def evaluate_thinking(
         "lookahead": ahead, "batch_size": batch_size, "seed": seed, "text": digest_of(texts),
         "longest_row": longest, "engine": engine.name,
         "thoughts": trained.get("thoughts", "discrete"), "stop": trained.get("stop", "learned"),
-        "fork_positions": trained.get("fork_positions"),
+        "fork_positions": trained.get("fork_positions"), "fork_markers": list(behind),
     }  # fmt: skip
     arms = [arm for arm in PLACED if f"logps {arm}" in joined and not np.isnan(joined[f"logps {arm}"]).all()]
     return Evaluation(
