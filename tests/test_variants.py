@@ -243,7 +243,8 @@ def test_two_adapters_resume_bit_for_bit(make, resumed):
     whole, _ = resumed(make, rows=questions(levels=(3,)), **options)
     rate_of = {id(parameter): group["initial_lr"] for group in whole.optimizer.param_groups for parameter in group["params"]}
     rates = {(is_thinking_row(name), is_speaker(name)): rate_of.pop(id(one)) for name, one in whole.model.named_parameters() if one.requires_grad}
-    assert rates == {(False, False): 1e-3, (False, True): 5e-3, (True, False): 2e-2, (True, True): 2e-2} and not rate_of
+    assert rates == {(False, False): 1e-3, (False, True): 5e-3, (True, False): 2e-2, (True, True): 2e-2}
+    assert not rate_of
 
 
 @pytest.mark.parametrize("peft_config", [None, ADAPTER], ids=["models", "adapters"])
