@@ -119,18 +119,21 @@ class NonFiniteGuard(TrainerCallback):
 def print_thoughts(tokenizer, samples: list[dict], first_id: int, step: int, console: Console | None = None, most: int = 48) -> None:
     """A table of thoughts: the text before (blue), the thought (cyan; thinking tokens as 0..N-1), the true next text, and what the thought brought.
 
+    With a learned stop a thought is shown at full length, and beside it how many of its tokens the model would think, and what these bring.
+
     Args:
-        samples: dicts with `before`, `thought`, `after` (lists of ids) and `gain` (bits per token).
+        samples: dicts with `before`, `thought`, `after` (lists of ids), `length` ((expected) thinking tokens) and `gain` (bits per token).
         first_id: the first thinking id.
         most: characters of the text before.
     """
     table = Table(title=f"Thoughts at step {step}", show_lines=False)
-    for column, justify in (("text so far", "right"), ("thought", "left"), ("what followed", "left"), ("gain, bits", "right")):
+    for column, justify in (("text so far", "right"), ("thought", "left"), ("tokens", "right"), ("what followed", "left"), ("gain, bits", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for sample in samples:
         table.add_row(
             Text(_visible(tokenizer.decode(sample["before"])[-most:]), TEXT_STYLE),
             Text(" ".join(str(i - first_id) if i >= first_id else _visible(tokenizer.decode([i])) for i in sample["thought"]) or "-", THOUGHT_STYLE),
+            f"{sample['length']:.3g}",
             Text(_visible(tokenizer.decode(sample["after"])), TEXT_STYLE),
             Text(f"{sample['gain']:+.2f}", "green" if sample["gain"] > 0 else "red"),
         )
@@ -144,19 +147,20 @@ def _visible(text: str) -> str:
 def sample_thoughts_to_print(
     tokens_BT: torch.Tensor, rollout, lengths_BKG: torch.Tensor, labels_BKH: torch.Tensor, gains_BKG: torch.Tensor, count: int
 ) -> list[dict]:
-    """Evenly chosen forks of a batch, each with the first thought that is the policy's own, and as long as it would be."""
+    """Evenly chosen forks of a batch, each with the first thought that is the policy's own."""
     there = (rollout.forks_BK >= 0).nonzero().tolist()
     chosen = there[:: max(1, len(there) // count)][:count]
     own = rollout.num_chosen
     samples = []
     for row, fork in chosen:
         position = int(rollout.forks_BK[row, fork])
-        length = round(lengths_BKG[row, fork, own].item())
+        length = int(rollout.lengths_BKG[row, fork, own])
         samples.append(
             {
                 "before": tokens_BT[row, max(0, position - 15) : position + 1].tolist(),
                 "thought": rollout.thoughts_BKGL[row, fork, own, :length].tolist(),
                 "after": [i for i in labels_BKH[row, fork, :8].tolist() if i >= 0],
+                "length": lengths_BKG[row, fork, own].item(),
                 "gain": gains_BKG[row, fork, own].item(),
             }
         )

@@ -261,10 +261,12 @@ class ThinkTokConfig(SFTConfig):
     num_generations: int = option(4, "Thoughts at each fork, compared with each other.")
     max_think_length: int = option(4, "Thinking tokens of a thought at most.")
     lookahead: int | None = option(1, "Following real tokens that judge a thought; null in a config file means all that follow in the row.")
-    stop: str = option("learned", "How thoughts end.", ("fixed", "learned", "sampled"))
+    stop: str = option(
+        "learned", "How thoughts end: all at full length, by a gate whose lengths are summed out, or drawn from it.", ("fixed", "learned", "sampled")
+    )
     stop_smoothing: list[float] = option([0.5], f"With stop=learned: part of the weight that content and speaker give to all lengths alike: {A_SCHEDULE}.")
     gate_smoothing: list[float] = option([0.0], f"With stop=learned: the same part when the gate learns which length was best: {A_SCHEDULE}.")
-    memory: str = option("none", "Whether a thought stays in the text.", ("none", "persistent"))
+    memory: str = option("none", "Whether a thought is forgotten after the next real token, or stays in the text.", ("none", "persistent"))
     blind: bool = option(False, "Hide the text from whoever predicts; all it knows is the thought.")
     gather_for_rollout: bool = option(True, "ZeRO-3, FSDP2: gather all parameters once for a rollout, not layer by layer at every token.")
     engine: str = option("auto", "How the model runs a tree of thoughts.", ("auto", "tree", "replicated"))
@@ -298,7 +300,7 @@ class ThinkTokConfig(SFTConfig):
     curriculum_think_length: list[int] | None = option(None, "With stop=learned: thinking tokens at most while each level is the hardest reached.")
 
     teacher: str | None = option(None, "A frozen LM whose predictions are the labels.")
-    rollout: str = option("fork", "Whether the text is the data's or the model's own.", ("fork", "free"))
+    rollout: str = option("fork", "Whether the text is the data's (fork) or behind a prompt the model's own (free).", ("fork", "free"))
     prompt_length: int = option(32, "Tokens of each row that rollout=free keeps.")
 
     temperature: float = option(1.0, "Temperature of thinking tokens.")
@@ -308,10 +310,14 @@ class ThinkTokConfig(SFTConfig):
 
     reward_funcs: list[str] = option(["log_prob"], f"Rewards of a thought: {', '.join(REWARDS)}.")
     reward_weights: list[float] | None = option(None, "A weight for each reward.")
-    objective: str = option("expected", "What speaker and thinker maximise.", ("expected", "marginal"))
+    objective: str = option("expected", "What is maximised: the mean reward, or the log of the group's mean likelihood.", ("expected", "marginal"))
     posterior_temperature: float = option(1.0, "With objective=marginal: divides log-likelihoods before they weight the group.")
     posterior_smoothing: float = option(0.0, "With objective=marginal: part of the speaker's weight that goes to all thoughts alike.")
-    advantage: str = option("group", "What a thought's reward is compared with.", ("group", "loo", "token", "value"))
+    advantage: str = option(
+        "group",
+        "What a thought's reward is compared with: the mean of all, of the others, one token less, a value function.",
+        ("group", "loo", "token", "value"),
+    )
     scale_rewards: str = option("none", "Divide advantages by the standard deviation of rewards.", ("none", "group", "batch"))
 
     think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))

@@ -21,6 +21,11 @@ ITS_OWN_SEED = "seed has no effect here, where each run has one of its own: give
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside the options, and a recipe's description as it was written."""
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.const is False:  # transformers gives --no_disable_dropout the help of its opposite
+            return f"Sets {action.dest} to false."
+        return super()._get_help_string(action)
+
 
 def recipe_parser(doc: str, *kinds: type) -> TrlParser:
     """A parser of these dataclasses whose help has a group for each, and thinking apart from what transformers and TRL know.

@@ -210,7 +210,7 @@ def show_samples(trainer: ThinkTokTrainer, rows: Dataset, other: str) -> None:
     for tokens, labels, thought_L, gain in zip(rows["input_ids"][:], rows["labels"][:], said.thoughts_DL, gains_D, strict=True):
         begins = next(place for place, label in enumerate(labels) if label >= 0)
         thought = [first_id + int(number) for number in thought_L if number >= 0]
-        samples.append({"before": tokens[:begins], "thought": thought, "after": tokens[begins:], "gain": gain})
+        samples.append({"before": tokens[:begins], "thought": thought, "length": len(thought), "after": tokens[begins:], "gain": gain})
     print_thoughts(trainer.processing_class, samples, first_id, trainer.state.global_step, most=100)
 
 

@@ -32,6 +32,7 @@ def test_the_help_has_the_docstring_and_thinking_apart():
     places = [words.index(f"\n  --{name} ") for name in ("seeds", "num_forks", "model_name_or_path", "max_length", "learning_rate")]
     assert all(title < place for title, place in zip(order, places, strict=True))
     assert all(place < title for place, title in zip(places, order[1:], strict=False))
+    assert "Sets disable_dropout to false." in " ".join(words.split())
 
 
 def test_the_command_line_comes_before_the_file(tmp_path):

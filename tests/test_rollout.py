@@ -137,7 +137,7 @@ def test_printed_thoughts_stand_between_what_was_read_and_what_followed(on_quest
         for row, one in enumerate(said):
             ids = rows[row]["input_ids"]
             assert (one["before"], one["after"], one["gain"]) == (ids[:5], ids[5:], gains[row, 0, own].item())
-            assert one["thought"] == rollout.thoughts_BKGL[row, 0, own, : round(lengths[row, 0, own].item())].tolist()
+            assert (one["thought"], one["length"]) == (rollout.thoughts_BKGL[row, 0, own].tolist(), lengths[row, 0, own].item())
 
 
 def test_epsilon_greedy_begins_when_it_is_to(on_questions):
