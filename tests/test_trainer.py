@@ -269,7 +269,7 @@ def test_plain_generation_ends_the_longest_thoughts(make_trainer):
         probabilities = trainer.model.eval()(input_ids=torch.cat([texts, thoughts], 1)).logits[:, -1].softmax(-1)
         return probabilities[:, vocabulary.first_id : vocabulary.guard_id].sum(-1).mean().item()
 
-    options = {"stop": "sampled", "max_steps": 100, "num_forks": 8, "text_ce_weight": 0.0, "lr_scheduler_type": "constant", "logging_strategy": "no"}
+    options = {"stop": "sampled", "max_steps": 200, "num_forks": 8, "text_ce_weight": 0.0, "lr_scheduler_type": "constant", "logging_strategy": "no"}
     trainer = make_trainer(**options, **open_minded(), reward_funcs=lambda lengths, **kwargs: lengths.float())
     vocabulary = trainer.vocabulary
     assert thinks(2) > 0.2
