@@ -1149,6 +1149,16 @@ def test_a_place_without_a_thought_is_nothing_to_blind(make_trainer):
     assert trainer.state.log_history[0]["think_length"] == pytest.approx(4 / 3)
 
 
+def test_a_model_of_one_thinking_token_has_fillers(make_trainer):
+    model, tokenizer = tiny_model(vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
+    add_thinking_tokens(model, tokenizer, 1)
+    for thoughts, words in (("discrete", ["has nothing to choose from", "set thoughts=filler"]), ("text", ["cannot tell the begin"])):
+        with pytest.raises(ValueError, match=f"thoughts={thoughts} with a model of one thinking token") as error:
+            make_trainer(model=model, tokenizer=tokenizer, num_think_tokens=None, thoughts=thoughts, stop="fixed", max_think_length=3)
+        one_sentence(error, *words, "start from its base model")
+    make_trainer(model=model, tokenizer=tokenizer, num_think_tokens=None, thoughts="filler")
+
+
 def test_a_curriculum_needs_levels(make_trainer):
     with pytest.raises(ValueError, match="curriculum_threshold") as error:
         make_trainer(curriculum_threshold=0.9)
