@@ -59,11 +59,9 @@ class TextHelp(argparse.Action):
 
 def read_recipe(args: argparse.Namespace, *kinds: type) -> tuple:
     """A training recipe's options, those of some kinds, besides the command's own; whatever else its file says is of no concern here."""
-    from trl import TrlParser
+    from .recipe_options import COMMAND_LINE, OptionParser, command_line, parse, refuse_option
 
-    from .recipe_options import COMMAND_LINE, command_line, parse, refuse_option
-
-    words, parser = command_line(args.recipe), TrlParser(kinds, allow_abbrev=False)
+    words, parser = command_line(args.recipe), OptionParser(kinds, allow_abbrev=False)
     try:
         with warnings.catch_warnings(action="ignore"):
             options, _, unknown = parse(parser, words)

@@ -27,6 +27,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action)
 
 
+class OptionParser(TrlParser):
+    """Refuses a config's numbers where a text belongs: they would only fail where it is read."""
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        for entry in (entry for kind in self.dataclass_types for entry in fields(kind) if entry.type in (str, str | None)):
+            if isinstance(value := config.get(entry.name), int | float) and not isinstance(value, bool):  # resume_from_checkpoint may be true
+                raise ValueError(f"{entry.name}={value!r} is no text: put it in quotes.")
+        return super().set_defaults_with_config(**config)
+
+
 def recipe_parser(doc: str, *kinds: type) -> TrlParser:
     """A parser of these dataclasses whose help has a group for each, and thinking apart from what transformers and TRL know.
 
@@ -34,7 +44,7 @@ def recipe_parser(doc: str, *kinds: type) -> TrlParser:
         doc: the recipe's docstring.
     """
     described = {"usage": "%(prog)s [--config FILE] [--option value ...]", "description": f"{doc.strip()}\n\n{FROM_A_FILE}"}
-    parser = TrlParser(kinds, **described, formatter_class=_Help, allow_abbrev=False)
+    parser = OptionParser(kinds, **described, formatter_class=_Help, allow_abbrev=False)
     trained = {entry.name for entry in fields(SFTConfig)}
     models = {entry.name for entry in fields(ModelConfig)}
     own = {entry.name for kind in kinds if kind not in (ThinkTokConfig, ModelConfig) for entry in fields(kind)} - trained
@@ -79,6 +89,8 @@ def parse(parser: TrlParser, words: Sequence[str]) -> tuple[list[Any], list[str]
         *options, of_file, of_line = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
     except OSError as error:
         raise ValueError(f"The file {error.filename} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The file {words[words.index('--config') + 1]} is not in UTF-8: save it so.") from error
     return options, of_file, of_line
 
 
@@ -107,7 +119,7 @@ def read_config(kinds: Sequence[type], config: dict[str, Any], where: str) -> tu
     Raises:
         ValueError: an option is not known, of which the nearest is named, or a value cannot be.
     """
-    parser = TrlParser(kinds, allow_abbrev=False)
+    parser = OptionParser(kinds, allow_abbrev=False)
     if unknown := parser.set_defaults_with_config(**config):
         refuse_option(where, unknown[0], parser)
     return parser.parse_args_into_dataclasses([])

@@ -51,11 +51,15 @@ def test_the_command_line_comes_before_the_file(tmp_path):
         (["--num_forks", "x"], "--num_forks.*invalid int value: 'x'"),
         (["--config"], "--config needs a YAML file"),
         (["--config", "{folder}/nowhere.yaml"], "nowhere.yaml cannot be read: No such file"),
+        (["--config", "{folder}/numbers.yaml"], "^output_dir=7 is no text: put it in quotes.$"),
+        (["--config", "{folder}/latin.yaml"], "latin.yaml is not in UTF-8: save it so.$"),
         (["--config", "{folder}/run.yaml"], r"run.yaml has the option max_lenght, which is not known; did you mean max_length\?$"),
     ],
 )
 def test_what_is_not_known_is_named_with_the_nearest(words, sentence, tmp_path):
     (tmp_path / "run.yaml").write_text("max_lenght: 8\n")
+    (tmp_path / "numbers.yaml").write_text("output_dir: 7\n")
+    (tmp_path / "latin.yaml").write_bytes("output_dir: café".encode("latin-1"))
     with pytest.raises(ValueError, match=sentence):
         read(*(word.format(folder=tmp_path) for word in words))
 
