@@ -133,7 +133,7 @@ def snippet(repository: str, adapter: bool, prompt: str | None = None, think_len
         think_length: of the thought that is to come before the answer, where the gate was not taught; the answer is one token.
     """
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    adapters = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    adapters = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer, GenerationConfig"]
     imports = adapters if adapter else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     budget: list[str] = []
     how = "max_new_tokens=64, do_sample=True, temperature=1.0, top_p=1.0, top_k=0"
@@ -149,6 +149,7 @@ def snippet(repository: str, adapter: bool, prompt: str | None = None, think_len
         *imports,
         "",
         f'model = {loader}.from_pretrained("{repository}")',
+        *([f'model.generation_config = GenerationConfig.from_pretrained("{repository}")  # which PEFT does not read'] if adapter else []),
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
         f'inputs = tokenizer({json.dumps(prompt or "Once upon a time")}, return_tensors="pt")',
         *budget,

@@ -53,7 +53,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from .evaluation import evaluate_thinking
     from .evaluation.tables import print_evaluation
     from .recipe_options import command_line
-    from .results import changed_options, environment, write_json
+    from .results import changed_options, environment, read_json, write_json
     from .text import ReportArguments, TextArguments, files_of, load_text, split, unseen_text
 
     # What can be wrong is looked at before the weights are read.
@@ -83,7 +83,9 @@ def run_eval(args: argparse.Namespace) -> None:
         names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead", "fork_markers")
         chosen = {name: getattr(args, name) for name in names}
         found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
-    results = {"evaluation": found.summary(), "model": args.model, "config": changed_options(text, report), **environment()}
+        results = {"evaluation": found.summary(), "model": args.model, "config": changed_options(text, report), **environment()}
+        if has_parts and not (report.test_files or text.test_documents) and (run := Path(args.model) / "results.json").is_file():
+            results["evaluation"]["best_of"] = read_json(run).get("best_of", 1)  # of the same documents, which may have chosen the checkpoint
     print_evaluation(results)
     if args.output is not None:
         with usage():

@@ -250,7 +250,7 @@ class ThinkTokConfig(SFTConfig):
     packing_strategy: str = option(
         "bfd_split", "How documents make up rows: whole ones, and with bfd_split the rest of a longer one, which bfd drops.", ("bfd", "bfd_split", "wrapped")
     )
-    eval_packing: bool | None = option(None, "Pack held-out text as well. Not unless set: gains are counted in documents.")
+    eval_packing: bool | None = option(None, "Pack held-out text as well, the begin of each document. Not unless set: gains are counted in documents.")
 
     num_think_tokens: int | None = option(None, "Thinking tokens; as many as the model has, or 16, where not given. 0 switches thinking off.")
     think_init_words: list[str] | None = option(None, "Texts of one token each that new thinking tokens start as copies of; random directions where left out.")

@@ -186,9 +186,6 @@ def check_text(config: "ThinkTokConfig") -> None:
         f"prompt_length={config.prompt_length} leaves nothing to write in rows of max_length={config.max_length}: lower it, or raise max_length.": (
             free and config.max_length is not None and config.prompt_length >= config.max_length
         ),
-        "eval_packing=True with packing_strategy=wrapped loses where documents begin, and errors are over documents: leave eval_packing out.": (
-            bool(config.eval_packing) and config.packing_strategy == "wrapped"
-        ),
         "num_forks=0 trains on the text alone, and text_ce_weight=0 leaves nothing of it: set text_ce_weight above 0.": (
             config.num_forks == 0 and config.text_ce_weight == 0
         ),

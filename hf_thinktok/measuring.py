@@ -1,5 +1,6 @@
 """What a run measures of itself: averages over forks and processes, its speed, samples of its thoughts, held-out gains, and steps that are not finite."""
 
+import copy
 import dataclasses
 import math
 import time
@@ -114,6 +115,9 @@ class MeasuringTrainer(CheckpointingTrainer):
             dataset = formatted(dataset, formatting_func, args)
         elif (text := args.dataset_text_field) in columns and text not in columns_of_text(columns, text):
             dataset = dataset.remove_columns(text)  # TRL does not read it, and would end this text and not the other
+        if packing and dataset_name != "train":  # the begin of each document, as in rows that are not packed: its pieces would count as documents
+            args = copy.copy(args)
+            args.packing_strategy = "bfd"
         return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:

@@ -381,7 +381,7 @@ def verdict(results: dict[str, Any]) -> str:
     from .evaluation.intervals import FEWEST, t_quantile
 
     if chosen := of_chosen(results):
-        return f"{chosen} Whether thinking helps is seen on others: `thinktok eval`."
+        return f"{chosen} Whether thinking helps is seen on others: `thinktok eval`, on a file of its own or a run's test_documents."
     documents = int(results["documents"])
     margin = t_quantile(0.975, documents - 1) if documents >= FEWEST else math.nan
     gain, over_random = (results[name] for name in ("gain", "gain_over_random"))

@@ -228,14 +228,36 @@ def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:
             raise ValueError(f"{name}={count} leaves nothing of {len(text)} documents: give a smaller number, or 0 for none.")
         else:
             divided = text.train_test_split(test_size=count, seed=seed)
-            text = divided["train"]
             parts.append(divided["test"])
+            text = without(divided["train"], divided["test"], f"the {count} of {name}")
     return TextParts(text, held_out=parts[1], test=parts[0])
+
+
+def without(text: Dataset, others: Dataset, of: str) -> Dataset:
+    """The rows of a text that are not word for word among others.
+
+    Args:
+        of: the others, as a part of a sentence.
+
+    Raises:
+        ValueError: all are.
+    """
+    seen = set(others["text"])
+    kept = text.select([i for i, one in enumerate(text["text"]) if one not in seen])
+    if not len(kept):
+        raise ValueError(f"All {len(text):,} other documents are word for word among {of}: give text that does not repeat itself.")
+    if len(kept) < len(text):
+        logger.warning("%s of %s documents are word for word among %s, and are left out.", f"{len(text) - len(kept):,}", f"{len(text):,}", of)
+    return kept
 
 
 def unseen_text(script: TextArguments, test_files: list[str] | None) -> Dataset | IterableDataset | None:
     """What to report on, which training did not see: files of its own, made to text as the script's are, else the test part, else what was held out."""
     if test_files:
-        return load_text(replace(script, dataset_name=None, data_files=test_files))
+        own = load_text(replace(script, dataset_name=None, data_files=test_files))
+        if not (script.data_files or script.dataset_name):
+            return own
+        trained = split(load_text(script), script).train
+        return own if isinstance(own, IterableDataset) or isinstance(trained, IterableDataset) else without(own, trained, "those to train on")
     parts = split(load_text(script), replace(script, held_out_documents=0) if script.test_documents else script)
     return parts.test or parts.held_out

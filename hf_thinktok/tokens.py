@@ -184,6 +184,12 @@ def add_thinking_tokens(
             f"{type(tokenizer).__name__} gave the thinking tokens the ids {ids}, which do not follow its other ids; such a tokenizer is not supported."
         )
     _refuse_injection(tokenizer, vocabulary)
+    if tokenizer.decode([*vocabulary.ids], skip_special_tokens=True).strip():
+        logger.warning(
+            "%s does not take thinking tokens for special ones when it decodes, as its normalizer puts something before every text: skip_special_tokens=True "
+            "shows thoughts with it. Leave out the ids that ThinkingVocabulary.is_thought finds, or use `thinktok generate`.",
+            type(tokenizer).__name__,
+        )
 
     if vocabulary.guard_id >= rows:
         rows = vocabulary.num_rows

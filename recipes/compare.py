@@ -19,6 +19,7 @@ Writes results.json and report.html into output_dir.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,8 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress, track
-from transformers import AutoConfig
-from trl import ModelConfig, get_peft_config
+from transformers import AutoConfig, AutoTokenizer
+from trl import ModelConfig, get_peft_config, pack_dataset
 
 from hf_thinktok import ThinkTokConfig, add_thinking_tokens
 from hf_thinktok.checkpoints import check_not_pushed, newest_checkpoint
@@ -48,6 +50,7 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import ARMS, AT_RANDOM, SILENT, Comparison
 from hf_thinktok.evaluation.tables import print_comparison
+from hf_thinktok.forks import ends_of, marker_ids
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
@@ -55,8 +58,9 @@ from hf_thinktok.recipe_options import ITS_OWN_SEED, command_line, read_config, 
 from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import digest_of, digest_of_files, environment, read_json, weights_in, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import ReportArguments, TextArguments, check_column, files_of, unseen_text
+from hf_thinktok.text import ReportArguments, TextArguments, check_column, files_of, load_text, split, unseen_text
 
+COUNTED_DOCUMENTS = 1000
 PRETRAIN = Path(__file__).parent / "pretrain_think.py"
 KINDS = (TextArguments, ThinkTokConfig, ModelConfig)
 console = Console(highlight=False)
@@ -115,7 +119,7 @@ class Grid:
             raise ValueError("A step's FLOPs are those of full rows, and cpt_flops has to have as many as think: set packing=True.")
         if any(args.num_iterations > 1 for _, args, *_ in self.options.values()):
             raise ValueError("num_iterations above 1 shows a row several times, and the arms without thoughts see each once: set num_iterations=1.")
-        self.flops = {arm: self._flops(*self.options[arm][1:]) for arm in self.configs if arm != "cpt_flops"}
+        self.flops = {arm: self._flops(*self.options[arm]) for arm in self.configs if arm != "cpt_flops"}
         if (known := self.flops["think"]) is None:
             raise ValueError("What these thoughts cost is not counted (`thinktok plan --config` says why), so cpt_flops would have no length.")
         a_step = self.flops["cpt"] // self.options["cpt"][1].max_steps
@@ -130,16 +134,31 @@ class Grid:
         return {arm: {"steps": steps[arm], "flops": self.flops[arm], "seeds": logs[arm]} for arm in self.configs}
 
     @staticmethod
-    def _flops(args: ThinkTokConfig, model: ModelConfig) -> int | None:
+    def _flops(script: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> int | None:
         """Those of a run: before `think_start` its steps are without thoughts. `None` where they are not known."""
         shape = AutoConfig.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision, trust_remote_code=args.trust_remote_code)
         attention, adapter = init_kwargs(model, args.model_init_kwargs).get("attn_implementation"), get_peft_config(model)
         before = min(args.think_start, args.max_steps) if args.thinks else 0
+        shares = forks_of_steps(script, args, model) if args.thinks and args.fork_positions == "markers" else {args.num_forks: 1.0}
         try:
-            thinking = step_flops(shape, args, attention, adapter) * (args.max_steps - before)
+            each = sum(share * step_flops(shape, replace(args, num_forks=forks), attention, adapter) for forks, share in shares.items())
+            thinking = round(each * (args.max_steps - before))
             return thinking + (step_flops(shape, replace(args, num_forks=0), attention, adapter) * before if before else 0)
         except ValueError:
             return None
+
+
+def forks_of_steps(script: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> dict[int, float]:
+    """For how many places in a row a step behind markers has room, as the trainer cuts it, each with its share of the steps: by the first documents, packed."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision)
+    texts = [row["text"] for row in itertools.islice(split(load_text(script), script).train, COUNTED_DOCUMENTS)]
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    markers, batch = marker_ids(args.fork_markers, tokenizer), args.per_device_train_batch_size
+    marked = [ends_of(markers, torch.tensor([row]))[0] & (torch.arange(len(row)) < len(row) - 1) for row in ids]
+    rows = pack_dataset(Dataset.from_dict({"input_ids": [row.long().tolist() for row in marked]}), args.max_length, args.packing_strategy).shuffle(seed=0)
+    most = [min(max(map(sum, rows[start : start + batch]["input_ids"])), args.num_forks) for start in range(0, len(rows), batch)]
+    found = Counter(min(1 << max(count - 1, 0).bit_length(), args.num_forks) for count in most)
+    return {forks: times / len(most) for forks, times in found.items()}
 
 
 def origin(script: TextArguments, model: ModelConfig) -> dict[str, str]:
@@ -200,10 +219,11 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
     Args:
         base: the digest of the weights that all arms start from.
     """
-    args, arms = grid.options["think"][1], grid.options
+    args, own = grid.options["think"][1], grid.options[arm][1] if arm in grid.options else None
+    thinks = own is not None and own.thinks
     asked = {
         "max_length": args.max_length, "rows_per_document": chosen.rows_per_document, "num_forks": args.num_forks,
-        "num_samples": chosen.num_samples if arm in arms and arms[arm][1].thinks else 0, "max_think_length": args.max_think_length,
+        "num_samples": chosen.num_samples if thinks else 0, "max_think_length": own.max_think_length if thinks else args.max_think_length,
         "lookahead": args.lookahead or args.max_length, "batch_size": args.per_device_eval_batch_size, "fork_markers": args.fork_markers or [],
     }  # fmt: skip
     # A model's name may be a path of this machine's, and settings are published.

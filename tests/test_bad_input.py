@@ -209,7 +209,6 @@ BAD_FITS = [
     ({"search": 8, "search_changes": 0, "stop": "fixed"}, ["search_changes=0", "at least 1"]),
     ({"search": [0.0, 0.4, 100], "stop": "fixed"}, ["search=", "never as much as one candidate"]),
     ({"search": 8, "stop": "sampled"}, ["search", "stop=fixed or stop=learned"]),
-    ({"packing": True, "packing_strategy": "wrapped", "eval_packing": True}, ["eval_packing=True", "leave eval_packing out"]),
     ({"curriculum_threshold": 0.9, "max_steps": 9, "dataloader_num_workers": 2}, ["dataloader_num_workers", "set dataloader_num_workers=0"]),
     ({"supply_thoughts": True}, ["supply_thoughts", "stop=fixed"]),
     ({"supply_thoughts": True, "stop": "fixed"}, ["supply_thoughts", "num_forks=1"]),

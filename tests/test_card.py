@@ -60,6 +60,7 @@ def test_an_adapter_is_loaded_as_one():
     card = render_card(json.loads((RESULTS / "serial_smollm2.json").read_text()), "me/model")
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/model")' in card
     assert "from peft import AutoPeftModelForCausalLM" in card
+    assert 'model.generation_config = GenerationConfig.from_pretrained("me/model")' in card
     assert "`thinktok merge me/model FOLDER` makes one plain checkpoint of both" in card
     assert "thinktok merge" not in render_card(QUICKSTART, "me/model")
 

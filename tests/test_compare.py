@@ -332,6 +332,28 @@ def test_think_start_leaves_steps_that_cost_less(tmp_path, monkeypatch):
     assert half.options["cpt_flops"][1].max_steps < whole.options["cpt_flops"][1].max_steps
 
 
+def test_a_step_behind_markers_costs_what_its_places_do(tmp_path, monkeypatch, make_trainer):
+    """As many as its rows have, for which the trainer makes room, and not as many as they might have."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    script, texts = importlib.import_module("compare"), [f"3 + 4 = 7, and 7 + 5 = 12; so {x} = 3 and the cat sat on the mat =" for x in "abcdefghijkl"]
+    save_tiny(tmp_path)
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    told = {"packing": True, "max_length": 64, "num_forks": 16, "num_think_tokens": 4, "max_steps": 20, "gradient_checkpointing": False}
+    behind = {"fork_positions": "markers", "fork_markers": [" ="]}
+    recipe = told | {"bf16": False, "use_cpu": True, "held_out_documents": 0, "test_documents": 2, "data_files": [str(tmp_path / "text.jsonl")]}
+    recipe |= {"model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2}
+    anywhere, marked, fewer = (script.Grid(recipe | options, {}) for options in ({}, behind, behind | {"num_forks": 2}))
+    trainer = make_trainer(train_dataset=Dataset.from_dict({"text": texts[:10]}), **told | behind | {"max_steps": 1})
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    generator = torch.Generator().manual_seed(0)
+    places = trainer._forks(trainer.model, inputs, trainer._labels(inputs), generator, "markers").shape[1]
+    assert 2 < places < 16
+    assert script.forks_of_steps(*marked.options["think"]) == {places: 1.0}
+    assert script.forks_of_steps(*fewer.options["think"]) == {2: 1.0}
+    assert marked.flops["cpt"] == anywhere.flops["cpt"] < fewer.flops["think"] < marked.flops["think"] < anywhere.flops["think"]
+    assert marked.options["cpt_flops"][1].max_steps < anywhere.options["cpt_flops"][1].max_steps
+
+
 @torch.no_grad()
 def test_arms_differ_by_what_they_are_and_nothing_else(grid):
     folder, _, _ = grid

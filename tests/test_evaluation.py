@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import subprocess
 
 import evaluate
@@ -25,7 +26,7 @@ from hf_thinktok.engine import ReplicatedEngine
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.inspection import inspect_text
 from hf_thinktok.evaluation.intervals import ratio_interval, t_quantile
-from hf_thinktok.evaluation.tables import evaluation_says, evaluation_verdict
+from hf_thinktok.evaluation.tables import evaluation_says, evaluation_verdict, print_evaluation
 from hf_thinktok.evaluation.thinking import CONTROLS, _rows, control_sources, kind_of, pieces
 from hf_thinktok.forks import choose_forks, eligible_forks
 from hf_thinktok.results import as_text, read_json
@@ -204,8 +205,27 @@ def test_it_is_judged_behind_markers_where_it_was_trained_to_think_there(model):
     assert set(evaluate_thinking(model, tokenizer, texts, num_samples=1, fork_markers=[]).documents_F) == {0, 1, 2}
     with pytest.raises(ValueError, match="None of fork_markers=.' zebra'. ends in the text"):
         evaluate_thinking(model, tokenizer, texts, fork_markers=[" zebra"])
+    with pytest.raises(ValueError, match="fork_markers=.''. has one without text"):
+        evaluate_thinking(model, tokenizer, texts, fork_markers=[""])
     with pytest.raises(ValueError, match="fork_markers=' =' is one text: give a list"):
         evaluate_thinking(model, tokenizer, texts, fork_markers=" =")
+
+
+def test_a_model_of_16_bits_with_hidden_states_of_32_is_inspected(tokenizer):
+    model = tiny_model("mamba", vocab_size=len(tokenizer))
+    vocabulary = add_thinking_tokens(model, tokenizer, 4)
+    ids = tokenizer("the cat sat")["input_ids"]
+    (first, *_) = inspect_text(model.bfloat16(), tokenizer, "the cat sat", max_think_length=2)
+    told = logps_of(model, ids[:1])[0].softmax(-1).topk(5).values
+    assert [probability for _, probability in first.top_before] == pytest.approx(told.tolist(), abs=1e-3)
+    assert len(first.top_before) == 5 < vocabulary.num_real
+
+
+def test_without_samples_nothing_is_compared(model):
+    found = evaluate_thinking(*model, TEXT[:2], num_forks=2, num_samples=0).summary()
+    assert set(found["arms"]) == {"no_think"}
+    assert evaluation_says(found) == "Nothing was thought, so there is nothing to compare."
+    print_evaluation({"evaluation": found})
 
 
 def test_controls_are_what_they_say():
@@ -483,7 +503,7 @@ def thinktok(*words) -> subprocess.CompletedProcess:
 def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
     asked = {"num_forks": 4, "num_samples": 3, "max_think_length": 2, "lookahead": 1, "seed": 7, "batch_size": 3, "rows_per_document": 1}
     few = [word for name, value in asked.items() for word in (f"--{name}", value)]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, TEXT[:3])))
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": f"{row['text']} again"}) for row in TEXT[:3]))
     (tmp_path / "compare.yaml").write_text((folder / "recipe.yaml").read_text() + f"test_files: [{tmp_path / 'test.jsonl'}]\nseeds: [0, 1]\n")
     for source, documents in (
         (("--data_files", folder / "data.jsonl"), 6),
@@ -506,6 +526,39 @@ def test_the_command_evaluates_text_or_what_a_recipe_held_out(folder, tmp_path):
     done = thinktok("eval", folder, "--data_files", folder / "data.jsonl", *few, "--fork_markers", " =", " the", "--output", tmp_path / "found.json")
     assert "The places are those behind ' =', ' the'." in " ".join(done.stdout.split())
     assert read_json(tmp_path / "found.json")["evaluation"]["settings"]["fork_markers"] == [" =", " the"]
+
+
+def test_documents_that_chose_the_checkpoint_carry_no_verdict(folder, tmp_path):
+    shutil.copytree(folder, chosen := tmp_path / "chosen")
+    few, data = ("--num_forks", 2, "--num_samples", 1, "--max_think_length", 1), ("--data_files", folder / "data.jsonl")
+    says = "The same documents chose this checkpoint, the best of 3 evaluations"
+    for best_of, own, flatters in (
+        (3, ("--held_out_documents", 2), True),
+        (1, ("--held_out_documents", 2), False),
+        (3, ("--test_documents", 2), False),
+        (3, (), False),
+    ):
+        (chosen / "results.json").write_text(json.dumps({"best_of": best_of}))
+        said = " ".join(thinktok("eval", chosen, *data, *own, *few).stdout.split())
+        assert (says in said) is flatters
+        assert ("thinking" in said.partition("tokens at a place.")[2].lower()) is not flatters
+
+
+def test_what_is_reported_on_was_not_trained_on_word_for_word(tmp_path, caplog):
+    texts = [f"document {i % 8}" for i in range(20)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=2, test_documents=2)
+    parts = split(load_text(script), script)
+    test, held_out, train = (set(part["text"]) for part in (parts.test, parts.held_out, parts.train))
+    assert not test & (held_out | train)
+    assert not held_out & train
+    assert "documents are word for word among the 2 of test_documents, and are left out" in caplog.text
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (*train, "another")))
+    assert unseen_text(script, [str(tmp_path / "own.jsonl")])["text"][:] == ["another"]
+    assert len(unseen_text(TextArguments(), [str(tmp_path / "own.jsonl")])) == len(train) + 1  # of a text alone nothing was trained on
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in train))
+    with pytest.raises(ValueError, match="are word for word among those to train on: give text"):
+        unseen_text(script, [str(tmp_path / "own.jsonl")])
 
 
 @pytest.mark.parametrize(

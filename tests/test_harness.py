@@ -15,7 +15,7 @@ from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
-from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer, tokenizer_of_kind
 from peft import LoraConfig
 from plain_rows import thinker
 
@@ -107,6 +107,18 @@ def test_a_generation_thinks_within_its_budget_and_shows_no_thought():
     assert thoughts.sum() == 10
     spoken = made[0][0][len(tokenizer(CORPUS[0])["input_ids"]) :]
     assert (~lm.vocabulary.is_thought(spoken)).sum() == 12 or tokenizer.eos_token_id in spoken  # thoughts come on top
+    assert "think" not in text
+
+
+def test_a_generation_shows_no_thought_where_the_tokenizer_would():
+    """Llama 2's normalizer hides from the tokenizer which tokens are special."""
+    tokenizer = tokenizer_of_kind("prepend")
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    vocabulary = add_thinking_tokens(model, tokenizer, 4)
+    lm = ThinkTokLM(pretrained=model, tokenizer=tokenizer, device="cpu", max_length=128, thoughts="always", max_think_length=2, batch_size=1)
+    assert "think" in tokenizer.decode([*vocabulary.ids], skip_special_tokens=True)
+    (text,) = lm.generate_until(asked("generate_until", [(CORPUS[0], {"until": ["@@"], "max_gen_toks": 12, "do_sample": False})]))
+    assert text.strip()
     assert "think" not in text
 
 

@@ -542,6 +542,15 @@ def test_skip_special_tokens_hides_thoughts_and_nothing_else():
     assert tokenizer.decode([*tokenizer("<|im_start|>the")["input_ids"], vocabulary.ids[1]], skip_special_tokens=True) == "the"
 
 
+@pytest.mark.parametrize("kind", ["bytes", "nfc", "prepend", "replace", "metaspace"])
+def test_where_skip_special_tokens_cannot_hide_thoughts_it_is_said(kind, caplog):
+    tokenizer = tokenizer_of_kind(kind)
+    vocabulary = add_thinking_tokens(tiny_model(vocab_size=len(tokenizer)), tokenizer, 4)
+    hidden = not tokenizer.decode([*vocabulary.ids], skip_special_tokens=True).strip()
+    assert hidden is (kind != "prepend")
+    assert ("skip_special_tokens=True shows thoughts with it" in caplog.text) is not hidden
+
+
 PIECES = [
     *("<|think_", "<|think", "<|", "<", "|", "think_", "_", "0", "1", "11", "|>", ">", "<|think_0|>", "<|think_3|>", "<|think_11|>", "<|think_99|>"),
     *(" ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u200b", "\u2028", "▁", "Ġ", "\ufeff", "\0"),

@@ -869,12 +869,15 @@ import sys
 sys.modules["hf_thinktok"] = None
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 expected = torch.load({str(tmp_path / "expected.pt")!r})
 for kind, folder in ((AutoPeftModelForCausalLM, "adapter"), (AutoModelForCausalLM, "merged")):
     model = kind.from_pretrained({str(tmp_path)!r} + "/" + folder).eval()
     torch.testing.assert_close(model(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-4, rtol=1e-4)
     assert model.generate(input_ids=expected["ids"], max_new_tokens=4).shape[1] > 6
+    model.generation_config = GenerationConfig.from_pretrained({str(tmp_path)!r} + "/" + folder)
+    said = model.generate(input_ids=expected["ids"], max_new_tokens=1, output_scores=True, return_dict_in_generate=True)
+    assert said.scores[0][0, {trainer.vocabulary.guard_id}] == -torch.inf
     AutoTokenizer.from_pretrained({str(tmp_path)!r} + "/" + folder)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -1389,6 +1392,15 @@ def test_packed_rows_are_packed_once(make_trainer, corpus):
     found, again, of_dict = trainer.evaluate(), trainer.evaluate(trainer.eval_dataset), trainer.evaluate({"x": corpus.select(range(9))})
     assert found["eval_documents"] == again["eval_documents"] == of_dict["eval_x_documents"] > 4
     assert found["eval_bits_no_think"] == again["eval_bits_no_think"] == of_dict["eval_x_bits_no_think"]
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_a_long_document_that_is_packed_to_evaluate_on_counts_once(make_trainer, strategy):
+    rows = Dataset.from_dict({"text": [text * 20 for text in CORPUS[:2]]})
+    packed, plain = (make_trainer(eval_dataset=rows, packing=True, packing_strategy=strategy, eval_packing=packs, max_length=32) for packs in (True, False))
+    found, wanted = packed.evaluate(), plain.evaluate()
+    assert found["eval_documents"] == wanted["eval_documents"] == 2
+    assert found["eval_loss"] == pytest.approx(wanted["eval_loss"], abs=1e-5)
 
 
 def test_rows_that_are_made_as_they_are_read(make_trainer, corpus, tokenizer):

@@ -121,6 +121,11 @@ class ThinkTokLM(HFLM):
         made_BT[:, context.shape[1] :][text_BT > max_length - context.shape[1]] = self.eot_token_id
         return made_BT
 
+    def tok_decode(self, tokens, skip_special_tokens: bool = True):
+        if not isinstance(tokens, int):
+            tokens = [token for token in tokens if token not in self.vocabulary.ids]  # which not every tokenizer hides
+        return super().tok_decode(tokens, skip_special_tokens)
+
     def _autocast(self):
         return torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None)
 

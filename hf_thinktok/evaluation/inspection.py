@@ -114,7 +114,8 @@ def inspect_text(
 
 def logits_of(model: PreTrainedModel, hidden_XD: Tensor) -> Tensor:
     """Logits of all rows from hidden states that enter the LM head, fp32."""
-    return LogitTransform.from_config(model.config)(model.get_output_embeddings()(hidden_XD).float())
+    head = model.get_output_embeddings()
+    return LogitTransform.from_config(model.config)(head(hidden_XD.to(head.weight.dtype)).float())  # Mamba's are fp32 in a model of 16 bits
 
 
 def _likeliest(model, hidden_MD: Tensor, vocabulary: ThinkingVocabulary, top: int) -> list[list[tuple[int, float]]]:

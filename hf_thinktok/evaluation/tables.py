@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..results import ALL_ALIKE, THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, per_cent
+from ..results import ALL_ALIKE, THOUGHTS, conclusion, level_table, levels_of_runs, mean_lengths, minutes_of, of_chosen, per_cent
 from .comparison import ARMS, AT_RANDOM, SILENT
 from .intervals import t_quantile
 from .thinking import CONTROLS, PLACED, own_arm, own_length
@@ -26,7 +26,9 @@ def _print(tables: list[Table], says: str, console: Console | None) -> None:
 
 
 def evaluation_says(found: dict[str, Any]) -> str:
-    """How much is thought, and the verdict."""
+    """How much is thought, and the verdict, unless the text chose the model."""
+    if not found["gains"]:
+        return "Nothing was thought, so there is nothing to compare."
     if own_arm(found["settings"]) == "always":
         how = f"It was trained to think {found['settings']['max_think_length']} tokens everywhere, and does so in what is judged here."
     else:
@@ -35,7 +37,7 @@ def evaluation_says(found: dict[str, Any]) -> str:
         how += f" The places are those behind {', '.join(map(repr, markers))}."
     elif found["settings"].get("fork_positions") == "markers":
         how += " It was trained to think behind markers, and these places are others, evenly spaced: fork_markers measures it at its own."
-    return f"{how} {evaluation_verdict(found)}"
+    return f"{how} {of_chosen(found) or evaluation_verdict(found)}"
 
 
 def evaluation_tables(found: dict[str, Any]) -> list[Table]:
@@ -55,6 +57,8 @@ def evaluation_tables(found: dict[str, Any]) -> list[Table]:
             if "bits_per_token_marginal" in one and found["settings"]["num_samples"] > 1:
                 table.add_row(f"  mean probability of {found['settings']['num_samples']}", f"{one['bits_per_token_marginal']:.4f}", "", "")
     tables = [table]
+    if not found["gains"]:
+        return tables
     table = Table(padding=0, title="Bits gained per token, with 95 % intervals over documents")
     table.add_column("")
     table.add_column("", justify="right")

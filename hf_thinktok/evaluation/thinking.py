@@ -197,6 +197,8 @@ def evaluate_thinking(
     behind = trained.get("fork_markers", ()) if fork_markers is None else fork_markers
     if isinstance(behind, str):
         raise ValueError(f"fork_markers={behind!r} is one text: give a list of them.")
+    if not all(behind):
+        raise ValueError(f"fork_markers={list(behind)} has one without text: leave it out, or give [] for places anywhere.")
     markers = marker_ids(behind, tokenizer)
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     branching = Branching(samples, length, ahead, blind=blind)
