@@ -1,4 +1,4 @@
-"""Answers to questions with one right completion: thinking greedily, with random thoughts, and without any.
+"""Answers to questions with one right completion: thinking greedily, with random thoughts, and without any; and what plain generation makes of them.
 
 Shape suffixes as in tree.py; D rows of a data set.
 """
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .config import ThinkTokConfig
 from .distributed import autocast
+from .generation import NO_CUTS
 from .losses import stopping_logps
-from .models import evaluating
+from .models import evaluating, unwrapped
 from .objective import Speech, speak
 from .rewards import masked_sum
 from .rollout import Rollout
@@ -25,6 +26,8 @@ from .tree import ThoughtTree
 
 # Tokens of a batch at most: two hundred long rows at once are 16 GB.
 BATCH_TOKENS = 1 << 14
+# So many times as long as in training a generated thought may be: one that nothing ends is a wrong answer.
+GENERATED_THOUGHTS = 4
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Answers:
         thoughts_DL: the thoughts, numbers from 0 (those of text are vocabulary ids), padded with -1; nothing else for thoughts that are no tokens. With
             `stop=learned` those of the likeliest length.
         lengths_D: (expected) thinking tokens.
-        logps_D: log-probability of the completion, nats.
+        logps_D: log-probability of the completion, nats; NaN of what was generated.
     """
 
     correct_D: np.ndarray
@@ -58,6 +61,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
         dataset: columns `input_ids`, `labels` (-100 before the completion) and, where thoughts have given lengths, `think_length`.
         how: `think`: the most likely thinking token at each step; with `stop=sampled` where a thought ends is drawn. `random`: uniformly random thoughts of
             the same lengths (with a learned stop as long as the gate makes them), for `thoughts=continuous` those of other rows. `none`: no thought at all.
+            `generate`: what plain `model.generate` samples, whose thoughts nobody ends but the model's own gate.
         batch_size: rows at once, fewer where they are long.
         seed: of the random thoughts.
     """
@@ -66,6 +70,8 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     generator = torch.Generator(device).manual_seed(seed)
     if "labels" not in dataset.column_names:
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
+    if how == "generate":
+        return _generated(trainer, dataset, batch_size, seed)
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
     rows = dataset.select_columns(columns)
     given_D = rows["think_length"][:] if "think_length" in columns else [args.max_think_length] * len(rows)
@@ -95,6 +101,32 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
             thoughts_DL = np.pad(thoughts_DL, ((0, 0), (0, max(said_BL.shape[1] - thoughts_DL.shape[1], 0))), constant_values=-1)
             thoughts_DL[index, : said_BL.shape[1]] = said_BL
     return Answers(correct_D, thoughts_DL, spent_D, logps_D)
+
+
+def _generated(trainer, dataset: Dataset, batch_size: int, seed: int) -> Answers:
+    """What the model samples behind each prompt: its thought is all that comes before the first word, and all words but as many as the completion has are left
+    out."""
+    vocabulary, model = trainer.vocabulary, unwrapped(trainer.model)
+    ids_D, labels_D = dataset["input_ids"][:], dataset["labels"][:]
+    begins_D = np.array([next(place for place, label in enumerate(labels) if label >= 0) for labels in labels_D])
+    right_D = [[label for label in labels if label >= 0] for labels in labels_D]
+    most = max(map(len, right_D)) + GENERATED_THOUGHTS * trainer.args.max_think_length
+    correct_D, lengths_D, thoughts_DL = np.zeros(len(ids_D), bool), np.zeros(len(ids_D)), np.full((len(ids_D), most), -1)
+    with evaluating(model), autocast(trainer.accelerator), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for begin in np.unique(begins_D):  # so that no prompt is padded
+            for index in np.array_split(alike := np.flatnonzero(begins_D == begin), math.ceil(len(alike) / batch_size)):
+                prompts_BT = torch.tensor([ids_D[i][:begin] for i in index], device=model.device)
+                made_BT = model.generate(
+                    prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, temperature=1.0, max_new_tokens=most, pad_token_id=0, **NO_CUTS
+                )[:, begin:].cpu().numpy()  # fmt: skip
+                thought_BT = (made_BT >= vocabulary.first_id) & (made_BT < vocabulary.guard_id)
+                first_BT = np.cumprod(thought_BT, axis=1).astype(bool)
+                lengths_D[index] = first_BT.sum(1)
+                thoughts_DL[index, : made_BT.shape[1]] = np.where(first_BT, made_BT - vocabulary.first_id, -1)
+                for i, made_T, words_T in zip(index, made_BT, ~thought_BT, strict=True):
+                    correct_D[i] = made_T[words_T][: len(right_D[i])].tolist() == right_D[i]
+    return Answers(correct_D, thoughts_DL[:, : max(int(lengths_D.max(initial=0)), 1)], lengths_D, np.full(len(ids_D), math.nan))
 
 
 def _thoughts(trainer, inputs: dict[str, Tensor], labels_BT: Tensor, how: str, generator: torch.Generator) -> Rollout:

@@ -24,7 +24,7 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     places = [int(level) for level in levels]
-    for how, colour in zip(hows_of(results["runs"]), ("tab:blue", "tab:orange", "tab:gray"), strict=False):
+    for how, colour in zip(hows_of(results["runs"]), ("tab:blue", "tab:orange", "tab:gray", "tab:red"), strict=False):
         for i, run in enumerate(results["runs"]):
             axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {THOUGHTS[how]}")
     axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")

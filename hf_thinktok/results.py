@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .bench_tables import print_bench
 
-THOUGHTS = {"think": "its own", "random": "random", "none": "none"}
+THOUGHTS = {"think": "its own", "random": "random", "none": "none", "generate": "its own, in plain generate"}
 # What pushes leave here: checkpoints; the reports, which hold whole held-out documents word for word; all options, with the token for the Hub; and what
 # recipes/compare.py writes beside each arm, with paths of this machine.
 _LEFT = ("checkpoint-*", "inspection.json", "report.html", "*training_args.bin", "config.yaml", "log.txt", "origin.json")

@@ -30,6 +30,7 @@ from trl import ModelConfig, get_peft_config
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.answers import answer
 from hf_thinktok.callbacks import print_thoughts
+from hf_thinktok.card import why_not_generated
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
 from hf_thinktok.controls import control_of
 from hf_thinktok.data import levels_of
@@ -188,6 +189,11 @@ def ways_to_answer(args: ThinkTokConfig, asked_by_length: bool) -> list[str]:
     return ["think", "random"] if args.blind or asked_by_length else ["think", "random", "none"]
 
 
+def ends_by_itself(args: ThinkTokConfig) -> bool:
+    """Whether plain generation can do what the model was trained to, its gate alone ending thoughts."""
+    return args.thinks and args.stop != "fixed" and not args.reads_thinking and why_not_generated(args.stored()) is None
+
+
 def by_level(trainer: ThinkTokTrainer, test: Dataset, limit: int, hows: list[str]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Accuracy by level, of each way to answer; and the mean length of its thoughts, where the model itself ends them."""
     table: dict[str, dict[str, float]] = {}
@@ -266,7 +272,7 @@ def run(
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if toy.save_models:  # first, as tests may take as long
         trainer.save_model(args.output_dir)
-    accuracy, lengths = by_level(trainer, test, toy.test_rows, hows)
+    accuracy, lengths = by_level(trainer, test, toy.test_rows, [*hows, *(["generate"] if ends_by_itself(args) else [])])
     curriculum = trainer.curriculum
     reached = levels_of(task.train) if curriculum is None else curriculum.reached(trainer.state.global_step - 1)  # in its last step
     language = {}

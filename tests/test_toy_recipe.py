@@ -79,7 +79,9 @@ def test_a_model_that_thinks_goes_on_to_learn_when_to_stop(tmp_path):
     assert then.returncode == 0, then.stderr[-2000:]
     assert "mean length" in then.stdout
     (run,) = json.loads((tmp_path / "then" / "results.json").read_text())["runs"]
-    assert set(run["think_length"]) == {"1", "2", "3"}
+    assert set(run["accuracy"]) == {"think", "random", "none", "generate"}, "its gate alone ends its thoughts there"
+    assert set(run["accuracy"]["generate"]) == set(run["think_length"]) == {"1", "2", "3"}
+    assert "its own, in plain generate" in then.stdout
     assert all(0 < length < 7 for length in run["think_length"].values())
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from questions import N, batch_of, one_rollout, questions
@@ -581,6 +582,44 @@ def test_a_filler_says_nothing_and_trains_the_speaker(make):
     filler = [trainer.vocabulary.first_id] * 2
     expected = [-plain_logps(trainer.model, trainer.vocabulary, row["input_ids"][:5], filler, row["input_ids"][5]) for row in rows.select(range(4))]
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-4)
+
+
+def test_what_is_generated_is_judged_by_its_words(make, monkeypatch):
+    """Whatever was thought before the first one or behind; a thought that nothing ended is no answer."""
+    rows = questions(levels=(3,)).select(range(5))
+    trainer = make(rows, stop="sampled")
+    first, right = trainer.vocabulary.first_id, [row["input_ids"][-1] for row in rows]
+    said = [[right[0], 5], [first + 2, right[1]], [first, first + 1, first, right[2]], [first, right[3] + 1, right[3]], [first] * 9]
+    asked = {}
+
+    def generate(ids, **options):
+        asked.update(options, prompts=ids.tolist())
+        return torch.tensor([[*prompt, *one, *[5] * (9 - len(one))] for prompt, one in zip(ids.tolist(), said, strict=True)])
+
+    monkeypatch.setattr(trainer.model, "generate", generate)
+    found = answer(trainer, rows, "generate")
+    assert asked["prompts"] == [row["input_ids"][:-1] for row in rows]
+    assert (asked["do_sample"], asked["temperature"], asked["top_k"], asked["max_new_tokens"]) == (True, 1.0, 0, 1 + 4 * 2)
+    assert found.correct_D.tolist() == [True, True, True, False, False]
+    assert found.lengths_D.tolist() == [0, 1, 3, 1, 9]
+    assert [[number for number in thought if number >= 0] for thought in found.thoughts_DL.tolist()] == [[], [2], [0, 1, 0], [0], [0] * 9]
+
+
+def test_a_model_that_never_thinks_generates_as_it_predicts(make, tokenizer):
+    rows, model = questions(levels=(3,)), tiny_model("llama", vocab_size=len(tokenizer), tie=False, scale=6.0)
+    vocabulary = add_thinking_tokens(model, tokenizer, N)
+    likeliest = model(input_ids=torch.tensor(rows["input_ids"])[:, :-1]).logits[:, -1, : vocabulary.first_id].argmax(-1).tolist()
+    ids = [[*row[:-1], token] for row, token in zip(rows["input_ids"], likeliest, strict=True)]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * (len(row) - 1) + row[-1:] for row in ids]})
+    model.generation_config.suppress_tokens = [*vocabulary.ids, vocabulary.guard_id]
+    trainer = make(rows, model=model, tokenizer=tokenizer, stop="sampled")
+    found = [answer(trainer, rows, "generate", seed=seed) for seed in range(24)]
+    assert not any(one.lengths_D.any() for one in found)
+    wanted = np.exp(answer(trainer, rows, "none").logps_D)
+    error = np.sqrt((wanted * (1 - wanted)).sum() / len(found)) / len(rows)
+    assert 0 < error < 0.02
+    assert abs(np.mean([one.accuracy for one in found]) - wanted.mean()) < 4 * error
+    assert not np.array_equal(found[0].correct_D, found[1].correct_D)
 
 
 def test_how_many_fillers_is_drawn_and_rewarded(make, tokenizer):
