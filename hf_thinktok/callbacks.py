@@ -133,7 +133,7 @@ def print_thoughts(tokenizer, samples: list[dict], first_id: int, step: int, con
         table.add_row(
             Text(_visible(tokenizer.decode(sample["before"])[-most:]), TEXT_STYLE),
             Text(" ".join(str(i - first_id) if i >= first_id else _visible(tokenizer.decode([i])) for i in sample["thought"]) or "-", THOUGHT_STYLE),
-            f"{sample['length']:.3g}",
+            f"{sample['length']:.2f}",
             Text(_visible(tokenizer.decode(sample["after"])), TEXT_STYLE),
             Text(f"{sample['gain']:+.2f}", "green" if sample["gain"] > 0 else "red"),
         )
