@@ -70,6 +70,7 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     generator = torch.Generator(device).manual_seed(seed)
     if "labels" not in dataset.column_names:
         raise ValueError(f"The questions have the columns {dataset.column_names} and no `labels`: give each row the ids of its completion, and -100 before it.")
+    batch_size = max(2, min(batch_size, BATCH_TOKENS // max(map(len, dataset["input_ids"]))))  # `random` may need another row
     if how == "generate":
         return _generated(trainer, dataset, batch_size, seed)
     columns = [name for name in ("input_ids", "labels", "think_length") if name in dataset.column_names]
@@ -82,7 +83,6 @@ def answer(trainer, dataset: Dataset, how: str = "think", batch_size: int = 256,
     judged = 1 if args.reads_thinking else max(len(labels) - next((i for i, label in enumerate(labels) if label >= 0), 0) for labels in rows["labels"])
     if judged > 1 and args.stop == "learned" and how != "none":
         raise ValueError(f"Answers have up to {judged} tokens, and stop=learned sums its lengths out for one: set stop=sampled, or make answers of one token.")
-    batch_size = max(2, min(batch_size, BATCH_TOKENS // max(map(len, rows["input_ids"]))))  # `random` may need another row
     thoughts_DL = np.full((len(rows), max(int(lengths_D.max()), 1) if args.stop == "fixed" else args.max_think_length), -1)
     with evaluating(model), autocast(trainer.accelerator):
         for index in np.array_split(order_D, max(1, min(math.ceil(len(rows) / batch_size), len(rows) // 2))):
@@ -119,8 +119,8 @@ def _generated(trainer, dataset: Dataset, batch_size: int, seed: int) -> Answers
                 prompts_BT = torch.tensor([ids_D[i][:begin] for i in index], device=model.device)
                 made_BT = model.generate(
                     prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, temperature=1.0, max_new_tokens=most, pad_token_id=0, **NO_CUTS
-                )[:, begin:].cpu().numpy()  # fmt: skip
-                thought_BT = (made_BT >= vocabulary.first_id) & (made_BT < vocabulary.guard_id)
+                )[:, begin:].cpu()  # fmt: skip
+                thought_BT, made_BT = vocabulary.is_thought(made_BT).numpy(), made_BT.numpy()
                 first_BT = np.cumprod(thought_BT, axis=1).astype(bool)
                 lengths_D[index] = first_BT.sum(1)
                 thoughts_DL[index, : made_BT.shape[1]] = np.where(first_BT, made_BT - vocabulary.first_id, -1)

@@ -75,10 +75,9 @@ def run_generate(args: argparse.Namespace) -> None:
     from .tokens import stored_options
 
     chosen = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(args, name)) is not None}
-    if args.greedy and args.seed is not None:
-        chosen["seed"] = args.seed
-    if args.greedy and chosen:
-        raise UsageError(f"--greedy does not sample: leave out {', '.join(f'--{name}' for name in chosen)}.")
+    told = [*chosen, *["seed"] * (args.seed is not None)]
+    if args.greedy and told:
+        raise UsageError(f"--greedy does not sample: leave out {', '.join(f'--{name}' for name in told)}.")
     # What can be wrong is looked at before the weights are read.
     prompt = read_prompt(args)
     vocabulary = read_vocabulary(args.model, args.revision)

@@ -82,6 +82,11 @@ def choose_forks(eligible_BT: Tensor, num_forks: int, how: str, generator: torch
     return torch.where(forks_BK < trunk_length, forks_BK, -1)
 
 
+def room_for(places: int) -> int:
+    """How many places a batch has room for, of whose rows none has more than so many: a power of two, as passes of other shapes cannot be replayed."""
+    return 1 << max(places - 1, 0).bit_length()
+
+
 def has_room(args: "ThinkTokConfig", model: PreTrainedModel, documents_BT: Tensor) -> Tensor:
     """Places where a thought and what judges it have positions, `[B, T]` bool: to the end of their document, or as far as `lookahead` goes. Where thoughts stay
     in the text it is the document with all of them."""

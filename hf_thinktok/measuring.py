@@ -16,9 +16,8 @@ from .curriculum import Curriculum
 from .data import check_dataset, columns_of, columns_of_text, formatted, is_prepared, named_sets
 from .errors import RunError
 from .evaluation import GainByDocument
-from .objective import speak
+from .objective import gained, speak
 from .revival import Revival
-from .rewards import masked_mean
 from .rollout import Rollout
 from .scores import TreeScores
 from .tree import ThoughtTree
@@ -52,11 +51,10 @@ class MeasuringTrainer(CheckpointingTrainer):
         values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
         self._recorded = list(metrics), self.accelerator.gather(torch.cat([counts, values])[None]), inputs.get("level")
         if self.args.log_completions and tree.num_forks:
-            with torch.no_grad():  # as the metrics are: with the thought's own length, where that is learned
-                speech = speak(scores, rollout, self.args.stop, 0.0, self.args.blind)
-                gains_BKG = masked_mean(speech.logps_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]) / math.log(2)
             kept = dataclasses.replace(rollout, soft_BKGLX=None)
-            self._printable = inputs["input_ids"], kept, speech.lengths_BKG, scores.labels_BKH, gains_BKG
+            with torch.no_grad():
+                speech = speak(scores, rollout, self.args.stop, 0.0, self.args.blind)
+                self._printable = inputs["input_ids"], kept, speech.lengths_BKG, scores.labels_BKH, gained(scores, speech)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -97,6 +97,12 @@ def speak(scores: TreeScores, rollout: Rollout, stop: str, smoothing: float, bli
     )
 
 
+def gained(scores: TreeScores, speech: Speech) -> Tensor:
+    """Bits a token that each thought saves over the text without it, as the model would really think: with a learned stop at its own lengths, `[B, K, G]`."""
+    spoken_BKGH = speech.logps_BKGH if speech.own_logps_BKG is None else speech.own_logps_BKG[..., None]
+    return masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None]) / math.log(2)
+
+
 def actions(scores: TreeScores, rollout: Rollout, config: ThinkTokConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities of what was drawn, and which of it counts, each `[B, K, G, A]`: the thinking tokens and, where they are drawn, the stops."""
     valid = scores.valid_BK[:, :, None, None]
@@ -313,11 +319,8 @@ def _metrics(
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
     spread_BK = rewards_BKG.std(-1, correction=min(1, rewards_BKG.shape[-1] - 1))
-    # What the model would really do: with a learned stop, its own lengths.
-    spoken_BKGH = speech.logps_BKGH if speech.own_logps_BKG is None else speech.own_logps_BKG[..., None]
     drawn = slice(int(rollout.chosen), own.stop)  # by the policy, and written down with what it gave them
     differences_BKGL = (scores.thought_logps_BKGL - rollout.logps_BKGL).abs()
-    gained_BKG = masked_mean(spoken_BKGH - scores.baseline_logps_BKH[:, :, None], scores.compared_BKH[:, :, None])
     metrics = {
         "reward": masked_mean(rewards_BKG[..., own], valid, None),
         "reward_std": masked_mean(spread_BK, valid_BK, None),
@@ -325,7 +328,7 @@ def _metrics(
         "think_length": masked_mean(speech.lengths_BKG[..., own], valid, None),
         "accuracy": masked_mean(speech.own_correct_BKGH[:, :, own].float(), scores.mask_BKH[:, :, None], None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
-        "think_gain": masked_mean(gained_BKG[..., own], valid, None) / math.log(2),
+        "think_gain": masked_mean(gained(scores, speech)[..., own], valid, None),
         "sampling_logp_difference": masked_mean(differences_BKGL[:, :, drawn], (rollout.drawn_BKGL & valid[..., None])[:, :, drawn], None),
     }
     if not rollout.text:  # of the thinking vocabulary, which does not write text

@@ -26,7 +26,7 @@ from .data import TreeCollator, check_prepared, check_thinking_numbers, column_o
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
 from .engine import Pass, choose_engine, small_twin
 from .evaluation import GainByDocument
-from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think
+from .forks import check_markers, check_positions, choose_forks, count_forks, ends_of, given_lengths, marker_ids, may_think, room_for
 from .head import HeadInputs, attach_head
 from .loading import check_arguments, check_optimizer, check_parts, find_speaker, load_model, load_teacher, sample_text, used_by_now
 from .measuring import MeasuringTrainer
@@ -348,9 +348,8 @@ class ThinkTokTrainer(MeasuringTrainer):
         if args.memory == "persistent":  # a pass for each, and none for those that no row has
             most = self._largest_of_ranks((forks_BK >= 0).sum(1))
             forks_BK = nn.functional.pad(forks_BK, (0, max(most - forks_BK.shape[1], 0)), value=-1)[:, :most]
-        elif how in ("markers", "all"):  # rows may have far fewer; powers of two, as passes of other shapes cannot be replayed
-            most = int((forks_BK >= 0).sum(1).max())
-            forks_BK = forks_BK[:, : 1 << max(most - 1, 0).bit_length()]
+        elif how in ("markers", "all"):  # rows may have far fewer
+            forks_BK = forks_BK[:, : room_for(int((forks_BK >= 0).sum(1).max()))]
         return forks_BK
 
     def _score(self, model, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> TreeScores:

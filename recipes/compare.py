@@ -50,7 +50,7 @@ from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import ARMS, AT_RANDOM, SILENT, Comparison
 from hf_thinktok.evaluation.tables import print_comparison
-from hf_thinktok.forks import ends_of, marker_ids
+from hf_thinktok.forks import ends_of, marker_ids, room_for
 from hf_thinktok.loading import fit_to_cpu, init_kwargs, read_mappings
 from hf_thinktok.peft import load_whole
 from hf_thinktok.plan import step_flops
@@ -150,14 +150,15 @@ class Grid:
 
 def forks_of_steps(script: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> dict[int, float]:
     """For how many places in a row a step behind markers has room, as the trainer cuts it, each with its share of the steps: by the first documents, packed."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path), revision=model.model_revision)
+    where = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path), **where)
     texts = [row["text"] for row in itertools.islice(split(load_text(script), script).train, COUNTED_DOCUMENTS)]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     markers, batch = marker_ids(args.fork_markers, tokenizer), args.per_device_train_batch_size
     marked = [ends_of(markers, torch.tensor([row]))[0] & (torch.arange(len(row)) < len(row) - 1) for row in ids]
     rows = pack_dataset(Dataset.from_dict({"input_ids": [row.long().tolist() for row in marked]}), args.max_length, args.packing_strategy).shuffle(seed=0)
     most = [min(max(map(sum, rows[start : start + batch]["input_ids"])), args.num_forks) for start in range(0, len(rows), batch)]
-    found = Counter(min(1 << max(count - 1, 0).bit_length(), args.num_forks) for count in most)
+    found = Counter(min(room_for(count), args.num_forks) for count in most)
     return {forks: times / len(most) for forks, times in found.items()}
 
 
