@@ -442,9 +442,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             return None
         if is_partitioned(self.model):
             raise ValueError("beta > 0 keeps a copy of the model, which ZeRO-3 cannot make: take ZeRO-2, or an adapter (peft_config), whose base is its copy.")
-        reference = copy.deepcopy(self.model)
-        attach_head(reference, self.vocabulary)  # a copied forward would still be bound to the model it was copied from
-        return prepare_frozen(reference, self.accelerator)
+        return prepare_frozen(copy.deepcopy(self.model), self.accelerator)
 
     def _reference_actions(self, tree: ThoughtTree, tokens_BT: Tensor, labels_BT: Tensor, rollout: Rollout) -> Tensor:
         """Log-probabilities of the rollout's actions under the reference model."""

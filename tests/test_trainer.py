@@ -35,6 +35,7 @@ from hf_thinktok.controls import control_of
 from hf_thinktok.curriculum import Curriculum
 from hf_thinktok.evaluation import GainByDocument, evaluate_thinking
 from hf_thinktok.forks import ends_of, marker_ids
+from hf_thinktok.head import HeadInputs
 from hf_thinktok.models import untie
 from hf_thinktok.objective import speak
 from hf_thinktok.peft import merge, thinking_tokens_alone
@@ -527,6 +528,23 @@ def test_the_reference_is_asked_once_about_each_rollout(make_trainer, monkeypatc
     trainer.train()
     assert sum(asked) == 2
     assert len(asked) == 2 + 6
+
+
+@pytest.mark.parametrize("policies", ["shared", "split"])
+def test_a_copy_of_the_model_as_the_reference_is_stays_what_the_model_was(make_trainer, policies):
+    trainer = make_trainer(max_steps=3, beta=0.1 if policies == "shared" else 0.0, policies=policies, learning_rate=0.1, save_strategy="no")
+    reference = trainer.reference if policies == "shared" else copy.deepcopy(trainer.model)
+    tokens, nodes = torch.arange(5, 12)[None], torch.arange(7)
+
+    def says(model):
+        model.eval()
+        with torch.no_grad():
+            return model(input_ids=tokens, head=HeadInputs(nodes, nodes), speaks=policies == "split").target_logps_M
+
+    began = says(trainer.model)
+    trainer.train()
+    assert torch.equal(says(reference), began)
+    assert not torch.allclose(says(trainer.model), began)
 
 
 @pytest.mark.parametrize(
