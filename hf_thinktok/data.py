@@ -227,9 +227,10 @@ def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: Thinkin
             raise ValueError(f"The {name} data set has the id {min(thoughts)}, a thinking token of this model: make its input_ids with the model's tokenizer.")
         if args.max_length is not None and not skips_preparing(args):  # rows were cut
             full = sum(len(row) == args.max_length for row in rows_read.get("input_ids", []))
-            if not is_packed(dataset) and full > (looked_at := min(len(dataset), LOOKED_AT_ROWS)) / 100:
-                how = "Of %d of %d rows looked at of the %s data set, which fill max_length=%d, nothing beyond is read; with packing=True all of it would be."
-                logger.warning(how, full, looked_at, name, args.max_length)
+            cut = name == "train" and not args.packing and not is_packed(dataset)  # what is evaluated is the beginning of each document, packed or not
+            if cut and full > (looked_at := min(len(dataset), LOOKED_AT_ROWS)) / 100:
+                how = "Of %d of %d training rows looked at, which fill max_length=%d, nothing beyond is read; with packing=True all of it would be."
+                logger.warning(how, full, looked_at, args.max_length)
             continue
         longest, positions = longest_of(dataset, "input_ids"), longest_row(model)
         if args.max_length is not None and longest > args.max_length:
