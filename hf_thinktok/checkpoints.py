@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -25,8 +25,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from ._compat import uploads_without
-from .card import read_results, render_card, snippet, use
+from .card import read_results, render_card, snippet, use, why_not_generated
 from .errors import RunError, first_line
+from .models import unwrapped
 from .peft import SPEAKER, is_speaker, load_adapters, save_adapter, start_in_base
 from .results import COMPLETE_FILE, NOT_PUSHED, STATE_FILE, changed_options, environment, read_json, write_json
 from .tokens import ThinkingVocabulary
@@ -77,6 +78,7 @@ NO_BASE = "[None](https://huggingface.co/None)"
 
 # Those that go on as they were, whatever the options say.
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+LAUNCHER = "launcher"
 # Those that say more than the shapes of an adapter's parameters, or what these do not show.
 ADAPTER_OPTIONS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -194,6 +196,7 @@ class CheckpointingTrainer(SFTTrainer):
         found: dict[str, Any] = {
             "num_think_tokens": 0 if self.plain else self.vocabulary.num_tokens,
             "policies": args.policies,
+            LAUNCHER: self._launcher(),
             "optim": args.optim.removesuffix("_fused"),  # their states are alike
             **{name: getattr(args, name) for name in OF_OPTIMIZER},
             "speaker_learning_rate": args.speaker_learning_rate,
@@ -207,9 +210,17 @@ class CheckpointingTrainer(SFTTrainer):
         trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         return found | {name: list(getattr(one, "ds_shape", one.shape)) for name, one in trained.items()}
 
+    def _launcher(self) -> str:
+        """By what the optimizer's state is kept, each in a way that the others do not read."""
+        kind, ranks = self.accelerator.distributed_type, self.accelerator.num_processes
+        if kind == DistributedType.DEEPSPEED:
+            return f"ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage} on {ranks} processes"
+        return "FSDP" if kind == DistributedType.FSDP else "one process or DDP"
+
     def _start_over(self) -> None:
         """Nothing of an attempt before is left, be it of this run (`auto_find_batch_size`) or an interrupted one."""
         self._forget_rollouts()
+        self._start_clock()
         parts = self._stateful()
         for name, state in self._start.items():
             parts[name].load_state_dict(copy.deepcopy(state))
@@ -290,7 +301,7 @@ class CheckpointingTrainer(SFTTrainer):
         device = self.accelerator.device  # among several processes it is `cpu:0`, which `torch.load` does not know
         state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu" if device.type == "cpu" else device)
         have, parts = self._made_with, self._stateful()
-        made = {name: have[name] for name in OF_OPTIMIZER} | state.get(MADE_WITH, {})  # older ones do not say
+        made = {name: have[name] for name in (*OF_OPTIMIZER, LAUNCHER)} | state.get(MADE_WITH, {})  # older ones do not say
         for name in have | made:
             if made.get(name) != have.get(name):
                 raise CheckpointError(
@@ -374,15 +385,18 @@ class CheckpointingTrainer(SFTTrainer):
         if self.plain or not self.is_world_process_zero():
             return
         tokens = self.vocabulary.tokens
-        adapter = name if is_peft_model(self.model) else None
-        text = CARD.format(
-            num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(self.args.stored(), adapter), snippet=snippet(name, adapter is not None)
-        )
+        adapter, trained = name if is_peft_model(self.model) else None, self.args.stored()
+        packed = getattr(unwrapped(self.model).config, "quantization_config", None)
+        trained |= {bits: getattr(packed, bits, False) for bits in ("load_in_4bit", "load_in_8bit")}
+        shown = "" if why_not_generated(trained) else snippet(name, adapter is not None)
+        text = CARD.format(num_tokens=len(tokens), first=tokens[0], last=tokens[-1], use=use(trained, adapter), snippet=shown)
         with contextlib.suppress(ValueError, OSError):  # there are none, or none of ours
             if not self.is_in_train and (card.parent / "results.json").stat().st_mtime >= self._began:  # else an earlier run's
                 text = render_card(read_results(card.parent), name, num_tokens=len(tokens), whole=False)
         about = QUICK_START.sub("", card.read_text()).replace(NO_BASE, "a model that is not on the Hub")
-        card.write_text(about + text)
+        if adapter:
+            about = about.replace("library_name: transformers", "library_name: peft")
+        card.write_text(f"{about.rstrip()}\n\n{text.lstrip()}")  # TRL's ends without a line's end
 
     def push_to_hub(self, *args, **kwargs):
         """Uploads model, tokenizer, card, and in `training.json` the options and the last metrics of this run; held-out text stays here."""

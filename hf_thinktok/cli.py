@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -151,15 +152,22 @@ def run_merge(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"{args.output} exists: name a new folder.")
     read_vocabulary(args.adapter, args.revision)
-    for place, adapter in adapters_in(args.adapter, args.revision).items():
-        with usage(RuntimeError, LookupError, before=f"{adapter} cannot be merged into its base: "), naming_trust():
-            model, tokenizer = merge(adapter, **source(args))
+    output = args.output.absolute()
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
+    try:
+        for place, adapter in adapters_in(args.adapter, args.revision).items():
+            with usage(RuntimeError, LookupError, before=f"{adapter} cannot be merged into its base: "), naming_trust():
+                model, tokenizer = merge(adapter, **source(args))
+            with usage():
+                for part in (model, tokenizer):
+                    part.save_pretrained(unfinished / place)
+            Console(stderr=True, highlight=False).print(
+                f"{args.output / place}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}", style="dim"
+            )
         with usage():
-            model.save_pretrained(args.output / place)
-            tokenizer.save_pretrained(args.output / place)
-        Console(stderr=True, highlight=False).print(
-            f"{args.output / place}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}", style="dim"
-        )
+            os.replace(unfinished, output)  # whole or not at all
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def add_push(subparsers) -> None:

@@ -54,7 +54,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from .evaluation.tables import print_evaluation
     from .recipe_options import command_line
     from .results import changed_options, environment, read_json, write_json
-    from .text import ReportArguments, TextArguments, files_of, load_text, split, unseen_text
+    from .text import ReportArguments, TextArguments, another_part, files_of, load_text, split, unseen_text
 
     # What can be wrong is looked at before the weights are read.
     first = next(iter(args.recipe), "=")
@@ -79,13 +79,17 @@ def run_eval(args: argparse.Namespace) -> None:
                 raise UsageError("The recipe holds nothing out to evaluate on: give --held_out_documents, or the text alone with --data_files.")
         else:
             documents = split(load_text(text), replace(text, held_out_documents=0, test_documents=0)).train
+        run = Path(args.model) / "results.json"
+        trained = read_json(run) if has_parts and not report.test_files and run.is_file() else {}
+        if other := another_part(text, trained.get("config", {})):
+            console.print(f"{args.model} was trained with {other}: some of these documents may be among those it was trained on.", style="yellow")
         model, tokenizer = load(args)
         names = ("max_length", "rows_per_document", "num_forks", "num_samples", "batch_size", "seed", "max_think_length", "lookahead", "fork_markers")
         chosen = {name: getattr(args, name) for name in names}
         found = evaluate_thinking(model, tokenizer, documents, **chosen, progress=lambda batches: track(batches, "evaluating", console=console, transient=True))
         results = {"evaluation": found.summary(), "model": args.model, "config": changed_options(text, report), **environment()}
-        if has_parts and not (report.test_files or text.test_documents) and (run := Path(args.model) / "results.json").is_file():
-            results["evaluation"]["best_of"] = read_json(run).get("best_of", 1)  # of the same documents, which may have chosen the checkpoint
+        if trained and not text.test_documents:
+            results["evaluation"]["best_of"] = trained.get("best_of", 1)  # of the same documents, which may have chosen the checkpoint
     print_evaluation(results)
     if args.output is not None:
         with usage():

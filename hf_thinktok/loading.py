@@ -134,7 +134,7 @@ def check_parts(args: ThinkTokConfig, model, reward_funcs, peft_config, two_adap
         if isinstance(one, PreTrainedModel):
             lm_head(one, what)  # or the sentence that it has none
     if peft_config is not None and isinstance(model, PreTrainedModel):
-        check_base(model)
+        check_base(model, getattr(peft_config, "revision", None))
     if args.num_think_tokens != 0:
         check_adapter(peft_config, two_adapters, args.beta)
         _check_plain(model=model, speaker=speaker, teacher=teacher)
@@ -277,6 +277,8 @@ def load_model(
         tokenizer = load_tokenizer(model if isinstance(model, str) else config._name_or_path, **where)
     else:
         _warn_of_another(tokenizer, config, args.trust_remote_code)
+        if isinstance(model, str):  # which is loaded anew for each trainer: so it fits the next one as well
+            tokenizer = copy.deepcopy(tokenizer)
     if args.eos_token is None:
         _check_ending(dataset, tokenizer)
     if not any((args.eos_token, args.pad_token, tokenizer.eos_token, tokenizer.pad_token)):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections import defaultdict
 
 import torch
 from accelerate import DistributedType
@@ -34,10 +35,15 @@ class MeasuringTrainer(CheckpointingTrainer):
         self.spent, self.guard = Spent(), NonFiniteGuard(self.args.max_nonfinite_steps)
         self.add_callback(self.spent)
         self.add_callback(self.guard)
-        self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
+        self._start_clock()
+        # Since the last log: each metric times its forks, and these.
+        self._sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
         self._gains = GainByDocument()
         self._recorded: tuple[list[str], Tensor, Tensor | None] | None = None  # of the micro-step under way
         self._printable: tuple[Tensor, Rollout, Tensor, Tensor, Tensor] | None = None  # of the latest micro-step
+
+    def _start_clock(self) -> None:
+        self._clock, self._nodes_since, self._tokens_since = time.perf_counter(), 0, 0
 
     def _global_mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.detach(), reduction="mean")
@@ -75,7 +81,7 @@ class MeasuringTrainer(CheckpointingTrainer):
             found["accuracy"] = right / labels
         for name, value in found.items():
             if math.isfinite(value):  # one skipped step must not blank the average of a log
-                self._metrics["train"][name].append(value)
+                self._sums[name] += torch.tensor([value, 1.0], dtype=torch.float64) * (num_forks or labels)
         if self.curriculum is not None and math.isfinite(found.get("accuracy", math.nan)):
             assert level_B is not None
             self.curriculum.observe(self.state.global_step, int(level_B[0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
@@ -86,6 +92,9 @@ class MeasuringTrainer(CheckpointingTrainer):
         self._metrics["train"]["num_tokens"] = [self.spent.tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            self._metrics["train"] |= {name: [(total / weight).item()] for name, (total, weight) in self._sums.items()}
+            self._sums.clear()
         if "loss" in logs:
             logs["skipped_steps"] = self.guard.total
         if not self.plain:
@@ -96,12 +105,16 @@ class MeasuringTrainer(CheckpointingTrainer):
             logs["nodes_per_second"] = self._nodes_since / (now - self._clock)
             if self.revival is not None:
                 logs["revived_tokens"] = self.revival.revived
-            self._clock, self._nodes_since, self._tokens_since = now, 0, 0
+            self._start_clock()
             if self._printable and self.is_world_process_zero():
                 samples = sample_thoughts_to_print(*self._printable, self.args.num_completions_to_print)
                 print_thoughts(self._tokenizer, samples, self.vocabulary.first_id, self.state.global_step)
         if "train_runtime" in logs:
-            logs |= {"train_step_seconds": self.spent.seconds, "train_steps_per_second": self.state.global_step / max(self.spent.seconds, 1e-9)}
+            seconds, done = max(self.spent.seconds, 1e-9), self.state.global_step
+            rows = (
+                logs["train_samples_per_second"] * logs["train_runtime"] * done / max(self.state.max_steps, 1)
+            )  # the base class counts those that were planned
+            logs |= {"train_step_seconds": self.spent.seconds, "train_steps_per_second": done / seconds, "train_samples_per_second": rows / seconds}
         super().log(logs, start_time)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
 from ._compat import DUMMY_TARGET_MODULES, BaseTunerLayer, check_target_module_exists
 from .tokens import ThinkingVocabulary, stored_options
@@ -74,14 +75,23 @@ def check_adapter(peft_config: Any, split: bool, beta: float) -> None:
         raise ValueError(f"bias={biases} trains biases of the base that beta compares with: set bias=none, or beta=0.")
 
 
-def check_base(model: PreTrainedModel) -> None:
+def check_base(model: PreTrainedModel, revision: str | None) -> None:
     """An adapter is loaded onto what its base's name leads to, which must have the rows and the weights that it was trained beside. Weights in
-    several files are not compared."""
+    several files are not compared.
+
+    Args:
+        revision: that of the name, by the adapter's config.
+    """
     if not (name := model.config._name_or_path):
         logger.warning("The model was made here, and its adapter can be loaded by no name: save the model first, and give its folder.")
         return
-    where = {"revision": getattr(model.config, "_commit_hash", None)}
+    where = {"revision": revision or getattr(model.config, "_commit_hash", None)}
     try:
+        if not os.path.isdir(name) and where["revision"] is None and try_to_load_from_cache(name, CONFIG_NAME) is None:
+            logger.warning(
+                "%s seems to be loaded from another revision than main, which is not in the cache, and its adapter would be loaded onto main: "
+                "name its revision in peft_config, as in LoraConfig(revision=...).", name,
+            )  # fmt: skip
         found, _ = PreTrainedConfig.get_config_dict(name, **where)
     except (OSError, HFValidationError):  # it is not there, or no longer
         return
@@ -175,14 +185,23 @@ def merge(folder: str, dtype: str = "auto", revision: str | None = None, trust_r
     ThinkingVocabulary.from_pretrained(folder, revision=revision)
     about = PeftConfig.from_pretrained(folder, revision=revision)
     try:
-        PreTrainedConfig.get_config_dict(base := about.base_model_name_or_path or "", revision=about.revision)
+        found, _ = PreTrainedConfig.get_config_dict(base := about.base_model_name_or_path or "", revision=about.revision)
     except OSError as error:
         raise ValueError(f"the adapter's base {base!r} is neither a folder here nor a model on the Hub that can be read from here.") from error
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    trained, _ = PreTrainedConfig.get_config_dict(folder, revision=revision)
+    if packed := trained.get("quantization_config"):
+        # What was learned beside weights of few bits fits these, and would be rounded away among them.
+        how = {} if "quantization_config" in found else {"quantization_config": AutoQuantizationConfig.from_dict(packed)}
+        unpacked = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **where | {"revision": about.revision}, **how).dequantize()
+        unpacked.resize_token_embeddings(len(tokenizer))
+        model = PeftModel.from_pretrained(unpacked, folder, revision=revision).merge_and_unload()
+    else:
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).merge_and_unload()
     model.config.thinktok = stored_options(folder, revision=revision)
     model.generation_config = GenerationConfig.from_pretrained(folder, revision=revision)
-    return model, AutoTokenizer.from_pretrained(folder, **where)
+    return model, tokenizer
 
 
 def adapters_in(name: str, revision: str | None = None) -> dict[str, str]:
@@ -248,5 +267,6 @@ def add_thinking_rows(peft_config: Any, model: PreTrainedModel, vocabulary: Thin
             f"trainable_token_indices names other tokens ({sorted(given - set(ids))[:5]}): only thinking tokens can be trained beside an adapter. Leave it out."
         )
     peft_config.trainable_token_indices = wanted
+    peft_config.task_type = "CAUSAL_LM"  # else PEFT writes down the model's class, which with a base's own code is of this machine
     peft_config.revision = peft_config.revision or revision
     return peft_config

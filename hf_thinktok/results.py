@@ -108,8 +108,10 @@ def _commit() -> str | None:
 
 
 def without_tokens(options: dict[Any, Any]) -> dict[Any, Any]:
-    """Options without the tokens for the Hub, as results go there."""
-    return {name: value for name, value in options.items() if not str(name).endswith("hub_token")}
+    """Options without the tokens for the Hub, as results go there: neither `hub_token` nor what loads a model or data with one (`model_init_kwargs`)."""
+    kept = {name: value for name, value in options.items() if not str(name).endswith("hub_token")}
+    loads = {name: value for name, value in kept.items() if str(name).endswith("kwargs") and isinstance(value, dict)}
+    return kept | {name: {key: one for key, one in value.items() if key not in ("token", "use_auth_token")} for name, value in loads.items()}
 
 
 def changed_options(*groups: Any) -> dict[str, Any]:

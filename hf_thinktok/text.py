@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # Builders of `datasets` by the ends of files' names.
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+OF_PARTS = ("max_documents", "test_documents", "held_out_documents", "data_split_seed")
+LEAVES_NOTHING = "{name}={count} leaves nothing of {all} documents: give a smaller number, or 0 for none."
 # What says how a data set is read, of which the standard library's text is none.
 OF_DATA_SETS = ("dataset_config", "dataset_train_split", "dataset_streaming", "text_template")
 
@@ -137,6 +139,10 @@ def _rows_with_text(script: TextArguments) -> Dataset | IterableDataset:
     elif script.dataset_name:
         try:
             text = load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split, streaming=script.dataset_streaming)
+        except ValueError as error:
+            if Path(script.dataset_name, "state.json").is_file():  # one that `save_to_disk` wrote
+                raise ValueError(f"{script.dataset_name} was written by save_to_disk, which is for Python alone: write it with to_parquet.") from error
+            raise
         except DatasetGenerationError as error:  # such as files of a folder that have other columns each
             raise ValueError(
                 f"{script.dataset_name} cannot be read as one data set: its files have different columns, or one is broken: name those that fit in data_files."
@@ -222,15 +228,31 @@ def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:
         if count == 0:
             parts.append(None)
         elif isinstance(text, IterableDataset):
-            parts.append(Dataset.from_list(list(text.take(count))))
+            first = list(text.take(count + 1))
+            if count >= len(first):
+                raise ValueError(LEAVES_NOTHING.format(name=name, count=count, all=len(first)))
+            parts.append(distinct(Dataset.from_list(first[:count]), name))
             text = text.skip(count)
         elif count >= len(text):
-            raise ValueError(f"{name}={count} leaves nothing of {len(text)} documents: give a smaller number, or 0 for none.")
+            raise ValueError(LEAVES_NOTHING.format(name=name, count=count, all=len(text)))
         else:
             divided = text.train_test_split(test_size=count, seed=seed)
-            parts.append(divided["test"])
+            parts.append(distinct(divided["test"], name))
             text = without(divided["train"], divided["test"], f"the {count} of {name}")
     return TextParts(text, held_out=parts[1], test=parts[0])
+
+
+def distinct(text: Dataset, of: str) -> Dataset:
+    """Each document once: intervals are over documents, of which those that repeat each other are one.
+
+    Args:
+        of: what it is, as a part of a sentence.
+    """
+    first = {one: row for row, one in reversed(list(enumerate(text["text"])))}
+    if len(first) == len(text):
+        return text
+    logger.warning("%s of the %s documents of %s repeat others word for word, and are left out.", f"{len(text) - len(first):,}", f"{len(text):,}", of)
+    return text.select(sorted(first.values()))
 
 
 def without(text: Dataset, others: Dataset, of: str) -> Dataset:
@@ -249,6 +271,20 @@ def without(text: Dataset, others: Dataset, of: str) -> Dataset:
     if len(kept) < len(text):
         logger.warning("%s of %s documents are word for word among %s, and are left out.", f"{len(text) - len(kept):,}", f"{len(text):,}", of)
     return kept
+
+
+def another_part(script: TextArguments, trained: dict[str, Any]) -> str | None:
+    """The option by which a run's text was divided in another way than this script divides the same text; `None` where it was not.
+
+    Args:
+        trained: the run's options that were told.
+    """
+    run = {name: trained.get(name, default_of(TextArguments, name)) for name in ("dataset_name", "data_files", *OF_PARTS)}
+    files = [[Path(file).name for file in (names or ())] for names in (script.data_files, run["data_files"])]  # from wherever it was started
+    if files[0] != files[1] or (not files[0] and script.dataset_name != run["dataset_name"]):
+        return None
+    parts = [name for name in OF_PARTS if not (script.test_documents and name == "held_out_documents")]  # the test part comes first
+    return next((f"{name}={run[name]}" for name in parts if getattr(script, name) != run[name]), None)
 
 
 def unseen_text(script: TextArguments, test_files: list[str] | None) -> Dataset | IterableDataset | None:

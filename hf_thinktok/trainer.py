@@ -175,6 +175,8 @@ class ThinkTokTrainer(MeasuringTrainer):
             model.speaker = copy.deepcopy(model) if speaker is None else speaker
         # Nothing of an earlier run's, unless this one leaves thoughts as they are.
         model.config.thinktok = (args.stored() if args.thinks or "stop" not in stored else stored) | dataclasses.asdict(self.vocabulary)
+        if hasattr(model, SPEAKER):  # a folder of its own, by which it is known for what it is
+            model.speaker.config.thinktok = dict(model.config.thinktok)
 
     def _prepare_to_think(self, teacher: PreTrainedModel | None) -> None:
         args, base = self.args, unwrapped(self.model)

@@ -110,6 +110,8 @@ class Grid:
         self.configs = {"cpt": cannot["no_think"], "cpt_flops": cannot["no_think"], "filler": cannot["filler"], "think": recipe}
         self.configs |= {name: recipe | changes for name, changes in arms.items()}
         self.options = {arm: read_config(KINDS, config, f"The arm {arm}") for arm, config in self.configs.items()}
+        if not self.options["think"][1].thinks:
+            raise ValueError("There is nothing to compare, as num_think_tokens=0 or num_forks=0 switches thinking off: leave it out.")
         if self.options["think"][1].max_steps <= 0:
             raise ValueError("Arms are compared step by step: set max_steps.")
         if self.options["think"][1].resume_from_checkpoint:

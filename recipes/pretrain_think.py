@@ -76,6 +76,8 @@ def main(trainer: ThinkTokTrainer, script: PretrainArguments, config: dict) -> N
             write_json(Path(args.output_dir) / "results.json", results)
             print_results(results)
             has_results = True
+    elif trainer.eval_dataset is not None and args.eval_strategy == "no" and trainer.is_world_process_zero():
+        print("Nothing is thought in this run, so its held-out text was not measured: eval_strategy=steps logs its loss.", file=sys.stderr)
     try:
         if args.push_to_hub:
             with one_sentence(PushError):

@@ -65,6 +65,28 @@ def test_an_adapter_is_loaded_as_one():
     assert "thinktok merge" not in render_card(QUICKSTART, "me/model")
 
 
+def test_the_card_of_an_adapter_is_for_peft():
+    """A Hub that offered `AutoModelForCausalLM` and `pipeline` would offer what fails."""
+    config = QUICKSTART["config"] | {"use_peft": True}
+    card = render_card(QUICKSTART | {"config": config}, "me/model")
+    assert "library_name: peft" in card
+    assert "an ordinary causal LM" not in card
+    assert "beside a base in" not in card
+    assert "a base in 4 bits: give `from_pretrained` the same `quantization_config`" in render_card(
+        QUICKSTART | {"config": config | {"load_in_4bit": True}}, "a/b"
+    )
+    split = render_card(QUICKSTART | {"config": config | {"policies": "split"}}, "me/model")
+    assert "The second one is in the folder `speaker`" in split
+    assert "model.generate(" not in split
+
+
+def test_options_that_load_a_model_are_shown_without_a_token():
+    config = QUICKSTART["config"] | {"model_init_kwargs": {"token": "hf_secret", "revision": "v1"}, "hub_token": "hf_secret"}
+    card = render_card(QUICKSTART | {"config": config}, "me/model")
+    assert "hf_secret" not in card
+    assert "revision: v1" in card
+
+
 def test_the_command_writes_a_card_or_says_why_not(tmp_path, capsys):
     assert main(["card", str(RESULTS / "quickstart.json"), "me/model", "--title", "A title", "--output", str(tmp_path / "card.md")]) == 0
     assert "# A title\n" in (tmp_path / "card.md").read_text()

@@ -235,6 +235,17 @@ def test_parts_of_a_part_and_of_a_stream(tmp_path):
     assert parts(data_split_seed=3)[2] != parts()[2]
 
 
+@pytest.mark.parametrize(
+    "options", [{"held_out_documents": 30}, {"held_out_documents": 20, "test_documents": 11}, {"max_documents": 5, "held_out_documents": 5}]
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_nothing_is_left_to_train_on(tmp_path, options, streams):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(30)))
+    script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], dataset_streaming=streams, **{"held_out_documents": 0} | options)
+    with pytest.raises(ValueError, match=r"(held_out|test)_documents=\d+ leaves nothing of \d+ documents"):
+        split(load_text(script), script)
+
+
 # ---------------------------------------------------------------- the recipe
 
 

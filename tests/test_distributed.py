@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from hf_thinktok.checkpoints import CheckpointError
 from hf_thinktok.distributed import check_launcher, for_rollout
 
 pytestmark = pytest.mark.timeout(600)
@@ -154,6 +155,9 @@ def test_every_launcher_trains_what_one_process_trains_and_resumes(made, tmp_pat
     one = runs.assert_as_alone("whole", tmp_path)
     assert_same(one, runs["whole, resumed"], launcher)
     assert weight_gap(runs["whole"], runs["whole, resumed"]) < 1e-6
+
+    with pytest.raises(CheckpointError, match=r"was made with launcher=(ZeRO-\d on 2 processes|FSDP), and this run has launcher=one process or DDP"):
+        alone(tmp_path / "goes on", runs.options["whole"] | {"resume": str(runs.folder / "whole" / "checkpoint-2")})
 
     for name in ("whole", "whole, resumed"):
         plain = AutoModelForCausalLM.from_pretrained(runs.folder / name / "checkpoint-4")

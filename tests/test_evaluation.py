@@ -323,8 +323,13 @@ def test_summary_of_known_figures():
     ("gain", "over_random", "always_over_random", "words"),
     [
         ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "what is thought matters."),
-        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "not shown to do more than these: random tokens; to do more than these: where it wants to, random tokens."),
-        ((0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not shown to do more than these: where it wants to, random tokens; to do more than these: random tokens."),
+        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "than these: random tokens. They are shown to do more than these: where it wants to, random tokens."),
+        (
+            (0.1, 0.3),
+            (-0.1, 0.2),
+            (0.1, 0.2),
+            "not shown to do more than these: where it wants to, random tokens. They are shown to do more than these: random",
+        ),
         ((0.1, 0.3), (-0.1, 0.2), (-0.2, 0.1), "where it wants to, random tokens; random tokens: nothing says that what is thought matters."),
         ((-0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "told from zero"),
         ((-0.3, -0.1), (0.1, 0.2), (0.1, 0.2), "hurts"),
@@ -559,6 +564,40 @@ def test_what_is_reported_on_was_not_trained_on_word_for_word(tmp_path, caplog):
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in train))
     with pytest.raises(ValueError, match="are word for word among those to train on: give text"):
         unseen_text(script, [str(tmp_path / "own.jsonl")])
+
+
+def test_documents_that_repeat_each_other_are_one(tmp_path, caplog):
+    """Copies are no further evidence: the interval is that of the documents."""
+    model, _ = thinker()
+    texts = [row["text"] for row in TEXT[:4]]
+    once, again = (
+        evaluate_thinking(model, tiny_tokenizer(), given, num_forks=4, num_samples=1, max_think_length=2) for given in (texts, texts + texts[:2] * 9)
+    )
+    assert repr(once.summary()) == repr(again.summary())
+    assert "18 of 22 documents repeat others word for word" in caplog.text
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ["the same"] * 30 + ["another", "a third"]))
+    for streams in (False, True):
+        script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=20, dataset_streaming=streams)
+        held_out = split(load_text(script), script).held_out["text"][:]
+        assert len(held_out) == len(set(held_out)) < 20
+    assert "documents of held_out_documents repeat others word for word" in caplog.text
+
+
+def test_documents_that_a_run_held_out_in_another_number_are_told_of(folder, tmp_path):
+    shutil.copytree(folder, run := tmp_path / "run")
+    few, data = ("--num_forks", 2, "--num_samples", 1, "--max_think_length", 1), ("--data_files", folder / "data.jsonl")
+    trained = {"data_files": ["elsewhere/data.jsonl"], "held_out_documents": 2, "test_documents": 3}
+    for config, own, other in (
+        (trained, ("--held_out_documents", 2, "--test_documents", 3), None),
+        (trained, ("--held_out_documents", 3), "test_documents=3"),
+        (trained, ("--held_out_documents", 3, "--test_documents", 3), None),
+        (trained, ("--test_documents", 3, "--data_split_seed", 1), "data_split_seed=0"),
+        (trained | {"data_files": ["other.jsonl"]}, ("--held_out_documents", 3), None),
+    ):
+        (run / "results.json").write_text(json.dumps({"config": config}))
+        said = " ".join(thinktok("eval", run, *data, *own, *few).stderr.split())
+        assert ("may be among those it was trained on" in said) is (other is not None)
+        assert other is None or f"was trained with {other}:" in said
 
 
 @pytest.mark.parametrize(

@@ -557,7 +557,12 @@ def test_an_adapter_whose_base_is_not_there(folder, run, tmp_path):
 def test_what_cannot_be_merged(folder, run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
+    shutil.copytree(folder, tmp_path / "half")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.base_model.model.config.thinktok |= {"policies": "split"}
+    save_adapter(model, str(tmp_path / "half"))  # without its speaker
     for adapter, output, words in [
+        (tmp_path / "half", tmp_path / "new", "cannot be merged into its base"),
         (tmp_path / "missing", tmp_path / "new", "is neither a folder nor a Hub repository"),
         (folder, tmp_path / "full", "exists: name a new folder"),
         (folder, tmp_path / "new", "is no adapter: it can be used as it is"),
@@ -567,7 +572,7 @@ def test_what_cannot_be_merged(folder, run, tmp_path):
         assert error.startswith("thinktok: ")
         assert words in error
         assert len(error.splitlines()) == 1
-    assert not (tmp_path / "new").exists()
+    assert not [path for path in tmp_path.iterdir() if "new" in path.name]
 
 
 def test_a_new_prompt_of_the_next_length_is_a_new_generation():

@@ -140,10 +140,27 @@ def test_checkpoints_are_pushed_as_revisions(hub, python, tmp_path):
     elsewhere(hub, tmp_path / "other", "-c", PULL, tmp_path / "logits.pt", "step-2")
 
 
-def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, python, tmp_path):
+LOADED = """
+import functools, sys
+from transformers import AutoModelForCausalLM
+import tiny_run
+by_name = tiny_run.main
+tiny_run.main = lambda folder, options: by_name(folder, options | {"model_folder": AutoModelForCausalLM.from_pretrained("me/base", revision="v1")})
+if revision := sys.argv[4]:
+    tiny_run.LoraConfig = functools.partial(tiny_run.LoraConfig, revision=revision)
+"""
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["by name", "loaded"])
+def test_a_pushed_adapter_is_loaded_by_name_onto_its_base(hub, python, tmp_path, loaded):
     """Its revision of it, and not another; a base that is not on the Hub is told of."""
-    options = json.dumps({"adapter": True, "model_folder": "me/base", "model_init_kwargs": {"revision": "v1"}})
-    python("-c", BASE + PUSH, tmp_path / "out", tmp_path / "logits.pt", options)
+    options = {"adapter": True} if loaded else {"adapter": True, "model_folder": "me/base", "model_init_kwargs": {"revision": "v1"}}
+    if loaded:
+        said = python("-c", BASE + LOADED + PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps(options), "")
+        assert "me/base seems to be loaded from another revision than main" in said
+        shutil.rmtree(tmp_path / "out")
+    said = python("-c", BASE * (not loaded) + LOADED * loaded + PUSH, tmp_path / "out", tmp_path / "logits.pt", json.dumps(options), "v1")
+    assert "seems to be loaded from another" not in said
     files = hub.repos["me/thinker"][-1]
     assert "model.safetensors" not in files
     assert len(files["adapter_model.safetensors"]) < len(hub.repos["me/base"][-1]["model.safetensors"]) / 2
@@ -182,6 +199,7 @@ def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, python, tmp_
         "model_name_or_path": save_tiny(tmp_path / "model"), "data_files": tmp_path / "text.jsonl", "output_dir": tmp_path / "out", "max_steps": 1,
         "held_out_documents": 2, "max_length": 48, "num_forks": 3, "num_think_tokens": 4, "per_device_train_batch_size": 2, "use_cpu": "true", "bf16": "false",
         "report_to": "none", "save_strategy": "no", "push_to_hub": "true", "hub_model_id": "me/thinker", "hub_token": "hf_secret",
+        "model_init_kwargs": '{"token": "hf_secret"}',
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     said = python(HERE.parent / "recipes" / "pretrain_think.py", *words, expect=int(fails))
@@ -191,7 +209,12 @@ def test_a_recipe_pushes_once_and_when_everything_else_is_done(hub, python, tmp_
     if fails:
         assert "is whole, but its upload failed" in said
     else:
-        assert b"gain from thinking" in pushed[0]["README.md"]
+        card = pushed[0]["README.md"].decode()
+        assert "gain from thinking" in card
+        assert card.partition("\n## Thinking tokens\n")[0].count("```") % 2 == 0, "the heading is in no block of code"
+        assert card.count("\n## Thinking tokens\n") == 1
+        assert not [name for name, content in pushed[0].items() if b"hf_secret" in content]
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name != "training_args.bin" and b"hf_secret" in path.read_bytes()]
 
 
 @pytest.mark.parametrize("trouble", [("PUT", "/lfs/", "drop"), ("POST", "/commit/", "500")], ids=["dropped", "refused"])

@@ -11,6 +11,7 @@ import pandas
 import pytest
 import yaml
 from commands import ROOT, in_process, started
+from datasets import Dataset
 from models import CORPUS, save_tiny
 from trl import ModelConfig, TrlParser
 
@@ -112,6 +113,12 @@ def test_a_template_leaves_what_a_row_says_of_thinking(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "a", "level": 2, "think_length": [1, 0], "thoughts": [3]}))
     (row,) = load_text(TextArguments(data_files=[str(tmp_path / "rows.jsonl")], text_template="{q}"))
     assert row == {"text": "a", "level": 2, "think_length": [1, 0], "thoughts": [3]}
+
+
+def test_a_data_set_that_python_alone_reads(tmp_path):
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="was written by save_to_disk, which is for Python alone: write it with to_parquet"):
+        load_text(TextArguments(dataset_name=str(tmp_path / "saved")))
 
 
 def test_a_folder_of_files_that_are_no_one_data_set(tmp_path):

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from hf_thinktok.cli import main
 from hf_thinktok.evaluation import evaluate_thinking
 from hf_thinktok.evaluation.inspection import InspectedToken, inspect_text, print_inspection
 from hf_thinktok.report import Run, as_cells, for_page, inspect_texts, write_page, write_report
-from hf_thinktok.report.charts import draw_costs
+from hf_thinktok.report.charts import as_image, draw_costs, draw_curves, draw_intervals
 from hf_thinktok.results import environment, run_table
 
 TEXT = CORPUS[0] + ' <b>& "quoted"</b> </script><script>window.broken = true</script>'
@@ -40,6 +40,44 @@ def folder(tmp_path_factory):
     }  # fmt: skip
     (path / "results.json").write_text(json.dumps(results))
     return path
+
+
+def test_names_are_no_formulas_and_every_run_is_in_the_legend(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("hf_thinktok.report.charts.as_image", lambda figure: drawn.append(figure) or as_image(figure))
+    gain = {"bits_per_token": 0.1, "low": 0.0, "high": 0.2}
+    names = ["f_$1_$2", "_baseline", "$x$"]
+    assert draw_costs([(name, 1.0, gain) for name in names]).startswith("data:image")
+    assert [text.get_text().strip() for text in drawn[0].axes[0].get_legend().get_texts()] == names
+    assert draw_intervals(dict.fromkeys(names, gain), "bits").startswith("data:image")
+    assert draw_curves({name: [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}] for name in names}).startswith("data:image")
+    assert [text.get_text().strip() for text in drawn[2].legends[0].get_texts()] == names
+
+
+def test_places_that_are_equally_uncertain_each_have_their_interval(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("hf_thinktok.report.draw_intervals", lambda gains, label: drawn.append(gains))
+    model, _ = thinker()
+    found = evaluate_thinking(model, tiny_tokenizer(), CORPUS[:4], num_forks=4, num_samples=1, max_think_length=2).summary()
+    found["by_entropy"] = [bucket | {"mean_entropy_bits": 0.04} for bucket in found["by_entropy"]]
+    Run(folder, {"evaluation": found} | environment()).page(0)
+    assert [len(gains) for gains in drawn if "bits of entropy" in next(iter(gains))] == [4]
+
+
+@torch.no_grad()
+def test_a_model_that_thinks_everywhere_has_no_gate_to_show(tmp_path, capsys):
+    """With given lengths it was taught nothing, and says where nothing would be thought."""
+    model, _ = thinker(scale=1.0)
+    model.config.thinktok |= {"stop": "fixed"}
+    found = inspect_text(model, tiny_tokenizer(), CORPUS[1], max_length=12, max_think_length=2)
+    assert all(token.gate == 1.0 and token.own == token.after for token in found)
+    print_inspection("a", found)
+    assert "where it wants to" not in capsys.readouterr().out
+    for name, one in (("fixed", found), ("learned", [replace(token, own=0.0) for token in found])):
+        write_page(
+            tmp_path / f"{name}.html", [{"name": "a", "number": 0, "texts": [for_page(one, tiny_tokenizer(), CORPUS[1]) | {"title": "a"}], "settings": ""}]
+        )
+        assert ("where it wants to think" in (tmp_path / f"{name}.html").read_text()) is (name == "learned")
 
 
 @torch.no_grad()

@@ -243,7 +243,8 @@ def test_balance_and_servo_reach_soft_thoughts(make):
     assert values[0] < values[1] - 0.1
     trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(trainer.model, dict(inputs))
-    assert trainer._metrics["train"]["mean_choice_entropy"]
+    trainer.log({})
+    assert trainer.state.log_history[-1]["mean_choice_entropy"]
 
 
 # ---------------------------------------------------------------- training, evaluation, answers

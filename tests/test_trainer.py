@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from models import CORPUS, tiny_model, tiny_tokenizer
+from models import CORPUS, save_tiny, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -535,6 +535,22 @@ def test_the_reference_is_asked_once_about_each_rollout(make_trainer, monkeypatc
     assert len(asked) == 2 + 6
 
 
+def test_means_over_forks_are_the_same_however_a_step_is_divided_and_logged(make_trainer):
+    """Of rows with one place and with many, whose thoughts are given, so that nothing is drawn."""
+    marker, texts = tiny_tokenizer().decode([22]), [[22, 5, 6, 7, 8], [22, 9] * 8, [10, 22, 11, 12], [22, 5] * 5]
+    rows = Dataset.from_dict({"input_ids": texts})
+    same = {"thoughts": "filler", "stop": "fixed", "fork_positions": "markers", "fork_markers": [marker], "num_forks": 8, "learning_rate": 0.0}
+    found = []
+    for batch, accumulated, every in ((4, 1, 1), (1, 4, 1), (1, 1, 4)):
+        how = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "max_steps": every, "logging_steps": every}
+        trainer = make_trainer(train_dataset=rows, train_sampling_strategy="sequential", **same, **how)
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    for name in ("think_gain", "reward", "accuracy"):
+        assert found[1][name] == pytest.approx(found[0][name], abs=1e-5)
+        assert found[2][name] == pytest.approx(found[0][name], abs=1e-5)
+
+
 @pytest.mark.parametrize("policies", ["shared", "split"])
 def test_a_copy_of_the_model_as_the_reference_is_stays_what_the_model_was(make_trainer, policies):
     trainer = make_trainer(max_steps=3, beta=0.1 if policies == "shared" else 0.0, policies=policies, learning_rate=0.1, save_strategy="no")
@@ -607,6 +623,7 @@ def test_seconds_are_those_of_the_steps(make_trainer, corpus, tmp_path):
     assert len(slow) == 3
     assert done["train_runtime"] > 6 > done["train_step_seconds"] > 0
     assert done["train_steps_per_second"] == pytest.approx(2 / done["train_step_seconds"])
+    assert done["train_samples_per_second"] == pytest.approx(2 * done["train_steps_per_second"], rel=0.01)
     second = make_trainer(max_steps=3, **options)
     resumed = second.train(resume_from_checkpoint=True).metrics
     assert resumed["train_step_seconds"] > done["train_step_seconds"]
@@ -1218,6 +1235,46 @@ def test_four_bits_and_an_adapter(tmp_path, corpus):
         ThinkTokTrainer(model, args, train_dataset=corpus, processing_class=tokenizer, peft_config=adapter, quantization_config=quantized)
 
 
+def test_a_tokenizer_serves_the_next_trainer_as_well(make_trainer, tmp_path):
+    """Where the model is loaded by its name, each time anew."""
+    folder = save_tiny(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer)
+    for _ in range(2):
+        assert len(make_trainer(model=str(folder), tokenizer=tokenizer).processing_class) == size + 5
+    assert len(tokenizer) == size
+
+
+@pytest.mark.parametrize("packed", ["base", "at load"])
+def test_an_adapter_beside_weights_of_few_bits_is_merged_into_those(tmp_path, corpus, packed):
+    """Into what it was trained beside: among weights of four bits it would be rounded away, and whole ones are others."""
+    pytest.importorskip("bitsandbytes")
+    four, out = BitsAndBytesConfig(load_in_4bit=True), tmp_path / "out"
+    tiny_model(vocab_size=len(tiny_tokenizer()), hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    if packed == "base":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four)
+        model.save_pretrained(tmp_path / "base")
+    options = {"max_length": 48, "max_steps": 3, "num_think_tokens": 4, "num_forks": 3, "learning_rate": 0.05, "bf16": False, "use_cpu": True}
+    trainer = ThinkTokTrainer(
+        str(tmp_path / "base"),
+        ThinkTokConfig(str(out), report_to="none", **options),
+        train_dataset=corpus,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        quantization_config=None if packed == "base" else four,
+    )
+    trainer.train()
+    trainer.save_model()
+    assert main(["merge", str(out), str(tmp_path / "merged")]) == 0
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        says = lambda model: model.eval()(input_ids=ids).logits[..., : trainer.vocabulary.num_real]
+        trained, merged = says(trainer.model), says(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32"))
+        with trainer.model.disable_adapter():
+            learned = (says(trainer.model) - trained).abs().max()
+    assert (merged - trained).abs().max() < 0.05 * learned
+
+
 def test_a_model_in_parts_on_several_devices(make_trainer):
     model = tiny_model(vocab_size=len(tiny_tokenizer()))
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
@@ -1312,6 +1369,7 @@ def test_tokens_per_second_are_of_training_whenever_evaluations_fall(make_traine
         held_out = {f"part{i}": corpus.select(range(4)) for i in range(sets)} if sets > 1 else corpus.select(range(4))
         trainer = make_trainer(max_steps=12, logging_steps=4, eval_dataset=held_out, save_strategy="no", **options)
         trainer.add_callback(clock)
+        clock.now += 1000  # a notebook's cells
         trainer.train()
         return [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
 

@@ -67,7 +67,8 @@ def inspect_text(
     Raises:
         ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, or no text.
     """
-    base, vocabulary, length, blind, filler, _ = check_evaluable(model, max_think_length)
+    base, vocabulary, length, blind, filler, trained = check_evaluable(model, max_think_length)
+    fixed = trained.get("stop") == "fixed"  # it thinks everywhere, and its gate was taught nothing
     ids = tokenizer(text)["input_ids"][: min(max_length, room_for_text(base, length))]
     if len(ids) < 2:
         raise ValueError("There is nothing to inspect: the text has fewer than two tokens.")
@@ -101,10 +102,10 @@ def inspect_text(
             text=texts[place + 1],
             thought=(rollout.thoughts_BKGL[0, place, 0] - vocabulary.first_id).tolist(),
             thought_logp=scores.thought_logps_BKGL[0, place, 0].sum().item(),
-            gate=1.0 if branching.blind else scores.gate_logits_BKGL[0, place, 0, 0].sigmoid().item(),
+            gate=1.0 if blind or fixed else scores.gate_logits_BKGL[0, place, 0, 0].sigmoid().item(),
             before=scores.baseline_logps_BKH[0, place, 0].item(),
             after=scores.logps_BKGH[0, place, 0, 0].item(),
-            own=speech.logps_BKGH[0, place, 0, 0].item(),
+            own=(scores if fixed else speech).logps_BKGH[0, place, 0, 0].item(),
             top_before=words(place, place),
             top_after=words(place, places + place),
         )
@@ -149,4 +150,5 @@ def print_inspection(first: str, inspected: list[InspectedToken], console: Conso
         table.add_row(Text(repr(token.text)[1:-1]), f"{gain(token):+.4f}", f"{forced:+.3f}", f"{100 * token.gate:.3g}", " ".join(map(str, token.thought)))
     console.print(table)
     own, forced = (sum(getattr(token, how) - token.before for token in inspected) / len(inspected) / math.log(2) for how in ("own", "after"))
-    console.print(f"Over {len(inspected)} tokens thinking saves {own:+.4f} bits a token where it wants to, {forced:+.4f} everywhere. Below 0 it costs bits.")
+    apart = "" if own == forced else f" where it wants to, {forced:+.4f} everywhere"
+    console.print(f"Over {len(inspected)} tokens thinking saves {own:+.4f} bits a token{apart}. Below 0 it costs bits.")

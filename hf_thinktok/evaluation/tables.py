@@ -91,7 +91,7 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     those = lambda controls: "; ".join(PLACED[control] for control in controls)
     if found["settings"].get("thoughts") == "filler":
         return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
-    rest = f"; to do more than these: {those(beaten)}." if beaten else ": nothing says that what is thought matters."
+    rest = f". They are shown to do more than these: {those(beaten)}." if beaten else ": nothing says that what is thought matters."
     otherwise = f"thoughts are not shown to do more than these: {those(others)}{rest}"
     return conclusion(gain["low"] > 0, gain["high"] < 0, not others, otherwise)
 

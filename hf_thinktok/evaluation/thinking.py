@@ -4,6 +4,7 @@ Shape suffixes as in tree.py; S samples, F forks of the whole text.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from ..thoughts import another_row, at_same_places
 from ..tokens import ThinkingVocabulary
 from ..tree import Branching, ThoughtTree, before
 from .intervals import bits_per_token
+
+logger = logging.getLogger(__name__)
 
 # What the model does at a fork, and what is put there in place of its thought.
 PLACED = {
@@ -319,7 +322,10 @@ def _texts(dataset, text_field: str) -> list[str]:
             there = f" (it has {', '.join(one)})" if isinstance(one, dict) else ""
             raise ValueError(f"Document {document} has no text in {text_field!r}{there}: name the column of the text with text_field, or give texts.")
         texts.append(text)
-    return texts
+    once = list(dict.fromkeys(texts))
+    if len(once) < len(texts):  # which would count as documents of their own, and as what is thought of another one
+        logger.warning("%s of %s documents repeat others word for word, and are left out.", f"{len(texts) - len(once):,}", f"{len(texts):,}")
+    return once
 
 
 def _rows(tokenizer, texts: list[str], max_length: int, rows_per_document: int | None) -> list[tuple[int, list[int]]]:

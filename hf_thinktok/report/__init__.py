@@ -112,7 +112,9 @@ class Run:
         more: list[tuple[str, str | None]] = []
         for name, one in self.evaluations.items():
             how = own_arm(one["settings"])
-            buckets = {f"{bucket['mean_entropy_bits']:.1f} bits of entropy": bucket[f"{how} over no_think"] for bucket in one["by_entropy"]}
+            buckets = {
+                f"{i}. {bucket['mean_entropy_bits']:.1f} bits of entropy": bucket[f"{how} over no_think"] for i, bucket in enumerate(one["by_entropy"], 1)
+            }
             more.append(
                 (f"{name}: thoughts and what is put in their place", draw_intervals({placed(gain): one["gains"][gain] for gain in one["gains"]}, GAINS))
             )

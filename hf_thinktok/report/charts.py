@@ -12,6 +12,10 @@ INK = "#7d8590"  # of axes and words: as far from white as from black
 COLOURS = ("#2f81f7", "#db6d28", "#3fb950", "#a371f7", "#d29922", "#f778ba", "#6e7781")
 STROKES = ("-", "--", ":")
 MARKERS = ("o", "s", "^", "D")
+STYLE: Any = {  # of what is drawn and of what is written of it; names of runs are no formulas
+    "svg.fonttype": "path", "text.parse_math": False,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+}  # fmt: skip
 # What is drawn of a training's log, and what it is called.
 CURVES = {
     "loss": "loss, nats",
@@ -28,10 +32,13 @@ CURVES = {
 def as_image(figure: Figure) -> str:
     """A figure as a data URI."""
     file = BytesIO()
-    style: Any = {"svg.fonttype": "path", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
-    with rc_context(style):
-        figure.savefig(file, format="svg", transparent=True)
+    figure.savefig(file, format="svg", transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _in_legend(name: str) -> str:
+    """A run's name: what begins with an underscore is left out of legends."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
@@ -46,6 +53,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     return figure, panels
 
 
+@rc_context(STYLE)
 def draw_curves(logs: dict[str, list[dict[str, float]]]) -> str | None:
     """What was logged against the step, a panel for each quantity and a line for each run; nothing where no two steps were logged."""
     points = {
@@ -58,9 +66,8 @@ def draw_curves(logs: dict[str, list[dict[str, float]]]) -> str | None:
     for axes, name in zip(panels, shown, strict=False):
         for i, (run, line) in enumerate(points[name].items()):
             if line:
-                axes.plot(
-                    *zip(*line, strict=True), color=COLOURS[i % len(COLOURS)], label=run, linewidth=1.4, linestyle=STROKES[i // len(COLOURS) % len(STROKES)]
-                )
+                how = {"color": COLOURS[i % len(COLOURS)], "linestyle": STROKES[i // len(COLOURS) % len(STROKES)], "linewidth": 1.4}
+                axes.plot(*zip(*line, strict=True), label=_in_legend(run), **how)
         axes.set_title(CURVES[name], color=INK, fontsize="medium")
         axes.set_xlabel("step", color=INK, fontsize="small")
     for axes in panels[len(shown) :]:
@@ -70,6 +77,7 @@ def draw_curves(logs: dict[str, list[dict[str, float]]]) -> str | None:
     return as_image(figure)
 
 
+@rc_context(STYLE)
 def draw_intervals(gains: dict[str, dict[str, float]], label: str) -> str | None:
     """Gains with their intervals, one below the other."""
     gains = {name: gain for name, gain in gains.items() if gain["bits_per_token"] == gain["bits_per_token"]}
@@ -86,6 +94,7 @@ def draw_intervals(gains: dict[str, dict[str, float]], label: str) -> str | None
     return as_image(figure)
 
 
+@rc_context(STYLE)
 def draw_costs(points: list[tuple[str, float, dict[str, float]]]) -> str | None:
     """Gain over not thinking against thinking tokens spent, a point for each run; nothing where one run alone thinks."""
     if len(points) < 2:
@@ -94,7 +103,7 @@ def draw_costs(points: list[tuple[str, float, dict[str, float]]]) -> str | None:
     for i, (name, length, gain) in enumerate(points):
         colour = COLOURS[i % len(COLOURS)]
         axes.plot([length, length], [gain["low"], gain["high"]], color=colour)
-        axes.plot([length], [gain["bits_per_token"]], MARKERS[i // len(COLOURS) % len(MARKERS)], color=colour, label=name)
+        axes.plot([length], [gain["bits_per_token"]], MARKERS[i // len(COLOURS) % len(MARKERS)], color=colour, label=_in_legend(name))
     axes.axhline(0, color=INK, linewidth=1)
     axes.set_xlabel("thinking tokens at a place", color=INK)
     axes.set_ylabel("bits per token saved by thinking", color=INK)
