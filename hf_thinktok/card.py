@@ -50,9 +50,9 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         )
     config = {name: value for name, value in without_tokens(results["config"]).items() if name not in NOT_SETTINGS}
     base, dataset, thoughts = config.get("model_name_or_path"), config.get("dataset_name"), config.get("thoughts", "discrete")
-    packaged, options = base == PACKAGED_MODEL, yaml.safe_dump(config, sort_keys=True)
+    packaged, options = base == PACKAGED_MODEL, yaml.safe_dump({name: _published(value) for name, value in config.items()}, sort_keys=True)
     shown: dict[str, Any] = {
-        "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else base,
+        "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else _published(base),
         "base_name": PACKAGED if packaged else base if _on_hub(base) else None,
         "adapter": config.get("use_peft", False),
         "use": use(config, repository if config.get("use_peft") else None),
@@ -183,13 +183,20 @@ def _question(results: dict[str, Any]) -> tuple[str, int | None] | tuple[()]:
 def _text(config: dict[str, Any]) -> str:
     """Where a run's text came from, in Markdown."""
     name = config.get("dataset_name") or ""
-    source = TEXTS.get(name) or name
+    source = TEXTS.get(name) or _published(name)
     if name and config.get("dataset_config"):
         source += f", `{config['dataset_config']}`"
     if not (files := config.get("data_files")):
         return source
     read = ", ".join(f"`{Path(file).name}`" for file in ([files] if isinstance(files, str) else files))
     return f"{read}, given in place of {source}" if source else read
+
+
+def _published(value: Any) -> Any:
+    """An option without where a file or folder lies on one machine."""
+    if isinstance(value, list):
+        return [_published(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _on_hub(name: str | None) -> bool:

@@ -80,6 +80,14 @@ def test_the_card_of_an_adapter_is_for_peft():
     assert "model.generate(" not in split
 
 
+def test_a_card_does_not_tell_where_files_lie():
+    files = {"model_name_or_path": "/home/me/base", "data_files": ["/home/me/a.jsonl"], "dataset_name": "/home/me/data"}
+    card = render_card(QUICKSTART | {"config": QUICKSTART["config"] | files}, "me/model")
+    assert "/home" not in card
+    assert "base_model" not in card
+    assert "a.jsonl" in card
+
+
 def test_options_that_load_a_model_are_shown_without_a_token():
     config = QUICKSTART["config"] | {"model_init_kwargs": {"token": "hf_secret", "revision": "v1"}, "hub_token": "hf_secret"}
     card = render_card(QUICKSTART | {"config": config}, "me/model")

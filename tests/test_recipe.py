@@ -13,13 +13,14 @@ import yaml
 from commands import ROOT, in_process, started
 from datasets import Dataset
 from models import CORPUS, save_tiny
+from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from hf_thinktok import ThinkTokConfig
 from hf_thinktok.card import render_card
 from hf_thinktok.controls import control_of
 from hf_thinktok.results import changed_options
-from hf_thinktok.text import TextArguments, load_text
+from hf_thinktok.text import TextArguments, load_text, split
 
 RECIPE = ROOT / "recipes" / "pretrain_think.py"
 
@@ -305,7 +306,8 @@ VARIANTS = {
 }
 
 
-OTHERS = [*TOYS, *MIXTURES, *COMPARISONS]
+MODELS = [path for path in CONFIGS if "\nvocab_size:" in path.read_text()]
+OTHERS = [*TOYS, *MIXTURES, *COMPARISONS, *MODELS]
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path not in OTHERS and path.stem not in VARIANTS], ids=lambda path: path.stem)
@@ -314,9 +316,41 @@ def test_every_yaml_file_is_read_as_it_stands(path, monkeypatch):
     recipe = importlib.import_module("pretrain_think")
     parser = TrlParser((recipe.PretrainArguments, ThinkTokConfig, ModelConfig))
     script, args, model = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
-    assert args.thinks
+    assert args.thinks or args.num_think_tokens == 0
     assert script.dataset_name
     assert model.model_name_or_path
+
+
+def test_a_small_model_is_made_of_the_text_that_it_is_trained_on(tiny_folder):
+    """Of that part alone, and for any text."""
+    (tiny_folder / "words.jsonl").write_text("\n".join(json.dumps({"text": f"{word} " * 50}) for word in ("aardvark", "butterfly", "crocodile", "dragonfly")))
+    (path,) = MODELS
+    done = in_process(
+        ROOT / "recipes" / "small_model.py",
+        *("--config", path, "--data_files", tiny_folder / "words.jsonl", "--held_out_documents", 2, "--test_documents", 0, "--vocab_size", 290),
+        *("--model_shape", '{"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}'),
+        *("--output_dir", tiny_folder / "small"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer, text = AutoTokenizer.from_pretrained(tiny_folder / "small"), "Größe\n\t<b> 語 🙂 aardvark"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    parts = split(load_text(script := TextArguments(data_files=[str(tiny_folder / "words.jsonl")], held_out_documents=2)), script)
+    for part, known in ((parts.train, True), (parts.held_out, False)):
+        assert all((len(tokenizer(row["text"].split()[0])["input_ids"]) < 4) is known for row in part)
+    done = in_process(
+        RECIPE, "--model_name_or_path", tiny_folder / "small", "--data_files", tiny_folder / "data.jsonl", "--output_dir", tiny_folder / "out", *TINY_OPTIONS
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [(("--vocab_size", 256), "vocab_size=256 must be at least 257"), (("--model_shape", "{}"), "There is no model: give model_shape with a model_type")],
+)
+def test_a_small_model_that_cannot_be_made(options, sentence):
+    done = in_process(ROOT / "recipes" / "small_model.py", "--config", MODELS[0], *options)
+    assert done.returncode != 0
+    assert sentence in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
