@@ -128,7 +128,7 @@ def test_a_card_counts_the_tokens_that_the_model_has(tmp_path, capsys, folder):
 
 @pytest.mark.parametrize(
     ("name", "question"),
-    [("serial_smollm2", r"k10\n(\d>\d\n){10}\d>"), ("s5", r"([abcd] ){16}="), ("mod_add_100", r"\d+ \+ \d+ ="), ("quickstart", "Once upon a time")],
+    [("serial_smollm2", r"k10\n(\d>\d\n){10}\d>"), ("s5", r"([abcd] ){16}="), ("quickstart", "Once upon a time")],
 )
 def test_a_card_goes_on_with_what_its_model_reads(name, question):
     card = render_card(json.loads((RESULTS / f"{name}.json").read_text()), "me/model")
@@ -136,9 +136,9 @@ def test_a_card_goes_on_with_what_its_model_reads(name, question):
     assert re.fullmatch(question, json.loads(prompt))
 
 
-@pytest.mark.parametrize(("name", "length"), [("serial_smollm2", 9), ("serial_smollm2_no_think", 0), ("serial_smollm2_stop", 0), ("mod_add_100", 0)])
+@pytest.mark.parametrize(("name", "length"), [("serial_smollm2", 9), ("serial_smollm2_no_think", 0), ("serial_smollm2_stop", 0)])
 def test_a_card_makes_a_model_think_as_long_as_it_was_told_to(name, length, tmp_path):
-    """Whose gate was taught, thinks by itself; a control does not, and what thinks for a second model cannot."""
+    """Whose gate was taught, thinks by itself, and a control does not."""
     save_tiny(tmp_path, think_tokens=4)
     results = json.loads((RESULTS / f"{name}.json").read_text())
     results["config"] |= {"use_peft": False}
@@ -148,6 +148,10 @@ def test_a_card_makes_a_model_think_as_long_as_it_was_told_to(name, length, tmp_
         exec(code, found := {})
         said = found["output"][0, found["inputs"]["input_ids"].shape[1] :]
         assert found["vocabulary"].is_thought(said).tolist() == [True] * length + [False]
+
+
+def test_what_thinks_for_a_second_model_is_not_shown_to_generate():
+    assert "```python" not in render_card(json.loads((RESULTS / "mod_add_100.json").read_text()), "me/model")
 
 
 QUICKSTART = json.loads((RESULTS / "quickstart.json").read_text())

@@ -137,7 +137,7 @@ def test_a_command_speaks_as_the_model_would_whatever_its_own_settings(folder, t
 
 
 def test_parts_and_columns_are_no_texts(model):
-    rows = Dataset.from_dict({"text": CORPUS})
+    rows = Dataset.from_dict({"text": [f"{i} {text}" for i, text in enumerate(CORPUS)]})
     for data in (DatasetDict(test=rows, train=rows), {"text": CORPUS}, rows.to_pandas()):
         with pytest.raises(ValueError, match="in parts or columns .(test, train|text).: give one of them"):
             evaluate_thinking(*model, data)

@@ -338,7 +338,9 @@ def test_a_small_model_is_made_of_the_text_that_it_is_trained_on(tiny_folder):
     for part, known in ((parts.train, True), (parts.held_out, False)):
         assert all((len(tokenizer(row["text"].split()[0])["input_ids"]) < 4) is known for row in part)
     done = in_process(
-        RECIPE, "--model_name_or_path", tiny_folder / "small", "--data_files", tiny_folder / "data.jsonl", "--output_dir", tiny_folder / "out", *TINY_OPTIONS
+        RECIPE,
+        *("--model_name_or_path", tiny_folder / "small", "--data_files", tiny_folder / "data.jsonl", "--text_template", "{question}: {answer}"),
+        *("--output_dir", tiny_folder / "out", *TINY_OPTIONS),
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
