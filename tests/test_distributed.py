@@ -182,7 +182,7 @@ def test_an_adapter_and_its_rows_are_trained_alike(made, tmp_path, launcher):
 @pytest.mark.parametrize("launcher", ["zero2", "zero3"])
 def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
     """Evaluation included, before training and after it."""
-    (tmp_path / "text.txt").write_text("\n".join(f"{i} {text.strip()}" for i, text in enumerate(CORPUS)))
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} {' '.join(text.split())}" for i, text in enumerate(CORPUS)))
     options = {
         "model_name_or_path": save_tiny(tmp_path / "model"), "data_files": tmp_path / "text.txt", "max_steps": 2, "max_length": 48,
         "num_forks": 3, "num_generations": 2, "num_think_tokens": 4, "held_out_documents": 8, "bf16": False, "report_to": "none", "optim": "adamw_torch",
