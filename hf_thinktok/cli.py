@@ -154,6 +154,7 @@ def run_merge(args: argparse.Namespace) -> None:
     read_vocabulary(args.adapter, args.revision)
     output = args.output.absolute()
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
+    made = []
     try:
         for place, adapter in adapters_in(args.adapter, args.revision).items():
             with usage(RuntimeError, LookupError, before=f"{adapter} cannot be merged into its base: "), naming_trust():
@@ -161,13 +162,12 @@ def run_merge(args: argparse.Namespace) -> None:
             with usage():
                 for part in (model, tokenizer):
                     part.save_pretrained(unfinished / place)
-            Console(stderr=True, highlight=False).print(
-                f"{args.output / place}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}", style="dim"
-            )
+            made.append(f"{args.output / place}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}")
         with usage():
             os.replace(unfinished, output)  # whole or not at all
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    Console(stderr=True, highlight=False).print("\n".join(made), style="dim")
 
 
 def add_push(subparsers) -> None:

@@ -560,7 +560,10 @@ def test_what_cannot_be_merged(folder, run, tmp_path):
     shutil.copytree(folder, tmp_path / "half")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.base_model.model.config.thinktok |= {"policies": "split"}
-    save_adapter(model, str(tmp_path / "half"))  # without its speaker
+    for place in ("half", "half/speaker"):
+        save_adapter(model, str(tmp_path / place))
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / place)
+    (tmp_path / "half" / "adapter_model.safetensors").unlink()  # the speaker's is there
     for adapter, output, words in [
         (tmp_path / "half", tmp_path / "new", "cannot be merged into its base"),
         (tmp_path / "missing", tmp_path / "new", "is neither a folder nor a Hub repository"),
