@@ -71,8 +71,9 @@ def check_adapter(peft_config: Any, split: bool, beta: float) -> None:
     if start and (split or beta > 0):
         needs = "a second adapter (policies=split) stands on" if split else "beta compares with"
         raise ValueError(f"init_lora_weights={start} changes the base that {needs}: take another one, such as true.")
-    if beta > 0 and biases != "none":
-        raise ValueError(f"bias={biases} trains biases of the base that beta compares with: set bias=none, or beta=0.")
+    if biases != "none" and (split or beta > 0):
+        needs, without = ("a second adapter (policies=split) stands on", "policies=shared") if split else ("beta compares with", "beta=0")
+        raise ValueError(f"bias={biases} trains biases of the base that {needs}: set bias=none, or {without}.")
 
 
 def check_base(model: PreTrainedModel, revision: str | None) -> None:

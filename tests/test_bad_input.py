@@ -1436,6 +1436,11 @@ def test_processes_do_not_divide_a_stream_to_evaluate_on():
         ),
         *(({"init_lora_weights": start}, {}, f"init_lora_weights={start} changes the base") for start in ("pissa_niter_4", "corda", "lora_ga")),
         ({"bias": "lora_only"}, {"beta": 0.1}, "bias=lora_only trains biases of the base that beta compares with"),
+        (
+            {"bias": "all"},
+            {"policies": "split", "gradient_checkpointing": False},
+            r"bias=all trains biases of the base that a second adapter \(policies=split\)",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

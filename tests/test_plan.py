@@ -308,6 +308,7 @@ def test_the_command_takes_a_recipe_and_changes_to_it(folder, tmp_path, capsys):
         (["--zero", "2", "--fsdp2", "--num_processes", "2"], "choose one"),
         (["--num_think_tokens", "0"], "num_think_tokens=0.*set num_forks=0"),
         (["--beta", "0.1"], "beta=0.1.*leave beta out"),
+        (["--activation_offloading", "true", "--gradient_checkpointing", "false"], "activation_offloading=True.*leave activation_offloading out"),
         (["--load_in_4bit", "true"], "Quantized weights are not planned"),
         (["--attn_implementation", "flash_attention_2"], "use sdpa or eager"),
     ],
