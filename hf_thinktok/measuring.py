@@ -111,9 +111,8 @@ class MeasuringTrainer(CheckpointingTrainer):
                 print_thoughts(self._tokenizer, samples, self.vocabulary.first_id, self.state.global_step)
         if "train_runtime" in logs:
             seconds, done = max(self.spent.seconds, 1e-9), self.state.global_step
-            rows = (
-                logs["train_samples_per_second"] * logs["train_runtime"] * done / max(self.state.max_steps, 1)
-            )  # the base class counts those that were planned
+            planned = logs["train_samples_per_second"] * logs["train_runtime"]  # rows of all steps, as the base class counts them
+            rows = planned * done / max(self.state.max_steps, 1)
             logs |= {"train_step_seconds": self.spent.seconds, "train_steps_per_second": done / seconds, "train_samples_per_second": rows / seconds}
         super().log(logs, start_time)
 
