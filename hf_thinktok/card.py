@@ -50,7 +50,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         )
     config = {name: value for name, value in without_tokens(results["config"]).items() if name not in NOT_SETTINGS}
     base, dataset, thoughts = config.get("model_name_or_path"), config.get("dataset_name"), config.get("thoughts", "discrete")
-    packaged, options = base == PACKAGED_MODEL, yaml.safe_dump({name: _published(value) for name, value in config.items()}, sort_keys=True)
+    packaged = base == PACKAGED_MODEL
     shown: dict[str, Any] = {
         "base": f"[{PACKAGED}](https://huggingface.co/{PACKAGED})" if packaged else _published(base),
         "base_name": PACKAGED if packaged else base if _on_hub(base) else None,
@@ -65,11 +65,12 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
         "hardware": machine(results),
         "commit": results["commit"],
         "figures": as_text(results),
-        "options": options,
-        "fence": _fence(options),
+        "options": config,
     }
     template = Environment(loader=PackageLoader("hf_thinktok.report", ""), keep_trailing_newline=True, trim_blocks=True).get_template("card.md.j2")
     shown |= kind(results, config)
+    shown["options"] = yaml.safe_dump(_published(shown["options"]), sort_keys=True)
+    shown["fence"] = _fence(shown["options"])
     if thoughts in UNREWARDED and results.get("control", "none") == "none":
         shown["how"] = UNREWARDED[thoughts]
     if config.get("stop") == "fixed" and why_not_generated(config) is None:
@@ -193,7 +194,9 @@ def _text(config: dict[str, Any]) -> str:
 
 
 def _published(value: Any) -> Any:
-    """An option without where a file or folder lies on one machine."""
+    """An option, or all of them, without where files and folders lie on one machine."""
+    if isinstance(value, dict):
+        return {name: _published(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_published(one) for one in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
@@ -244,7 +247,7 @@ def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, An
             "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
         ],
         "command": "python recipes/compare.py --config config.yaml",
-        "options": yaml.safe_dump(config | asked, sort_keys=True),
+        "options": config | asked,
     }
 
 
@@ -265,7 +268,7 @@ def _task(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
             f"Test rows are of the task's own making{rows}.",
         ],
         "command": "python recipes/toy.py --config config.yaml",
-        "options": yaml.safe_dump(options, sort_keys=True),
+        "options": options,
     }
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -148,25 +147,19 @@ def run_merge(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .peft import adapters_in, merge
+    from .results import folder_written_whole
 
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"{args.output} exists: name a new folder.")
     read_vocabulary(args.adapter, args.revision)
-    output = args.output.absolute()
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     made = []
-    try:
+    with usage(), folder_written_whole(args.output) as unfinished:
         for place, adapter in adapters_in(args.adapter, args.revision).items():
             with usage(RuntimeError, LookupError, before=f"{adapter} cannot be merged into its base: "), naming_trust():
                 model, tokenizer = merge(adapter, **source(args))
-            with usage():
-                for part in (model, tokenizer):
-                    part.save_pretrained(unfinished / place)
+            for part in (model, tokenizer):
+                part.save_pretrained(unfinished / place)
             made.append(f"{args.output / place}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}")
-        with usage():
-            os.replace(unfinished, output)  # whole or not at all
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     Console(stderr=True, highlight=False).print("\n".join(made), style="dim")
 
 

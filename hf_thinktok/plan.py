@@ -209,7 +209,7 @@ def _check(args: ThinkTokConfig, attn_implementation: str | None, zero: int, fsd
         raise ValueError("max_length=null has no longest row to plan for: set max_length.")
     for name, counted in NOT_COUNTED.items():
         if (value := getattr(args, name)) not in counted:
-            raise ValueError(f"{name}={value} is more, or elsewhere, than a plan counts: leave {name} out.")
+            raise ValueError(f"{name}={value} takes passes, a model or a place that a plan does not count: leave {name} out.")
     if zero and fsdp2:
         raise ValueError("zero and fsdp2 both shard the model: choose one.")
     if (zero or fsdp2) and num_processes < 2:

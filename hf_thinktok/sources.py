@@ -9,13 +9,14 @@ import hashlib
 import importlib.util
 import logging
 import os
-import shutil
 import sysconfig
-import tempfile
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .results import folder_written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +46,24 @@ def resolve_model(name: str) -> str:
     folder = cache_dir() / f"{gguf.stem}-{hashlib.sha256(f'{stat.st_size}'.encode()).hexdigest()[:8]}"
     if not (folder / "config.json").exists():
         logger.warning("Converting %s to safetensors, once, into %s", gguf.name, folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         from transformers import GgufConfig  # only here: no other model needs it
 
-        # Written aside and renamed, so that an interrupted conversion is never taken for a model.
-        unfinished = tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-")
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True))
-        for part in (model, tokenizer):
-            part.save_pretrained(unfinished)
         try:
-            os.replace(unfinished, folder)
+            with folder_written_whole(folder) as unfinished:  # an interrupted conversion is never taken for a model
+                for part in (model, tokenizer):
+                    part.save_pretrained(unfinished)
         except OSError:  # another process of the same launch was first
-            shutil.rmtree(unfinished)
             if not (folder / "config.json").exists():
                 raise
     return str(folder)
+
+
+def from_scratch(shape: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with random weights, of a shape with its `model_type`, whose tokens are a tokenizer's."""
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | shape))
 
 
 def standard_library(min_chars: int = 2000) -> Dataset:

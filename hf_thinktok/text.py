@@ -248,11 +248,13 @@ def distinct(text: Dataset, of: str) -> Dataset:
     Args:
         of: what it is, as a part of a sentence.
     """
-    first = {one: row for row, one in reversed(list(enumerate(text["text"])))}
+    first: dict[str, int] = {}
+    for row, one in enumerate(text["text"]):
+        first.setdefault(one, row)
     if len(first) == len(text):
         return text
     logger.warning("%s of the %s documents of %s repeat others word for word, and are left out.", f"{len(text) - len(first):,}", f"{len(text):,}", of)
-    return text.select(sorted(first.values()))
+    return text.select(first.values())
 
 
 def without(text: Dataset, others: Dataset, of: str) -> Dataset:

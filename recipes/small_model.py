@@ -7,16 +7,16 @@ Writes a folder for the `model_name_or_path` of recipes/pretrain_think.py and re
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import read_mappings
 from hf_thinktok.recipe_options import read_options, recipe_parser
+from hf_thinktok.sources import from_scratch
 from hf_thinktok.text import TextArguments, load_text, split
 
 END = "<|endoftext|>"
@@ -52,11 +52,10 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
 def main(options: SmallModelArguments) -> None:
     train, _, _ = split(load_text(options), options)
     tokenizer = train_tokenizer((row["text"] for row in train), options.vocab_size)
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     set_seed(options.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | options.model_shape))
+    model = from_scratch(options.model_shape, tokenizer)
     for part in (model, tokenizer):
-        part.save_pretrained(Path(options.output_dir))
+        part.save_pretrained(options.output_dir)
     Console(highlight=False).print(f"{options.output_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
 
 

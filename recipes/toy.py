@@ -24,7 +24,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config
 
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
@@ -41,7 +41,7 @@ from hf_thinktok.pictures import draw_task
 from hf_thinktok.recipe_options import check_seeds, read_options, recipe_parser
 from hf_thinktok.report.language import draw_language, print_language
 from hf_thinktok.results import THOUGHTS, changed_options, environment, per_cent, print_task, write_json
-from hf_thinktok.sources import resolve_model
+from hf_thinktok.sources import from_scratch, resolve_model
 from hf_thinktok.tasks import Task, make_task, word_tokenizer
 from hf_thinktok.worked_steps import worked_steps
 
@@ -151,8 +151,7 @@ def make_tokenizer(args: ThinkTokConfig, model: ModelConfig, task: Task) -> PreT
 
 def new_model(toy: ToyArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model from scratch."""
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | toy.model_shape))
+    model = from_scratch(toy.model_shape, tokenizer)
     if toy.word_sums != 0:
         begin_as_sums(model.get_input_embeddings().weight, tokenizer.get_vocab(), toy.word_sums)
     return model

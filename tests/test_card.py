@@ -86,6 +86,9 @@ def test_a_card_does_not_tell_where_files_lie():
     assert "/home" not in card
     assert "base_model" not in card
     assert "a.jsonl" in card
+    for name, more in (("compare_quick", {}), ("mod_add_100", {"task_options": {"file": "/home/me/steps.jsonl"}})):
+        results = json.loads((RESULTS / f"{name}.json").read_text())
+        assert "/home" not in render_card(results | {"config": results["config"] | files} | more, "me/model")
 
 
 def test_options_that_load_a_model_are_shown_without_a_token():

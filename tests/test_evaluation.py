@@ -323,12 +323,17 @@ def test_summary_of_known_figures():
     ("gain", "over_random", "always_over_random", "words"),
     [
         ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "what is thought matters."),
-        ((0.1, 0.3), (0.1, 0.2), (-0.1, 0.2), "than these: random tokens. They are shown to do more than these: where it wants to, random tokens."),
+        (
+            (0.1, 0.3),
+            (0.1, 0.2),
+            (-0.1, 0.2),
+            "not shown to do more than these: random tokens. They are shown to do more than these: where it wants to, random tokens.",
+        ),
         (
             (0.1, 0.3),
             (-0.1, 0.2),
             (0.1, 0.2),
-            "not shown to do more than these: where it wants to, random tokens. They are shown to do more than these: random",
+            "not shown to do more than these: where it wants to, random tokens. They are shown to do more than these: random tokens.",
         ),
         ((0.1, 0.3), (-0.1, 0.2), (-0.2, 0.1), "where it wants to, random tokens; random tokens: nothing says that what is thought matters."),
         ((-0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "told from zero"),
