@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .config import ThinkTokConfig
 from .distributed import autocast
-from .generation import NO_CUTS
 from .losses import stopping_logps
 from .models import evaluating, unwrapped
 from .objective import Speech, speak
@@ -22,6 +21,7 @@ from .rewards import masked_sum
 from .rollout import Rollout
 from .scores import TreeScores
 from .thoughts import control_thoughts
+from .tokens import NO_CUTS
 from .tree import ThoughtTree
 
 # Tokens of a batch at most: two hundred long rows at once are 16 GB.

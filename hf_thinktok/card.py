@@ -142,7 +142,7 @@ def snippet(repository: str, adapter: bool, prompt: str | None = None, think_len
     adapters = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer, GenerationConfig"]
     imports = adapters if adapter else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     budget: list[str] = []
-    how = "max_new_tokens=64, do_sample=True, temperature=1.0, top_p=1.0, top_k=0"
+    how = "max_new_tokens=64"
     if think_length:
         imports += ["from hf_thinktok import ThinkingBudget, ThinkingVocabulary"]
         budget += [

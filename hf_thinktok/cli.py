@@ -70,9 +70,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
     from .card import why_not_generated
     from .forks import ends_of, marker_ids
-    from .generation import NO_CUTS, StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
+    from .generation import StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
     from .models import longest_row
-    from .tokens import stored_options
+    from .tokens import NO_CUTS, stored_options
 
     chosen = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(args, name)) is not None}
     told = [*chosen, *["seed"] * (args.seed is not None)]

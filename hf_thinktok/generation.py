@@ -139,10 +139,6 @@ def _vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> ThinkingVocabulary | N
     return ThinkingVocabulary(first, guard - first, guard)
 
 
-# The whole distribution, for `model.generate`: what a model's own generation config cuts off would change how much it thinks.
-NO_CUTS: dict[str, float | None] = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
-
-
 class StopsInText(StoppingCriteria):
     """Stop strings looked for in what is said, for `model.generate(stopping_criteria=[...])`: with thoughts in between `stop_strings` of `generate` would not
     see them, and would see the names of thoughts.

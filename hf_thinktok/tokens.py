@@ -11,7 +11,6 @@ The tokens are ordinary special tokens of an ordinary checkpoint. Two things are
   do not keep it.
 """
 
-import contextlib
 import copy
 import logging
 import math
@@ -47,6 +46,9 @@ LOGIT_SPREAD = 1.0
 
 # Noise of a row that starts as a copy of a text's token, in standard deviations of that row: several copies of one token are several thoughts.
 COPY_NOISE = 0.3
+
+# The whole distribution, for `model.generate`: what a model's own generation config cuts off would change how much it thinks.
+NO_CUTS: dict[str, float | None] = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
 
 # One position in so many of the sample holds a thought.
 THOUGHTS_EVERY = 4
@@ -172,7 +174,7 @@ def add_thinking_tokens(
     num_tokens = 16 if num_tokens is None else num_tokens
     _check_head(model, rows)
     copied = _ids_of_words(words, tokenizer, num_tokens)
-    _make_writable(model.generation_config)
+    generation = _sampling_all(model.generation_config)
 
     pieces = tokenizer(GUARD, add_special_tokens=False)["input_ids"]
     tokenizer.add_tokens([AddedToken(TEMPLATE.format(i), special=True, normalized=True) for i in range(num_tokens)], special_tokens=True)
@@ -207,7 +209,8 @@ def add_thinking_tokens(
     model.config.thinktok = asdict(vocabulary)
     # Rows that belong to no token stay out of plain sampling; the guard is only ever read.
     unused = range(vocabulary.guard_id, rows)
-    model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or []), *unused})
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), *unused})
+    model.generation_config = generation
     return vocabulary
 
 
@@ -286,27 +289,24 @@ def _ids_of_words(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_
     return [pieces[i % len(words)][0] for i in range(num_tokens)] if words else []
 
 
-def _make_writable(config: GenerationConfig) -> None:
-    """transformers saves a generation config with contradicting flags while it is as loaded, and refuses it once changed: that would be after training.
+def _sampling_all(config: GenerationConfig) -> GenerationConfig:
+    """The same generation config for a model that thinks: plain `generate` draws from the whole distribution, where a base's own cuts, or the likeliest token
+    alone, would leave out thinking tokens, each of which is improbable.
 
-    A temperature or top_p without `do_sample` is of an author who wanted sampling and left out the switch, so it is set; dropping the flags would leave
-    `generate(do_sample=True)` with another distribution than the base has.
+    Raises:
+        ValueError: transformers would not save it, and would say so after training only.
     """
-    with contextlib.suppress(ValueError):
-        config.validate(strict=True)
-        return
-    sampling = copy.deepcopy(config)
-    sampling.do_sample = True
+    config = copy.deepcopy(config)
+    config.update(do_sample=True, temperature=1.0, **NO_CUTS)
     try:
-        sampling.validate(strict=True)
+        config.validate(strict=True)
     except ValueError as error:
         flags = ", ".join(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or first_line(error).rstrip(".")
         raise ValueError(
             f"transformers would not save this model's generation config, in which other flags contradict or rule out some ({flags}): take them out of "
             "generation_config.json or model.generation_config."
         ) from error
-    logger.warning("The model's generation config has flags for sampling without do_sample, which transformers would not save: do_sample=True is set.")
-    config.do_sample = True
+    return config
 
 
 def _refuse_injection(tokenizer, vocabulary) -> None:

@@ -405,14 +405,24 @@ def test_heads_that_cannot_grow_are_refused_unchanged():
         assert len(tokenizer) == 320
 
 
-def test_a_base_with_sampling_flags_and_no_do_sample_is_saved_and_samples(tmp_path):
+@pytest.mark.parametrize(
+    "cuts", [{}, {"temperature": 0.1}, {"do_sample": True, "top_k": 5}, {"do_sample": True, "top_p": 0.1}, {"do_sample": True, "min_p": 0.9}], ids=str
+)
+def test_what_is_saved_thinks_in_generate_without_an_option(tmp_path, cuts):
+    """Many thinking tokens share one probability, so each is less likely than many a word."""
     save_tiny(tmp_path / "base")
-    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}')
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0} | cuts))
     model, tokenizer = (kind.from_pretrained(tmp_path / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    add_thinking_tokens(model, tokenizer, 4)
+    vocabulary = add_thinking_tokens(model, tokenizer, 60, think_mass=0.1)
     model.save_pretrained(tmp_path / "thinker")
-    saved = GenerationConfig.from_pretrained(tmp_path / "thinker")
-    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+    thinker = AutoModelForCausalLM.from_pretrained(tmp_path / "thinker")
+    prompt = {"input_ids": torch.arange(1, 11)[None].repeat(64, 1), "attention_mask": torch.ones(64, 10, dtype=torch.long)}
+    torch.manual_seed(0)
+    part = vocabulary.is_thought(thinker.generate(**prompt, max_new_tokens=8, min_new_tokens=8)[:, 10:]).float().mean()
+    with torch.no_grad():
+        first = vocabulary.is_thought(torch.arange(thinker.config.vocab_size))
+        mass = thinker(**prompt).logits[0, -1].softmax(-1)[first].sum()
+    assert part > 0.5 * mass > 0.02
 
 
 def test_a_base_whose_generation_config_could_not_be_saved_is_refused_unchanged():
@@ -426,7 +436,7 @@ def test_a_base_whose_generation_config_could_not_be_saved_is_refused_unchanged(
     assert model.generation_config.to_dict() == generation
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}, {}], ids=["sample", "beams", "greedy"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "do_sample": False}, {"do_sample": False}], ids=["sample", "beams", "greedy"])
 def test_generate_never_emits_the_guard_or_padding_rows(options):
     model, tokenizer = tiny_model(tie=False), tiny_tokenizer()
     vocabulary = add_thinking_tokens(model, tokenizer, 4, think_mass=0.5)

@@ -18,12 +18,13 @@ from tqdm import tqdm
 from transformers.utils import find_adapter_config_file
 
 from ..engine import Engine, Pass, choose_engine
-from ..generation import NO_CUTS, StopsInText, ThinkingBudget
+from ..generation import StopsInText, ThinkingBudget
 from ..head import HiddenInputs, attach_head
 from ..losses import stopping_logps
 from ..models import evaluating
 from ..peft import load_whole
 from ..rollout import Sampling, sample_thoughts
+from ..tokens import NO_CUTS
 from ..tree import Branching, ThoughtTree
 from .inspection import logits_of
 from .thinking import check_evaluable, padded
