@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import ThinkTokConfig
+    from .evaluation.thinking import evaluate_thinking
     from .generation import StopsInText, ThinkingBudget, ThinkingStreamer, think_while_reading
+    from .peft import load_whole
     from .tokens import ThinkingVocabulary, add_thinking_tokens
     from .trainer import ThinkTokTrainer
 
@@ -23,6 +25,8 @@ __all__ = [
     "ThinkingVocabulary",
     "__version__",
     "add_thinking_tokens",
+    "evaluate_thinking",
+    "load_whole",
     "think_while_reading",
 ]
 
@@ -34,6 +38,8 @@ _HOMES = {
     "ThinkingStreamer": "generation",
     "ThinkingVocabulary": "tokens",
     "add_thinking_tokens": "tokens",
+    "evaluate_thinking": "evaluation.thinking",
+    "load_whole": "peft",
     "think_while_reading": "generation",
 }
 

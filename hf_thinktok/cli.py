@@ -321,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UsageError as error:
+        if os.environ.get("THINKTOK_TRACEBACK") == "1":
+            raise
         print(f"thinktok: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -17,13 +17,15 @@ from .config_checks import (
     check_effect,
     check_fit,
     check_reporters,
+    check_rewards,
     check_run,
+    check_search,
     check_text,
     check_values,
 )
 from .exploration import scheduled
 from .losses import PolicyLoss
-from .rewards import REWARDS
+from .rewards import REWARDS, resolve_rewards
 from .rollout import Sampling
 from .tree import Branching
 
@@ -186,7 +188,8 @@ class ThinkTokConfig(SFTConfig):
         > Rewards
 
         reward_funcs (`list[str]`, defaults to `["log_prob"]`):
-            `log_prob`, `accuracy`, `prob`, `information_gain`, `exact`; functions are passed to the trainer. They are of what is thought: with
+            `log_prob`, `accuracy`, `prob`, `information_gain`, `exact`, or the place of a function of your own, `my_rewards.surprise`; functions themselves are
+            passed to the trainer. They are of what is thought: with
             `stop="learned"` when to think is learned from the log-probability of the judged tokens, whatever the rewards.
         reward_weights (`list[float]`, *optional*):
             A weight for each reward; 1 by default.
@@ -308,7 +311,7 @@ class ThinkTokConfig(SFTConfig):
     top_p: float = option(1.0, "Draw among the most likely thinking tokens that make up this probability.")
     min_p: float | None = option(None, "Draw among thinking tokens with at least this part of the largest probability.")
 
-    reward_funcs: list[str] = option(["log_prob"], f"Rewards of a thought: {', '.join(REWARDS)}.")
+    reward_funcs: list[str] = option(["log_prob"], f"Rewards of a thought: {', '.join(REWARDS)}, or MODULE.FUNCTION of your own.")
     reward_weights: list[float] | None = option(None, "A weight for each reward.")
     objective: str = option("expected", "What is maximised: the mean reward, or the log of the group's mean likelihood.", ("expected", "marginal"))
     posterior_temperature: float = option(1.0, "With objective=marginal: divides log-likelihoods before they weight the group.")
@@ -348,8 +351,8 @@ class ThinkTokConfig(SFTConfig):
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
         for name in (*SCHEDULES, "curriculum_threshold"):
-            if isinstance(getattr(self, name), Real):
-                setattr(self, name, [float(getattr(self, name))])
+            if isinstance(value := getattr(self, name), Real) and not isinstance(value, bool):
+                setattr(self, name, [float(value)])
         if self.packing and self.eval_packing is None:
             self.eval_packing = False  # forks are counted in rows, and gains are over documents
         check_values(self, ThinkTokConfig.__annotations__)
@@ -361,7 +364,9 @@ class ThinkTokConfig(SFTConfig):
             raise ValueError("teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
         if self.thinks:
             check_fit(self)
+            check_rewards(self, resolve_rewards(self.reward_funcs))
             check_choice(self, self.num_think_tokens)
+            check_search(self, self.num_think_tokens)
             check_effect(self)
             if self.max_steps >= 0:  # else it is known when the data is
                 check_run(self, self.max_steps)

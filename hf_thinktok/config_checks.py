@@ -12,7 +12,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from .errors import RunError
 from .exploration import ever
-from .rewards import resolve_rewards
+from .rewards import REWARDS, RewardFunction, resolve_rewards
 from .thoughts import SOFT
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCHEDULES = ("search", "epsilon_greedy", "coverage_coef", "balance_coef", "thought_entropy_target", "think_cost", "stop_smoothing", "gate_smoothing")
 SCHEDULED_FRACTIONS = ("epsilon_greedy", "thought_entropy_target", "stop_smoothing", "gate_smoothing")
 LISTS = ("alternate", "reward_funcs", "reward_weights", "fork_markers", "think_init_words", "curriculum_think_length")
-FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share")
+FRACTIONS = ("top_p", "min_p", "search_random", "posterior_smoothing", "coverage_decay", "curriculum_replay", "markovian_share", "epsilon")
 WEIGHTS = ("think_loss_weight", "gate_loss_weight", "think_ce_weight", "text_ce_weight", "thought_ce_weight", "beta")
 # Of what evaluations report of thoughts (`GainByDocument`), that of which the best model has least, and most.
 LESS_IS_BETTER = ("bits_no_think", "bits_think", "bits_random_thought", "gain_stderr", "gain_over_random_stderr", "mean_think_length")
@@ -79,7 +79,7 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
         "gradient_accumulation_steps": 1,
         "dataloader_num_workers": 0,
     }
-    counts = "num_think_tokens", "lookahead", "search_changes", "alternate", "max_length", "curriculum_think_length"
+    counts = "num_think_tokens", "lookahead", "search_changes", "alternate", "max_length", "curriculum_think_length", "continuous_layer"
     _check_numbers(config, (*(name for name in least if name != "learning_rate"), *counts))
     for name, bound in least.items():
         if getattr(config, name) < bound:
@@ -131,6 +131,11 @@ def check_values(config: "ThinkTokConfig", own: Collection[str]) -> None:
     for name in WEIGHTS:
         if getattr(config, name) < 0:
             raise ValueError(f"{name}={getattr(config, name)} must not be negative.")
+    if config.epsilon_high is not None and config.epsilon_high < 0:
+        raise ValueError(f"epsilon_high={config.epsilon_high} must be at least 0, or left out for that of epsilon.")
+    highest = 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+    if config.delta is not None and config.delta <= highest:
+        raise ValueError(f"delta={config.delta} would cut what epsilon lets pass: it must be above 1 + epsilon_high, here {highest:g}.")
     if any(not isinstance(name, str) for name in config.reward_funcs):
         raise ValueError("reward_funcs has what is no name, and a checkpoint keeps names: give functions to ThinkTokTrainer(..., reward_funcs=[...]).")
     resolve_rewards(config.reward_funcs)
@@ -157,7 +162,7 @@ def check_reporters(config: "ThinkTokConfig") -> None:
 
 def _check_numbers(config: "ThinkTokConfig", whole: Collection[str]) -> None:
     """Numbers, and lists of them, are no texts, and counts have no fractions."""
-    others = "learning_rate", "curriculum_threshold", "temperature", "posterior_temperature", "reward_weights"
+    others = "learning_rate", "curriculum_threshold", "temperature", "posterior_temperature", "reward_weights", "epsilon_high", "delta"
     for name in (*whole, *RATES, *FRACTIONS, *WEIGHTS, *SCHEDULES, *others):
         value = getattr(config, name)
         for one in value if isinstance(value, list) else [value]:
@@ -189,9 +194,21 @@ def check_text(config: "ThinkTokConfig") -> None:
         "num_forks=0 trains on the text alone, and text_ce_weight=0 leaves nothing of it: set text_ce_weight above 0.": (
             config.num_forks == 0 and config.text_ce_weight == 0
         ),
+        "curriculum_threshold draws rows step by step: set max_steps.": config.curriculum_threshold is not None and config.max_steps <= 0,
         "padding_free=True would lay a whole batch out as one row: set packing=True instead.": config.padding_free,
         "use_liger_kernel puts a forward of its own in the place of that by which a model thinks: leave it out.": config.use_liger_kernel,
         "router_aux_loss_coef is not supported with thinking tokens: leave it out.": bool(config.router_aux_loss_coef),
+    }
+    _refuse(refusals)
+
+
+def check_rewards(config: "ThinkTokConfig", rewards: list[RewardFunction]) -> None:
+    """What some rewards cannot be told of, whether the options name them or the trainer is given them."""
+    refusals = {
+        "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": REWARDS["exact"] in rewards and not config.supply_thoughts,
+        "The reward `information_gain` compares with the text without the thought, which memory=persistent puts into the text: set lookahead=1, or log_prob.": (
+            REWARDS["information_gain"] in rewards and config.memory == "persistent" and config.lookahead != 1
+        ),
     }
     _refuse(refusals)
 
@@ -224,16 +241,12 @@ def check_fit(config: "ThinkTokConfig") -> None:
         f"thoughts=text with temperature={config.temperature} is not supported: set temperature=1.": text and config.temperature != 1.0,
         "thoughts=text with memory=persistent is not supported: set memory=none.": text and config.memory == "persistent",
         "thoughts=text with advantage=token is not supported: set advantage=group, loo or value.": text and config.advantage == "token",
-        "The reward `exact` compares with the data's own thoughts: set supply_thoughts=True.": "exact" in config.reward_funcs and not config.supply_thoughts,
         "think_start leaves steps that learn nothing with text_ce_weight=0: set think_start=0, or text_ce_weight above 0.": (
             config.think_start > 0 and config.text_ce_weight == 0
         ),
         "search compares thoughts of one length: set stop=fixed or stop=learned.": searches and config.stop == "sampled",
         "search changes a thought after those that follow it were drawn, and with memory=persistent these have read it: set memory=none.": (
             searches and config.memory == "persistent"
-        ),
-        "The reward `information_gain` compares with the text without the thought, which memory=persistent puts into the text: set lookahead=1, or log_prob.": (
-            "information_gain" in config.reward_funcs and config.memory == "persistent" and config.lookahead != 1
         ),
         "supply_thoughts has thoughts of given lengths: set stop=fixed.": config.supply_thoughts and config.stop != "fixed",
         "supply_thoughts gives one thought for each row: set num_forks=1.": config.supply_thoughts and config.num_forks != 1,
@@ -247,7 +260,6 @@ def check_fit(config: "ThinkTokConfig") -> None:
         "curriculum_threshold begins the clock anew with every level, and alternate takes its turns by it: leave one of them out.": (
             config.curriculum_threshold is not None and config.alternate is not None
         ),
-        "curriculum_threshold draws rows step by step: set max_steps.": config.curriculum_threshold is not None and config.max_steps <= 0,
         "curriculum_threshold draws new rows at every step, and num_iterations > 1 repeats them: choose one.": (
             config.curriculum_threshold is not None and config.num_iterations > 1
         ),
@@ -325,6 +337,15 @@ def check_choice(config: "ThinkTokConfig", num_tokens: int | None) -> None:
     )
 
 
+def check_search(config: "ThinkTokConfig", num_tokens: int | None) -> None:
+    """Where no more thoughts can be thought of than are tried, which of them are tried is no choice."""
+    if num_tokens is None or len(config.search) > 1 or config.search[0] < num_tokens**config.max_think_length:
+        return
+    for name in ("search_random", "search_changes"):
+        if getattr(config, name) != default_of(type(config), name):
+            raise no_effect(config, name, f"search below {num_tokens**config.max_think_length}, as all thoughts that there are are tried")
+
+
 def check_run(config: "ThinkTokConfig", steps: int) -> None:
     """A run of so many steps, and what would begin after it, and so never.
 
@@ -340,6 +361,8 @@ def check_run(config: "ThinkTokConfig", steps: int) -> None:
     if 0 < (share := steps_between_saves(config)) < 1 and _parts_rollout(config, math.ceil(share * steps)):
         raise RunError(saves_must_end_rollouts(config))
     thinking = steps - config.think_start
+    if config.alternate is not None and config.alternate[0] >= thinking:
+        raise RunError(f"alternate={config.alternate} gives thoughts no turn in {thinking} steps: let it begin earlier, or set freeze=thinker.")
     for name in SCHEDULES:
         schedule = getattr(config, name) or [0]
         # To be sure of every word is a target as well.
@@ -408,7 +431,10 @@ def check_effect(config: "ThinkTokConfig") -> None:
         ),
         "epsilon_high": (config.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
         "delta": (config.num_iterations > 1 and config.think_loss_type != "cispo", "num_iterations > 1 and a think_loss_type other than cispo"),
-        "importance_sampling_level": (config.num_iterations > 1, "num_iterations > 1 (the first ratio is 1)"),
+        "importance_sampling_level": (
+            config.num_iterations > 1 and (config.max_think_length > 1 or config.stop == "sampled"),
+            "num_iterations > 1 (the first ratio is 1), and thoughts of more than one choice",
+        ),
         "num_completions_to_print": (config.log_completions, "log_completions=True"),
     }
     spoken = config.thoughts not in ("continuous", "filler")
@@ -425,6 +451,10 @@ def check_effect(config: "ThinkTokConfig") -> None:
         "think_cost": (
             config.policy_learns or gate_learns or config.objective == "marginal" or ever(config.search),
             f"{POLICY_LEARNS}, a gate that learns, objective=marginal, or search",
+        ),
+        "objective": (
+            config.policy_learns or gate_learns or (speaker_learns and config.think_ce_weight > 0 and not config.supply_thoughts),
+            f"{POLICY_LEARNS}, a gate that learns, or a speaker that learns from what was drawn",
         ),
         "alternate": (config.freeze == "none", "freeze=none (in the turn of a frozen one no thought would teach anything)"),
         "think_ce_weight": (speaker_learns, "freeze=none or thinker (a frozen speaker learns nothing from thoughts)"),

@@ -1,6 +1,7 @@
 """What the user can put right is told in one sentence, without a stack trace."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -46,10 +47,13 @@ def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
     """Ends a recipe that was given what it cannot use with the sentence that says so.
 
     Args:
-        kinds: the errors to take so; by default all that the user can put right.
+        kinds: the errors to take so; by default all that the user can put right. With the environment variable THINKTOK_TRACEBACK=1 none is, to see where
+            it comes from.
     """
     mendable = kinds or (*MENDABLE, YAMLError)
     try:
         yield
     except mendable as error:
+        if os.environ.get("THINKTOK_TRACEBACK") == "1":
+            raise
         sys.exit(f"error: the config is no YAML: {' '.join(str(error).split())}" if isinstance(error, YAMLError) else f"error: {error}")

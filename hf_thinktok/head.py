@@ -349,17 +349,31 @@ def attach_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+@contextlib.contextmanager
+def with_head(model: PreTrainedModel, vocabulary: ThinkingVocabulary) -> Iterator[None]:
+    """Attaches the head for a while, as to a model that somebody else goes on using."""
+    with _forward_kept(model):
+        attach_head(model, vocabulary)
+        yield
+
+
+@contextlib.contextmanager
+def _forward_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Gives a module the forward back that it has now."""
+    before = module.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+        if before is not None:
+            module.forward = before
+
+
 def _as_forward_of(module: torch.nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     """Calls a module with another forward: launchers that divide parameters gather a module's own for its forward, and again for its backward."""
-    before = module.__dict__.get("forward")
-    module.forward = function
-    try:
+    with _forward_kept(module):
+        module.forward = function
         return module(hidden)
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _hidden_states(out, layer: int) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import str_to_bool
+from accelerate.utils import broadcast_object_list, str_to_bool
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -209,7 +209,11 @@ def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:
     Raises:
         ValueError: DeepSpeed has been told so by its launcher, which the options cannot change.
     """
-    if not (args.use_cpu and args.bf16) or _seconds_of_product(torch.bfloat16) < 3 * _seconds_of_product(torch.float32):
+    if not (args.use_cpu and args.bf16):
+        return args
+    slow = [_seconds_of_product(torch.bfloat16) > 3 * _seconds_of_product(torch.float32)]
+    broadcast_object_list(slow)  # all processes must do the same, and one may have been kept waiting
+    if not slow[0]:
         return args
     if str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")) and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         raise ValueError("This CPU has no instructions for bf16, which the launcher's DeepSpeed is set to: launch with --mixed_precision no.")

@@ -85,7 +85,7 @@ class MeasuringTrainer(CheckpointingTrainer):
         if self.curriculum is not None and math.isfinite(found.get("accuracy", math.nan)):
             assert level_B is not None
             self.curriculum.observe(self.state.global_step, int(level_B[0]), found["accuracy"], 1 / self.current_gradient_accumulation_steps)
-            self._metrics["train"]["level"].append(self.curriculum.reached(self.state.global_step)[-1])
+            self._metrics["train"]["level"] = [self.curriculum.reached(self.state.global_step)[-1]]
         self.spent.tokens += int(tokens)
         self._tokens_since += tokens
         self._nodes_since += nodes

@@ -318,19 +318,20 @@ def _metrics(
     thought_BKGL = torch.where(rollout.said_BKGL, rollout.thoughts_BKGL, -1)
     same_BKGG = (thought_BKGL[:, :, :, None] == thought_BKGL[:, :, None]).all(-1)
     first_of_kind_BKG = ~(same_BKGG.tril(-1).any(-1))
-    spread_BK = rewards_BKG.std(-1, correction=min(1, rewards_BKG.shape[-1] - 1))
     drawn = slice(int(rollout.chosen), own.stop)  # by the policy, and written down with what it gave them
     differences_BKGL = (scores.thought_logps_BKGL - rollout.logps_BKGL).abs()
     metrics = {
         "reward": masked_mean(rewards_BKG[..., own], valid, None),
-        "reward_std": masked_mean(spread_BK, valid_BK, None),
-        "frac_reward_zero_std": masked_mean((spread_BK < 1e-6).float(), valid_BK, None),
         "think_length": masked_mean(speech.lengths_BKG[..., own], valid, None),
         "accuracy": masked_mean(speech.own_correct_BKGH[:, :, own].float(), scores.mask_BKH[:, :, None], None),
         "distinct_thoughts": masked_mean(first_of_kind_BKG.sum(-1).float(), valid_BK, None),
         "think_gain": masked_mean(gained(scores, speech)[..., own], valid, None),
         "sampling_logp_difference": masked_mean(differences_BKGL[:, :, drawn], (rollout.drawn_BKGL & valid[..., None])[:, :, drawn], None),
     }
+    if rewards_BKG.shape[-1] > 1:
+        spread_BK = rewards_BKG.std(-1)
+        metrics["reward_std"] = masked_mean(spread_BK, valid_BK, None)
+        metrics["frac_reward_zero_std"] = masked_mean((spread_BK < 1e-6).float(), valid_BK, None)
     if not rollout.text:  # of the thinking vocabulary, which does not write text
         metrics["thought_entropy"] = thought_entropy(scores.think_logps_BKGLN, rollout.said_BKGL & valid[..., None])
     if config.needs_gate:

@@ -17,7 +17,10 @@ Arguments, all without gradient (B rows, K forks, G thoughts, L thinking tokens,
 """
 
 import difflib
+import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -78,16 +81,18 @@ REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (log_prob, accuracy
 
 
 def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFunction) -> list[RewardFunction]:
-    """Reward functions from names and callables.
+    """Reward functions from names, from places of one's own (`module.function`) and callables.
 
     Raises:
         ValueError: an unknown name, for which the nearest known one is suggested, or a function that cannot be called with what there is.
     """
     names: list[Any] = [rewards] if isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable) else list(rewards)
+    names = [_imported(name) if isinstance(name, str) and "." in name else name for name in names]
     for name in names:
         if isinstance(name, str) and name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"reward_funcs has the unknown name {name!r}; did you mean {near!r}? Known: {', '.join(REWARDS)}, or pass a function.")
+            known = f"Known: {', '.join(REWARDS)}, or MODULE.FUNCTION of your own, or a function."
+            raise ValueError(f"reward_funcs has the unknown name {name!r}; did you mean {near!r}? {known}")
         if not isinstance(name, str):
             try:
                 inspect.signature(name).bind(**dict.fromkeys(JUDGEMENT))
@@ -98,6 +103,19 @@ def resolve_rewards(rewards: Sequence[str | RewardFunction] | str | RewardFuncti
     if not names:
         raise ValueError("reward_funcs is empty: name a reward, or leave it out; for thoughts without one set think_loss_weight=0.")
     return [REWARDS[r] if isinstance(r, str) else r for r in names]
+
+
+def _imported(place: str) -> Any:
+    """A function by the name of its module and its own; modules in the folder that a command was started in are found as well."""
+    module, _, name = place.rpartition(".")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward_funcs names {place}, which cannot be imported ({error}): give MODULE.FUNCTION, of a module that is found from here."
+        ) from error
 
 
 def name_of(reward: RewardFunction) -> str:

@@ -131,9 +131,9 @@ class Sampling:
     def warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()
         if self.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
+            warpers.append(TopKLogitsWarper(int(self.top_k)))
         if self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(self.top_p))
         if self.min_p:

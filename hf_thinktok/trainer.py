@@ -20,7 +20,7 @@ from trl.models import unwrap_model_for_generation
 from .advantages import ValueBaseline
 from .callbacks import SayWhatIsTrained, StartOver
 from .config import ThinkTokConfig
-from .config_checks import check_choice, check_run, checked_scheduler
+from .config_checks import check_choice, check_rewards, check_run, check_search, checked_scheduler
 from .curriculum import Curriculum, order_of_rows
 from .data import TreeCollator, check_prepared, check_thinking_numbers, column_of, is_packed, levels_of, named_sets, task_columns
 from .distributed import autocast, check_launcher, computes_in, for_rollout, is_partitioned, prepare_frozen, set_up_fsdp2, where_it_is_fast, whole
@@ -86,6 +86,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         self,
         model: str | os.PathLike | PreTrainedModel,
         args: ThinkTokConfig | None = None,
+        *,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -100,10 +101,12 @@ class ThinkTokTrainer(MeasuringTrainer):
         args = ThinkTokConfig("thinktok-output") if args is None else args
         check_arguments(args, train_dataset, eval_dataset, formatting_func, kwargs)
         self.rewards = resolve_rewards(args.reward_funcs if reward_funcs is None else reward_funcs)
-        self.reward_weights = args.reward_weights or [1.0] * len(self.rewards)
+        self.reward_weights = [1.0] * len(self.rewards) if args.reward_weights is None else args.reward_weights
         if len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one weight for each reward.")
         two_adapters = args.policies == "split" and peft_config is not None and args.num_think_tokens != 0
+        if args.thinks:
+            check_rewards(args, self.rewards)
         check_parts(args, model, reward_funcs, peft_config, two_adapters, speaker, teacher, quantization_config)
         model, tokenizer = load_model(model, processing_class, args, train_dataset, quantization_config, formatting_func, peft_config is not None)
         if args.teacher is not None and teacher is None:
@@ -169,6 +172,7 @@ class ThinkTokTrainer(MeasuringTrainer):
             check_thinking_numbers(column_of(train_dataset, "thoughts"), "train", self.vocabulary.num_tokens)
         if args.thinks:
             check_choice(args, self.vocabulary.num_tokens)
+            check_search(args, self.vocabulary.num_tokens)
         if args.policies == "split" and not two_adapters:
             if is_partitioned(model):
                 raise ValueError("policies=split trains two whole models, which ZeRO-3 cannot: take ZeRO-2, or two adapters of one model (peft_config).")
@@ -189,7 +193,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         self.data_collator = TreeCollator(pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of, columns=task_columns(args))
         check_positions(args, base)
         self.markers = marker_ids(args.fork_markers or (), self._tokenizer)
-        if args.fork_positions == "markers":
+        if args.thinks and args.fork_positions == "markers":
             check_markers(self.markers, args, named_sets(self.train_dataset, self.eval_dataset), self._may_think)
         longest = args.max_length or 1024
         sharded = is_partitioned(base) or self.accelerator.distributed_type == DistributedType.FSDP
@@ -206,7 +210,7 @@ class ThinkTokTrainer(MeasuringTrainer):
         how = self.vocabulary, args.branching(min(longest, 1024)), longest, args.num_forks, wanted, args.torch_compile, dtype
         self.engine = max((choose_engine(one, *how) for one in tried), key=lambda engine: engine.generality)  # exact for both
         self.engine.dtype = dtype
-        if args.num_markovian and self.engine.name == "replicated":
+        if args.thinks and args.num_markovian and self.engine.name == "replicated":
             raise ValueError(f"markovian_share hides tokens by the packed tree's mask, which {base.config.model_type} cannot run: leave markovian_share out.")
         self.reference = self._reference_model() if args.beta > 0 else None
         self.teacher = None if teacher is None else prepare_frozen(real_tokens_only(teacher, self.vocabulary), self.accelerator)

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -19,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from trl import SFTConfig
 
 import hf_thinktok.loading as loading_module
-from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens
+from hf_thinktok import ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, errors
 from hf_thinktok.checkpoints import PushError
 from hf_thinktok.cli import main
 from hf_thinktok.data import check_dataset
@@ -68,6 +69,14 @@ def one_sentence(error, *words):
     assert text.endswith(".")
     for word in words:
         assert re.search(word, text), f"{word!r} is not in {text!r}"
+
+
+def test_where_a_sentence_comes_from_can_be_seen(monkeypatch):
+    monkeypatch.setenv("THINKTOK_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such thing"), errors.one_sentence():
+        raise ValueError("no such thing")
+    with pytest.raises(errors.UsageError, match="nowhere"):
+        main(["inspect", "nowhere", "a text"])
 
 
 # ---------------------------------------------------------------- options
@@ -123,6 +132,17 @@ BAD_VALUES = [
     ({"markovian_share": 0.5, "max_think_length": 1}, ["markovian_share=0.5", "no effect", "max_think_length above 1"]),
     ({"markovian_share": 0.5, "thoughts": "gumbel", "stop": "fixed"}, ["markovian_share=0.5", "no effect", "thoughts=discrete"]),
     ({"markovian_share": 0.5, "thoughts": "text", "stop": "fixed", "max_think_length": 4}, ["markovian_share=0.5", "no effect", "thoughts=discrete"]),
+    ({"epsilon": "0.2", "num_iterations": 2}, ["epsilon='0.2' is not made of numbers"]),
+    ({"epsilon": -0.5, "num_iterations": 2}, ["epsilon=-0.5", "between 0 and 1"]),
+    ({"epsilon_high": -0.5, "num_iterations": 2}, ["epsilon_high=-0.5", "at least 0"]),
+    ({"delta": 1.1, "num_iterations": 2}, ["delta=1.1", r"above 1 \+ epsilon_high, here 1.2"]),
+    ({"continuous_layer": 1.0, "thoughts": "continuous", "stop": "fixed"}, ["continuous_layer=1.0 is not made of whole numbers"]),
+    ({"search": True}, ["search=True is not made of numbers"]),
+    ({"curriculum_threshold": True, "max_steps": 2}, ["curriculum_threshold=True is not made of numbers"]),
+    ({"alternate": [4, 1], "max_steps": 4}, ["alternate=.4, 1.", "no turn in 4 steps", "freeze=thinker"]),
+    ({"reward_funcs": "no_such_module.surprise"}, ["no_such_module.surprise", "cannot be imported", "MODULE.FUNCTION"]),
+    ({"reward_funcs": "math.no_such_function"}, ["math.no_such_function", "cannot be imported"]),
+    ({"curriculum_threshold": 0.9, "max_steps": -1, "num_forks": 0}, ["curriculum_threshold draws rows step by step: set max_steps"]),
     ({"max_nonfinite_steps": 0}, ["max_nonfinite_steps=0"]),
     ({"num_completions_to_print": 0, "log_completions": True}, ["num_completions_to_print=0"]),
     ({"num_forks": 48}, ["num_forks=48", "max_length=48", "do not fit"]),
@@ -296,6 +316,13 @@ NO_EFFECT = [
     ({"objective": "marginal", "reward_weights": [2.0]}, ["reward_weights=", "objective=expected"]),
     ({"advantage": "token", "reward_funcs": ["accuracy"]}, ["reward_funcs=", "advantage=group, loo or value"]),
     ({"advantage": "token", "reward_weights": [2.0]}, ["reward_weights=", "advantage=group, loo or value"]),
+    ({"search": 16, "num_think_tokens": 4, "max_think_length": 2, "search_random": 0.2}, ["search_random=0.2", "search below 16"]),
+    ({"search": 16, "num_think_tokens": 4, "max_think_length": 2, "search_changes": 1}, ["search_changes=1", "search below 16"]),
+    (
+        {"num_iterations": 2, "importance_sampling_level": "sequence", "stop": "fixed", "max_think_length": 1},
+        ["importance_sampling_level='sequence'", "more than one choice"],
+    ),
+    ({"objective": "marginal", "freeze": "thinker", "think_ce_weight": 0.0, "stop": "fixed"}, ["objective='marginal'", "a speaker that learns"]),
     ({"epsilon": 0.1}, ["epsilon=0.1", "num_iterations > 1"]),
     ({"epsilon": 0.1, "num_iterations": 2, "think_loss_type": "cispo"}, ["epsilon=0.1", "other than cispo"]),
     ({"epsilon_high": 0.3}, ["epsilon_high=0.3", "num_iterations > 1"]),
@@ -389,6 +416,16 @@ def test_the_control_arm_takes_every_option(make_config, off):
         make_config(**{"stop": "sometimes"} | off)
 
 
+@pytest.mark.parametrize(
+    "options", [{"markovian_share": 0.5}, {"fork_positions": "markers", "fork_markers": ["no such text"]}, {"curriculum_threshold": 0.9}], ids=named
+)
+def test_the_control_arm_trains_whatever_its_recipe_thinks_like(make_trainer, options):
+    rows = Dataset.from_dict({"text": CORPUS, "level": [1, 2] * (len(CORPUS) // 2)})
+    trainer = make_trainer(train_dataset=rows, num_forks=0, num_generations=4, **options)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}], ids=named)
 def test_text_losses_that_a_model_with_thoughts_does_not_take(make_config, options):
     """Also without forks: the loss of the text is the trainer's own as soon as there are thinking tokens."""
@@ -465,6 +502,31 @@ def test_unknown_reward_of_the_trainer(train):
     with pytest.raises(ValueError, match="'informaton_gain'; did you mean 'information_gain'") as error:
         train(reward_funcs=["informaton_gain"])
     one_sentence(error)
+
+
+def test_a_reward_by_its_place(make_trainer, tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text("def by_length(lengths, **kwargs):\n    return -lengths.float()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])  # as for a recipe
+    trainer = make_trainer(reward_funcs=["log_prob", "rewards_of_mine.by_length"], stop="fixed", max_steps=1)
+    trainer.train()
+    assert [entry["rewards/by_length"] for entry in trainer.state.log_history if "rewards/by_length" in entry] == [-2.0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "told"),
+    [("information_gain", {"memory": "persistent", "stop": "fixed", "lookahead": 3}, "lookahead=1, or log_prob"), ("exact", {}, "set supply_thoughts=True")],
+)
+def test_rewards_of_the_trainer_that_cannot_be_told(train, reward, options, told):
+    """As where the options name them."""
+    with pytest.raises(ValueError, match=told) as error:
+        train(reward_funcs=reward, options=options)
+    one_sentence(error)
+
+
+def test_no_weights_for_the_trainers_rewards(train):
+    with pytest.raises(ValueError, match="reward_weights has 0 entries for 1 rewards"):
+        train(options={"reward_weights": []})
 
 
 def test_weights_of_the_trainers_rewards(train):

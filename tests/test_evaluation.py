@@ -221,6 +221,18 @@ def test_a_model_of_16_bits_with_hidden_states_of_32_is_inspected(tokenizer):
     assert len(first.top_before) == 5 < vocabulary.num_real
 
 
+def test_what_is_measured_is_left_as_it_was():
+    """Somebody else may go on with the model, and pass it on."""
+    tokenizer = tiny_tokenizer()
+    plain = tiny_model("llama", vocab_size=len(tokenizer))
+    add_thinking_tokens(plain, tokenizer, 4)
+    before = dict(vars(plain))
+    for _ in range(2):
+        evaluate_thinking(plain, tokenizer, CORPUS[:2], num_forks=2, num_samples=1)
+        inspect_text(plain, tokenizer, CORPUS[0])
+    assert vars(plain).keys() == before.keys()
+
+
 def test_without_samples_nothing_is_compared(model):
     found = evaluate_thinking(*model, TEXT[:2], num_forks=2, num_samples=0).summary()
     assert set(found["arms"]) == {"no_think"}
@@ -364,6 +376,13 @@ def test_intervals_scale_and_hold_all_documents(rows, scale):
     ratios_D = sums_D / counts_D
     assert ratios_D.min() - 1e-9 <= low <= high <= ratios_D.max() + 1e-9
     np.testing.assert_allclose(ratio_interval(scale * sums_D, counts_D), (scale * low, scale * high), atol=1e-9)
+
+
+def test_intervals_of_many_documents_are_drawn_in_parts(monkeypatch):
+    sums_D, counts_D = np.random.default_rng(0).normal(size=50), np.arange(1.0, 51.0)
+    whole = ratio_interval(sums_D, counts_D)
+    monkeypatch.setattr("hf_thinktok.evaluation.intervals.NUMBERS", 50 * 7)
+    assert ratio_interval(sums_D, counts_D) == pytest.approx(whole, abs=1e-12)
 
 
 def test_few_documents_have_no_interval():

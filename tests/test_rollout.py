@@ -1,8 +1,10 @@
 """What thoughts are drawn from, what is remembered of them, and how they are shown."""
 
 import dataclasses
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from plain_rows import thinker
@@ -53,6 +55,13 @@ def test_a_rollout_asks_transformers_for_nothing_that_is_about_to_go(on_question
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         one_rollout(trainer, inputs, labels)
+
+
+def test_whole_numbers_are_numbers():
+    """transformers takes a temperature of 2 for none, and numpy's whole numbers for no whole ones."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    halved = Sampling(temperature=2, top_k=np.int64(2)).warpers()(torch.zeros(1, 1, dtype=torch.long), logits)
+    assert halved.tolist() == [[1.5, 1.0, -math.inf, -math.inf]]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)

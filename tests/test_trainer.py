@@ -25,7 +25,7 @@ from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, loading, measuring
+from hf_thinktok import ThinkingVocabulary, ThinkTokConfig, ThinkTokTrainer, add_thinking_tokens, curriculum, loading, measuring
 from hf_thinktok import trainer as trainer_module
 from hf_thinktok.answers import answer
 from hf_thinktok.architectures import drops_attention
@@ -455,6 +455,15 @@ def test_thoughts_may_be_longer_with_every_level(make_trainer, corpus, smoothing
 def test_a_length_for_each_level(make_trainer, corpus):
     with pytest.raises(ValueError, match="curriculum_think_length has 2 numbers and the data 3 levels .1, 2, 3.: give one for each"):
         make_trainer(train_dataset=levels(corpus, 1, 2, 3), curriculum_threshold=0.9, curriculum_think_length=[0, 2], max_steps=2)
+
+
+def test_a_log_says_a_level_that_there_is(make_trainer, corpus, monkeypatch):
+    """The one that was come to, and not the mean over steps."""
+    monkeypatch.setattr(curriculum, "LEAST_STEPS", 1)
+    trainer = make_trainer(train_dataset=levels(corpus, 1, 2, 3), curriculum_threshold=0.0, max_steps=8, logging_steps=8, stop="fixed")
+    trainer.train()
+    assert trainer.curriculum.begins == [0, 2, 4]
+    assert losses(trainer, "level") == [3]
 
 
 def test_an_attempt_after_memory_ran_out_has_its_levels_to_pass_again(make_trainer, corpus):
@@ -1310,6 +1319,13 @@ def test_what_a_launcher_set_deepspeed_to_cannot_be_changed(tmp_path, monkeypatc
 def test_bf16_is_for_cpus_that_have_it(tmp_path, monkeypatch, slower, stays):
     monkeypatch.setattr(loading, "_seconds_of_product", lambda dtype: slower if dtype == torch.bfloat16 else 1.0)
     assert loading.fit_to_cpu(ThinkTokConfig(str(tmp_path), use_cpu=True, bf16=True)).bf16 is stays
+
+
+def test_all_processes_compute_in_the_type_of_the_first(tmp_path, monkeypatch):
+    """Each times products for itself, and one may have been kept waiting."""
+    monkeypatch.setattr(loading, "_seconds_of_product", lambda dtype: 1.0)
+    monkeypatch.setattr(loading, "broadcast_object_list", lambda found: found.__setitem__(0, True))
+    assert not loading.fit_to_cpu(ThinkTokConfig(str(tmp_path), use_cpu=True, bf16=True)).bf16
 
 
 def test_a_type_is_timed_by_one_thread(tmp_path, monkeypatch):

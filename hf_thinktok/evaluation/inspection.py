@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import LogitTransform
 from ..engine import Pass, choose_engine
-from ..head import HiddenInputs, attach_head
+from ..head import HiddenInputs, with_head
 from ..models import evaluating, without_autocast
 from ..objective import speak
 from ..rollout import Sampling, sample_thoughts
@@ -78,8 +78,7 @@ def inspect_text(
     forks_BK = torch.arange(len(ids) - 1, device=base.device)[None]
     branching = Branching(1, length, 1, blind=blind)
     sampling = Sampling(top_k=1, filler=filler)
-    with without_autocast(model), evaluating(model):
-        attach_head(base, vocabulary)
+    with without_autocast(model), evaluating(model), with_head(base, vocabulary):
         engine = choose_engine(base, vocabulary, branching, len(ids), forks_BK.shape[1])
         rollout = sample_thoughts(engine, model, tokens_BT, documents_BT, forks_BK, branching, sampling, vocabulary, torch.Generator(base.device))
         tree = ThoughtTree(documents_BT, forks_BK, branching, rollout.lengths_BKG)

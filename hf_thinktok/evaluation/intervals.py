@@ -6,6 +6,8 @@ from statistics import NormalDist
 import numpy as np
 
 RESAMPLES = 2000
+# Weights of documents are drawn so many at a time, 64 MiB.
+NUMBERS = 2**23
 # Fewer documents have no interval: it would hold the truth far less often than it says.
 FEWEST = 5
 
@@ -36,9 +38,13 @@ def ratio_interval(sums_D: np.ndarray, counts_D: np.ndarray, seed: int = 0, leve
     """
     if (documents := len(sums_D)) < FEWEST:
         return float("nan"), float("nan")
-    weights_RD = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
-    counts_R = weights_RD @ counts_D
-    ratios_R = (weights_RD @ sums_D)[counts_R > 0] / counts_R[counts_R > 0]
+    generator, at_once = np.random.default_rng(seed), max(1, NUMBERS // documents)
+    resampled = []
+    for begin in range(0, RESAMPLES, at_once):
+        weights_RD = generator.multinomial(documents, np.full(documents, 1 / documents), size=min(at_once, RESAMPLES - begin))
+        resampled.append((weights_RD @ sums_D, weights_RD @ counts_D))
+    sums_R, counts_R = np.concatenate(resampled, axis=1)
+    ratios_R = sums_R[counts_R > 0] / counts_R[counts_R > 0]
     tail = NormalDist().cdf(-t_quantile((1 + level) / 2, documents - 1) * math.sqrt(documents / (documents - 1)))
     lower, upper = np.quantile(ratios_R, [tail, 1 - tail])
     return float(lower), float(upper)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..engine import Engine, choose_engine
 from ..forks import choose_forks, eligible_forks, ends_of, marker_ids
 from ..generation import PieceDecoder
-from ..head import HeadInputs, attach_head
+from ..head import HeadInputs, with_head
 from ..models import EVALUABLE, evaluating, longest_row, unwrapped, without_autocast
 from ..objective import speak
 from ..results import digest_of, written_whole
@@ -211,8 +211,7 @@ def evaluate_thinking(
     generator = torch.Generator(base.device).manual_seed(seed)
     records: list[dict[str, np.ndarray]] = []
     batches = [padded(rows[start : start + batch_size], tokenizer.pad_token_id or 0, base.device) for start in range(0, len(rows), batch_size)]
-    with without_autocast(model), evaluating(model):
-        attach_head(base, vocabulary)
+    with without_autocast(model), evaluating(model), with_head(base, vocabulary):
         engine = choose_engine(base, vocabulary, replace(branching, num_generations=max(samples, 1)), longest, min(num_forks, longest))
         for tokens_BT, documents_BT in progress(batches) if progress else batches:
             labels_BT = torch.where((documents_BT >= 0) & (tokens_BT < vocabulary.num_real), tokens_BT, -100)
