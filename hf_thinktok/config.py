@@ -1,6 +1,7 @@
 """Every option of thinking, in one place, checked before anything is loaded."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -25,23 +26,33 @@ from .config_checks import (
 )
 from .exploration import scheduled
 from .losses import PolicyLoss
-from .rewards import REWARDS, resolve_rewards
+from .rewards import resolve_rewards
 from .rollout import Sampling
 from .tree import Branching
 
 FORK_POSITIONS = ("random", "entropy", "stride", "all", "markers")
 
-A_SCHEDULE = "a value, or start, end, steps (and the step it begins at)"
+A_SCHEDULE = "A schedule: a value, or start, end, steps (and the step it begins at)."
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    """A dataclass field with a help text; the choices are checked here as well as on the command line."""
+def option(default, choices: tuple[str, ...] | None = None, help: str = ""):
+    """A dataclass field; its choices are checked here as well as on the command line, and its help is what the docstring says, unless it is given."""
     metadata = {"help": help} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+def documented(cls):
+    """Gives a dataclass's options the help that its docstring has for them."""
+    for names, told in re.findall(r"^ {8}(\w+ \(.*):\n((?: {12}.+\n)+)", cls.__doc__ or "", re.MULTILINE):
+        for name in re.findall(r"(\w+) \(", names):
+            entry = cls.__dataclass_fields__[name]
+            entry.metadata = {**entry.metadata, "help": " ".join([*told.split(), *([A_SCHEDULE] if "(schedule" in names else [])])}
+    return cls
+
+
+@documented
 @dataclass
 class ThinkTokConfig(SFTConfig):
     r"""
@@ -71,7 +82,8 @@ class ThinkTokConfig(SFTConfig):
         num_forks (`int`, defaults to `16`):
             Places K in each row where the model may think.
         fork_positions (`str`, defaults to `"random"`):
-            Where: `random`, `entropy` (the hardest next tokens, by the model without thinking), `stride` (evenly), `all`, or `markers` (after a text).
+            Where the model may think: `random`, `entropy` (the hardest next tokens, by the model without thinking), `stride` (evenly), `all`, or `markers`
+            (after a text).
         fork_markers (`list[str]`, *optional*):
             The texts, for `fork_positions="markers"`. Each ends where what it asks for begins: the next token has to be one to predict.
         num_generations (`int`, defaults to `4`):
@@ -79,18 +91,19 @@ class ThinkTokConfig(SFTConfig):
         max_think_length (`int`, defaults to `4`):
             Thinking tokens L of a thought at most.
         lookahead (`int` or `None`, defaults to `1`):
-            Following real tokens H that judge a thought; `None` (`null` in YAML): all that follow in the row.
+            Following real tokens H that judge a thought; `None` (`null` in YAML and on the command line): all that follow in the
+            row.
         stop (`str`, defaults to `"learned"`):
             How thoughts end. `fixed`: all have L tokens, or as many as the data's column `think_length` says, a number or with
             `fork_positions="markers"` a list with one for each marker of the row.
             `learned`: the stopping time is summed out exactly, for one judged token. `sampled`: drawn from
             the gate.
         stop_smoothing (schedule, defaults to `[0.5]`):
-            With `stop="learned"`: part of the weight that content and speaker give to all lengths alike, so that thoughts are learned while the gate
-            is still nearly closed. 0: exact.
+            With `stop="learned"`: this fraction of a uniform distribution over lengths is mixed into the learned one when thoughts and the tokens after them
+            are trained, so that long thoughts are trained while the model still rarely thinks. 0: exact.
         gate_smoothing (schedule, defaults to `[0.0]`):
-            With `stop="learned"`: the same part for the gate, when it learns from how the lengths have fared. So it finds a length that it would hardly
-            take, where exactly trained it stays with those that are right now and then. 0: exact.
+            With `stop="learned"`: the same fraction when the gate learns which length was best. It then finds a length that it would hardly take itself;
+            trained exactly, it stays with lengths that are right now and then. 0: exact.
         memory (`str`, defaults to `"none"`):
             `none`: a thought is forgotten once a real token follows. `persistent`: one thought per fork stays in the text, as in generation.
             With `fork_positions="markers"` prompts are then thought in as well, where nothing is judged.
@@ -136,7 +149,7 @@ class ThinkTokConfig(SFTConfig):
             One thought of each group is the best of so many candidates for the text that follows. All thoughts where there are no more than that. The gate
             of `stop="learned"` learns from it as from the others, so it opens for thoughts that the policy does not have yet: let the search end in time.
         search_random (`float`, defaults to `0.5`):
-            Part of the candidates that are random; the others are the policy's.
+            Fraction of the candidates that are drawn uniformly; the others are drawn by the policy.
         search_changes (`int`, *optional*):
             A random candidate is one of the policy's thoughts with so many tokens drawn anew. All of them where it is left out.
         epsilon_greedy (schedule, defaults to `[0.0]`):
@@ -144,20 +157,21 @@ class ThinkTokConfig(SFTConfig):
         coverage_coef (schedule, defaults to `[0.0]`):
             Bonus of a thought for being rare: times -log of its frequency, nats.
         coverage_of (`str`, defaults to `"thought"`):
-            What is counted: each whole `thought`, or each `token` in its place, whose bonuses add up.
+            What is counted: each whole `thought`, or each `token` at its position in the thought, whose bonuses add up.
         coverage_where (`str`, defaults to `"everywhere"`):
             Where the bonus is paid: `everywhere`, or as far as the group's best thought does not tell the judged text yet (`unsolved`), times 1 - p.
         coverage_decay (`float`, defaults to `0.8`):
-            What remains of the running frequencies at each step.
+            Decay of the moving average of thought frequencies, for each step.
         balance_coef (schedule, defaults to `[0.0]`):
-            Weight of the entropy of the batch's mean choice.
+            Weight of a term that keeps many thinking tokens in use: the entropy of the batch's mean distribution over them.
         balance_given (`str`, defaults to `"position"`):
-            The mean is taken for each `position` of a thought, or for each position and `token` before it.
+            For what that mean is taken: each `position` of a thought, or each position and `token` before it.
         thought_entropy_target (schedule, *optional*):
-            Entropy of the next thinking token that a two-sided servo holds, as a part of ln N.
+            Entropy of the next thinking token, as a fraction of ln N, that a controller holds from both sides: it pushes up when entropy is below and down
+            when it is above.
         revive_every (`int`, defaults to `0`):
-            Steps after which thinking tokens that are hardly said become parts of those after which the text fails most, as two meanings that share a token
-            never part by themselves. `0`: never.
+            After so many steps, thinking tokens that are hardly used are initialized again, as noisy copies of those after which the text is predicted worst:
+            two meanings that share a token do not separate by themselves. `0`: never.
         markovian_share (`float`, defaults to `0.0`):
             Part of each group that sees of its own thought the latest token alone, in thinking and in what follows, so that each token comes to stand for
             all that matters (as the chunks of https://huggingface.co/papers/2510.06557 do). The others see all, as in generation.
@@ -210,7 +224,7 @@ class ThinkTokConfig(SFTConfig):
         think_loss_type (`str`, defaults to `"dr_grpo"`):
             `dr_grpo`, `grpo`, `bnpo`, `dapo` or `cispo`; see [`~hf_thinktok.losses.PolicyLoss`].
         think_loss_weight (`float`, defaults to `1.0`):
-            Weight of the policy loss.
+            Weight of the policy loss, by which rewards train thoughts.
         gate_loss_weight (`float`, defaults to `1.0`):
             With `stop: learned`, weight of the gate's loss and of the price. At 1 a fork's decision weighs as much as the text's tokens for each fork do,
             with one fork a row as the whole row: where the gate is right already and the text matters, less leaves more of each clipped step to the text.
@@ -245,104 +259,98 @@ class ThinkTokConfig(SFTConfig):
         log_completions (`bool`, defaults to `False`):
             Print coloured sample thoughts at every log.
         num_completions_to_print (`int`, defaults to `6`):
-            How many.
+            How many thoughts `log_completions` prints.
         max_nonfinite_steps (`int`, defaults to `10`):
             Steps in a row with a loss or reward that is not finite before training stops. Such steps are skipped and counted.
     """
 
     packing_strategy: str = option(
-        "bfd_split", "How documents make up rows: whole ones, and with bfd_split the rest of a longer one, which bfd drops.", ("bfd", "bfd_split", "wrapped")
+        "bfd_split",
+        ("bfd", "bfd_split", "wrapped"),
+        help="How documents make up rows: whole ones, and with bfd_split the rest of a longer one, which bfd drops.",
     )
-    eval_packing: bool | None = option(None, "Pack held-out text as well, the begin of each document. Not unless set: gains are counted in documents.")
+    eval_packing: bool | None = option(None, help="Pack held-out text as well, the begin of each document. Not unless set: gains are counted in documents.")
 
-    num_think_tokens: int | None = option(None, "Thinking tokens; as many as the model has, or 16, where not given. 0 switches thinking off.")
-    think_init_words: list[str] | None = option(None, "Texts of one token each that new thinking tokens start as copies of; random directions where left out.")
+    num_think_tokens: int | None = option(None)
+    think_init_words: list[str] | None = option(None)
 
-    num_forks: int = option(16, "Places in each row where the model may think. 0 switches thinking off.")
-    fork_positions: str = option("random", "Where the model may think.", FORK_POSITIONS)
-    fork_markers: list[str] | None = option(None, "Texts after which the model may think, for fork_positions=markers.")
-    num_generations: int = option(4, "Thoughts at each fork, compared with each other.")
-    max_think_length: int = option(4, "Thinking tokens of a thought at most.")
-    lookahead: int | None = option(1, "Following real tokens that judge a thought; null in a config file means all that follow in the row.")
-    stop: str = option(
-        "learned", "How thoughts end: all at full length, by a gate whose lengths are summed out, or drawn from it.", ("fixed", "learned", "sampled")
-    )
-    stop_smoothing: list[float] = option([0.5], f"With stop=learned: part of the weight that content and speaker give to all lengths alike: {A_SCHEDULE}.")
-    gate_smoothing: list[float] = option([0.0], f"With stop=learned: the same part when the gate learns which length was best: {A_SCHEDULE}.")
-    memory: str = option("none", "Whether a thought is forgotten after the next real token, or stays in the text.", ("none", "persistent"))
-    blind: bool = option(False, "Hide the text from whoever predicts; all it knows is the thought.")
-    gather_for_rollout: bool = option(True, "ZeRO-3, FSDP2: gather all parameters once for a rollout, not layer by layer at every token.")
-    engine: str = option("auto", "How the model runs a tree of thoughts.", ("auto", "tree", "replicated"))
+    num_forks: int = option(16)
+    fork_positions: str = option("random", FORK_POSITIONS)
+    fork_markers: list[str] | None = option(None)
+    num_generations: int = option(4)
+    max_think_length: int = option(4)
+    lookahead: int | None = option(1)
+    stop: str = option("learned", ("fixed", "learned", "sampled"))
+    stop_smoothing: list[float] = option([0.5])
+    gate_smoothing: list[float] = option([0.0])
+    memory: str = option("none", ("none", "persistent"))
+    blind: bool = option(False)
+    gather_for_rollout: bool = option(True)
+    engine: str = option("auto", ("auto", "tree", "replicated"))
 
-    policies: str = option("shared", "One model, or a second one that speaks.", ("shared", "split"))
-    freeze: str = option("none", "Which of the two gets no gradient from thinking.", ("none", "thinker", "speaker"))
-    thoughts: str = option("discrete", "What a thought is made of.", ("discrete", "text", "filler", "gumbel", "continuous"))
-    continuous_layer: int = option(-1, "Hidden state that thoughts=continuous feeds back; -1 for the one that enters the LM head.")
-    supply_thoughts: bool = option(False, "The speaker learns from the data's own thoughts (column `thoughts`).")
-    thought_ce_weight: float = option(0.0, "Weight of the cross-entropy of supplied thoughts.")
-    alternate: list[int] | None = option(None, "n steps of prediction, then m steps of thinking.")
+    policies: str = option("shared", ("shared", "split"))
+    freeze: str = option("none", ("none", "thinker", "speaker"))
+    thoughts: str = option("discrete", ("discrete", "text", "filler", "gumbel", "continuous"))
+    continuous_layer: int = option(-1)
+    supply_thoughts: bool = option(False)
+    thought_ce_weight: float = option(0.0)
+    alternate: list[int] | None = option(None)
 
-    think_start: int = option(0, "Step at which thinking begins; before it the model only learns the text.")
-    search: list[float] = option([0.0], f"One thought of each group is the best of so many candidates: {A_SCHEDULE}.")
-    search_random: float = option(0.5, "Part of the candidates that are random.")
-    search_changes: int | None = option(None, "Tokens drawn anew in a random candidate; all where left out.")
-    epsilon_greedy: list[float] = option([0.0], f"Probability that a thinking token is drawn uniformly: {A_SCHEDULE}.")
-    coverage_coef: list[float] = option([0.0], f"Bonus for rare thoughts: {A_SCHEDULE}.")
-    coverage_of: str = option("thought", "What the bonus counts: whole thoughts, or each token in its place.", ("thought", "token"))
-    coverage_where: str = option(
-        "everywhere", "Where the bonus is paid: everywhere, or where thoughts do not tell what follows yet.", ("everywhere", "unsolved")
-    )
-    coverage_decay: float = option(0.8, "What remains of the running frequencies at each step.")
-    balance_coef: list[float] = option([0.0], f"Weight of the entropy of the batch's mean choice: {A_SCHEDULE}.")
-    balance_given: str = option("position", "What the mean choice is taken for.", ("position", "token"))
-    thought_entropy_target: list[float] | None = option(None, f"Entropy that a servo holds, in parts of ln N: {A_SCHEDULE}.")
-    revive_every: int = option(0, "Steps after which thinking tokens that are hardly said become parts of those after which the text fails most. 0: never.")
-    markovian_share: float = option(0.0, "Part of each group that sees of its own thought the latest token alone.")
-    curriculum_threshold: list[float] | None = option(None, "Running accuracy at which the next level of the data begins, or one for each but the last.")
-    curriculum_replay: float = option(0.4, "Part of the steps that goes to all reached levels alike.")
-    curriculum_think_length: list[int] | None = option(None, "With stop=learned: thinking tokens at most while each level is the hardest reached.")
+    think_start: int = option(0)
+    search: list[float] = option([0.0])
+    search_random: float = option(0.5)
+    search_changes: int | None = option(None)
+    epsilon_greedy: list[float] = option([0.0])
+    coverage_coef: list[float] = option([0.0])
+    coverage_of: str = option("thought", ("thought", "token"))
+    coverage_where: str = option("everywhere", ("everywhere", "unsolved"))
+    coverage_decay: float = option(0.8)
+    balance_coef: list[float] = option([0.0])
+    balance_given: str = option("position", ("position", "token"))
+    thought_entropy_target: list[float] | None = option(None)
+    revive_every: int = option(0)
+    markovian_share: float = option(0.0)
+    curriculum_threshold: list[float] | None = option(None)
+    curriculum_replay: float = option(0.4)
+    curriculum_think_length: list[int] | None = option(None)
 
-    teacher: str | None = option(None, "A frozen LM whose predictions are the labels.")
-    rollout: str = option("fork", "Whether the text is the data's (fork) or behind a prompt the model's own (free).", ("fork", "free"))
-    prompt_length: int = option(32, "Tokens of each row that rollout=free keeps.")
+    teacher: str | None = option(None)
+    rollout: str = option("fork", ("fork", "free"))
+    prompt_length: int = option(32)
 
-    temperature: float = option(1.0, "Temperature of thinking tokens.")
-    top_k: int = option(0, "Draw among the k most likely thinking tokens; 0 for all.")
-    top_p: float = option(1.0, "Draw among the most likely thinking tokens that make up this probability.")
-    min_p: float | None = option(None, "Draw among thinking tokens with at least this part of the largest probability.")
+    temperature: float = option(1.0)
+    top_k: int = option(0)
+    top_p: float = option(1.0)
+    min_p: float | None = option(None)
 
-    reward_funcs: list[str] = option(["log_prob"], f"Rewards of a thought: {', '.join(REWARDS)}, or MODULE.FUNCTION of your own.")
-    reward_weights: list[float] | None = option(None, "A weight for each reward.")
-    objective: str = option("expected", "What is maximised: the mean reward, or the log of the group's mean likelihood.", ("expected", "marginal"))
-    posterior_temperature: float = option(1.0, "With objective=marginal: divides log-likelihoods before they weight the group.")
-    posterior_smoothing: float = option(0.0, "With objective=marginal: part of the speaker's weight that goes to all thoughts alike.")
-    advantage: str = option(
-        "group",
-        "What a thought's reward is compared with: the mean of all, of the others, one token less, a value function.",
-        ("group", "loo", "token", "value"),
-    )
-    scale_rewards: str = option("none", "Divide advantages by the standard deviation of rewards.", ("none", "group", "batch"))
+    reward_funcs: list[str] = option(["log_prob"])
+    reward_weights: list[float] | None = option(None)
+    objective: str = option("expected", ("expected", "marginal"))
+    posterior_temperature: float = option(1.0)
+    posterior_smoothing: float = option(0.0)
+    advantage: str = option("group", ("group", "loo", "token", "value"))
+    scale_rewards: str = option("none", ("none", "group", "batch"))
 
-    think_loss_type: str = option("dr_grpo", "Policy loss of thinking tokens.", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
-    think_loss_weight: float = option(1.0, "Weight of the policy loss.")
-    gate_loss_weight: float = option(1.0, "With stop=learned: weight of the gate's loss, and of the price.")
-    detach_gate: bool = option(False, "With stop=learned: the gate trains the thinking rows alone, not the model below them.")
-    think_ce_weight: float = option(1.0, "Weight of the cross-entropy of real tokens after a thought, a fork's as one token of the text.")
-    text_ce_weight: float = option(1.0, "Weight of the cross-entropy of the text itself, without thoughts.")
-    speaker_learning_rate: float | None = option(None, "Learning rate of the speaker, where it differs.")
-    think_learning_rate: float | None = option(None, "Learning rate of the thinking rows beside an adapter, where it differs.")
-    think_cost: list[float] = option([0.0], f"Price of a thinking token in nats: {A_SCHEDULE}.")
-    beta: float = option(0.0, "Weight of the KL divergence of thoughts from the initial model.")
-    num_iterations: int = option(1, "Optimizer steps on each rollout.")
-    epsilon: float = option(0.2, "Clipping of the importance ratio, below and above.")
-    epsilon_high: float | None = option(None, "Clipping above, where it differs; for cispo the bound of the ratio itself (5).")
-    delta: float | None = option(None, "Upper bound of the ratio for negative advantages.")
-    importance_sampling_level: str = option("token", "One importance ratio per token or per thought.", ("token", "sequence"))
-    disable_dropout: bool = option(True, "Set all dropout to 0: each of the thoughts that are compared would have a mask of its own.")
+    think_loss_type: str = option("dr_grpo", ("dr_grpo", "grpo", "bnpo", "dapo", "cispo"))
+    think_loss_weight: float = option(1.0)
+    gate_loss_weight: float = option(1.0)
+    detach_gate: bool = option(False)
+    think_ce_weight: float = option(1.0)
+    text_ce_weight: float = option(1.0)
+    speaker_learning_rate: float | None = option(None)
+    think_learning_rate: float | None = option(None)
+    think_cost: list[float] = option([0.0])
+    beta: float = option(0.0)
+    num_iterations: int = option(1)
+    epsilon: float = option(0.2)
+    epsilon_high: float | None = option(None)
+    delta: float | None = option(None)
+    importance_sampling_level: str = option("token", ("token", "sequence"))
+    disable_dropout: bool = option(True)
 
-    log_completions: bool = option(False, "Print coloured sample thoughts at every log.")
-    num_completions_to_print: int = option(6, "How many thoughts to print.")
-    max_nonfinite_steps: int = option(10, "Steps in a row that are not finite before training stops.")
+    log_completions: bool = option(False)
+    num_completions_to_print: int = option(6)
+    max_nonfinite_steps: int = option(10)
 
     def __post_init__(self):
         if isinstance(self.reward_funcs, str):

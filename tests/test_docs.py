@@ -1,6 +1,7 @@
 """What the documents say is what the results files and the code say."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import json
@@ -217,6 +218,15 @@ def test_the_metric_s_example_runs(monkeypatch):
     exec(metric.replace("think_gain.compute", "found = think_gain.compute"), space)
     assert space["found"]["think_gain"] > 0
     assert set(space["found"]) >= {"think_gain", "low", "high"}
+
+
+def test_the_help_of_an_option_is_what_the_docstring_says():
+    helps = {entry.name: entry.metadata["help"] for entry in dataclasses.fields(ThinkTokConfig) if entry.name in ThinkTokConfig.__annotations__}
+    assert [name for name, told in helps.items() if len(told) < 12] == []
+    assert helps["top_p"] == helps["temperature"] != helps["beta"], "several are told of at once"
+    assert helps["think_cost"].endswith("A schedule: a value, or start, end, steps (and the step it begins at).")
+    told = " ".join(in_process(ROOT / "recipes" / "pretrain_think.py", "--help").stdout.split())
+    assert all(" ".join(helps[name].split()[:4]) in told for name in ("fork_positions", "thoughts", "freeze"))
 
 
 def test_defaults_are_those_of_the_docstring():
