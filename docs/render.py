@@ -20,7 +20,7 @@ from hf_thinktok.results import as_text, read_json
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (?P<files>[^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FIGURE = re.compile(r"(<!-- (?P<name>\w+): (?P<sign>-?)(?P<keys>[^|>\\]+) \\?\| (?P<format>\S+) -->).*?(<!-- -->)")
+FIGURE = re.compile(r"(<!-- (?P<name>[\w-]+): (?P<sign>-?)(?P<keys>[^|>\\]+) \\?\| (?P<format>\S+) -->).*?(<!-- -->)")
 COMPARISONS = re.compile(r"(<!-- comparisons: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What thinking is compared with, and in which words.
 OVER = {
@@ -85,7 +85,10 @@ def least(value: Any) -> float:
 def rendered(text: str) -> str:
     text = BLOCK.sub(lambda match: match[1] + table(match["files"].split()) + match[3], text)
     text = COMPARISONS.sub(lambda match: match[1] + gains(match["names"].split()) + match[3], text)
-    return FIGURE.sub(lambda match: match[1] + figure(match) + match[6], text)
+    text = FIGURE.sub(lambda match: match[1] + figure(match) + match[6], text)
+    if "-->?<!-- -->" in text:
+        sys.exit(f"A figure is named in a way that is not understood: {text.split('-->?<!-- -->')[0].rpartition('<!--')[2]}")
+    return text
 
 
 def draw(picture: Path, to: Path) -> None:

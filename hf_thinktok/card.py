@@ -73,6 +73,7 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
     shown["fence"] = _fence(shown["options"])
     if thoughts in UNREWARDED and results.get("control", "none") == "none":
         shown["how"] = UNREWARDED[thoughts]
+    shown["meaning"] = meaning(config)
     if config.get("stop") == "fixed" and why_not_generated(config) is None:
         shown["limits"].append(
             "Its thoughts had given lengths and its gate was left alone: plain `generate` hardly thinks, `thinktok generate --min_think_length N` does."
@@ -86,12 +87,27 @@ REWARDED = (
 )
 
 
+WIKITEXT = "Salesforce/wikitext"
+PARAGRAPHS = (
+    "A document of this text is a paragraph. Others of the same article were trained on, so the figures flatter every arm, and intervals are too narrow."
+)
+
 # Thoughts that are given, or learned by gradients through themselves.
 UNREWARDED = {
     "filler": "A control: its thoughts are always the same token, which gives time to compute and says nothing.",
     "gumbel": "Its thoughts were rewarded for nothing: gradients of the true next tokens' likelihood went through them.",
     "continuous": "In training its thoughts were hidden states, read as inputs: gradients of the true next tokens' likelihood went through them.",
 }
+
+
+def meaning(trained: dict[str, Any]) -> str:
+    """Who said what a thinking token means."""
+    if trained.get("supply_thoughts"):
+        by = ", and cross-entropy taught it to think them" if trained.get("thought_ce_weight") else ""
+        return f"Thoughts of the data's own said what a thinking token means: the text was learned after these{by}."
+    if words := trained.get("think_init_words"):
+        return f"Each thinking token began as a noisy copy of one of {len(words)} words; nobody said afterwards what it means."
+    return "Nobody said what a thinking token means."
 
 
 def why_not_generated(trained: dict[str, Any]) -> str | None:
@@ -221,6 +237,7 @@ def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
         "minutes": round(results["train_seconds"] / 60, 1),
         "runs": "",
         "limits": [
+            *([PARAGRAPHS] if config.get("dataset_name") == WIKITEXT else []),
             f"One seed, {results.get('steps', config.get('max_steps', 'some'))} steps, one size of model; {results['documents']:.0f} held-out documents.",
             "The control is a random thought. A model with as much compute or other text was not trained beside it.",
             "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
@@ -241,6 +258,7 @@ def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, An
         "minutes": round(minutes_of(log for arm in training.values() for log in arm["seeds"].values()), 1),
         "runs": f", {len(training)} arms with {len(seeds)} seed{'s' * (len(seeds) > 1)}",
         "limits": [
+            *([PARAGRAPHS] if config.get("dataset_name") == WIKITEXT else []),
             f"{training['think']['steps']} steps of {rows} x {config.get('max_length', 1024)} tokens for each process, one size of model; "
             f"{results['comparison']['documents']} documents {unseen}.",
             "Intervals are over documents. How far seeds differ is shown, and is no part of them.",

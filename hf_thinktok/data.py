@@ -229,7 +229,7 @@ def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: Thinkin
             full = sum(len(row) == args.max_length for row in rows_read.get("input_ids", []))
             cut = name == "train" and not args.packing and not is_packed(dataset)  # what is evaluated is the beginning of each document, packed or not
             if cut and full > (looked_at := min(len(dataset), LOOKED_AT_ROWS)) / 100:
-                how = "Of %d of %d training rows looked at, which fill max_length=%d, nothing beyond is read; with packing=True all of it would be."
+                how = "%d of the first %d training rows were cut at max_length=%d: set packing=True to train on the rest of them."
                 logger.warning(how, full, looked_at, args.max_length)
             continue
         longest, positions = longest_of(dataset, "input_ids"), longest_row(model)

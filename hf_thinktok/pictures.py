@@ -17,6 +17,9 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
+LABELS = THOUGHTS | {"none": "left out"}
+
+
 def draw_task(results: dict[str, Any], path: Path) -> None:
     """Accuracy against level as a picture: one line for each seed, and what can be had without serial steps. Nothing where there is one level."""
     if len(levels := levels_of_runs(results["runs"])) == 1:
@@ -26,8 +29,8 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
     places = [int(level) for level in levels]
     for how, colour in zip(hows_of(results["runs"]), ("tab:blue", "tab:orange", "tab:gray", "tab:red"), strict=False):
         for i, run in enumerate(results["runs"]):
-            axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {THOUGHTS[how]}")
-    axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best without serial steps")
+            axes.plot(places, [run["accuracy"][how][level] for level in levels], color=colour, marker="o", label=None if i else f"thoughts: {LABELS[how]}")
+    axes.plot(places, [results["shortcut"][level] for level in levels], color="black", linestyle=":", label="best guess from one step")
     if max(places) > (longest := max(max(trained_levels(run, results["levels"])) for run in results["runs"])):
         axes.axvspan(longest + 0.5, max(places) + 0.5, color="tab:green", alpha=0.12, label="harder than any trained")
     axes.set(
@@ -41,23 +44,28 @@ def draw_task(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_ablation(results: dict[str, Any], path: Path) -> None:
-    """Accuracy of variants against level, a mean over seeds, and where the models themselves end their thoughts, how long those are."""
+    """Accuracy of variants against level, a mean over seeds with each of them thin beside it; where models end their thoughts themselves, how long they are."""
     variants = results["ablation"]
     levels = levels_of_runs(next(iter(variants.values())))
     ends_itself = any(run.get("think_length") for runs in variants.values() for run in runs)
     figure = Figure(figsize=(10 if ends_itself else 6, 4), layout="constrained")
     panels = figure.subplots(1, 1 + ends_itself, squeeze=False)[0]
 
-    def mean(runs: list[dict[str, Any]], table) -> list[float]:
-        return [sum(table(run)[level] for run in runs) / len(runs) for level in levels]
+    def draw(axes, name: str, tables: list[dict[str, float]]) -> None:
+        lines = [[table[level] for level in levels] for table in tables]
+        (mean,) = axes.plot(places, [sum(values) / len(lines) for values in zip(*lines, strict=True)], marker="o", label=name)
+        for line in lines if len(lines) > 1 else []:
+            axes.plot(places, line, color=mean.get_color(), linewidth=0.7, alpha=0.5)
 
     places = [int(level) for level in levels]
     for name, runs in variants.items():
         how = hows_of(runs)[0]
-        panels[0].plot(places, mean(runs, lambda run, how=how: run["accuracy"][how]), marker="o", label=name)
+        draw(panels[0], name, [run["accuracy"][how] for run in runs])
         if ends_itself and all(run.get("think_length") for run in runs):
-            panels[1].plot(places, mean(runs, lambda run: run["think_length"]), marker="o", label=name)
-    panels[0].set(xlabel="level", ylabel="accuracy on test rows", ylim=(0, 1.03), title=results["task"])
+            draw(panels[1], name, [run["think_length"] for run in runs])
+    several = max(map(len, variants.values()))
+    seeds = f", means of {several} seeds (thin: each)" if several > 1 else ""
+    panels[0].set(xlabel="level", ylabel="accuracy on test rows", ylim=(0, 1.03), title=f"{results['task']}{seeds}")
     if ends_itself:
         panels[1].set(xlabel="level", ylabel="mean length of thoughts", title="thinking tokens")
     panels[0].legend(fontsize="small")

@@ -349,13 +349,20 @@ def print_launchers(results: dict[str, Any], console: Console | None = None) -> 
 
 
 # Why a gain of fillers says nothing about thoughts, though unfamiliar tokens do worse in their place.
-ALL_ALIKE = "its thoughts are all alike, so it is not what is thought: it may be the time, or any change of its input."
+ALL_ALIKE = "Its thoughts are all alike, so it is not what is thought: it may be the time, or any change of its input."
 
 
-def conclusion(helps: bool, hurts: bool, matters: bool, otherwise: str) -> str:
-    """One sentence for both kinds of evidence; `otherwise` says what is known where thoughts help and are not shown to matter."""
+def conclusion(helps: bool, hurts: bool, then: str) -> str:
+    """What is said of one model, measured with its thoughts and without; `then` is of its thoughts beside others, where it gains by them.
+
+    That is never that thinking is worth it, nor that what is thought matters: training with thoughts may cost what they give back, and a token that says
+    nothing does better than random ones as well, which a model does not expect.
+    """
     if helps:
-        return "Thinking helps, and what is thought matters." if matters else f"Thinking helps, but {otherwise}"
+        return (
+            f"This model predicts better with its thoughts than without them. {then} Whether thinking is worth it is seen beside models that were trained "
+            "without thoughts and with fillers: recipes/compare.py."
+        )
     return "Thinking hurts." if hurts else "No gain from thinking that can be told from zero."
 
 
@@ -406,14 +413,11 @@ def verdict(results: dict[str, Any]) -> str:
     margin = t_quantile(0.975, documents - 1) if documents >= FEWEST else math.nan
     gain, over_random = (results[name] for name in ("gain", "gain_over_random"))
     sure, sure_over_random = (margin * results[f"{name}_stderr"] for name in ("gain", "gain_over_random"))
-    if results["config"].get("thoughts") == "filler":
-        return conclusion(gain > sure, gain < -sure, False, ALL_ALIKE)
-    return conclusion(
-        gain > sure,
-        gain < -sure,
-        over_random > sure_over_random,
-        "what is thought is not shown to matter: no gain over a random thought can be told from zero.",
+    better = (
+        "They do better than random ones, which it does not expect." if over_random > sure_over_random else "They are not shown to do better than random ones."
     )
+    then = ALL_ALIKE if results["config"].get("thoughts") == "filler" else better
+    return conclusion(gain > sure, gain < -sure, then)
 
 
 def of_chosen(results: dict[str, Any]) -> str:

@@ -169,6 +169,21 @@ def test_a_card_says_nothing_of_rewards_where_there_were_none(thoughts):
     assert ("thinks where the model samples" not in card) == ("`thinktok generate" not in card) == (thoughts == "continuous")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "Nobody said what a thinking token means."),
+        ({"think_init_words": ["0", "1"]}, "began as a noisy copy of one of 2 words"),
+        ({"supply_thoughts": True}, "the text was learned after these."),
+        ({"supply_thoughts": True, "thought_ce_weight": 1.0}, "cross-entropy taught it to think them."),
+    ],
+)
+def test_a_card_says_who_gave_a_thought_its_meaning(options, said):
+    card = render_card(QUICKSTART | {"config": QUICKSTART["config"] | options}, "me/model")
+    assert said in card
+    assert ("Nobody said" in card) == (not options)
+
+
 @pytest.mark.parametrize("base", ["/data/my models/base: v1", "outputs/base"])
 def test_a_folder_is_no_base_in_the_header(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -16,6 +16,7 @@ from hf_thinktok import ThinkTokConfig
 from hf_thinktok.cli import main as thinktok
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.data import TASK_COLUMNS
+from hf_thinktok.evaluation.tables import evaluation_verdict
 from hf_thinktok.results import verdict
 from hf_thinktok.tasks import make_task
 
@@ -25,6 +26,15 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 def test_readme_is_rendered_from_results_files():
     done = in_process(ROOT / "docs" / "render.py", "--check")
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_every_figure_is_rendered(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    rendered = importlib.import_module("render").rendered
+    name = "s5_controls_long_7e-4: ablation/none, 7e-4, 3 times as long/0/accuracy/none/16"
+    assert "-->37.9%<!-- -->" in rendered(f"<!-- {name} | .1% -->?<!-- -->")
+    with pytest.raises(SystemExit, match="not understood.*s5: no format"):
+        rendered("<!-- s5: no format -->?<!-- -->")
 
 
 def test_runs_of_several_files_are_one_table(monkeypatch):
@@ -72,7 +82,13 @@ def test_results_say_where_they_come_from():
 
 @pytest.mark.parametrize(
     ("gain", "over_random", "words"),
-    [(0.1, 0.1, "matters"), (0.1, 0.01, "not shown to matter"), (-0.1, 0.1, "hurts"), (0.01, 0.1, "told from zero"), (0.01, 0.0, "told from zero")],
+    [
+        (0.1, 0.1, "do better than random ones, which"),
+        (0.1, 0.01, "not shown to do better than random"),
+        (-0.1, 0.1, "hurts"),
+        (0.01, 0.1, "told from zero"),
+        (0.01, 0.0, "told from zero"),
+    ],
 )
 def test_verdict_needs_two_standard_errors(gain, over_random, words):
     figures = {"gain": gain, "gain_stderr": 0.02, "gain_over_random": over_random, "gain_over_random_stderr": 0.02, "config": {}, "documents": 60}
@@ -83,15 +99,20 @@ def test_verdict_needs_two_standard_errors(gain, over_random, words):
 def test_few_documents_need_more(documents, gain, sure):
     """Student's t for 59 and 7 degrees of freedom is 2.00 and 2.36."""
     figures = {"gain": gain, "gain_stderr": 0.02, "gain_over_random": 0.0, "gain_over_random_stderr": 0.02, "config": {}, "documents": documents}
-    assert ("Thinking helps" in verdict(figures)) == sure
+    assert ("predicts better with its thoughts" in verdict(figures)) == sure
 
 
-def test_what_is_thought_matters_neither_for_fillers_nor_where_nothing_else_could_be():
-    """A filler has unfamiliar tokens for its random thoughts, and one token nothing that differs from it."""
+def test_no_figures_of_one_model_say_that_what_is_thought_matters():
+    """A filler does better than random ones as well, which are unfamiliar, and one token has nothing that differs from it."""
     helps = {"gain": 0.1, "gain_stderr": 0.02, "gain_over_random": 0.1, "gain_over_random_stderr": 0.02, "documents": 60, "config": {"thoughts": "filler"}}
     assert "the time, or any change of its input" in verdict(helps)
-    assert "not shown to matter" in verdict(helps | {"gain_over_random": 0.0, "gain_over_random_stderr": 0.0, "config": {"num_think_tokens": 1}})
+    assert "not shown to do better than random" in verdict(helps | {"gain_over_random": 0.0, "gain_over_random_stderr": 0.0, "config": {"num_think_tokens": 1}})
     assert "told from zero" in verdict(helps | {"gain_stderr": float("nan")})
+    results = json.loads((ROOT / "docs" / "results" / "compare_wikitext.json").read_text())["comparison"]
+    for arm in ("think", "filler"):  # which lose to a twin that never thought
+        for run in results["runs"][arm].values():
+            assert "matters" not in evaluation_verdict(run)
+            assert "Thinking helps" not in evaluation_verdict(run)
 
 
 def test_plans_on_the_page_are_what_the_code_says(monkeypatch):

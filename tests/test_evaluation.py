@@ -334,20 +334,25 @@ def test_summary_of_known_figures():
 @pytest.mark.parametrize(
     ("gain", "over_random", "always_over_random", "words"),
     [
-        ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "what is thought matters."),
+        (
+            (0.1, 0.3),
+            (0.1, 0.2),
+            (0.1, 0.2),
+            "They are shown to do more than random tokens. Those that it is made to think everywhere are shown to do more than",
+        ),
         (
             (0.1, 0.3),
             (0.1, 0.2),
             (-0.1, 0.2),
-            "not shown to do more than these: random tokens. They are shown to do more than these: where it wants to, random tokens.",
+            "They are shown to do more than random tokens. Those that it is made to think everywhere are not shown to do more than random tokens.",
         ),
         (
             (0.1, 0.3),
             (-0.1, 0.2),
             (0.1, 0.2),
-            "not shown to do more than these: where it wants to, random tokens. They are shown to do more than these: random tokens.",
+            "They are not shown to do more than random tokens. Those that it is made to think everywhere are shown to do more than random tokens.",
         ),
-        ((0.1, 0.3), (-0.1, 0.2), (-0.2, 0.1), "where it wants to, random tokens; random tokens: nothing says that what is thought matters."),
+        ((0.1, 0.3), (-0.1, 0.2), (-0.2, 0.1), "They are not shown to do more than random tokens. Those that it is made to think everywhere are not shown"),
         ((-0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "told from zero"),
         ((-0.3, -0.1), (0.1, 0.2), (0.1, 0.2), "hurts"),
         ((math.nan, math.nan), (math.nan, math.nan), (math.nan, math.nan), "told from zero"),

@@ -12,6 +12,14 @@ from .comparison import ARMS, AT_RANDOM, SILENT
 from .intervals import t_quantile
 from .thinking import CONTROLS, PLACED, own_arm, own_length
 
+# Controls in a sentence.
+CALLED = PLACED | {
+    "think_random": "random tokens",
+    "shuffled": "their own tokens shuffled",
+    "earlier": "thoughts from an earlier place",
+    "other_document": "thoughts of another document",
+}
+
 
 def print_evaluation(results: dict[str, Any], console: Console | None = None) -> None:
     """Held-out text in every arm, what thoughts are worth against each control, and where they are worth it."""
@@ -81,19 +89,22 @@ def _interval(gain: dict[str, float]) -> str:
 
 
 def evaluation_verdict(found: dict[str, Any]) -> str:
-    """What the intervals carry."""
-    gains = found["gains"]
-    gain = gains[f"{own_arm(found['settings'])} over no_think"]
-    ours = {own_arm(found["settings"]), "always"}
-    pairs = [(control, f"{arm} over {control}") for arm, controls in CONTROLS.items() if arm in ours for control in controls]
-    beaten = [control for control, pair in pairs if pair in gains and gains[pair]["low"] > 0]
-    others = [control for control, pair in pairs if pair in gains and control not in beaten]
-    those = lambda controls: "; ".join(PLACED[control] for control in controls)
-    if found["settings"].get("thoughts") == "filler":
-        return conclusion(gain["low"] > 0, gain["high"] < 0, False, ALL_ALIKE)
-    rest = f". They are shown to do more than these: {those(beaten)}." if beaten else ": nothing says that what is thought matters."
-    otherwise = f"thoughts are not shown to do more than these: {those(others)}{rest}"
-    return conclusion(gain["low"] > 0, gain["high"] < 0, not others, otherwise)
+    """What the intervals carry. Thoughts where the model wants them and thoughts that it is made to think are told of apart: each has its own controls."""
+    gains, own = found["gains"], own_arm(found["settings"])
+    gain = gains[f"{own} over no_think"]
+    told = [ALL_ALIKE] if found["settings"].get("thoughts") == "filler" else [_beside_controls(gains, own, "They")]
+    if own != "always" and found["settings"].get("thoughts") != "filler":
+        told.append(_beside_controls(gains, "always", "Those that it is made to think everywhere"))
+    return conclusion(gain["low"] > 0, gain["high"] < 0, " ".join(filter(None, told)))
+
+
+def _beside_controls(gains: dict[str, Any], arm: str, which: str) -> str:
+    """What thoughts are shown to do more than, and what not."""
+    measured = [control for control in CONTROLS[arm] if f"{arm} over {control}" in gains]
+    beaten = [control for control in measured if gains[f"{arm} over {control}"]["low"] > 0]
+    groups = {"are": beaten, "are not": [control for control in measured if control not in beaten]}
+    told = [f"{how} shown to do more than {'; '.join(CALLED[control] for control in controls)}" for how, controls in groups.items() if controls]
+    return f"{which} {', and '.join(told)}." if told else ""
 
 
 def print_comparison(results: dict[str, Any], console: Console | None = None) -> None:
