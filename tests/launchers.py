@@ -1,15 +1,20 @@
 """Every launcher on two processes of this machine's CPU: `python tests/launchers.py` writes docs/results/launchers.json, how far each is from one process."""
 
+import atexit
+import contextlib
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from commands import ENVIRONMENT
+from forks import OURS, forks
 from models import save_tiny
 from tiny_run import main
 
@@ -32,13 +37,29 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def launch(launcher: str, script: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
-    """Runs a script in two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[launcher][0], "--num_processes", "2", "--mixed_precision", "no"]
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"} | ENVIRONMENT
+
+
+@functools.cache
+def loaded() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs launchers as forks of one process, and they their ranks: nearly all of a launch's time would be that of loading the libraries three times."""
+    running = contextlib.ExitStack()
+    atexit.register(running.close)
+    return running.enter_context(forks(*OURS, "accelerate.commands.launch", "deepspeed.ops", **environment()))
+
+
+def launch(launcher: str, script: Path, *arguments: str | Path, started: bool = torch.cuda.is_available()) -> subprocess.CompletedProcess:
+    """Runs a script in two processes.
+
+    Args:
+        started: as processes that load all themselves, as they must where there is CUDA, which no fork can go on with.
+    """
+    command = ["-m", "accelerate.commands.launch", *LAUNCHERS[launcher][0], "--num_processes", "2", "--mixed_precision", "no"]
     command += ["--main_process_port", str(free_port()), *([str(HERE / "over_gloo.py")] if launcher in ZERO else []), str(script), *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    environment |= ENVIRONMENT
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
+    if not started:
+        return loaded()(*command)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=550)
 
 
 def launch_tiny(launcher: str, *runs: tuple[Path, dict]) -> subprocess.CompletedProcess:
@@ -71,7 +92,7 @@ def weight_gap(one: dict, other: dict) -> float:
 
 
 if __name__ == "__main__":
-    from hf_thinktok.results import environment, print_launchers, write_json
+    from hf_thinktok import results
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -82,6 +103,6 @@ if __name__ == "__main__":
             print(launcher, flush=True)
             run = launched(launcher, root / launcher, options)
             rows[launcher] = {"processes": run["world"], "losses": run["losses"], "weight_gap": weight_gap(one, run)}
-    results = {"launchers": rows} | environment()
-    write_json(HERE.parent / "docs/results/launchers.json", results)
-    print_launchers(results)
+    found = {"launchers": rows} | results.environment()
+    results.write_json(HERE.parent / "docs/results/launchers.json", found)
+    results.print_launchers(found)

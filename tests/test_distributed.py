@@ -179,9 +179,9 @@ def test_an_adapter_and_its_rows_are_trained_alike(made, tmp_path, launcher):
     made(launcher).assert_as_alone("adapter", tmp_path)
 
 
-@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
-def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
-    """Evaluation included, before training and after it."""
+@pytest.mark.parametrize(("launcher", "how"), [("zero2", {"started": True}), ("zero3", {})])
+def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher, how):
+    """Evaluation included, before training and after it; once in processes that start as a user's do."""
     (tmp_path / "text.txt").write_text("\n".join(f"{i} {' '.join(text.split())}" for i, text in enumerate(CORPUS)))
     options = {
         "model_name_or_path": save_tiny(tmp_path / "model"), "data_files": tmp_path / "text.txt", "max_steps": 2, "max_length": 48,
@@ -189,7 +189,7 @@ def test_the_recipe_trains_and_compares_as_in_one_process(tmp_path, launcher):
         "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_checkpointing": False, "save_strategy": "no",
     }  # fmt: skip
     recipe, words = HERE.parent / "recipes/pretrain_think.py", [word for name, value in options.items() for word in (f"--{name}", value)]
-    done = launch(launcher, recipe, *words, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo")
+    done = launch(launcher, recipe, *words, "--output_dir", tmp_path / "two", "--ddp_backend", "gloo", **how)
     # gloo's threads now and then abort a process at its very end, when all is written.
     assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr[-3000:]
     assert in_process(recipe, *words, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2).returncode == 0
