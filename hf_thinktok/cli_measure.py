@@ -54,7 +54,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from .evaluation.tables import print_evaluation
     from .recipe_options import command_line
     from .results import changed_options, environment, read_json, write_json
-    from .text import ReportArguments, TextArguments, another_part, files_of, load_text, split, unseen_text
+    from .text import ReportArguments, TextArguments, another_part, files_of, load_parts, unseen_text
 
     # What can be wrong is looked at before the weights are read.
     first = next(iter(args.recipe), "=")
@@ -67,6 +67,8 @@ def run_eval(args: argparse.Namespace) -> None:
     has_parts = bool(told & {"config", "held_out_documents", "test_documents"})
     if "data_split_seed" in told and not has_parts and text.max_documents is None:
         raise UsageError("--data_split_seed has no effect without --held_out_documents, --test_documents or --max_documents: leave it out, or give one.")
+    if text.dataset_test_split is not None and not has_parts:
+        raise UsageError("--dataset_test_split has no effect without --held_out_documents or --test_documents: give one, or name it as --dataset_train_split.")
     read_vocabulary(args.model, args.revision)
     texts = [file for name in (*(text.data_files or ()), *(report.test_files or ())) for file in files_of(name)]
     configs = [value for name, value in itertools.pairwise(command_line(args.recipe)) if name == "--config"]
@@ -78,7 +80,7 @@ def run_eval(args: argparse.Namespace) -> None:
             if documents is None:
                 raise UsageError("The recipe holds nothing out to evaluate on: give --held_out_documents, or the text alone with --data_files.")
         else:
-            documents = split(load_text(text), replace(text, held_out_documents=0, test_documents=0)).train
+            documents = load_parts(replace(text, held_out_documents=0, test_documents=0)).train
         run = Path(args.model) / "results.json"
         trained = read_json(run) if has_parts and not report.test_files and run.is_file() else {}
         if other := another_part(text, trained.get("config", {})):

@@ -1,6 +1,7 @@
 """Rows of text with their documents, and what a data set must have."""
 
 import itertools
+import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
+from trl import maybe_convert_to_chatml
 
 from ._compat import DataCollatorForLanguageModeling
 from .config_checks import SEVERAL_LENGTHS, no_effect, only_divides
 from .distributed import embedding_rows
+from .errors import first_line
 from .models import has_position_table, longest_row
 from .tokens import ThinkingVocabulary
 
@@ -35,6 +39,48 @@ TASK_COLUMNS = ("level", "think_length", "thoughts")
 def columns_of_text(columns: Iterable[str], text: str) -> tuple[str, ...]:
     """Those that TRL makes a row's text from: the text column where there are no others."""
     return next((names for names in READABLE_COLUMNS if set(names) <= set(columns)), (text,))
+
+
+def columns_of_document(columns: Iterable[str], text: str = "text") -> tuple[str, ...]:
+    """Those that a document is read from where it is to be text: the text column where there is one, which TRL takes last; none where there are only ids."""
+    return next((names for names in ((text,), *READABLE_COLUMNS[1:]) if set(names) <= set(columns)), ())
+
+
+def text_of(document: dict[str, Any] | str, tokenizer, text: str = "text") -> str | None:
+    """A document's text, as the trainer reads it from a row: a prompt with its completion, a chat by the tokenizer's template. `None` where there is none.
+
+    Args:
+        document: a row, or its text itself.
+        tokenizer: the model's; `None` where there is none.
+        text: the text column, which is taken where it is there.
+
+    Raises:
+        ValueError: a chat, and no chat template that takes it; or columns that are of different kinds.
+    """
+    if isinstance(document, str):
+        return document
+    columns = columns_of_document(document, text)
+    if columns in ((), (text,)):
+        return document.get(text) if isinstance(document.get(text), str) else None
+    try:
+        read = maybe_convert_to_chatml({name: document[name] for name in columns})  # conversations are messages under other names
+        chat = read["messages"] if "messages" in read else read["prompt"] + read["completion"]
+        if isinstance(chat, str):
+            return chat
+        if getattr(tokenizer, "chat_template", None) is None:
+            mend = "give the model's tokenizer one, or make the text with text_template"
+            raise ValueError(f"The data has chats, and the tokenizer no chat template to make texts of them: {mend}.")
+        tools = document.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = document.get("chat_template_kwargs") or {}
+        made = tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, **options)
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"A row's {' and '.join(columns)} cannot be made text: {first_line(error)}; give strings, or messages that the template takes."
+        ) from error
+    # Whoever reads the text has the tokenizer begin it, and templates begin it themselves.
+    begins = tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return made.removeprefix(tokenizer.bos_token) if begins else made
 
 
 def task_columns(args) -> list[str]:
@@ -136,7 +182,7 @@ def check_dataset(dataset, name: str, args, formatter: Callable[[dict], str] | N
     for column in used:
         values = itertools.islice(dataset.with_format(None)[column], CHECKED_ROWS) if stored else (row[column] for row in head)
         for number, value in enumerate(values):
-            if _says_something(value, column == text) or (column == "prompt" and value == ""):  # then all of the completion is learned
+            if says_something(column, value, text):
                 continue
             if column == text and not isinstance(value, str | None):
                 raise ValueError(f"Row {number} of the {name} data set has a {type(value).__name__} in {column!r}, where a text is due: make a text of it.")
@@ -194,9 +240,11 @@ def formatted(dataset, formatter: Callable[[dict], str], args):
         return dataset.map(text_of, remove_columns=dropped)
 
 
-def _says_something(value: Any, is_text: bool) -> bool:
-    """A text that is not blank; beside the text column also messages or ids, where there are any."""
-    return bool(value.strip()) if isinstance(value, str) else not is_text and value is not None and len(value) > 0
+def says_something(column: str, value: Any, text: str = "text") -> bool:
+    """Whether a row may have this value: a text that is not blank; beside the text column also messages or ids, where there are any."""
+    if column == "prompt" and value == "":  # then all of the completion is learned
+        return True
+    return bool(value.strip()) if isinstance(value, str) else column != text and hasattr(value, "__len__") and len(value) > 0
 
 
 def check_prepared(train_dataset, eval_dataset, model, args, vocabulary: ThinkingVocabulary | None) -> None:

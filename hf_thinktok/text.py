@@ -1,17 +1,20 @@
 """Text to train and to evaluate on, from files or the Hub, and its held-out part."""
 
+import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from glob import escape, glob, has_magic
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .config_checks import default_of
-from .data import READABLE_COLUMNS, TASK_COLUMNS
+from .data import READABLE_COLUMNS, TASK_COLUMNS, columns_of, columns_of_document, says_something
 from .sources import STANDARD_LIBRARY, standard_library
 
 logger = logging.getLogger(__name__)
@@ -19,10 +22,9 @@ logger = logging.getLogger(__name__)
 # Builders of `datasets` by the ends of files' names.
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-OF_PARTS = ("max_documents", "test_documents", "held_out_documents", "data_split_seed")
-LEAVES_NOTHING = "{name}={count} leaves nothing of {all} documents: give a smaller number, or 0 for none."
+OF_PARTS = ("dataset_test_split", "max_documents", "test_documents", "held_out_documents", "data_split_seed")
 # What says how a data set is read, of which the standard library's text is none.
-OF_DATA_SETS = ("dataset_config", "dataset_train_split", "dataset_streaming", "text_template")
+OF_DATA_SETS = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming", "text_template")
 
 
 @dataclass
@@ -31,10 +33,16 @@ class TextArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": f"A data set on the Hub or in a folder, or {STANDARD_LIBRARY}, in place of data_files."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Its split to take the text from, held-out parts as well."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Its split to take the text from; held-out parts as well, without dataset_test_split."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Its split to take held_out_documents and test_documents from."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Read it as it is needed."})
     data_files: list[str] | None = field(default=None, metadata={"help": f"Local files ({', '.join(KINDS)}; all of one kind), in place of dataset_name."})
-    text_template: str | None = field(default=None, metadata={"help": "Makes a row's text from its columns, for example '{question}\\n{answer}'."})
+    text_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Makes a row's text from its columns, for example '{question}\\n{answer}'. Without it a row has text, prompt and completion, or messages."
+        },
+    )
     sample_by: str = field(default="line", metadata={"help": "What one document of a .txt file is.", "choices": ["line", "paragraph", "document"]})
     max_documents: int | None = field(default=None, metadata={"help": "Use only so many documents, drawn with seed data_split_seed (a stream: the first)."})
     held_out_documents: int = field(
@@ -68,11 +76,22 @@ class TextArguments:
         given = [name for name in OF_DATA_SETS if getattr(self, name) != default_of(TextArguments, name)]
         if given and self.dataset_name == STANDARD_LIBRARY and not self.data_files:
             raise ValueError(f"{given[0]} has no effect with dataset_name={STANDARD_LIBRARY}, which is one text: leave it out.")
+        if self.dataset_test_split is not None:
+            self._check_test_split()
         if self.text_template is not None:
             if not columns_named(self.text_template):
                 raise ValueError(f"text_template={self.text_template!r} names no column, so that all documents would be alike: name one, as in '{{question}}'.")
             # from a shell they come as two characters each
             self.text_template = self.text_template.replace("\\n", "\n").replace("\\t", "\t")
+
+    def _check_test_split(self) -> None:
+        given = f"dataset_test_split={self.dataset_test_split}"
+        if self.data_files:
+            raise ValueError(f"{given} has no effect with data_files, which have no splits: leave it out.")
+        if not (self.held_out_documents or self.test_documents):
+            raise ValueError(f"{given} has no effect without held_out_documents or test_documents, which are taken from it: give one, or leave it out.")
+        if self.dataset_test_split == self.dataset_train_split:
+            raise ValueError(f"{given} is the split that is trained on, from which documents are held out anyway: name another, or leave it out.")
 
 
 @dataclass
@@ -118,7 +137,12 @@ def kind_of(file: str) -> str:
 
 
 def load_text(script: TextArguments) -> Dataset | IterableDataset:
-    """Rows with a `text` column. Rows without text are dropped: where it is empty or no string, or where a column that makes it is null."""
+    """Rows of a script's training split as the trainer reads them: text, prompts and completions, or chats. Empty ones are dropped: where text is blank or
+    no string, where a column that makes it is null, or where there are no messages.
+
+    Raises:
+        ValueError: there is no text, it cannot be read, or not in one of these columns.
+    """
     try:
         return _rows_with_text(script)
     except UnicodeDecodeError as error:  # some readers look at bytes when they are asked for
@@ -153,16 +177,15 @@ def _rows_with_text(script: TextArguments) -> Dataset | IterableDataset:
         text = text.map(
             lambda row: {"text": filled(template, row)}, remove_columns=[name for name in text.column_names or [] if name not in ("text", *TASK_COLUMNS)]
         )
-    if text.column_names is not None and "text" not in text.column_names:
+    columns = columns_of(text)
+    read = columns_of_document(columns)
+    if columns and not read:
         strings = [name for name, kind in (text.features or {}).items() if getattr(kind, "dtype", None) in ("string", "large_string")]
-        example = "{prompt}{completion}" if {"prompt", "completion"} <= set(strings) else "".join(f"{{{name}}}" for name in strings[:1])
-        how = f"make it with text_template, for example --text_template '{example}'" if strings else "give data with a column of strings to make it of"
-        if {"messages", "conversations"} & set(text.column_names):
-            how = "ThinkTokTrainer itself takes chats, and here they have to be text: write it with the tokenizer's apply_chat_template"
-        raise ValueError(f"The data has the columns {text.column_names} and no 'text': {how}.")
-    # TRL would read them rather than the text.
-    text = text.remove_columns(sorted({name for names in READABLE_COLUMNS for name in names} & set(text.column_names or [])))
-    with_text = text.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
+        how = f"make it with text_template, for example --text_template '{{{strings[0]}}}'" if strings else "give data with a column of strings to make it of"
+        raise ValueError(f"The data has the columns {columns} and no 'text', 'prompt' with 'completion', or 'messages': {how}.")
+    # TRL would read others rather than the text, and more than one of them not at all.
+    text = text.remove_columns(sorted({name for names in READABLE_COLUMNS for name in names} & set(columns) - set(read)))
+    with_text = text.filter(lambda row: all(says_something(name, row[name]) for name in read))
     if isinstance(text, Dataset) and not len(with_text):
         raise ValueError("No row of the data has text: give data with a column 'text' of strings, or make it with text_template.")
     if isinstance(text, Dataset) and len(with_text) < len(text):
@@ -216,30 +239,48 @@ def check_column(name: str) -> None:
         raise ValueError(f"dataset_text_field={name!r} would be trained on and 'text' be evaluated: make the text with --text_template '{{{name}}}' instead.")
 
 
-def split(text: Dataset | IterableDataset, script: TextArguments) -> TextParts:
-    """The parts of a text. The test part is the same whatever is held out besides, and both for all runs with the same seed."""
-    seed = script.data_split_seed
+def load_parts(script: TextArguments, prepare: Callable | None = None) -> TextParts:
+    """The parts of a script's text. The test part is the same whatever is held out besides, and both for all runs with the same seed. What is held out is
+    drawn from `dataset_test_split` where that is given, and its word for word copies are left out of what is trained on.
+
+    Args:
+        prepare: what is made of the rows before they are divided.
+
+    Raises:
+        ValueError: there is no text, or not enough of it.
+    """
+    made = prepare or (lambda rows: rows)
+    text, seed = made(load_text(script)), script.data_split_seed
     if script.max_documents is not None:
         limit = script.max_documents
         text = text.take(limit) if isinstance(text, IterableDataset) else text.shuffle(seed=seed).select(range(min(limit, len(text))))
+    splits = [text]
+    if script.dataset_test_split is not None:
+        held = replace(script, dataset_train_split=script.dataset_test_split, dataset_test_split=None)
+        splits = [made(load_text(held)), text]
     parts: list[Dataset | None] = []
     for name in ("test_documents", "held_out_documents"):
-        count = getattr(script, name)
-        if count == 0:
+        if (count := getattr(script, name)) == 0:
             parts.append(None)
-        elif isinstance(text, IterableDataset):
-            first = list(text.take(count + 1))
-            if count >= len(first):
-                raise ValueError(LEAVES_NOTHING.format(name=name, count=count, all=len(first)))
-            parts.append(distinct(Dataset.from_list(first[:count]), name))
-            text = text.skip(count)
-        elif count >= len(text):
-            raise ValueError(LEAVES_NOTHING.format(name=name, count=count, all=len(text)))
-        else:
-            divided = text.train_test_split(test_size=count, seed=seed)
-            parts.append(distinct(divided["test"], name))
-            text = without(divided["train"], divided["test"], f"the {count} of {name}")
-    return TextParts(text, held_out=parts[1], test=parts[0])
+            continue
+        drawn, splits[0] = _drawn(splits[0], count, seed)
+        if len(splits) == 1 and not next(iter(splits[0]), None):
+            raise ValueError(f"{name}={count} leaves nothing of {len(drawn)} documents: give a smaller number, or 0 for none.")
+        if len(drawn) < count:
+            raise ValueError(
+                f"{name}={count} is more than the {len(drawn)} documents that dataset_test_split={script.dataset_test_split} has: give a smaller number."
+            )
+        parts.append(distinct(drawn, name))
+        splits = [without(rows, drawn, f"the {count} of {name}") for rows in splits]
+    return TextParts(splits[-1], held_out=parts[1], test=parts[0])
+
+
+def _drawn(text: Dataset | IterableDataset, count: int, seed: int) -> tuple[Dataset, Dataset | IterableDataset]:
+    """So many rows, and the others; of a stream the first."""
+    if isinstance(text, IterableDataset):
+        return Dataset.from_list(list(text.take(count))), text.skip(count)
+    order = np.random.default_rng(seed).permutation(len(text))  # as train_test_split has it, which must leave a row
+    return text.select(order[:count]), text.select(order[count:])
 
 
 def distinct(text: Dataset, of: str) -> Dataset:
@@ -249,7 +290,7 @@ def distinct(text: Dataset, of: str) -> Dataset:
         of: what it is, as a part of a sentence.
     """
     first: dict[str, int] = {}
-    for row, one in enumerate(text["text"]):
+    for row, one in enumerate(_read_of(text)):
         first.setdefault(one, row)
     if len(first) == len(text):
         return text
@@ -257,22 +298,41 @@ def distinct(text: Dataset, of: str) -> Dataset:
     return text.select(first.values())
 
 
-def without(text: Dataset, others: Dataset, of: str) -> Dataset:
+def without(text: Dataset | IterableDataset, others: Dataset, of: str) -> Dataset | IterableDataset:
     """The rows of a text that are not word for word among others.
 
     Args:
         of: the others, as a part of a sentence.
 
     Raises:
-        ValueError: all are.
+        ValueError: all are, which of a stream is not known.
     """
-    seen = set(others["text"])
-    kept = text.filter(lambda texts: [one not in seen for one in texts], batched=True, input_columns="text")  # which the next run finds done
-    if not len(kept):
+    seen, read = set(_read_of(others)), list(columns_of_document(columns_of(text)))
+    kept = text.filter(lambda *values: [one not in seen for one in _keys(*values)], batched=True, input_columns=read)  # which the next run finds done
+    if isinstance(text, IterableDataset):
+        return kept
+    if len(text) and not len(kept):
         raise ValueError(f"All {len(text):,} other documents are word for word among {of}: give text that does not repeat itself.")
     if len(kept) < len(text):
         logger.warning("%s of %s documents are word for word among %s, and are left out.", f"{len(text) - len(kept):,}", f"{len(text):,}", of)
     return kept
+
+
+def _read_of(text: Dataset) -> list[str]:
+    """What is read of each row."""
+    return _keys(*(text[name] for name in columns_of_document(text.column_names)))
+
+
+def _keys(*columns: list[Any]) -> list[str]:
+    """The values of each row as one string."""
+    return [json.dumps(without_nulls(values), sort_keys=True, default=str) for values in zip(*columns, strict=True)]
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that its table alone has: Arrow gives each message the keys of all."""
+    if isinstance(value, dict):
+        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def another_part(script: TextArguments, trained: dict[str, Any]) -> str | None:
@@ -281,9 +341,11 @@ def another_part(script: TextArguments, trained: dict[str, Any]) -> str | None:
     Args:
         trained: the run's options that were told.
     """
-    run = {name: trained.get(name, default_of(TextArguments, name)) for name in ("dataset_name", "data_files", *OF_PARTS)}
+    run = {name: trained.get(name, default_of(TextArguments, name)) for name in ("dataset_name", "data_files", "dataset_train_split", *OF_PARTS)}
     files = [[Path(file).name for file in (names or ())] for names in (script.data_files, run["data_files"])]  # from wherever it was started
     if files[0] != files[1] or (not files[0] and script.dataset_name != run["dataset_name"]):
+        return None
+    if (script.dataset_test_split or script.dataset_train_split) != run["dataset_train_split"]:  # of a split that was not trained on
         return None
     parts = [name for name in OF_PARTS if not (script.test_documents and name == "held_out_documents")]  # the test part comes first
     return next((f"{name}={run[name]}" for name in parts if getattr(script, name) != run[name]), None)
@@ -292,10 +354,10 @@ def another_part(script: TextArguments, trained: dict[str, Any]) -> str | None:
 def unseen_text(script: TextArguments, test_files: list[str] | None) -> Dataset | IterableDataset | None:
     """What to report on, which training did not see: files of its own, made to text as the script's are, else the test part, else what was held out."""
     if test_files:
-        own = load_text(replace(script, dataset_name=None, data_files=test_files))
+        own = load_text(replace(script, dataset_name=None, data_files=test_files, dataset_test_split=None))
         if not (script.data_files or script.dataset_name):
             return own
-        trained = split(load_text(script), script).train
+        trained = load_parts(script).train
         return own if isinstance(own, IterableDataset) or isinstance(trained, IterableDataset) else without(own, trained, "those to train on")
-    parts = split(load_text(script), replace(script, held_out_documents=0) if script.test_documents else script)
+    parts = load_parts(replace(script, held_out_documents=0) if script.test_documents else script)
     return parts.test or parts.held_out

@@ -46,6 +46,7 @@ from hf_thinktok import ThinkTokConfig, add_thinking_tokens
 from hf_thinktok.checkpoints import check_not_pushed, newest_checkpoint
 from hf_thinktok.config_checks import default_of
 from hf_thinktok.controls import control
+from hf_thinktok.data import text_of
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import ARMS, AT_RANDOM, SILENT, Comparison
@@ -58,7 +59,7 @@ from hf_thinktok.recipe_options import ITS_OWN_SEED, command_line, read_config, 
 from hf_thinktok.report import Run, write_report
 from hf_thinktok.results import digest_of, digest_of_files, environment, read_json, weights_in, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import ReportArguments, TextArguments, check_column, files_of, load_text, split, unseen_text
+from hf_thinktok.text import ReportArguments, TextArguments, check_column, files_of, load_parts, unseen_text
 
 COUNTED_DOCUMENTS = 1000
 PRETRAIN = Path(__file__).parent / "pretrain_think.py"
@@ -150,11 +151,16 @@ class Grid:
             return None
 
 
+def tokenizer_of(args: ThinkTokConfig, model: ModelConfig) -> Any:
+    """That of the model that all arms start from."""
+    where = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+    return AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path), **where)
+
+
 def forks_of_steps(script: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> dict[int, float]:
     """For how many places in a row a step behind markers has room, as the trainer cuts it, each with its share of the steps: by the first documents, packed."""
-    where = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.model_name_or_path), **where)
-    texts = [row["text"] for row in itertools.islice(split(load_text(script), script).train, COUNTED_DOCUMENTS)]
+    tokenizer = tokenizer_of(args, model)
+    texts = [text_of(row, tokenizer) for row in itertools.islice(load_parts(script).train, COUNTED_DOCUMENTS)]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     markers, batch = marker_ids(args.fork_markers, tokenizer), args.per_device_train_batch_size
     marked = [ends_of(markers, torch.tensor([row]))[0] & (torch.arange(len(row)) < len(row) - 1) for row in ids]
@@ -216,7 +222,7 @@ def load(name: str, revision: str | None, args: ThinkTokConfig) -> tuple[Any, An
     return model, tokenizer
 
 
-def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: Dataset, base: str, revision: str | None = None) -> Evaluation:
+def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArguments, test: list[str], base: str, revision: str | None = None) -> Evaluation:
     """What an arm does on the test part: measured, or from its file where that has the same settings.
 
     Args:
@@ -231,7 +237,7 @@ def measure(arm: str, source: str, path: Path, grid: Grid, chosen: CompareArgume
     }  # fmt: skip
     # A model's name may be a path of this machine's, and settings are published.
     model_digest = digest_of([source, str(revision), base, digest_of_files(weights_in(Path(resolve_model(source))))])
-    measured = {"model": model_digest, "text": digest_of(row["text"] for row in test)}
+    measured = {"model": model_digest, "text": digest_of(test)}
     if path.exists():
         found = Evaluation.load(path)
         if (asked | measured).items() <= found.settings.items():
@@ -254,7 +260,8 @@ def compare(recipe: dict[str, Any], chosen: CompareArguments) -> None:
     check_column(args.dataset_text_field)
     if not (chosen.test_files or script.test_documents):
         raise ValueError("There is no text to report on: set test_documents, or test_files.")
-    test = unseen_text(script, chosen.test_files)
+    tokenizer = tokenizer_of(args, model)  # one for all arms, which are compared on the same text
+    test = [text_of(row, tokenizer) for row in unseen_text(script, chosen.test_files)]
     grid = Grid(recipe, chosen.arms or {})
     made_of = origin(script, model)
     base = measure("base", model.model_name_or_path, output / "base" / "evaluation.npz", grid, chosen, test, made_of["model"], model.model_revision)

@@ -31,7 +31,7 @@ from hf_thinktok.loading import fit_to_cpu, init_kwargs
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, print_results, training_results, write_json
 from hf_thinktok.sources import resolve_model
-from hf_thinktok.text import PretrainArguments, check_column, load_text, split
+from hf_thinktok.text import PretrainArguments, check_column, load_parts
 
 
 def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelConfig) -> ThinkTokTrainer:
@@ -39,7 +39,7 @@ def make_trainer(script: PretrainArguments, args: ThinkTokConfig, model: ModelCo
     if not model.model_name_or_path:
         raise ValueError("There is no model: give model_name_or_path.")
     check_column(args.dataset_text_field)
-    train, held_out, _ = split(load_text(script), script)
+    train, held_out, _ = load_parts(script)
     if held_out is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value} has nothing to evaluate on: set held_out_documents to 2 or more, or leave it out.")
     args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)

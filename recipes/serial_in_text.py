@@ -28,7 +28,7 @@ from trl import ModelConfig, get_peft_config
 from hf_thinktok import ThinkTokConfig, ThinkTokTrainer
 from hf_thinktok.checkpoints import check_not_pushed, resume_points
 from hf_thinktok.controls import at_defaults, control, control_of
-from hf_thinktok.data import levels_of
+from hf_thinktok.data import levels_of, text_of
 from hf_thinktok.errors import RunError, one_sentence
 from hf_thinktok.evaluation import Evaluation, evaluate_thinking
 from hf_thinktok.evaluation.comparison import Comparison
@@ -40,7 +40,7 @@ from hf_thinktok.recipe_options import check_seeds, read_options, recipe_parser
 from hf_thinktok.results import changed_options, environment, write_json
 from hf_thinktok.sources import resolve_model
 from hf_thinktok.tasks import Task, make_task
-from hf_thinktok.text import TextArguments, check_column, load_text, split
+from hf_thinktok.text import TextArguments, check_column, load_parts
 
 # Tokens of a document at least; shorter ones are headings.
 SHORTEST = 16
@@ -72,6 +72,7 @@ class MixtureArguments:
 
 def with_ids(text: Dataset, tokenizer, length: int) -> Dataset:
     """Documents and their ids, cut to a length; shorter ones stay as they are, headings are left out."""
+    text = text.map(lambda row: {"text": text_of(row, tokenizer)})
     rows = text.map(lambda rows: {"input_ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]}, batched=True)
     return rows.filter(lambda row: len(row["input_ids"]) >= SHORTEST).map(lambda row: {"input_ids": row["input_ids"][:length]})
 
@@ -134,7 +135,7 @@ def on_text(model, tokenizer, held_out: Dataset, mixed: MixtureArguments, args: 
     )  # fmt: skip
 
 
-def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
+def main(task: Task, mixed: MixtureArguments, text: TextArguments, args: ThinkTokConfig, model: ModelConfig) -> None:
     folder = resolve_model(model.model_name_or_path)
     outputs = {(seed, arm): str(Path(args.output_dir) / f"{arm}-seed{seed}") for seed in mixed.seeds for arm in ("cpt", "think")}
     trained = {which: path for which, path in outputs.items() if which[1] == "cpt" or not mixed.on_twin}
@@ -143,7 +144,8 @@ def main(task: Task, documents: Dataset, mixed: MixtureArguments, text: TextArgu
         checkpoints = dict(zip(trained, resume_points(args.resume_from_checkpoint, [*trained.values()]), strict=True))
     with one_sentence(), there("model", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
-    train_rows, held_out, _ = split(with_ids(documents, tokenizer, mixed.text_length), text)
+    with one_sentence():
+        train_rows, held_out, _ = load_parts(text, prepare=lambda documents: with_ids(documents, tokenizer, mixed.text_length))
     task_train, task_test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
     evaluations = {arm: {} for arm in ("base", "cpt", "think")}
     load = functools.partial(load_whole, dtype="float32", trust_remote_code=args.trust_remote_code)
@@ -214,5 +216,4 @@ if __name__ == "__main__":
         check_not_pushed(think_args)
         check_column(think_args.dataset_text_field)
         the_task = make_task(mixture_args.task, **mixture_args.task_options or {})
-        the_text = load_text(text_args)
-    main(the_task, the_text, mixture_args, text_args, fit_to_cpu(think_args), model_args)
+    main(the_task, mixture_args, text_args, fit_to_cpu(think_args), model_args)

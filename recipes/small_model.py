@@ -13,11 +13,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
 
+from hf_thinktok.data import text_of
 from hf_thinktok.errors import one_sentence
 from hf_thinktok.loading import read_mappings
 from hf_thinktok.recipe_options import read_options, recipe_parser
 from hf_thinktok.sources import from_scratch
-from hf_thinktok.text import TextArguments, load_text, split
+from hf_thinktok.text import TextArguments, load_parts
 
 END = "<|endoftext|>"
 
@@ -50,8 +51,8 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def main(options: SmallModelArguments) -> None:
-    train, _, _ = split(load_text(options), options)
-    tokenizer = train_tokenizer((row["text"] for row in train), options.vocab_size)
+    train, _, _ = load_parts(options)
+    tokenizer = train_tokenizer((text_of(row, None) for row in train), options.vocab_size)
     set_seed(options.seed)
     model = from_scratch(options.model_shape, tokenizer)
     for part in (model, tokenizer):

@@ -25,7 +25,7 @@ from hf_thinktok.evaluation.comparison import AT_RANDOM, SILENT, Comparison
 from hf_thinktok.evaluation.tables import comparison_verdict, evaluation_verdict, print_evaluation
 from hf_thinktok.plan import step_flops
 from hf_thinktok.results import COMPLETE_FILE, as_text, digest_of_files, weights_in
-from hf_thinktok.text import TextArguments, load_text, split
+from hf_thinktok.text import TextArguments, load_parts
 
 pytestmark = pytest.mark.timeout(900)  # the comparison that most tests look at is five trainings
 SHAPE = {
@@ -210,11 +210,11 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
 def test_the_test_part_is_seen_by_nobody_else(tmp_path):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(30)))
     script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=5, test_documents=7)
-    parts = [set(part["text"]) for part in split(load_text(script), script)]
+    parts = [set(part["text"]) for part in load_parts(script)]
     assert [len(part) for part in parts] == [18, 5, 7]
     assert len(set.union(*parts)) == 30
     script.held_out_documents = 12
-    assert set(split(load_text(script), script).test["text"]) == parts[2]
+    assert set(load_parts(script).test["text"]) == parts[2]
 
 
 def test_parts_of_a_part_and_of_a_stream(tmp_path):
@@ -223,7 +223,7 @@ def test_parts_of_a_part_and_of_a_stream(tmp_path):
 
     def parts(**options):
         script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=5, test_documents=7, **options)
-        return [[row["text"] for row in part] for part in split(load_text(script), script)]
+        return [[row["text"] for row in part] for part in load_parts(script)]
 
     for options, count in (({"dataset_streaming": True}, 30), ({"max_documents": 20}, 20), ({"dataset_streaming": True, "max_documents": 20}, 20)):
         found = parts(**options)
@@ -243,7 +243,7 @@ def test_nothing_is_left_to_train_on(tmp_path, options, streams):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(30)))
     script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], dataset_streaming=streams, **{"held_out_documents": 0} | options)
     with pytest.raises(ValueError, match=r"(held_out|test)_documents=\d+ leaves nothing of \d+ documents"):
-        split(load_text(script), script)
+        load_parts(script)
 
 
 # ---------------------------------------------------------------- the recipe
@@ -427,7 +427,7 @@ def test_another_base_is_measured_again(grid, monkeypatch):
     config = yaml.safe_load((folder / "recipe.yaml").read_text())
     own = {name: config.pop(name) for name in ("seeds", "num_samples", "accelerate_config", "arms", "env")}
     grid_of_arms = script.Grid(config, own["arms"])
-    test = split(load_text(grid_of_arms.options["think"][0]), grid_of_arms.options["think"][0]).test
+    test = load_parts(grid_of_arms.options["think"][0]).test
     chosen = script.CompareArguments(num_samples=own["num_samples"])
     name, revision = config["model_name_or_path"], grid_of_arms.options["think"][2].model_revision
     weights = digest_of_files(weights_in(Path(name)))

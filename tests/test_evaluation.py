@@ -31,7 +31,7 @@ from hf_thinktok.evaluation.thinking import CONTROLS, _rows, control_sources, ki
 from hf_thinktok.forks import choose_forks, eligible_forks
 from hf_thinktok.results import as_text, read_json
 from hf_thinktok.rollout import Rollout, Sampling, sample_thoughts
-from hf_thinktok.text import TextArguments, load_text, split, unseen_text
+from hf_thinktok.text import TextArguments, load_parts, unseen_text
 from hf_thinktok.tokens import GUARD
 from hf_thinktok.tree import Branching
 
@@ -582,7 +582,7 @@ def test_what_is_reported_on_was_not_trained_on_word_for_word(tmp_path, caplog):
     texts = [f"document {i % 8}" for i in range(20)]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=2, test_documents=2)
-    parts = split(load_text(script), script)
+    parts = load_parts(script)
     test, held_out, train = (set(part["text"]) for part in (parts.test, parts.held_out, parts.train))
     assert not test & (held_out | train)
     assert not held_out & train
@@ -607,7 +607,7 @@ def test_documents_that_repeat_each_other_are_one(tmp_path, caplog):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ["the same"] * 30 + ["another", "a third"]))
     for streams in (False, True):
         script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=20, dataset_streaming=streams)
-        held_out = split(load_text(script), script).held_out["text"][:]
+        held_out = load_parts(script).held_out["text"][:]
         assert len(held_out) == len(set(held_out)) < 20
     assert "documents of held_out_documents repeat others word for word" in caplog.text
 
@@ -694,7 +694,7 @@ def test_accuracy_is_that_of_the_first_choice():
 def test_what_is_reported_on_is_what_nothing_was_tuned_on(tmp_path):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(30)))
     script = TextArguments(data_files=[str(tmp_path / "text.jsonl")], held_out_documents=5, test_documents=7)
-    parts = split(load_text(script), script)
+    parts = load_parts(script)
     assert unseen_text(script, None)["text"] == parts.test["text"]
     script.test_documents = 0
     assert len(unseen_text(script, None)) == 5

@@ -20,7 +20,7 @@ from hf_thinktok import ThinkTokConfig
 from hf_thinktok.card import render_card
 from hf_thinktok.controls import control_of
 from hf_thinktok.results import changed_options
-from hf_thinktok.text import TextArguments, load_text, split
+from hf_thinktok.text import TextArguments, load_parts, load_text
 
 RECIPE = ROOT / "recipes" / "pretrain_think.py"
 
@@ -334,7 +334,7 @@ def test_a_small_model_is_made_of_the_text_that_it_is_trained_on(tiny_folder):
     assert done.returncode == 0, done.stderr[-3000:]
     tokenizer, text = AutoTokenizer.from_pretrained(tiny_folder / "small"), "Größe\n\t<b> 語 🙂 aardvark"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    parts = split(load_text(script := TextArguments(data_files=[str(tiny_folder / "words.jsonl")], held_out_documents=2)), script)
+    parts = load_parts(TextArguments(data_files=[str(tiny_folder / "words.jsonl")], held_out_documents=2))
     for part, known in ((parts.train, True), (parts.held_out, False)):
         assert all((len(tokenizer(row["text"].split()[0])["input_ids"]) < 4) is known for row in part)
     done = in_process(

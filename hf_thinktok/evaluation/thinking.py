@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data import text_of
 from ..engine import Engine, choose_engine
 from ..forks import choose_forks, eligible_forks, ends_of, marker_ids
 from ..generation import PieceDecoder
@@ -178,8 +179,8 @@ def evaluate_thinking(
 
     Args:
         model: with thinking tokens; an adapter as well, on a base that has them. Of an adapter's folder `load_whole` makes a model.
-        dataset: documents, texts or rows with a column of them. One longer than `max_length` tokens is cut into rows, of which the first
-            `rows_per_document` are taken.
+        dataset: documents: texts, or rows with a column of them, with prompt and completion, or with messages, of which all that the tokenizer's chat template
+            makes is text. One longer than `max_length` tokens is cut into rows, of which the first `rows_per_document` are taken.
         num_samples: thoughts at each fork. Log-probabilities are means over them, an upper bound of the bits (Jensen); `marginal` is the log of the mean
             probability, a tighter bound (IWAE, Burda et al. 2016). 0: only the text without thoughts is measured, at the same places.
         max_think_length, lookahead: as the model was trained where not given; 4 and 1 for one that was not.
@@ -187,7 +188,7 @@ def evaluate_thinking(
         progress: wraps the batches, as `tqdm` does.
 
     Raises:
-        ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, no text, or none behind a marker.
+        ValueError: a model without thinking tokens, one whose thoughts are no tokens of their own, no text, none behind a marker, or chats without a template.
     """
     for name, number, least in (
         ("max_length", max_length, 2), ("rows_per_document", rows_per_document, 1), ("num_forks", num_forks, 1), ("num_samples", num_samples, 0),
@@ -205,7 +206,7 @@ def evaluate_thinking(
     markers = marker_ids(behind, tokenizer)
     samples = min(num_samples, 1) if filler and ahead == 1 else num_samples  # then all thoughts are the same, and their lengths are summed out
     branching = Branching(samples, length, ahead, blind=blind)
-    texts = _texts(dataset, text_field)
+    texts = _texts(dataset, tokenizer, text_field)
     rows = _rows(tokenizer, texts, min(max_length, room_for_text(base, length)), rows_per_document)
     longest = len(rows[0][1])
     generator = torch.Generator(base.device).manual_seed(seed)
@@ -311,13 +312,13 @@ def room_for_text(model: PreTrainedModel, max_think_length: int) -> int:
     return room
 
 
-def _texts(dataset, text_field: str) -> list[str]:
+def _texts(dataset, tokenizer, text_field: str) -> list[str]:
     if isinstance(dataset, Mapping) or hasattr(dataset, "columns"):  # which would give their names
         raise ValueError(f"The text is in parts or columns ({', '.join(map(str, dataset))}): give one of them, such as data['test'] or list(data['text']).")
     texts = []
     for document, one in enumerate([dataset] if isinstance(dataset, str) else dataset):
-        text = one.get(text_field) if isinstance(one, dict) else one
-        if not isinstance(text, str):
+        text = text_of(one, tokenizer, text_field) if isinstance(one, dict | str) else None
+        if text is None:
             there = f" (it has {', '.join(one)})" if isinstance(one, dict) else ""
             raise ValueError(f"Document {document} has no text in {text_field!r}{there}: name the column of the text with text_field, or give texts.")
         texts.append(text)

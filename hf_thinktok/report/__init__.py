@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 
 from ..card import read_results
 from ..commands import naming_trust
+from ..data import text_of
 from ..distributed import where_it_is_fast
 from ..errors import first_line
 from ..evaluation.inspection import InspectedToken, inspect_text
@@ -80,7 +82,7 @@ class Run:
         seen = json.loads(file.read_text()) if file.exists() else {}
         if "of" not in seen or seen["of"] != of:
             try:
-                seen = {"of": of, "texts": inspect_texts(model, held_out_text(self.results, documents), max_length, trust_remote_code)}
+                seen = {"of": of, "texts": inspect_texts(model, held_out_rows(self.results, documents), max_length, trust_remote_code)}
             except (OSError, ValueError, SafetensorError) as error:
                 self.note = f"The text is not shown: {first_line(error)}"
                 return
@@ -135,19 +137,20 @@ def as_cells(table: Table) -> dict[str, Any]:
     return {"title": str(table.title or ""), "header": header, "header_cells": list(zip(header, sides, strict=True)), "rows": rows}
 
 
-def held_out_text(results: dict[str, Any], documents: int) -> list[str]:
+def held_out_rows(results: dict[str, Any], documents: int) -> list[dict[str, Any]]:
     """The first documents that a run kept from training."""
     config, known = results.get("config", {}), {entry.name for entry in fields(TextArguments)}
     script = TextArguments(**{name: value for name, value in config.items() if name in known})  # of a recipe's options those about text
     if (unseen := unseen_text(script, results.get("settings", {}).get("test_files"))) is None:
         raise ValueError("the run held none out.")
-    return list(unseen.take(documents)["text"])
+    return list(unseen.take(documents))
 
 
-def inspect_texts(folder: Path, texts: list[str], max_length: int, trust_remote_code: bool = False) -> list[dict[str, Any]]:
-    """Texts as a model reads them, for the page."""
+def inspect_texts(folder: Path, documents: Sequence[dict[str, Any] | str], max_length: int, trust_remote_code: bool = False) -> list[dict[str, Any]]:
+    """Documents, texts or rows, as a model reads them, for the page."""
     with naming_trust():
         model, tokenizer = load_whole(str(folder), trust_remote_code=trust_remote_code)
+    texts = [text_of(document, tokenizer) or "" for document in documents]
     with where_it_is_fast(model, torch.accelerator.current_accelerator(check_available=True) or model.device):
         return [for_page(inspect_text(model, tokenizer, text, max_length), tokenizer, text) for text in texts]
 
