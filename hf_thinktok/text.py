@@ -305,15 +305,13 @@ def without(text: Dataset | IterableDataset, others: Dataset, of: str) -> Datase
         of: the others, as a part of a sentence.
 
     Raises:
-        ValueError: all are, which of a stream is not known.
+        ValueError: all are.
     """
     seen, read = set(_read_of(others)), list(columns_of_document(columns_of(text)))
     kept = text.filter(lambda *values: [one not in seen for one in _keys(*values)], batched=True, input_columns=read)  # which the next run finds done
-    if isinstance(text, IterableDataset):
-        return kept
-    if len(text) and not len(kept):
-        raise ValueError(f"All {len(text):,} other documents are word for word among {of}: give text that does not repeat itself.")
-    if len(kept) < len(text):
+    if not next(iter(kept), None) and next(iter(text), None):
+        raise ValueError(f"All other documents are word for word among {of}: give text that does not repeat itself.")
+    if isinstance(kept, Dataset) and len(kept) < len(text):
         logger.warning("%s of %s documents are word for word among %s, and are left out.", f"{len(text) - len(kept):,}", f"{len(text):,}", of)
     return kept
 

@@ -29,8 +29,9 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TINY_OPTIONS = (
-    "--max_length 128 --max_steps 2 --use_cpu true --num_think_tokens 4 --num_forks 96 --num_generations 2 --max_think_length 2 --per_device_train_batch_size 2 "
-    "--bf16 false --gradient_checkpointing false --logging_steps 1 --report_to none --log_completions false --held_out_documents 6"
+    "--max_length 128 --max_steps 2 --use_cpu true --num_think_tokens 4 --num_forks 96 --num_generations 2 --max_think_length 2 "
+    "--per_device_train_batch_size 2 --bf16 false --gradient_checkpointing false --logging_steps 1 --report_to none --log_completions false "
+    "--held_out_documents 6"
 ).split()
 
 
@@ -226,13 +227,13 @@ def test_chats_are_evaluated_as_the_text_that_they_are_and_not_without_a_templat
 @pytest.mark.parametrize("name", FORMATS)
 def test_chats_and_prompts_that_repeat_each_other_are_one(tmp_path, name, streaming):
     """Wherever they stand, and whatever keys other rows have that these have not."""
-    rows = [of_format(name, number % 8) | {"id": number} for number in range(40)]
+    rows = [of_format(name, number // 2 % 12) | {"id": number} for number in range(48)]
     data = written(tmp_path / "data.jsonl", rows)
     parts = load_parts(TextArguments(data_files=[data], held_out_documents=4, test_documents=4, dataset_streaming=streaming))
     seen = [[json.dumps({column: row[column] for column in row if column != "id"}) for row in part] for part in (parts.test, parts.held_out, parts.train)]
     assert [len(part) for part in seen[:2]] == [len(set(part)) for part in seen[:2]]
     assert not set(seen[0]) & set(seen[1]) | set(seen[0] + seen[1]) & set(seen[2])
-    assert set(sum(seen, [])) == {json.dumps(of_format(name, number)) for number in range(8)}
+    assert set(sum(seen, [])) == {json.dumps(of_format(name, number)) for number in range(12)}
 
 
 def test_a_message_is_the_same_with_keys_of_other_messages(tmp_path):
@@ -261,6 +262,7 @@ def test_documents_are_held_out_from_the_test_split(tmp_path, streaming):
     assert sorted(held_out + test) == validation
     assert kept == train
     assert [row["text"] for row in unseen_text(script, None)] == test
+    assert [row["text"] for row in unseen_text(script, [written(tmp_path / "own.jsonl", [{"text": "of its own"}])])] == ["of its own"]
     fewer = load_parts(TextArguments(dataset_name=folder, dataset_test_split="validation", held_out_documents=4, max_documents=6, dataset_streaming=streaming))
     assert len(fewer.held_out) == 4
     assert len(list(fewer.train)) <= 6
@@ -304,6 +306,14 @@ def test_a_test_split_that_would_say_nothing(options, sentence, tmp_path, monkey
     (tmp_path / "README.md.txt").write_text("a line")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         TextArguments(dataset_test_split="test", **options)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+def test_a_split_to_train_on_that_has_what_is_held_out_and_no_more(tmp_path, streaming):
+    folder = of_splits(tmp_path / "data", ["a", "b"], ["a", "b"])
+    script = TextArguments(dataset_name=folder, dataset_test_split="validation", held_out_documents=2, dataset_streaming=streaming)
+    with pytest.raises(ValueError, match="All other documents are word for word among the 2 of held_out_documents: give text that does not repeat itself"):
+        load_parts(script)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])

@@ -30,7 +30,7 @@ def tiny_folder(tmp_path):
     save_tiny(tmp_path / "model")
     rows = [{"question": f"{i} + {i}", "answer": f"{2 * i}. {CORPUS[i % 4]}"} for i in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "data.txt").write_text("\n\n".join(CORPUS))
+    (tmp_path / "data.txt").write_text("\n\n".join(f"{i} {text}" for i, text in enumerate(CORPUS)))
     (tmp_path / "broken.jsonl").write_text("question, answer\n")
     return tmp_path
 
@@ -138,9 +138,9 @@ def test_a_folder_of_files_that_are_no_one_data_set(tmp_path):
         ({"q": "a"}, "{q[x]}", "text_template='{q[x]}' does not fit the data"),
         ({"q": "a"}, "{q", "text_template='{q' cannot be read"),
         ({"n": 1, "q": "a"}, None, "for example --text_template '{q}'"),
-        ({"messages": [{"role": "user", "content": "a"}]}, None, "write it with the tokenizer's apply_chat_template"),
+        ({"messages": []}, None, "No row of the data has text"),
         ({"numbers": [1]}, None, "give data with a column of strings"),
-        ({"prompt": "a", "completion": "b"}, None, "for example --text_template '{prompt}{completion}'"),
+        ({"prompt": "a"}, None, "no 'text', 'prompt' with 'completion', or 'messages': make it with text_template, for example --text_template '{prompt}'"),
         ({"text": 1}, None, "No row of the data has text"),
         ({"text": "a"}, "no column", "names no column, so that all documents would be alike"),
         ({"text": "a"}, "{text", "text_template='{text' cannot be read"),
@@ -230,7 +230,8 @@ def test_help_names_every_option():
         (["--num_generations", "1"], "error: num_generations=1"),
         (["--text_template", "{qestion}"], "names the column"),
         (["--enable_jit_checkpoint", "true", "--text_template", "{question}"], "SIGTERM saves a checkpoint already"),
-        (["--dataset_test_split", "validation"], "dataset_test_split, which is not known; did you mean dataset_train_split?"),
+        (["--dataset_test_splits", "validation"], "dataset_test_splits, which is not known; did you mean dataset_test_split?"),
+        (["--dataset_test_split", "validation"], "dataset_test_split=validation has no effect with data_files, which have no splits: leave it out."),
         ([], "make it with text_template"),
         (["--text_template", "{question}", "--dataset_text_field", "body"], "make the text with --text_template '{body}'"),
         (["--text_template", "{question}", "--resume_from_checkpoint", "true"], "There is no whole checkpoint in"),
