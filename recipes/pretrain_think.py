@@ -11,6 +11,8 @@ Your own model and text:
         --max_length 1024 --packing --num_forks 32 --output_dir outputs/mine
 
     ... --data_files corpus.jsonl --text_template "{question}\\n{answer}"
+    ... --data_files chats.jsonl --assistant_only_loss true
+    ... --dataset_name me/mine --dataset_test_split validation
 
 Writes a checkpoint that plain `AutoModelForCausalLM` loads; `results.json`, held-out bits per token before training, and after it without thinking, with
 thinking, and with a random thought; and `report.html`, the same with curves and with the text, token by token.
