@@ -213,7 +213,7 @@ class Bench:
         T, _, G, L, H = self.cell
         shape = {"max_length": T, "num_forks": num_forks, "num_generations": G, "max_think_length": L, "lookahead": H}
         config = self.config(ThinkTokConfig, **shape | {"stop": "fixed", "fork_positions": "stride"} | changes)
-        return ThinkTokTrainer(self.name, config, self.rows(T, copies=config.train_batch_size), peft_config=self.adapter)
+        return ThinkTokTrainer(self.name, config, train_dataset=self.rows(T, copies=config.train_batch_size), peft_config=self.adapter)
 
     def dense(self) -> ThinkTokTrainer:
         trainer = self.thinking(self.cell.K)
@@ -229,7 +229,7 @@ class Bench:
     def plain(self) -> ThinkTokTrainer:
         config = self.config(ThinkTokConfig, max_length=self.cell.nodes, num_forks=0)
         rows = self.rows(self.cell.nodes, self.cell.scored, config.train_batch_size)
-        return ThinkTokTrainer(self.name, config, rows, peft_config=self.adapter)
+        return ThinkTokTrainer(self.name, config, train_dataset=rows, peft_config=self.adapter)
 
     def grpo(self) -> GRPOTrainer:
         T, _, G, L, H = self.cell

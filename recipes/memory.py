@@ -101,7 +101,7 @@ def measure(case: str) -> dict[str, Any]:
         args = options(SMALL_TREE, changes, folder)
         text = Dataset.from_dict({"input_ids": torch.randint(3, shape["vocab_size"], (4 * args.train_batch_size, args.max_length)).tolist()})
         model = AutoModelForCausalLM.from_config(config_of(shape), **{"dtype": torch.float32} | how)
-        trainer = ThinkTokTrainer(model, args, text, text if args.do_eval else None, processing_class=tokenizer, peft_config=adapter)
+        trainer = ThinkTokTrainer(model, args, train_dataset=text, eval_dataset=text if args.do_eval else None, processing_class=tokenizer, peft_config=adapter)
         last = PeakOfLastStep(trainer)
         trainer.add_callback(last)
         trainer.train()

@@ -170,7 +170,7 @@ def test_an_arm_is_beaten_by_all_seeds_or_not_at_all():
     )
 
 
-@pytest.mark.parametrize(("stop", "words"), [("learned", "No gain from thinking"), ("fixed", "Thinking helps")])
+@pytest.mark.parametrize(("stop", "words"), [("learned", "No gain from thinking"), ("fixed", "predicts better with its thoughts")])
 def test_a_model_that_always_thinks_is_judged_by_its_thoughts(stop, words):
     """Its gate was never trained, and says nothing."""
     found = evaluation(0, 0.0, stop=stop)
@@ -427,7 +427,7 @@ def test_another_base_is_measured_again(grid, monkeypatch):
     config = yaml.safe_load((folder / "recipe.yaml").read_text())
     own = {name: config.pop(name) for name in ("seeds", "num_samples", "accelerate_config", "arms", "env")}
     grid_of_arms = script.Grid(config, own["arms"])
-    test = load_parts(grid_of_arms.options["think"][0]).test
+    test = [row["text"] for row in load_parts(grid_of_arms.options["think"][0]).test]
     chosen = script.CompareArguments(num_samples=own["num_samples"])
     name, revision = config["model_name_or_path"], grid_of_arms.options["think"][2].model_revision
     weights = digest_of_files(weights_in(Path(name)))

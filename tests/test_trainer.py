@@ -365,7 +365,7 @@ def test_rows_come_again_with_their_own_thoughts_however_batches_are_divided(mak
 def test_text_that_is_cut_off_is_said(make_trainer, caplog, options, said):
     trainer = make_trainer(**{"max_length": 8} | options)
     full = sum(len(ids) == trainer.args.max_length for ids in trainer.train_dataset["input_ids"])
-    assert (f"Of {full} of {len(trainer.train_dataset)} training rows" in caplog.text) == said
+    assert (f"{full} of the first {len(trainer.train_dataset)} training rows were cut" in caplog.text) == said
     assert caplog.text.count("set packing=True to train on the rest") == said  # of the held-out text the beginning is meant
 
 
