@@ -74,6 +74,8 @@ def render_card(results: dict[str, Any], repository: str, title: str | None = No
     if thoughts in UNREWARDED and results.get("control", "none") == "none":
         shown["how"] = UNREWARDED[thoughts]
     shown["meaning"] = meaning(config)
+    if dataset == WIKITEXT:
+        shown["limits"].insert(0, PARAGRAPHS)
     if config.get("stop") == "fixed" and why_not_generated(config) is None:
         shown["limits"].append(
             "Its thoughts had given lengths and its gate was left alone: plain `generate` hardly thinks, `thinktok generate --min_think_length N` does."
@@ -237,7 +239,6 @@ def _training(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
         "minutes": round(results["train_seconds"] / 60, 1),
         "runs": "",
         "limits": [
-            *([PARAGRAPHS] if config.get("dataset_name") == WIKITEXT else []),
             f"One seed, {results.get('steps', config.get('max_steps', 'some'))} steps, one size of model; {results['documents']:.0f} held-out documents.",
             "The control is a random thought. A model with as much compute or other text was not trained beside it.",
             "Held-out likelihood alone was measured: no task, no generated text, nothing about safety.",
@@ -258,7 +259,6 @@ def _comparison(results: dict[str, Any], config: dict[str, Any]) -> dict[str, An
         "minutes": round(minutes_of(log for arm in training.values() for log in arm["seeds"].values()), 1),
         "runs": f", {len(training)} arms with {len(seeds)} seed{'s' * (len(seeds) > 1)}",
         "limits": [
-            *([PARAGRAPHS] if config.get("dataset_name") == WIKITEXT else []),
             f"{training['think']['steps']} steps of {rows} x {config.get('max_length', 1024)} tokens for each process, one size of model; "
             f"{results['comparison']['documents']} documents {unseen}.",
             "Intervals are over documents. How far seeds differ is shown, and is no part of them.",

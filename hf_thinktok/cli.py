@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .cli_measure import add_card, add_eval, add_inspect, add_lm_eval, add_report
 from .commands import LARGEST_SEED, add_loading, add_source, load, loading, naming_trust, number, read_prompt, read_recipe, read_vocabulary, source, whole
-from .errors import UsageError, usage
+from .errors import UsageError, traceback_wanted, usage
 
 if TYPE_CHECKING:
     import torch
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UsageError as error:
-        if os.environ.get("THINKTOK_TRACEBACK") == "1":
+        if traceback_wanted():
             raise
         print(f"thinktok: {error}", file=sys.stderr)
         return 2

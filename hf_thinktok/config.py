@@ -18,7 +18,6 @@ from .config_checks import (
     check_effect,
     check_fit,
     check_reporters,
-    check_rewards,
     check_run,
     check_search,
     check_text,
@@ -26,7 +25,6 @@ from .config_checks import (
 )
 from .exploration import scheduled
 from .losses import PolicyLoss
-from .rewards import resolve_rewards
 from .rollout import Sampling
 from .tree import Branching
 
@@ -372,7 +370,6 @@ class ThinkTokConfig(SFTConfig):
             raise ValueError("teacher has no effect with num_think_tokens=0: for a student that does not think, set num_forks=0.")
         if self.thinks:
             check_fit(self)
-            check_rewards(self, resolve_rewards(self.reward_funcs))
             check_choice(self, self.num_think_tokens)
             check_search(self, self.num_think_tokens)
             check_effect(self)

@@ -215,6 +215,7 @@ def check_rewards(config: "ThinkTokConfig", rewards: list[RewardFunction]) -> No
 
 def check_fit(config: "ThinkTokConfig") -> None:
     """What cannot be done."""
+    check_rewards(config, resolve_rewards(config.reward_funcs))
     soft, text, searches = config.thoughts in SOFT, config.thoughts == "text", ever(config.search)
     compared = config.advantage != "value" or config.objective == "marginal"
     # A thought that is supplied is no part of the comparison, and one that was searched is not the policy's.

@@ -19,6 +19,11 @@ class RunError(ValueError):
     """A run that cannot be what was asked for, which shows when it begins or in that nothing happened."""
 
 
+def traceback_wanted() -> bool:
+    """Whether errors are to show where they come from, and not end in their sentence."""
+    return os.environ.get("THINKTOK_TRACEBACK") == "1"
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without what follows its first line; its kind where it says nothing.
 
@@ -47,13 +52,12 @@ def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
     """Ends a recipe that was given what it cannot use with the sentence that says so.
 
     Args:
-        kinds: the errors to take so; by default all that the user can put right. With the environment variable THINKTOK_TRACEBACK=1 none is, to see where
-            it comes from.
+        kinds: the errors to take so; by default all that the user can put right. Where a traceback is wanted none is.
     """
     mendable = kinds or (*MENDABLE, YAMLError)
     try:
         yield
     except mendable as error:
-        if os.environ.get("THINKTOK_TRACEBACK") == "1":
+        if traceback_wanted():
             raise
         sys.exit(f"error: the config is no YAML: {' '.join(str(error).split())}" if isinstance(error, YAMLError) else f"error: {error}")

@@ -211,7 +211,7 @@ def fit_to_cpu(args: ThinkTokConfig) -> ThinkTokConfig:
     """
     if not (args.use_cpu and args.bf16):
         return args
-    slow = [_seconds_of_product(torch.bfloat16) > 3 * _seconds_of_product(torch.float32)]
+    slow = [_seconds_of_product(torch.bfloat16) >= 3 * _seconds_of_product(torch.float32)]
     broadcast_object_list(slow)  # all processes must do the same, and one may have been kept waiting
     if not slow[0]:
         return args

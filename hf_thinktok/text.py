@@ -323,14 +323,14 @@ def _read_of(text: Dataset) -> list[str]:
 
 def _keys(*columns: list[Any]) -> list[str]:
     """The values of each row as one string."""
-    return [json.dumps(without_nulls(values), sort_keys=True, default=str) for values in zip(*columns, strict=True)]
+    return [json.dumps(_without_nulls(values), sort_keys=True, default=str) for values in zip(*columns, strict=True)]
 
 
-def without_nulls(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
     """A value without the keys that its table alone has: Arrow gives each message the keys of all."""
     if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def another_part(script: TextArguments, trained: dict[str, Any]) -> str | None:

@@ -92,10 +92,12 @@ def evaluation_verdict(found: dict[str, Any]) -> str:
     """What the intervals carry. Thoughts where the model wants them and thoughts that it is made to think are told of apart: each has its own controls."""
     gains, own = found["gains"], own_arm(found["settings"])
     gain = gains[f"{own} over no_think"]
-    told = [ALL_ALIKE] if found["settings"].get("thoughts") == "filler" else [_beside_controls(gains, own, "They")]
-    if own != "always" and found["settings"].get("thoughts") != "filler":
-        told.append(_beside_controls(gains, "always", "Those that it is made to think everywhere"))
-    return conclusion(gain["low"] > 0, gain["high"] < 0, " ".join(filter(None, told)))
+    if found["settings"].get("thoughts") == "filler":
+        then = ALL_ALIKE
+    else:
+        arms = {own: "They"} if own == "always" else {own: "They", "always": "Those that it is made to think everywhere"}
+        then = " ".join(filter(None, (_beside_controls(gains, arm, which) for arm, which in arms.items())))
+    return conclusion(gain["low"] > 0, gain["high"] < 0, then)
 
 
 def _beside_controls(gains: dict[str, Any], arm: str, which: str) -> str:
